@@ -96,7 +96,7 @@ class Manifest:
         epoch: writer epoch that wrote it, `00000003-1a2b3c4d`.
         position: version and digest this leads to.
         parent: version and digest a delta applies to; None for an anchor.
-        parent_epoch: epoch that holds the parent version's manifest; None when the parent is version 0, or for an anchor.
+        parent_epoch: epoch that holds the parent version's manifest; None if the parent is version 0, or for an anchor.
         parts: immutable objects, in rank order.
         changed: elements that differ between parent and position (0 for an anchor).
         created: seconds since 1970, the publisher's clock; information only.
@@ -277,7 +277,9 @@ def _versioned(doc: object, what: str) -> dict[str, Any]:
 
 def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any]:
     known = {f.name for f in fields(cls)}
-    missing = [f.name for f in fields(cls) if f.name not in doc and f.name not in ("step", "name", "encoding", "format")]
+    missing = [
+        f.name for f in fields(cls) if f.name not in doc and f.name not in ("step", "name", "encoding", "format")
+    ]
     if missing:
         raise FormatError(f"{what}: missing {', '.join(missing)}")
     return {"encoding": "fast", **{key: value for key, value in doc.items() if key in known}}

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 from .errors import FormatError
 
@@ -76,7 +77,11 @@ class TensorTable(Sequence[TensorSpec]):
     def __len__(self) -> int:
         return len(self._specs)
 
-    def __getitem__(self, index):  # type: ignore[override, no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> TensorSpec: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TensorSpec]: ...
+    def __getitem__(self, index: int | slice) -> TensorSpec | Sequence[TensorSpec]:
         return self._specs[index]
 
     def __iter__(self) -> Iterator[TensorSpec]:

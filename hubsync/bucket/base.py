@@ -94,7 +94,7 @@ class Bucket(ABC):
     def list(self, prefix: str = "", *, recursive: bool = True) -> Iterable[Stat]:
         """Objects below the *directory* `prefix` (never a lexical prefix of a sibling's name), sorted by path.
 
-        With `recursive=False`, sub-directories appear as `Stat(path + "/", 0, "")`. A prefix that does not exist is empty.
+        With `recursive=False`, sub-directories appear as `Stat(path + "/", 0, "")`. An unknown prefix is empty.
         """
 
     @abstractmethod

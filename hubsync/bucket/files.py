@@ -1,0 +1,56 @@
+"""Local files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+COPY_BYTES = 4 << 20
+
+
+@contextmanager
+def temporary(directory: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A fresh name in `directory` (made if needed); whatever is still there under it afterwards is removed.
+
+    Rename the file away to keep it. The name starts with a dot, so it is never an object name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f".{secrets.token_hex(8)}{suffix}"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(COPY_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def holds(path: Path, size: int, sha256: str) -> bool:
+    """Whether `path` is a file of exactly these bytes. The cheap test comes first."""
+    return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Make the bytes of an open file durable."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable: a rename survives a power cut only after this."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,259 @@
+"""A directory as a bucket: one machine, or a file system that trainer and replicas share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat as modes
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from hubsync.errors import (
+    BucketDenied,
+    BucketError,
+    BucketMissing,
+    BucketUnavailable,
+    FormatError,
+    ObjectCorrupt,
+    ObjectMissing,
+)
+
+from .base import Bucket, Download, Stat, Upload
+from .files import COPY_BYTES, holds, sync_directory, sync_file, temporary
+from .names import checked, checked_directory, is_name
+
+# Objects are written here first: inside the bucket, so that a rename never crosses file systems, and under a
+# dot-name, so that it can never be listed or addressed.
+_STAGING = ".staging"
+_ABANDONED_AFTER = 24 * 3600.0  # seconds; a writer that crashed leaves its temporary file behind
+
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class LocalBucket(Bucket):
+    """Objects are files below `directory`. Safe for any number of threads and processes.
+
+    Every write is a temporary file, fsync, rename, fsync of the directory: readers see an object whole or not at
+    all, and what was reported as written survives a power cut.
+
+    BucketMissing if the directory does not exist and `create` is false.
+    """
+
+    def __init__(self, directory: str | Path, *, create: bool = False) -> None:
+        self.address = str(directory)
+        self._root = Path(directory).expanduser().absolute()
+        self._staging = self._root / _STAGING
+        if create:
+            with self._translated("create the bucket"):
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+        self._require_root()
+
+    def put(self, uploads: Sequence[Upload]) -> None:
+        targets = [self._target(upload.path) for upload in uploads]
+        for upload, target in zip(uploads, targets, strict=True):
+            with self._translated(f"write {upload.path}"):
+                if not self._is_there(target, upload):
+                    self._write(target, upload.source)
+        with self._translated("check what was written"):
+            for upload, target in zip(uploads, targets, strict=True):
+                if not self._is_there(target, upload):
+                    raise BucketError(f"{upload.path} vanished from {self.address} right after it was written")
+
+    def commit(self, path: str, data: bytes) -> None:
+        target = self._target(path)
+        with self._translated(f"write {path}"):
+            self._write(target, data)
+
+    def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
+        found = {}
+        for path in paths:
+            target = self._target(path)
+            with self._translated(f"read {path}"):
+                if (data := _read_limited(target, max_bytes)) is not None:
+                    found[path] = data
+        self._require_root()
+        return found
+
+    def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
+        found = {}
+        for path in paths:
+            target = self._target(path)
+            with self._translated(f"look up {path}"):
+                if (status := _file_status(target)) is not None:
+                    found[path] = _stat(path, status)
+        self._require_root()
+        return found
+
+    def list(self, prefix: str = "", *, recursive: bool = True) -> list[Stat]:
+        prefix = checked_directory(prefix)
+        with self._translated(f"list {prefix or 'the bucket'}"):
+            found = sorted(self._walk(prefix, recursive), key=lambda entry: entry.path)
+        self._require_root()
+        return found
+
+    def fetch(self, downloads: Sequence[Download]) -> None:
+        for download in downloads:
+            source = self._target(download.path)
+            with self._translated(f"fetch {download.path}"):
+                if not holds(download.destination, download.size, download.sha256):
+                    self._fetch_one(source, download)
+
+    def delete(self, paths: Sequence[str]) -> None:
+        # Directories stay, even empty: removing one would race with a writer that is about to use it.
+        for path in paths:
+            target = self._target(path)
+            with self._translated(f"delete {path}"):
+                if _file_status(target) is not None:
+                    target.unlink(missing_ok=True)
+        self._require_root()
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def _write(self, target: Path, source: Path | bytes) -> None:
+        self._require_root()
+        with temporary(self._staging) as staged:
+            with staged.open("xb") as sink:
+                _copy_into(sink, source)
+                sync_file(sink)
+            _make_directory(target.parent)
+            os.replace(staged, target)
+            sync_directory(target.parent)
+
+    def _is_there(self, target: Path, upload: Upload) -> bool:
+        """Whether the object exists; BucketError if it does with another size."""
+        if (status := _file_status(target)) is None:
+            return False
+        if status.st_size != upload.size:
+            raise BucketError(
+                f"{upload.path} is already in {self.address} with {status.st_size} bytes, not {upload.size}; "
+                "objects are immutable: write under another name, or use another run"
+            )
+        return True
+
+    def _sweep(self) -> None:
+        """Remove temporary files of writers that died long ago."""
+        if not self._staging.is_dir():
+            return
+        for path in self._staging.iterdir():
+            status = _file_status(path)
+            if status is not None and status.st_mtime < time.time() - _ABANDONED_AFTER:
+                path.unlink(missing_ok=True)
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def _fetch_one(self, source: Path, download: Download) -> None:
+        with temporary(download.destination.parent) as staged:
+            # Twice, because on a network file system the first read may come from a stale cache.
+            for _ in range(2):
+                if not _copy_file(source, staged):
+                    raise ObjectMissing(f"{download.path} is not in {self.address}")
+                if holds(staged, download.size, download.sha256):
+                    os.replace(staged, download.destination)
+                    return
+        raise ObjectCorrupt(
+            f"{download.path} in {self.address} does not have the {download.size} bytes with SHA-256 {download.sha256} "
+            "that its manifest states: it was damaged or replaced. Check the run with `hubsync verify`; replicas can "
+            "catch up from a later anchor"
+        )
+
+    def _walk(self, prefix: str, recursive: bool) -> Iterator[Stat]:
+        directory = self._root / prefix
+        try:
+            entries = list(os.scandir(directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            path = f"{prefix}/{entry.name}" if prefix else entry.name
+            if not is_name(path):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                below = self._walk(path, recursive=True)
+                if recursive:
+                    yield from below
+                # Directories are made before their first object and stay after their last: empty ones do not count.
+                elif next(below, None) is not None:
+                    yield Stat(path + "/", 0, "")
+            elif (status := _file_status(Path(entry.path))) is not None:
+                yield _stat(path, status)
+
+    # --- paths and errors ---------------------------------------------------------------------------
+
+    def _target(self, path: str) -> Path:
+        return self._root / checked(path)
+
+    def _require_root(self) -> None:
+        if not self._root.is_dir():
+            raise BucketMissing(
+                f"{self.address} is not a directory; start the publisher first (it creates the bucket), or check the "
+                f"path: it means {self._root} on this machine"
+            )
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot {action} in {self.address}: {error}"
+            if error.errno in _DENIED:
+                raise BucketDenied(f"{what}; check the permissions of {self._root} for this user") from error
+            if error.errno in _FULL:
+                raise BucketError(f"{what}; make room, for example with `hubsync gc`") from error
+            if isinstance(error, FileNotFoundError):
+                self._require_root()
+                raise BucketError(what) from error
+            raise BucketUnavailable(what) from error
+
+
+def _copy_into(sink: BinaryIO, source: Path | bytes) -> None:
+    if isinstance(source, bytes):
+        sink.write(source)
+        return
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, sink, COPY_BYTES)
+
+
+def _copy_file(source: Path, target: Path) -> bool:
+    """Copy over `target`; False if there is no such object."""
+    if _file_status(source) is None:
+        return False
+    with target.open("wb") as sink:
+        _copy_into(sink, source)
+    return True
+
+
+def _read_limited(target: Path, max_bytes: int) -> bytes | None:
+    try:
+        with target.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    if len(data) > max_bytes:
+        raise FormatError(f"{target} is larger than {max_bytes} bytes; it is not what its name says")
+    return data
+
+
+def _file_status(path: Path) -> os.stat_result | None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if modes.S_ISREG(status.st_mode) else None
+
+
+def _stat(path: str, status: os.stat_result) -> Stat:
+    return Stat(path, status.st_size, f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+def _make_directory(directory: Path) -> None:
+    """Like `mkdir -p`, but the new names are durable."""
+    if directory.is_dir():
+        return
+    _make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)

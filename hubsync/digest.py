@@ -1,0 +1,175 @@
+"""The digest of a published view: a 128-bit sum over elements of mix(tensor, flat index, bits).
+
+Two sums modulo 2^64 (lanes A and B) that do not depend on order, so they add up over shards, threads and devices, and
+follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane the mix of one element
+is a bijection of its pattern for a given tensor and index, so one changed element always changes both sums; any other
+accidental change goes unseen with a chance of about 2^-64 or less. The digest is linear, hence no defence against
+somebody who chooses weights on purpose: that is what the SHA-256 of parts and signed manifests are for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+
+from .bits import UNSIGNED, bits_of
+from .errors import FormatError
+from .table import TensorTable
+
+_MASK = (1 << 64) - 1
+_HEX = re.compile(r"[0-9a-f]{32}")
+
+# Weyl increment (2^64 / golden ratio: keys of different elements stay far apart) and two odd multipliers (splitmix64).
+_STRIDE = 0x9E3779B97F4A7C15
+_MULTIPLIER_A = 0xBF58476D1CE4E5B9
+_MULTIPLIER_B = 0x94D049BB133111EB
+
+_NP_STRIDE, _NP_A, _NP_B = np.uint64(_STRIDE), np.uint64(_MULTIPLIER_A), np.uint64(_MULTIPLIER_B)
+_32, _29, _1 = np.uint64(32), np.uint64(29), np.uint64(1)
+
+_TORCH_CHUNK = 1 << 20  # elements; bounds the int64 temporaries of `digest_torch` to a few times 8 MiB
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A 128-bit digest, or the difference of two: lanes A and B, each an integer modulo 2^64. `Digest()` is zero."""
+
+    a: int = 0
+    b: int = 0
+
+    def __add__(self, other: Digest) -> Digest:
+        return Digest((self.a + other.a) & _MASK, (self.b + other.b) & _MASK)
+
+    def __sub__(self, other: Digest) -> Digest:
+        return Digest((self.a - other.a) & _MASK, (self.b - other.b) & _MASK)
+
+    @property
+    def hex(self) -> str:
+        """32 lower-case hex digits, lane A first."""
+        return f"{self.a:016x}{self.b:016x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Inverse of `hex`; FormatError for anything else."""
+        if not isinstance(text, str) or not _HEX.fullmatch(text):
+            raise FormatError(f"not a digest of 32 hex digits: {text!r:.80}")
+        return cls(int(text[:16], 16), int(text[16:], 16))
+
+    def __str__(self) -> str:
+        return self.hex
+
+
+def tensor_seed(name: str) -> int:
+    """64-bit seed of a tensor, from its checkpoint name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def digest_range(seed: int, bits: np.ndarray, start: int = 0) -> Digest:
+    """Digest of elements `start .. start + len(bits)` of a tensor, given as a flat unsigned array."""
+    return Digest(*map(int, _sum_range(np.uint64((seed + (start + 1) * _STRIDE) & _MASK), bits)))
+
+
+def digest_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> Digest:
+    """Digest of the elements at `indices` (int64[n], flat in the tensor) with patterns `bits` (unsigned[n])."""
+    if indices.shape != bits.shape:
+        raise ValueError(f"{len(indices)} indices do not go with {len(bits)} patterns")
+    return Digest(*map(int, _sum_at(np.uint64(seed), indices, bits)))
+
+
+def digest_change(seed: int, indices: np.ndarray, old_bits: np.ndarray, new_bits: np.ndarray) -> Digest:
+    """What the digest of a view grows by when the elements at `indices` go from `old_bits` to `new_bits`."""
+    return digest_at(seed, indices, new_bits) - digest_at(seed, indices, old_bits)
+
+
+def digest_torch(
+    seed: int, tensor_bits: torch.Tensor, start: int = 0, *, indices: torch.Tensor | None = None
+) -> Digest:
+    """The same values as `digest_range` (or, with `indices`, `digest_at`), computed where the tensor lives.
+
+    Args:
+        tensor_bits: integer view (uint8, int16, int32) of the elements, read in row-major order; any device and stride.
+        start: flat index of the first element, when `indices` is None.
+        indices: int64 flat indices, one for each element, on the same device.
+    """
+    flat = tensor_bits.reshape(-1)
+    if indices is not None and indices.numel() != flat.numel():
+        raise ValueError(f"{indices.numel()} indices do not go with {flat.numel()} patterns")
+    if flat.device.type != "cpu":
+        return _torch_sums(seed, flat, start, indices)
+    bits = flat.numpy().view(UNSIGNED[8 * flat.element_size()])
+    return digest_range(seed, bits, start) if indices is None else digest_at(seed, indices.reshape(-1).numpy(), bits)
+
+
+def digest_view(table: TensorTable, tensors: Mapping[str, torch.Tensor]) -> Digest:
+    """Digest of a whole published view: every tensor of the table, contiguous on the CPU, in its served dtype."""
+    total = Digest()
+    for spec in table:
+        total += digest_range(tensor_seed(spec.name), bits_of(tensors[spec.name]))
+    return total
+
+
+def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor | None) -> Digest:
+    """The loops below in torch operations, a chunk at a time; int64 arithmetic is modulo 2^64 on every device."""
+    mask = (1 << (8 * flat.element_size())) - 1
+    total = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    for first in range(0, flat.numel(), _TORCH_CHUNK):
+        part = flat[first : first + _TORCH_CHUNK]
+        if indices is None:
+            at = torch.arange(start + first, start + first + part.numel(), dtype=torch.int64, device=flat.device)
+        else:
+            at = indices.reshape(-1)[first : first + _TORCH_CHUNK].to(torch.int64)
+        z = (at * _signed(_STRIDE)).add_(_signed(seed + _STRIDE)).add_(part.to(torch.int64).bitwise_and_(mask))
+        z = z.bitwise_xor_(_shift_right(z, 32)).mul_(_signed(_MULTIPLIER_A))
+        z = z.bitwise_xor_(_shift_right(z, 29))
+        total[0] += z.sum()
+        z = z.mul_(_signed(_MULTIPLIER_B))
+        z = z.bitwise_xor_(_shift_right(z, 32))
+        total[1] += z.sum()
+    a, b = total.tolist()
+    return Digest(a & _MASK, b & _MASK)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the low 64 bits of `value`; torch multiplies and adds int64 modulo 2^64."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift; torch's is arithmetic on int64."""
+    return (z >> count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+# The two loops stay this plain so that LLVM turns them into vector code.
+
+
+@njit(nogil=True, cache=True)
+def _sum_range(key: int, bits: np.ndarray) -> tuple[int, int]:
+    a, b = np.uint64(0), np.uint64(0)
+    for i in range(len(bits)):
+        z = key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i])
+        z = (z ^ (z >> _32)) * _NP_A
+        z ^= z >> _29
+        a += z
+        z *= _NP_B
+        b += z ^ (z >> _32)
+    return a, b
+
+
+@njit(nogil=True, cache=True)
+def _sum_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> tuple[int, int]:
+    a, b = np.uint64(0), np.uint64(0)
+    for i in range(len(bits)):
+        z = seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i])
+        z = (z ^ (z >> _32)) * _NP_A
+        z ^= z >> _29
+        a += z
+        z *= _NP_B
+        b += z ^ (z >> _32)
+    return a, b

@@ -1,0 +1,172 @@
+"""A thin HTTP client of one vLLM server's control endpoints.
+
+It only knows URLs and what their failures mean. Every failure becomes a `ReplicaError` that says what to do; the
+order in which the endpoints are called is `hubsync.replica.sync`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+import requests
+
+from hubsync import errors
+from hubsync.errors import HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+
+OLDEST = (0, 27)
+PROTOCOL = 1  # of the worker methods `hubsync_*`
+
+DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
+
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+
+
+class VLLMServer:
+    """One vLLM server.
+
+    Args:
+        url: base URL, for example `http://10.0.0.7:8000`.
+        api_key: the server's `--api-key`, if it has one.
+        timeout: seconds to wait for any one answer. A paused or busy server answers between two forward passes, so this
+            must be longer than the longest of those.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self._session = requests.Session()
+        # A proxy from the environment must not come between us and a server that is often on loopback.
+        self._session.trust_env = False
+        if api_key is not None:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def close(self) -> None:
+        self._session.close()
+
+    def health(self) -> bool:
+        """True if the server is up; ReplicaUnreachable if nothing listens."""
+        return self._send("GET", "/health", refuse=False).ok
+
+    def version(self) -> str:
+        """vLLM's version; ReplicaUnsuitable if it is older than hubsync supports."""
+        version = str(self._get("/version").get("version", ""))
+        found = _VERSION.match(version)
+        # Source builds without tags call themselves 0.1.dev...; nothing can be read from those.
+        if found and "dev" not in version and (int(found[1]), int(found[2])) < OLDEST:
+            raise ReplicaUnsuitable(
+                f"{self.url} runs vLLM {version}; hubsync needs vLLM >= {OLDEST[0]}.{OLDEST[1]}: upgrade the server"
+            )
+        return version
+
+    def world_size(self) -> int:
+        """Workers of the server: tensor x pipeline x data parallel."""
+        return int(self._get("/get_world_size")["world_size"])
+
+    def pause(self) -> None:
+        """Freeze all requests between two forward passes and drop every cached key and value.
+
+        Frozen requests go on after `resume`; what they had cached is recomputed then, with the weights of then.
+        """
+        self._post("/pause", params={"mode": "keep", "clear_cache": "true"})
+
+    def resume(self) -> None:
+        self._post("/resume")
+
+    def is_paused(self) -> bool:
+        return bool(self._get("/is_paused")["is_paused"])
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop all cached prefixes. False, and nothing dropped, while a running request holds blocks."""
+        return bool(self._post("/reset_prefix_cache")["success"])
+
+    def set_weight_version(self, version: str) -> None:
+        """Set what responses state as the weights that made them."""
+        self._post("/update_weight_version", json={"new_version": version})
+
+    def weight_version(self) -> str:
+        return str(self._get("/weight_info")["weight_version"])
+
+    def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a worker method on every rank.
+
+        Returns:
+            one dict per rank, in rank order.
+
+        Raises:
+            the error that the first refusing rank names (a class of `hubsync.errors`; ReplicaRefused if it names
+            none of them), ReplicaUnsuitable if the workers have no such method.
+        """
+        body = {"method": method, "args": list(args), "timeout": self.timeout}
+        answer = self._send("POST", "/collective_rpc", json=body, refuse=False)
+        if answer.status_code == 500:
+            self._explain_rpc_failure(method, answer)
+        results = self._json(answer, "/collective_rpc").get("results")
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
+            raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
+        for rank, result in enumerate(results):
+            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
+                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
+        return results
+
+    def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:
+        text = _message(answer)
+        if method in text and "not" in text:  # "... has no attribute", "method ... is not implemented"
+            raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
+        raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._json(self._send("GET", path), path)
+
+    def _post(self, path: str, **request: Any) -> dict[str, Any]:
+        return self._json(self._send("POST", path, **request), path)
+
+    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> requests.Response:
+        try:
+            answer = self._session.request(verb, self.url + path, timeout=self.timeout, **request)
+        except requests.exceptions.ConnectionError as error:
+            raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({error})") from None
+        except requests.exceptions.Timeout:
+            raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {self.timeout:g} s") from None
+        except requests.exceptions.RequestException as error:
+            raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
+        if answer.status_code in (401, 403):
+            raise ReplicaUnsuitable(f"{self.url} wants an API key: pass the one given to vllm serve --api-key")
+        if answer.status_code == 404 and path not in ("/health", "/version"):
+            raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
+        if answer.status_code in (502, 503, 504):
+            raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")
+        if refuse and not answer.ok:
+            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {_message(answer)}")
+        return answer
+
+    def _json(self, answer: requests.Response, path: str) -> dict[str, Any]:
+        try:
+            document = answer.json()
+        except ValueError:
+            document = None
+        if not answer.ok or not isinstance(document, dict):
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
+        return document
+
+
+def worker_error(error: Any, where: str) -> HubsyncError:
+    """The error that a worker names, `{"type": class of hubsync.errors, "message": text}`; never any other class."""
+    named = error if isinstance(error, dict) else {"message": error}
+    kind = getattr(errors, str(named.get("type")), None)
+    if not (isinstance(kind, type) and issubclass(kind, HubsyncError)):
+        kind = ReplicaRefused
+    return kind(f"{where}: {named.get('message')}")
+
+
+def _message(answer: requests.Response) -> str:
+    """The readable core of an error response, shortened."""
+    try:
+        document = answer.json()
+    except ValueError:
+        return answer.text[:300]
+    if isinstance(document, dict):
+        error = document.get("error", document)
+        document = error.get("message", error) if isinstance(error, dict) else error
+    return str(document)[:300]

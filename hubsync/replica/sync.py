@@ -1,0 +1,332 @@
+"""Bringing one inference server from version to version, whatever dies on the way.
+
+Staging happens beside generation. The commit is a small state machine, and every step of it may be a client's last:
+
+    open      the workers record that a window opens, for which position and by whom
+    pause     requests freeze between two forward passes; what they have cached is dropped
+    commit    every rank applies what it has staged
+    label     responses from here on state the new version
+    reset     no cached prefix of the old weights is left
+    resume    frozen requests go on, with the new weights
+    close     the workers forget the window
+
+The next client finds the window in the workers' status and completes it (`recover`): from `label` on if the commit
+happened, from `resume` on if it did not. All steps are idempotent.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hubsync.errors import (
+    ConfigError,
+    HubsyncError,
+    ReplicaError,
+    ReplicaPoisoned,
+    ReplicaRefused,
+    ReplicaUnsuitable,
+    WrongParent,
+)
+from hubsync.manifest import Position
+
+from .server import PROTOCOL, VLLMServer, worker_error
+
+KV_CACHE = ("recompute", "keep")
+
+# The reset after a commit can only fail while blocks are held, and nothing holds any while requests are frozen with
+# their caches dropped; a transfer of cached blocks to other storage may still be ending.
+_RESET_ATTEMPTS = 20
+_RESET_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Window:
+    """A commit window that some client opened: where it was going, and the token that closes it."""
+
+    position: Position
+    token: str
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """What all ranks of one server say, taken together.
+
+    Attributes:
+        state: of the rank that is furthest from being ready.
+        position: where the live weights are; None while unknown, or when the ranks differ.
+        staged: the position that all ranks have staged; None if there is none.
+        window: a commit window left open, or None.
+        error: the first rank's recorded error, or None.
+        run_id: the run that the server follows, or None.
+        ranks: the untouched answers, in rank order.
+    """
+
+    state: str
+    position: Position | None
+    staged: Position | None
+    window: Window | None
+    error: HubsyncError | None
+    run_id: str | None
+    ranks: tuple[dict[str, Any], ...]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of the first rank."""
+        return self.ranks[0].get("metrics") or {}
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """One commit.
+
+    Attributes:
+        position: where the server is now.
+        pause_s: seconds in which no request could make progress (0 with `kv_cache="keep"`).
+        commit_s: seconds the slowest rank says it needed to apply.
+        stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
+        changed: elements written, over all ranks' shards; None if the workers do not say.
+    """
+
+    position: Position
+    pause_s: float
+    commit_s: float
+    stage_s: float
+    changed: int | None
+
+    @property
+    def version(self) -> int:
+        return self.position.version
+
+
+class Replica:
+    """One inference server that follows a run.
+
+    Args:
+        server: how to reach it.
+        kv_cache: what happens to the keys and values of running requests at a commit. `"recompute"`: requests freeze,
+            and go on with everything they have recomputed by the new weights. `"keep"`: no pause; requests and cached
+            prefixes mix old keys and values with new weights, until they end or are evicted.
+    """
+
+    def __init__(self, server: VLLMServer, kv_cache: str = "recompute"):
+        if kv_cache not in KV_CACHE:
+            raise ConfigError(f"kv_cache must be one of {', '.join(KV_CACHE)}, not {kv_cache!r}")
+        self.server = server
+        self.kv_cache = kv_cache
+        self._unsettled = False  # a window of ours may still be open
+
+    def check(self) -> None:
+        """ReplicaUnsuitable unless the server is one that hubsync can drive."""
+        self.server.version()
+        ranks = self.server.rpc("hubsync_status")
+        protocol = ranks[0].get("protocol")
+        if protocol != PROTOCOL:
+            raise ReplicaUnsuitable(
+                f"{self.server.url} speaks protocol {protocol}, this side {PROTOCOL}: install the same hubsync on both"
+            )
+        workers = self.server.world_size()
+        if workers != len(ranks):
+            raise ReplicaUnsuitable(
+                f"{self.server.url} has {workers} workers but only {len(ranks)} can be reached: data parallelism "
+                "inside one server is not supported; start one server per data parallel rank"
+            )
+
+    def status(self) -> ReplicaStatus:
+        return _merge(self.server.url, self.server.rpc("hubsync_status"))
+
+    def attach(self, timeout: float = 600.0) -> ReplicaStatus:
+        """Have the workers find out where their weights are, and finish what a dead client left open.
+
+        Raises:
+            RunMismatch, NoPath, ReplicaRefused, ...: whatever the workers say keeps them from following the run.
+            ReplicaUnsuitable: see `check`; or still attaching after `timeout` seconds.
+        """
+        self.check()
+        self.server.rpc("hubsync_attach")
+        for status in self._poll(timeout, "find out where its weights are"):
+            if status.state in ("detached", "attaching"):
+                continue
+            self._raise_if_lost(status)
+            self._recover(status)
+            if status.position is not None:
+                self.server.set_weight_version(str(status.position.version))
+            return self.status()
+        raise AssertionError("unreachable")
+
+    def stage(self, position: Position) -> None:
+        """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
+        self.server.rpc("hubsync_stage", position.version, position.digest)
+
+    def wait_staged(self, position: Position, timeout: float = 600.0) -> None:
+        """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has."""
+        self.stage(position)
+        for status in self._poll(timeout, f"stage {position}"):
+            self._raise_if_lost(status)
+            if position in (status.staged, status.position):
+                return
+            if status.error is not None and status.state != "staging":
+                raise status.error
+
+    def commit(self, position: Position) -> CommitReport:
+        """Make all ranks serve the staged `position`; see the top of this file.
+
+        An error means that the old weights are still served, or, where the commit had happened before the error, that
+        the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, the
+        next `commit`, `attach` or `recover` of any client finishes the window.
+        """
+        if self._unsettled:
+            self.recover()
+        if self.kv_cache == "keep":
+            applied = self._apply(position)
+            return self._report(position, applied, pause_s=0.0)
+        window = Window(position, uuid.uuid4().hex)
+        self.server.rpc("hubsync_open", position.version, position.digest, window.token)
+        self._unsettled = True
+        started = time.perf_counter()
+        try:
+            self.server.pause()
+            applied = self.server.rpc("hubsync_commit", position.version, position.digest)
+            self._complete(window)
+        except BaseException as failure:
+            self._recover_after(failure)
+            raise
+        return self._report(position, applied, pause_s=time.perf_counter() - started)
+
+    def recover(self) -> bool:
+        """Complete a commit window that a client left open. True if there was one."""
+        return self._recover(self.status())
+
+    def wait_verified(self, position: Position, timeout: float = 600.0) -> None:
+        """Return once every rank has recomputed the digest of its live weights at `position` and found it right.
+
+        Raises:
+            ReplicaPoisoned: it was wrong.
+            WrongParent: the server serves another position.
+        """
+        for status in self._poll(timeout, f"verify {position}"):
+            self._raise_if_lost(status)
+            if status.position is not None and status.position != position:
+                raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
+            if status.position == position and status.state != "applied":
+                return
+
+    def _apply(self, position: Position) -> list[dict[str, Any]]:
+        applied = self.server.rpc("hubsync_commit", position.version, position.digest)
+        self.server.set_weight_version(str(position.version))
+        return applied
+
+    def _complete(self, window: Window) -> None:
+        """Everything after the commit. The server runs again afterwards even if something in here fails."""
+        try:
+            self.server.set_weight_version(str(window.position.version))
+            self._reset_prefix_cache()
+        finally:
+            self.server.resume()
+        self._close(window)
+
+    def _close(self, window: Window) -> None:
+        self.server.rpc("hubsync_close", window.token)
+        self._unsettled = False
+
+    def _reset_prefix_cache(self) -> None:
+        for _ in range(_RESET_ATTEMPTS):
+            if self.server.reset_prefix_cache():
+                return
+            time.sleep(_RESET_PAUSE_S)
+        raise ReplicaRefused(
+            f"{self.server.url} would not reset its prefix cache: it may hold keys and values of older weights; "
+            "try `recover` again, or restart the server"
+        )
+
+    def _recover(self, status: ReplicaStatus) -> bool:
+        window = status.window
+        if window is None:
+            self._unsettled = False
+            return False
+        arrived = [_position(rank) == window.position for rank in status.ranks]
+        if any(arrived) and not all(arrived):
+            # Some ranks have the new weights and some the old: running either way would mix them. Those that have
+            # not committed still hold it staged.
+            self.server.rpc("hubsync_commit", window.position.version, window.position.digest)
+        if any(arrived):
+            self._complete(window)
+        else:
+            self.server.resume()
+            self._close(window)
+        return True
+
+    def _recover_after(self, failure: BaseException) -> None:
+        try:
+            self.recover()
+        except ReplicaError as error:
+            # `failure` is the news; this only says that the window is still to be completed.
+            failure.__context__ = error
+
+    def _report(self, position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
+        changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
+        return CommitReport(
+            position=position,
+            pause_s=pause_s,
+            commit_s=_slowest(applied, "commit_s"),
+            stage_s=_slowest(applied, "stage_s"),
+            changed=sum(changed) if len(changed) == len(applied) else None,
+        )
+
+    def _raise_if_lost(self, status: ReplicaStatus) -> None:
+        if status.state not in ("poisoned", "refused"):
+            return
+        if status.error is not None:
+            raise status.error
+        kind = ReplicaPoisoned if status.state == "poisoned" else ReplicaRefused
+        raise kind(f"{self.server.url} is {status.state}; see the server's log")
+
+    def _poll(self, timeout: float, what: str) -> Iterator[ReplicaStatus]:
+        """Statuses, at growing intervals; ReplicaUnsuitable when `timeout` seconds are over."""
+        deadline, pause = time.monotonic() + timeout, 0.005
+        while True:
+            status = self.status()
+            yield status
+            if time.monotonic() > deadline:
+                raise ReplicaUnsuitable(
+                    f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
+                    "see the server's log, or allow more time"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+
+# Furthest from ready first; of several ranks, the worst speaks for the server.
+_STATES = ("poisoned", "refused", "detached", "attaching", "staging", "applied", "ready", "staged")
+
+
+def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
+    positions = {_position(rank) for rank in ranks}
+    staged = {_position(rank.get("staged") or {}) for rank in ranks}
+    windows = [rank["window"] for rank in ranks if rank.get("window")]
+    failures = [rank["error"] for rank in ranks if rank.get("error")]
+    return ReplicaStatus(
+        state=min((str(rank.get("state")) for rank in ranks), key=_badness),
+        position=positions.pop() if len(positions) == 1 else None,
+        staged=staged.pop() if len(staged) == 1 else None,
+        window=Window(Position(windows[0]["version"], windows[0]["digest"]), windows[0]["token"]) if windows else None,
+        error=worker_error(failures[0], url) if failures else None,
+        run_id=ranks[0].get("run_id"),
+        ranks=tuple(ranks),
+    )
+
+
+def _badness(state: str) -> int:
+    return _STATES.index(state) if state in _STATES else 0
+
+
+def _position(document: dict[str, Any]) -> Position | None:
+    version, digest = document.get("version"), document.get("digest")
+    return None if version is None or digest is None else Position(int(version), str(digest))
+
+
+def _slowest(ranks: list[dict[str, Any]], metric: str) -> float:
+    return max(float((rank.get("metrics") or rank).get(metric) or 0.0) for rank in ranks)

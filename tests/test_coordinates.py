@@ -1,0 +1,311 @@
+"""The coordinate map of hand-made models: small modules with the tricks that real loaders play."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hubsync.errors import ReplicaRefused
+from hubsync.table import TensorSpec, TensorTable
+from vllm_plugin.coordinates import CoordinateMap, build_map
+from vllm_plugin.regions import Block, Scatter, block
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class Model(nn.Module):
+    """Parameters by name, and a `load_weights` made of one function per checkpoint name."""
+
+    def __init__(self, loaders: dict[str, Callable[[Model, torch.Tensor], object]], **shapes: tuple[int, ...]):
+        super().__init__()
+        for name, shape in shapes.items():
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+            self.register_parameter(name, nn.Parameter(values.to(torch.bfloat16), requires_grad=False))
+        self.loaders = loaders
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, tensor in weights:
+            if name in self.loaders:
+                self.loaders[name](self, tensor)
+
+
+def table_of(*rows: tuple[str, tuple[int, ...]], dtype: str = "BF16") -> TensorTable:
+    return TensorTable([TensorSpec(name, shape, dtype) for name, shape in rows])
+
+
+def checkpoint(table: TensorTable) -> dict[str, torch.Tensor]:
+    """Random bits: NaN payloads, infinities and both zeros included."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        spec.name: torch.randint(-(1 << 15), 1 << 15, spec.shape, generator=generator, dtype=torch.int16).view(
+            torch.bfloat16
+        )
+        for spec in table
+    }
+
+
+def read_back(coordinates: CoordinateMap, index: int) -> torch.Tensor:
+    """The table tensor as the map finds it in live memory, as int16 patterns."""
+    flat = torch.zeros(coordinates.table[index].numel, dtype=torch.int16)
+    for region in coordinates.regions[index]:
+        for piece in region.pieces(7):
+            ranks = np.arange(piece.numel)
+            flat[torch.from_numpy(piece.indices(ranks))] = piece.gather_live(coordinates.storages[piece.storage].bits)
+    return flat
+
+
+def assert_exact(model: Model, table: TensorTable) -> CoordinateMap:
+    """Map first, load real weights afterwards: every element must be found where the loader put it."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    coordinates = build_map(model, table)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16)), "the dry run wrote"
+    weights = checkpoint(table)
+    with torch.no_grad():
+        model.load_weights(weights.items())
+    for index, spec in enumerate(table):
+        expected = weights[spec.name].reshape(-1).view(torch.int16)
+        assert torch.equal(read_back(coordinates, index), expected), spec.name
+        indices = np.arange(spec.numel)[::3]
+        found = np.concatenate([region.locate(indices)[0] for region in coordinates.regions[index]])
+        assert sorted(found) == list(range(len(indices))), "every index is located exactly once"
+        for region in coordinates.regions[index]:
+            positions, offsets = region.locate(indices)
+            live = coordinates.storages[region.storage].bits[torch.from_numpy(offsets)]
+            assert torch.equal(live, expected[torch.from_numpy(indices[positions])])
+    return coordinates
+
+
+def rows(name: str, first: int, last: int) -> Callable[[Model, torch.Tensor], object]:
+    return lambda model, tensor: getattr(model, name).data[first:last].copy_(tensor)
+
+
+def test_fused_projection() -> None:
+    model = Model({"q": rows("qkv", 0, 4), "k": rows("qkv", 4, 6), "v": rows("qkv", 6, 8)}, qkv=(8, 3))
+    coordinates = assert_exact(model, table_of(("q", (4, 3)), ("k", (2, 3)), ("v", (2, 3))))
+    assert [len(regions) for regions in coordinates.regions] == [1, 1, 1]
+    assert all(region.contiguous for regions in coordinates.regions for region in regions)
+
+
+def test_one_checkpoint_tensor_split_over_two_parameters() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        gate, up = tensor.chunk(2, dim=0)
+        model.gate.data.copy_(gate)
+        model.up.data.copy_(up)
+
+    assert_exact(Model({"gate_up": load}, gate=(2, 5), up=(2, 5)), table_of(("gate_up", (4, 5))))
+
+
+def test_padded_vocabulary() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        model.embed.data[:5].copy_(tensor)
+        model.embed.data[5:].fill_(0)
+
+    assert_exact(Model({"embed": load}, embed=(8, 4)), table_of(("embed", (5, 4))))
+
+
+def test_zeroing_before_loading_is_harmless() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        model.w.data.zero_()
+        model.w.data.copy_(tensor)
+
+    assert_exact(Model({"w": load}, w=(3, 4)), table_of(("w", (3, 4))))
+
+
+def test_tied_parameter_is_one_storage() -> None:
+    model = Model({"embed": rows("embed", 0, 6)}, embed=(6, 4))
+    model.head = model.embed
+    coordinates = assert_exact(model, table_of(("embed", (6, 4))))
+    assert coordinates.storages[0].names == ["embed", "head"]
+
+
+def test_transposed_and_columns() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        model.w.data[:, 1:4].copy_(tensor.t())
+        model.w.data[:, 0].fill_(0)
+
+    coordinates = assert_exact(Model({"w": load}, w=(5, 4)), table_of(("w", (3, 5))))
+    assert isinstance(coordinates.regions[0][0], Block)
+
+
+def test_scalar_and_reshaped() -> None:
+    loaders = {
+        "scale": lambda model, tensor: model.scale.data.copy_(tensor.reshape(1)),
+        "w": lambda model, tensor: model.w.data.copy_(tensor.view(4, 6)),
+    }
+    assert_exact(Model(loaders, scale=(1,), w=(4, 6)), table_of(("scale", ()), ("w", (2, 2, 6))))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda t: t.flip(0),
+        lambda t: t[torch.tensor([2, 0, 3, 1])],
+        lambda t: t.index_select(1, torch.tensor([3, 1, 0, 2, 4, 5])),
+        lambda t: torch.cat([t[2:], t[:2]]),
+        lambda t: t.t().contiguous().view(6, 4).t(),
+        lambda t: t.roll(1, 0),
+        lambda t: t.to("cpu").clone().contiguous(),
+    ],
+)
+def test_permuting_loaders(move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = Model({"w": lambda model, tensor: model.w.data.copy_(move(tensor))}, w=(4, 6))
+    assert_exact(model, table_of(("w", (4, 6))))
+
+
+def test_loader_that_concatenates_two_tensors() -> None:
+    class Buffering(Model):
+        def load_weights(self, weights: Weights) -> None:
+            tensors = dict(weights)
+            self.w.data.copy_(torch.cat([tensors["b"], tensors["a"]]))
+
+    coordinates = assert_exact(Buffering({}, w=(5, 3)), table_of(("a", (2, 3)), ("b", (3, 3))))
+    assert all(isinstance(region, Scatter) for regions in coordinates.regions for region in regions)
+
+
+def test_padding_inside_a_tensor() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        model.w.data.copy_(nn.functional.pad(tensor, (0, 2)))
+
+    assert_exact(Model({"w": load}, w=(3, 6)), table_of(("w", (3, 4))))
+
+
+def composed(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor)
+    model.w.data.copy_(-torch.exp(model.w.data))
+
+
+def through_a_buffer(model: Model, tensor: torch.Tensor) -> None:
+    buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+    buffer.copy_(tensor)
+    model.w.data.copy_(buffer)
+
+
+def two_places(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor)
+    model.v.data.copy_(tensor)
+
+
+def wiped(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor)
+    model.w.data[3:].zero_()
+
+
+def replaced(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor)
+    model.w = nn.Parameter(torch.zeros(4, 6, dtype=torch.bfloat16), requires_grad=False)
+
+
+def swallowed(model: Model, tensor: torch.Tensor) -> None:
+    try:
+        model.w.data.copy_(tensor + 1)
+    except Exception:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [
+        (lambda model, tensor: model.w.data.copy_(tensor + 1), r"^w: the loader computes with it \(aten.add"),
+        (lambda model, tensor: model.w.data.copy_(tensor.float().exp()), "^w: the loader converts it"),
+        (lambda model, tensor: model.w.data.fill_(tensor.max().item()), "^w: the loader computes"),
+        (lambda model, tensor: model.w.data.copy_(tensor[tensor > 0]), "^w: the loader computes"),
+        (lambda model, tensor: tensor.mul_(2), "^w: the loader stores it"),
+        (lambda model, tensor: model.w.data.add_(tensor), "^w: its loader computes its values"),
+        (lambda model, tensor: model.w.data[:2].copy_(tensor[:2]), "^w: .*only 12 of 24"),
+        (lambda model, tensor: model.w.data.copy_(tensor[:1]), "^w: .*more than one place"),
+        (lambda model, tensor: None, "^w: the model's load_weights ignores it"),
+        (lambda model, tensor: model.w.data.view(torch.float16).copy_(tensor), "^w: it is torch.bfloat16 in the run"),
+        (lambda model, tensor: model.missing.copy_(tensor), "stopped after taking w: AttributeError"),
+        (composed, "^w: its loader computes its values"),
+        (through_a_buffer, "^w: the loader stores it"),
+        (two_places, "^w: the model keeps elements of it in more than one place"),
+        (wiped, "^w: its loader overwrites part of it"),
+        (replaced, "^w: the model's load_weights replaces"),
+        (swallowed, "^w: the loader computes with it"),
+    ],
+)
+def test_what_cannot_be_mapped_is_refused_by_name(load: Callable[[Model, torch.Tensor], object], reason: str) -> None:
+    model = Model({"w": load, "v": rows("v", 0, 4)}, w=(4, 6), v=(4, 6))
+    live = model.w
+    before = live.clone()
+    with pytest.raises(ReplicaRefused, match=reason):
+        build_map(model, table_of(("w", (4, 6)), ("v", (4, 6))))
+    assert torch.equal(live, before)
+
+
+def test_two_tensors_in_one_place_are_refused() -> None:
+    model = Model({"a": rows("w", 0, 3), "b": rows("w", 2, 5)}, w=(5, 2))
+    with pytest.raises(ReplicaRefused, match=r"^a, b: two elements land in one place of w"):
+        build_map(model, table_of(("a", (3, 2)), ("b", (3, 2))))
+
+
+def test_interleaved_tensors_do_not_overlap() -> None:
+    loaders = {
+        "even": lambda model, tensor: model.w.data[::2].copy_(tensor),
+        "odd": lambda model, tensor: model.w.data[1::2].copy_(tensor),
+    }
+    assert_exact(Model(loaders, w=(6, 2)), table_of(("even", (3, 2)), ("odd", (3, 2))))
+
+
+def test_parameter_that_no_tensor_feeds_is_refused() -> None:
+    model = Model({"q": rows("qkv", 0, 4)}, qkv=(8, 3))
+    with pytest.raises(ReplicaRefused, match=r"^qkv: the tensors of the run feed only 12 of 24 elements"):
+        build_map(model, table_of(("q", (4, 3))))
+    model = Model({"q": rows("qkv", 0, 8)}, qkv=(8, 3), extra=(2,))
+    with pytest.raises(ReplicaRefused, match=r"^extra: the tensors of the run feed no element"):
+        build_map(model, table_of(("q", (8, 3))))
+
+
+def test_other_dtype_is_refused() -> None:
+    model = Model({"w": rows("w", 0, 4)}, w=(4, 6))
+    with pytest.raises(ReplicaRefused, match=r"^w: it is torch.float32 in the run and torch.bfloat16 in w"):
+        build_map(model, table_of(("w", (4, 6)), dtype="F32"))
+
+
+def test_a_parameter_that_moved_is_noticed() -> None:
+    model = Model({"w": rows("w", 0, 4)}, w=(4, 6))
+    coordinates = build_map(model, table_of(("w", (4, 6))))
+    assert coordinates.moved() is None
+    model.w = nn.Parameter(model.w.clone(), requires_grad=False)
+    assert coordinates.moved() == "w"
+
+
+# --- the algebra of strided blocks
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two views of one shape without self-overlap: any permutation and slicing of a tensor of 1 to 4 dimensions."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    views = []
+    for _ in range(2):
+        order = draw(st.permutations(range(len(sizes))))
+        margins = [(draw(st.integers(0, 2)), draw(st.integers(1, 2))) for _ in sizes]
+        stored = [first + step * size for (first, step), size in zip(margins, sizes, strict=True)]
+        view = torch.arange(int(np.prod(stored))).reshape([stored[axis] for axis in order])
+        view = view.permute([list(order).index(axis) for axis in range(len(sizes))])
+        views.append(view[tuple(slice(first, None, step) for first, step in margins)])
+    return views[0], views[1]
+
+
+@given(strided(), st.integers(1, 9))
+def test_a_block_agrees_with_torch(views: tuple[torch.Tensor, torch.Tensor], limit: int) -> None:
+    source, target = views
+    pair = dict(zip(source.reshape(-1).tolist(), target.reshape(-1).tolist(), strict=True))
+    region = block(0, source.shape, source.storage_offset(), source.stride(), target.storage_offset(), target.stride())
+    assert region is not None
+    ranks = np.arange(region.numel)
+    assert dict(zip(region.indices(ranks).tolist(), region.offsets(ranks).tolist(), strict=True)) == pair
+    pieces = list(region.pieces(limit))
+    assert all(piece.numel <= limit for piece in pieces)
+    assert np.concatenate([p.indices(np.arange(p.numel)) for p in pieces]).tolist() == region.indices(ranks).tolist()
+    everything = np.arange(max(pair) + 2)
+    positions, offsets = region.locate(everything)
+    assert dict(zip(positions.tolist(), offsets.tolist(), strict=True)) == pair

@@ -1,0 +1,142 @@
+"""The manifests of a run as a graph: which exist, which is the newest, and what leads to what.
+
+Each epoch is a straight line, because it has one writer. A new epoch continues from a version of an older one
+(the first delta names it as its parent), or from an anchor when its weights are unrelated. Hence the newest
+version of the run is the newest of the highest epoch that has any: whatever a replaced writer still managed to
+commit in its own, lower epoch is a dead branch, readable but never the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from hubsync.bucket.base import Bucket
+from hubsync.errors import FormatError
+from hubsync.manifest import Manifest, Position, Run
+
+from .layout import EpochNames, Layout, epoch_names
+
+READ_AHEAD = 256  # manifests of earlier versions read in one go while walking back
+
+
+@dataclass(frozen=True)
+class Link:
+    """One position on a chain, and the delta that leads to it (None where the chain begins or is cut off)."""
+
+    position: Position
+    delta: Manifest | None
+
+
+class ChainIndex:
+    """Reads names and manifests (never parts) and remembers them. Manifests are immutable, so nothing goes stale."""
+
+    def __init__(self, bucket: Bucket, run: Run):
+        self._bucket = bucket
+        self._run = run
+        self._manifests: dict[str, Manifest] = {}
+        self._epochs: dict[str, EpochNames] = {}
+
+    @property
+    def epochs(self) -> dict[str, EpochNames]:
+        """Epochs and their versions as of the last `survey`, oldest first."""
+        return self._epochs
+
+    def survey(self) -> None:
+        """List every epoch with its manifests: one listing."""
+        self._epochs = epoch_names(stat.path for stat in self._bucket.list(Layout.EPOCHS))
+
+    def newest(self, below: int | None = None) -> Manifest | None:
+        """Newest manifest of the last survey (of those with a version lower than `below`); None if there is none."""
+        for epoch in reversed(self._epochs):
+            versions = self._epochs[epoch].versions
+            for version in sorted(versions if below is None else (v for v in versions if v < below), reverse=True):
+                manifest = self.at(epoch, version)
+                if manifest is not None:
+                    return manifest
+        return None
+
+    def at_version(self, version: int) -> Manifest | None:
+        """Manifest of this version in the highest epoch that has it, as of the last survey."""
+        for epoch, names in reversed(self._epochs.items()):
+            if version in names.versions:
+                return self.at(epoch, version)
+        return None
+
+    def at(self, epoch: str, version: int, *, down_to: int | None = None) -> Manifest | None:
+        """The delta of this version, else its anchor, else None.
+
+        Earlier deltas of the epoch, from `down_to` on, are read in the same call: walking back needs them next.
+        """
+        delta, anchor = Layout.delta(epoch, version), Layout.anchor(epoch, version)
+        if delta not in self._manifests:
+            first = version if down_to is None else max(1, down_to, version - READ_AHEAD)
+            self._load([anchor, *(Layout.delta(epoch, v) for v in range(first, version + 1))])
+        return self._manifests.get(delta) or self._manifests.get(anchor)
+
+    def anchor_of(self, position: Position) -> Manifest | None:
+        """A committed anchor with exactly this position, as of the last survey."""
+        epochs = [epoch for epoch, names in reversed(self._epochs.items()) if position.version in names.anchors]
+        self._load(Layout.anchor(epoch, position.version) for epoch in epochs)
+        found = (self._manifests.get(Layout.anchor(epoch, position.version)) for epoch in epochs)
+        return next((anchor for anchor in found if anchor is not None and anchor.position == position), None)
+
+    def add(self, manifest: Manifest) -> None:
+        """Remember a manifest that came from elsewhere (the head), after the same checks."""
+        path = Layout.manifest(manifest)
+        self._check(manifest, path)
+        self._manifests[path] = manifest
+
+    def walk(self, start: Manifest | None, *, down_to: int = 0) -> Iterator[Link]:
+        """Positions from `start` (None: version 0) back to where the chain begins, each with the delta leading to it.
+
+        The last link has no delta: it is version 0, or an anchor that began the chain anew, or a version whose
+        manifest is gone. Nothing below version `down_to` is read. FormatError if a parent is not what its child says.
+        """
+        if start is None:
+            yield Link(self._run.origin, None)
+            return
+        manifest: Manifest | None = start
+        position = start.position
+        while manifest is not None:
+            delta = manifest if manifest.kind == "delta" else self._delta_to(position)
+            yield Link(position, delta)
+            if delta is None or position.version <= down_to:
+                return
+            assert delta.parent is not None  # the parser guarantees it for deltas
+            position = delta.parent
+            if delta.parent_epoch is None:
+                if position != self._run.origin:
+                    raise FormatError(f"{Layout.manifest(delta)}: its version 0 is not the one of run.json")
+                break
+            manifest = self.at(delta.parent_epoch, position.version, down_to=down_to)
+            if manifest is not None and manifest.position != position:
+                raise FormatError(f"{Layout.manifest(delta)}: names {position} as parent, found {manifest.position}")
+        yield Link(position, None)
+
+    def _delta_to(self, position: Position) -> Manifest | None:
+        # An anchor does not say which epoch has the delta to the same version: it may be the anchor's own or any
+        # earlier one, if the writer was resumed at this version.
+        epochs = [epoch for epoch, names in self._epochs.items() if position.version in names.deltas]
+        self._load(Layout.delta(epoch, position.version) for epoch in epochs)
+        found = (self._manifests.get(Layout.delta(epoch, position.version)) for epoch in epochs)
+        return next((delta for delta in found if delta is not None and delta.position == position), None)
+
+    def _load(self, paths: Iterable[str]) -> None:
+        unknown = [path for path in paths if path not in self._manifests]
+        if not unknown:
+            return
+        for path, data in self._bucket.read(unknown).items():
+            manifest = Manifest.loads(data)
+            self._check(manifest, path)
+            self._manifests[path] = manifest
+
+    def _check(self, manifest: Manifest, path: str) -> None:
+        if Layout.manifest(manifest) != path:
+            raise FormatError(f"{path}: holds the manifest of {Layout.manifest(manifest)}")
+        if manifest.run_id != self._run.run_id or manifest.table_hash != self._run.table.hash:
+            raise FormatError(
+                f"{path}: belongs to run {manifest.run_id}, not to {self._run.run_id} with its tensor table"
+            )
+        if manifest.version == 0 and manifest.position != self._run.origin:
+            raise FormatError(f"{path}: its version 0 is not the one of run.json")

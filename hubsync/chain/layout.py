@@ -1,0 +1,88 @@
+"""Object names: all of them are made here, from validated numbers, and never read from a document.
+
+```
+run.json
+head.json
+epochs/00000003-1a2b3c4d/epoch.json                                  a writer has begun
+epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
+epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
+epochs/00000003-1a2b3c4d/anchors/00000040/manifest.json              manifest of an anchor
+epochs/00000003-1a2b3c4d/anchors/00000040/<its files>
+```
+Fixed-width numbers make the order of names the order of epochs and versions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hubsync.manifest import Manifest, Part
+
+_NAME = re.compile(r"epochs/(\d{8}-[0-9a-f]{8})(?:/(?:versions/(\d{8})\.json|anchors/(\d{8})/manifest\.json)|/.*)?")
+
+
+class Layout:
+    """Names of the objects of a run, relative to its prefix."""
+
+    RUN = "run.json"
+    HEAD = "head.json"
+    EPOCHS = "epochs"
+
+    @staticmethod
+    def epoch(epoch: str) -> str:
+        """The marker that tells older writers that they have been replaced."""
+        return f"epochs/{epoch}/epoch.json"
+
+    @staticmethod
+    def delta(epoch: str, version: int) -> str:
+        """Manifest of the delta that leads to `version`."""
+        return f"epochs/{epoch}/versions/{version:08d}.json"
+
+    @staticmethod
+    def anchor(epoch: str, version: int) -> str:
+        """Manifest of the anchor of `version`, beside its files."""
+        return f"epochs/{epoch}/anchors/{version:08d}/manifest.json"
+
+    @staticmethod
+    def manifest(manifest: Manifest) -> str:
+        """Where this manifest itself is stored."""
+        make = Layout.delta if manifest.kind == "delta" else Layout.anchor
+        return make(manifest.epoch, manifest.version)
+
+    @staticmethod
+    def part(manifest: Manifest, part: Part) -> str:
+        """Where one part of this manifest is stored."""
+        if manifest.kind == "anchor":
+            return f"epochs/{manifest.epoch}/anchors/{manifest.version:08d}/{part.file}"
+        name = f"{manifest.version:08d}-{part.rank:05d}-{part.sha256[:16]}.safetensors"
+        return f"epochs/{manifest.epoch}/deltas/{name}"
+
+
+@dataclass
+class EpochNames:
+    """Which manifests one epoch has, told from the names of its objects alone."""
+
+    deltas: set[int] = field(default_factory=set)
+    anchors: set[int] = field(default_factory=set)
+
+    @property
+    def versions(self) -> set[int]:
+        return self.deltas | self.anchors
+
+
+def epoch_names(paths: Iterable[str]) -> dict[str, EpochNames]:
+    """Epoch -> the manifests it has, oldest epoch first. Names that are not ours are ignored."""
+    epochs: dict[str, EpochNames] = {}
+    for path in paths:
+        match = _NAME.fullmatch(path)
+        if match is None:
+            continue
+        epoch, delta, anchor = match.groups()
+        names = epochs.setdefault(epoch, EpochNames())
+        if delta is not None:
+            names.deltas.add(int(delta))
+        if anchor is not None:
+            names.anchors.add(int(anchor))
+    return dict(sorted(epochs.items()))

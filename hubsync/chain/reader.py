@@ -1,0 +1,285 @@
+"""Reading a run: where it stands, which way leads there, and its verified files.
+
+The head is a hint. A stalled old writer that wakes up may overwrite it, and a writer may die before it writes
+it. So a reader keeps a high-water mark and never goes below it, and it lists the epochs on first use, when the
+head is older than what it has seen, and when a version asked for is not there.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from hubsync.bucket.base import Bucket, Download
+from hubsync.errors import FormatError, NoPath, ObjectMissing
+from hubsync.manifest import Head, Manifest, Position, Run
+from hubsync.patch import Patch, compose
+
+from .index import ChainIndex
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to get to `target`: a starting point, then `deltas` in order.
+
+    Attributes:
+        start: what the caller has, if the way starts there.
+        anchor: manifest of the anchor to load first, if the way starts there.
+        base: the way starts at the local base checkpoint (version 0).
+        deltas: manifests of deltas, oldest first; each one's parent is where the one before leads to.
+        target: where it ends.
+    """
+
+    start: Position | None
+    anchor: Manifest | None
+    base: bool
+    deltas: list[Manifest]
+    target: Position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to download."""
+        return sum(delta.nbytes for delta in self.deltas) + (self.anchor.nbytes if self.anchor else 0)
+
+
+class ChainReader:
+    """One reader of one run. Not thread-safe; several readers, also of several processes, may share a cache.
+
+    Args:
+        bucket: the run's prefix.
+        cache_dir: downloaded parts are kept below `cache_dir/<run id>/`, under the names they have in the bucket.
+    """
+
+    def __init__(self, bucket: Bucket, cache_dir: str | os.PathLike[str]):
+        self._bucket = bucket
+        self._cache = Path(cache_dir)
+        self._run: Run | None = None
+        self._chain: ChainIndex | None = None
+        self._mark: Manifest | None = None  # the newest manifest seen, by (epoch, version)
+        self._seen_head: bytes | None = None
+        self._fetched: set[Path] = set()
+
+    def run(self) -> Run:
+        """`run.json`, read once. ObjectMissing if nobody has created the run yet."""
+        if self._run is None:
+            data = self._bucket.read([Layout.RUN]).get(Layout.RUN)
+            if data is None:
+                raise ObjectMissing(
+                    f"{self._bucket.address} holds no run (no {Layout.RUN}): check the address, or start the trainer first"
+                )
+            self._run = Run.loads(data)
+        return self._run
+
+    def newest(self) -> Position:
+        """The newest committed position known; one call while the head is in order. Never goes backwards."""
+        self.head()
+        return self._position(self._mark)
+
+    def head(self) -> Head | None:
+        """Read the head and look closer where it is in doubt. None if there is none (yet), or it is unreadable."""
+        data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
+        head = self._parse(data)
+        first_use = self._chain is None
+        # A head that was looked into once is not looked into again: no listing per poll while it stays bad.
+        changed, self._seen_head = data != self._seen_head, data
+        in_order = head is not None and (self._mark is None or _order(head.manifest) >= _order(self._mark))
+        if head is not None and in_order:
+            self._index.add(head.manifest)
+            self._raise_mark(head.manifest)
+        if first_use or (changed and not in_order):
+            self._survey()
+        return head
+
+    def manifests(self) -> list[Manifest]:
+        """Deltas and anchors of the current chain, oldest first (the delta of a version before its anchor).
+
+        Where the chain was begun anew with an anchor, what came before it is listed too.
+        """
+        self._survey()
+        found: list[Manifest] = []
+        start = self._mark
+        while start is not None:
+            position = start.position
+            for link in self._index.walk(start):
+                position = link.position
+                anchor = self._index.anchor_of(position)
+                found += [manifest for manifest in (anchor, link.delta) if manifest is not None]
+            start = self._index.newest(below=position.version)
+        return found[::-1]
+
+    def manifest(self, version: int) -> Manifest:
+        """Manifest of the delta that leads to this version, or of its anchor if there is no delta.
+
+        NoPath if the version was never committed.
+        """
+        self.newest()
+        found = self._index.at(self._mark.epoch, version) if self._mark else None
+        if found is None:
+            self._survey()
+            found = self._index.at_version(version)
+        if found is None:
+            raise NoPath(f"version {version} is not in {self._bucket.address}; {self._what_exists()}")
+        return found
+
+    def find(self, digest: str) -> Position | None:
+        """Which committed position has this digest (32 hex digits); the newest one if several do."""
+        if self.newest().digest == digest:
+            return self._position(self._mark)
+        for manifest in reversed(self.manifests()):
+            if manifest.position.digest == digest:
+                return manifest.position
+        return self.run().origin if digest == self.run().digest else None
+
+    def plan(self, have: Position | None, to: int | None = None, *, base_available: bool = False) -> Plan:
+        """The way with the fewest bytes from `have` (None: from nothing) to version `to` (None: the newest).
+
+        Deltas alone where they lead from `have`; else the newest anchor on the way, or the base checkpoint if
+        the caller has it (`base_available`), and the deltas from there. NoPath tells what exists.
+        """
+        target = self._target(to)
+        position = self._position(target)
+        if have == position:
+            return Plan(have, None, False, [], position)
+        deltas = None if have is None else self._deltas(have, target)
+        if deltas is not None:
+            return Plan(have, None, False, deltas, position)
+        self._survey()  # anchors may have been added to versions that we knew
+        plan = self._from_anchor_or_base(target, base_available)
+        if plan is None:
+            origin = "the base checkpoint is not at hand" if not base_available else "deltas are missing"
+            raise NoPath(
+                f"no way from {have or 'nothing'} to {position} in {self._bucket.address}: no deltas lead there, "
+                f"there is no anchor on the way, and {origin}; {self._what_exists()}. "
+                "Ask the trainer for an anchor (`engine.anchor()`)"
+            )
+        return plan
+
+    def fetch(self, manifest: Manifest) -> list[Path]:
+        """Local files of a manifest's parts, in their order, each with the size and SHA-256 that it states.
+
+        The files of an anchor lie in one directory that `from_pretrained` can load.
+        """
+        paths = [self._cache / self.run().run_id / Layout.part(manifest, part) for part in manifest.parts]
+        self._bucket.fetch(
+            [
+                Download(Layout.part(manifest, part), part.size, part.sha256, path)
+                for part, path in zip(manifest.parts, paths, strict=True)
+            ]
+        )
+        for path in paths:
+            os.utime(path)  # `trim` evicts what was not fetched for longest
+        self._fetched = set(paths)
+        return paths
+
+    def patch(self, manifest: Manifest) -> Patch:
+        """The decoded delta of a manifest: its parts (one a publisher rank, on disjoint elements) together."""
+        if manifest.kind != "delta":
+            raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
+        from hubsync.parts import read_delta
+
+        table = self.run().table
+        parts = [read_delta(path, table, manifest) for path in self.fetch(manifest)]
+        return reduce(compose, parts, {})
+
+    def trim(self, keep_bytes: int) -> None:
+        """Delete cached files of this run, the longest unused first, until at most `keep_bytes` are left.
+
+        What the last `fetch` returned stays. A file in use elsewhere is fetched again when it is next needed.
+        """
+        files = []
+        for path in (self._cache / self.run().run_id).rglob("*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another reader trims the same cache
+                continue
+            if path.is_file():
+                files.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in files) - keep_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                return
+            if path not in self._fetched:
+                path.unlink(missing_ok=True)
+                excess -= size
+
+    # --- where the run stands -----------------------------------------------------------------------
+
+    @property
+    def _index(self) -> ChainIndex:
+        if self._chain is None:
+            self._chain = ChainIndex(self._bucket, self.run())
+        return self._chain
+
+    def _parse(self, data: bytes | None) -> Head | None:
+        if data is None:
+            return None
+        try:
+            return Head.loads(data)
+        except FormatError:
+            return None  # only a hint: the manifests tell, and they are not forgiven anything
+
+    def _survey(self) -> None:
+        self._index.survey()
+        newest = self._index.newest()
+        if newest is not None:
+            self._raise_mark(newest)
+
+    def _raise_mark(self, manifest: Manifest) -> None:
+        if self._mark is None or _order(manifest) > _order(self._mark):
+            self._mark = manifest
+
+    def _position(self, manifest: Manifest | None) -> Position:
+        return self.run().origin if manifest is None else manifest.position
+
+    # --- ways ---------------------------------------------------------------------------------------
+
+    def _target(self, version: int | None) -> Manifest | None:
+        """Manifest of a version; None for version 0."""
+        if version == 0:
+            return None
+        if version is None:
+            self.newest()
+            return self._mark
+        return self.manifest(version)
+
+    def _deltas(self, have: Position, target: Manifest | None) -> list[Manifest] | None:
+        deltas: list[Manifest] = []
+        for link in self._index.walk(target, down_to=have.version):
+            if link.position == have:
+                return deltas[::-1]
+            if link.delta is None or link.position.version <= have.version:
+                return None
+            deltas.append(link.delta)
+        return None
+
+    def _from_anchor_or_base(self, target: Manifest | None, base_available: bool) -> Plan | None:
+        position = self._position(target)
+        best: Plan | None = None
+        deltas: list[Manifest] = []
+        spent = 0
+        for link in self._index.walk(target):
+            if best is None and (anchor := self._index.anchor_of(link.position)) is not None:
+                best = Plan(None, anchor, False, deltas[::-1], position)
+            if best is not None and (not base_available or best.nbytes <= spent):
+                break
+            if base_available and link.position == self.run().origin:
+                return Plan(None, None, True, deltas[::-1], position)
+            if link.delta is not None:
+                deltas.append(link.delta)
+                spent += link.delta.nbytes
+        return best
+
+    def _what_exists(self) -> str:
+        versions = sorted({version for names in self._index.epochs.values() for version in names.deltas})
+        anchors = sorted({version for names in self._index.epochs.values() for version in names.anchors})
+        deltas = f"deltas to versions {versions[0]}..{versions[-1]}" if versions else "no deltas"
+        return (
+            f"the run has {deltas} and {'anchors of ' + ', '.join(map(str, anchors[-8:])) if anchors else 'no anchors'}"
+        )
+
+
+def _order(manifest: Manifest) -> tuple[str, int]:
+    return manifest.epoch, manifest.version

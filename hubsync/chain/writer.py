@@ -1,0 +1,288 @@
+"""Writing a run: parts, check, fence, manifest, head, in this order.
+
+Storage has no conditional write. So every writer opens an epoch of its own, a prefix nobody else writes to, and
+before each commit looks whether a newer epoch exists. Between that look and the write it may be stalled for any
+time; what it then still commits lies in its own, older epoch and has a version number that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hubsync.bucket.base import Bucket, Upload
+from hubsync.errors import BucketError, BucketUnavailable, ChainError, Fenced, ObjectMissing, RunMismatch
+from hubsync.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
+from hubsync.table import TensorTable
+
+from .index import ChainIndex
+from .layout import Layout
+
+logger = logging.getLogger(__name__)
+
+
+class ChainWriter:
+    """The one writer of one epoch; made by `create` or `resume`. Not thread-safe."""
+
+    def __init__(self, bucket: Bucket, run: Run):
+        self._bucket = bucket
+        self._run = run
+        self._epoch = ""
+        self._position = run.origin
+        self._position_epoch: str | None = None
+        self._next_version = 1
+        self._newest: Manifest | None = None  # what the head should say
+        self._head_is_behind = False
+        self._unknown: Manifest | None = None
+        self._open_epoch()
+
+    @classmethod
+    def create(cls, bucket: Bucket, run: Run) -> ChainWriter:
+        """Begin a run. RunMismatch if the bucket holds one already.
+
+        If `run.base.model` is None, version 0 exists nowhere: commit an anchor of `run.origin` next.
+        """
+        taken = f"{bucket.address} already holds a run: resume it, or choose another prefix for a new one"
+        if bucket.read([Layout.RUN]):
+            raise RunMismatch(taken)
+        bucket.commit(Layout.RUN, run.dumps())
+        # Of two creators at the same time the later write wins, and the other one sees it here or is fenced.
+        if Run.loads(bucket.read([Layout.RUN])[Layout.RUN]).run_id != run.run_id:
+            raise RunMismatch(taken)
+        return cls(bucket, run)
+
+    @classmethod
+    def resume(cls, bucket: Bucket, table: TensorTable) -> ChainWriter:
+        """Continue a run with a new epoch, from its newest version. Older writers are fenced from now on.
+
+        ObjectMissing if there is no run; RunMismatch if it has another tensor table.
+        """
+        data = bucket.read([Layout.RUN]).get(Layout.RUN)
+        if data is None:
+            raise ObjectMissing(f"{bucket.address} holds no run (no {Layout.RUN}) that could be resumed")
+        run = Run.loads(data)
+        if run.table != table:
+            raise RunMismatch(
+                f"the run in {bucket.address} belongs to another model: {_first_difference(run.table, table)}. "
+                "Choose another prefix for a new run"
+            )
+        return cls(bucket, run)
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    @property
+    def epoch(self) -> str:
+        return self._epoch
+
+    @property
+    def position(self) -> Position:
+        """Newest committed position: the parent of the next delta."""
+        return self._position
+
+    @property
+    def next_version(self) -> int:
+        """Number of the next version. Not always `position.version + 1`: see `_open_epoch`."""
+        return self._next_version
+
+    def settle(self) -> Manifest | None:
+        """Call this before preparing a version. Does nothing unless the outcome of the last manifest is unknown.
+
+        Then a new epoch is opened, so that the lost write cannot come in between, and the manifest is returned if
+        it turns out to be committed after all (`position` is its position then).
+        """
+        if self._unknown is None:
+            return None
+        lost, before = self._unknown, self._position
+        self._check_fence()
+        self._open_epoch()
+        self._unknown = None
+        if self._position == lost.position:
+            return lost
+        if self._position != before:
+            raise Fenced(f"{self._bucket.address} was continued by another publisher, to {self._position}")
+        return None
+
+    def commit_delta(
+        self,
+        files: Sequence[Path | bytes],
+        *,
+        digest: str,
+        changed: int,
+        step: int | None = None,
+        name: str | None = None,
+    ) -> Manifest:
+        """Make version `next_version` durable: one file (or its bytes) per publisher rank, made by `write_delta`.
+
+        Returns when the manifest is durable. Fenced if another writer has taken over; BucketUnavailable if the
+        outcome is unknown (`settle` finds out); any other BucketError means that nothing was committed.
+        """
+        parts = tuple(Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files))
+        manifest = self._manifest("delta", Position(self._next_version, digest), parts, changed, step, name)
+        self._commit(manifest, files)
+        return manifest
+
+    def commit_anchor(
+        self, directory: Path, *, at: Position, step: int | None = None, name: str | None = None
+    ) -> Manifest:
+        """Make an anchor durable: the model shards and side files of `directory` (other files are left out).
+
+        `at` is the current position; or, to go on with weights that are unrelated to it, a new one with
+        `next_version`: the chain begins anew there.
+        """
+        if at != self._position and at.version != self._next_version:
+            raise ChainError(
+                f"an anchor is of the current {self._position} or the next {self._next_version}, not of {at}"
+            )
+        files = sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
+        parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in files)
+        manifest = self._manifest("anchor", at, parts, 0, step, name)
+        self._commit(manifest, files)
+        return manifest
+
+    # --- commit -------------------------------------------------------------------------------------
+
+    def _manifest(
+        self, kind: str, position: Position, parts: tuple[Part, ...], changed: int, step: int | None, name: str | None
+    ) -> Manifest:
+        if position.version > MAX_VERSION:
+            raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
+        delta = kind == "delta"
+        return Manifest(
+            kind=kind,
+            run_id=self._run.run_id,
+            table_hash=self._run.table.hash,
+            epoch=self._epoch,
+            position=position,
+            parent=self._position if delta else None,
+            parent_epoch=self._position_epoch if delta else None,
+            parts=parts,
+            changed=changed,
+            created=time.time(),
+            step=step,
+            name=name,
+            encoding="fast" if delta else "dense",
+        )
+
+    def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> None:
+        if self._unknown is not None:
+            raise ChainError("the outcome of the last commit is unknown: call settle() first")
+        data = manifest.dumps()
+        Manifest.loads(data)  # what no reader would accept is not written
+        advances = manifest.version == self._next_version
+        if advances and manifest.kind == "anchor":
+            # Unlike deltas, files of an anchor have no hash in their names: a second try must not meet the first.
+            self._next_version += 1
+        self._bucket.put(
+            [Upload(Layout.part(manifest, p), source) for p, source in zip(manifest.parts, sources, strict=True)]
+        )
+        self._check_fence()
+        try:
+            self._bucket.commit(Layout.manifest(manifest), data)
+        except BucketUnavailable:
+            self._unknown = manifest
+            raise
+        if advances:
+            self._position, self._position_epoch = manifest.position, self._epoch
+            self._next_version = manifest.version + 1
+            self._newest = manifest
+        if advances or self._head_is_behind:
+            self._write_head()
+
+    def _write_head(self) -> None:
+        if self._newest is None:
+            return
+        try:
+            self._bucket.commit(Layout.HEAD, Head(self._newest, serve=self._newest.version).dumps())
+            self._head_is_behind = False
+        except BucketError as error:
+            # The version is committed all the same; replicas that are told of it find it without the head.
+            self._head_is_behind = True
+            logger.warning(
+                "%s is committed, but the head could not be written (%s): replicas that poll see it one version later",
+                self._newest.position,
+                error,
+            )
+
+    def _check_fence(self) -> None:
+        epochs = self._epochs()
+        if epochs and epochs[-1] > self._epoch:
+            raise Fenced(
+                f"another publisher has taken over {self._bucket.address} (epoch {epochs[-1]}, ours is {self._epoch}): "
+                "this one must stop"
+            )
+
+    # --- epochs -------------------------------------------------------------------------------------
+
+    def _epochs(self) -> list[str]:
+        paths = (stat.path for stat in self._bucket.list(Layout.EPOCHS, recursive=False))
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def _open_epoch(self) -> None:
+        """Fence older writers, then find where to go on.
+
+        A version number is never used twice, although older writers may each have one manifest under way that is
+        not visible yet: every epoch from the one of the newest version on gets one number left free for it.
+        """
+        epochs = self._epochs()
+        number = 1 + max((int(epoch[:8]) for epoch in epochs), default=0)
+        self._epoch = f"{number:08d}-{secrets.token_hex(4)}"
+        marker = {"format": FORMAT, "epoch": self._epoch, "created": time.time()}
+        self._bucket.commit(Layout.epoch(self._epoch), json.dumps(marker).encode())
+
+        chain = ChainIndex(self._bucket, self._run)
+        chain.survey()
+        self._newest = chain.newest()
+        if self._newest is None:
+            self._position, self._position_epoch = self._run.origin, None
+            older = len(chain.epochs) - 1
+        else:
+            self._position = self._newest.position
+            holders = [epoch for epoch, names in chain.epochs.items() if self._position.version in names.versions]
+            self._position_epoch = self._newest.epoch if self._position.version else None
+            older = sum(holders[0] <= epoch < self._epoch for epoch in chain.epochs)
+        self._next_version = self._position.version + 1 + older
+        self._repair_head()
+
+    def _repair_head(self) -> None:
+        """A writer that died between manifest and head has left the head one version behind."""
+        if self._newest is None:
+            return
+        data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
+        if data != Head(self._newest, serve=self._newest.version).dumps():
+            self._write_head()
+
+
+def _first_difference(run: TensorTable, ours: TensorTable) -> str:
+    for theirs, mine in zip(run, ours, strict=False):
+        if theirs != mine:
+            return (
+                f"it has {theirs.name} {theirs.dtype}{list(theirs.shape)} where this model has "
+                f"{mine.name} {mine.dtype}{list(mine.shape)}"
+            )
+    longer, whose = (run, "the run") if len(run) > len(ours) else (ours, "this model")
+    return f"only {whose} has {longer[min(len(run), len(ours))].name}"
+
+
+def _belongs_to_anchor(name: str) -> bool:
+    return name in SIDE_FILES or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+def _size(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _sha256(source: Path | bytes) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    hasher = hashlib.sha256()
+    with open(source, "rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -233,7 +233,7 @@ class _DryRun(TorchDispatchMode):
         probe = probe.expand(target.shape)
         region = None
         if origin.elements is None:
-            source, place = probe.storage_offset(), target.storage_offset()
+            source, place = int(probe.storage_offset()), int(target.storage_offset())
             region = block(number, target.shape, source, probe.stride(), place, target.stride())
         if region is not None:
             self.regions[origin.index].append(region)

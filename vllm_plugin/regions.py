@@ -67,8 +67,10 @@ class Block:
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of the ascending checkpoint `indices` are in it: (their positions, their live offsets), int64."""
         low, high = self.source_extent
-        first, last = np.searchsorted(indices, (low, high))
+        first, last = (int(place) for place in np.searchsorted(indices, (low, high)))
         rest = indices[first:last] - low
+        if self.contiguous:
+            return np.arange(first, last), rest + self.target
         inside = np.ones(len(rest), dtype=bool)
         offsets = np.full(len(rest), self.target, dtype=np.int64)
         for size, source, target in zip(self.sizes, self.source_strides, self.target_strides, strict=True):

@@ -1,0 +1,88 @@
+"""Tiny random checkpoints of the architectures that hubsync promises to be exact for, made in code.
+
+Every one has a vocabulary that vLLM pads, and weights large enough for greedy outputs to depend on every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCABULARY = 1003  # no multiple of 64: vLLM pads it to 1024
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_IMPLIED_HEAD_DIM = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "qwen2": lambda: transformers.Qwen2Config(**_IMPLIED_HEAD_DIM, tie_word_embeddings=False),
+    "qwen3": lambda: transformers.Qwen3Config(**_SIZES, tie_word_embeddings=False),
+    "qwen3_tied": lambda: transformers.Qwen3Config(**_SIZES, tie_word_embeddings=True),
+    "gemma": lambda: transformers.GemmaConfig(**_SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(**_SIZES, sliding_window=128),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_SIZES, sliding_window=128),
+    "phi3": lambda: transformers.Phi3Config(**_IMPLIED_HEAD_DIM, tie_word_embeddings=False),
+}
+
+
+def save_checkpoint(architecture: str, directory: Path) -> Path:
+    """Write a random bf16 checkpoint of `architecture` (a key of `CONFIGS`), without a tokenizer."""
+    return save(CONFIGS[architecture](), directory)
+
+
+def save(config: transformers.PretrainedConfig, directory: Path) -> Path:
+    """Write a random bf16 checkpoint of any causal language model."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases are all equal as initialised: no test could see a swap
+            parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
+    model.save_pretrained(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path, vocabulary: int = 1000) -> int:
+    """Train and write a byte-level BPE tokenizer with a chat template beside a checkpoint. Returns its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [
+        f"the quick brown fox jumps over {i} lazy dogs plus {j} makes {i + j}" for i in range(40) for j in range(40)
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token=None
+    )
+    fast.chat_template = (
+        "{% for message in messages %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    fast.save_pretrained(directory)
+    return len(fast)

@@ -135,8 +135,6 @@ class ChainIndex:
         if Layout.manifest(manifest) != path:
             raise FormatError(f"{path}: holds the manifest of {Layout.manifest(manifest)}")
         if manifest.run_id != self._run.run_id or manifest.table_hash != self._run.table.hash:
-            raise FormatError(
-                f"{path}: belongs to run {manifest.run_id}, not to {self._run.run_id} with its tensor table"
-            )
+            raise FormatError(f"{path}: belongs to another run or tensor table than {self._run.run_id}")
         if manifest.version == 0 and manifest.position != self._run.origin:
             raise FormatError(f"{path}: its version 0 is not the one of run.json")

@@ -68,7 +68,7 @@ class ChainReader:
             data = self._bucket.read([Layout.RUN]).get(Layout.RUN)
             if data is None:
                 raise ObjectMissing(
-                    f"{self._bucket.address} holds no run (no {Layout.RUN}): check the address, or start the trainer first"
+                    f"{self._bucket.address} holds no run (no {Layout.RUN}): check the address, or start the trainer"
                 )
             self._run = Run.loads(data)
         return self._run

@@ -1,0 +1,532 @@
+"""What is committed, in which order, by whom; and how a reader finds its way.
+
+The chain does not look into parts, so digests and parts are made up here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from pathlib import Path
+
+import pytest
+
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader, ChainWriter, Layout
+from hubsync.errors import (
+    BucketError,
+    BucketUnavailable,
+    ChainError,
+    Fenced,
+    FormatError,
+    NoPath,
+    ObjectCorrupt,
+    ObjectMissing,
+    RunMismatch,
+)
+from hubsync.manifest import Base, Head, Manifest, Position, Run
+from hubsync.table import TensorSpec, TensorTable
+from tests.faults import FaultyBucket
+
+TABLE = TensorTable([TensorSpec("embed.weight", (8, 4), "BF16"), TensorSpec("norm.weight", (4,), "BF16")])
+
+
+def digest(text: object) -> str:
+    return hashlib.sha256(str(text).encode()).hexdigest()[:32]
+
+
+RUN = Run(run_id=digest("run"), table=TABLE, digest=digest("view 0"), base=Base("base/model"), created=1.0)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> FaultyBucket:
+    return FaultyBucket(LocalBucket(tmp_path / "bucket", create=True))
+
+
+@pytest.fixture
+def reader(bucket: FaultyBucket, tmp_path: Path) -> ChainReader:
+    return ChainReader(bucket, tmp_path / "cache")
+
+
+def commit(writer: ChainWriter, size: int = 100) -> Manifest:
+    part = writer.next_version.to_bytes(4, "big") * (size // 4)
+    return writer.commit_delta([part], digest=digest(f"{writer.epoch} {writer.next_version}"), changed=5, step=7)
+
+
+def anchor(writer: ChainWriter, directory: Path, at: Position | None = None, size: int = 1000) -> Manifest:
+    directory.mkdir(exist_ok=True)
+    (directory / "model.safetensors").write_bytes(b"w" * size)
+    (directory / "config.json").write_text("{}")
+    (directory / "training_args.bin").write_bytes(b"not for inference")
+    return writer.commit_anchor(directory, at=at or writer.position)
+
+
+def versions(manifests: list[Manifest]) -> list[int]:
+    return [manifest.version for manifest in manifests]
+
+
+# --- one writer -------------------------------------------------------------------------------------
+
+
+def test_each_version_names_the_one_before_as_its_parent(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    one, two = commit(writer), commit(writer)
+    assert (one.parent, one.parent_epoch) == (RUN.origin, None)
+    assert (two.parent, two.parent_epoch) == (one.position, writer.epoch)
+    assert reader.newest() == two.position == writer.position
+    assert reader.manifests() == [one, two]
+    assert reader.run() == RUN
+
+
+def test_a_run_is_not_created_twice(bucket: FaultyBucket) -> None:
+    ChainWriter.create(bucket, RUN)
+    with pytest.raises(RunMismatch, match="already holds a run"):
+        ChainWriter.create(bucket, dataclasses.replace(RUN, run_id=digest("other")))
+
+
+def test_nothing_to_resume_or_to_read_says_so(bucket: FaultyBucket, reader: ChainReader) -> None:
+    with pytest.raises(ObjectMissing, match=r"no run\.json"):
+        ChainWriter.resume(bucket, TABLE)
+    with pytest.raises(ObjectMissing, match="start the trainer"):
+        reader.run()
+
+
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [
+        (
+            [TABLE[0], TensorSpec("norm.weight", (4,), "F32")],
+            r"norm\.weight BF16\[4\] where this .* norm\.weight F32",
+        ),
+        ([TABLE[0]], r"only the run has norm\.weight"),
+        ([*TABLE, TensorSpec("lm_head.weight", (8, 4), "BF16")], r"only this model has lm_head\.weight"),
+    ],
+)
+def test_resuming_another_models_run_names_the_first_difference(
+    bucket: FaultyBucket, ours: list[TensorSpec], says: str
+) -> None:
+    ChainWriter.create(bucket, RUN)
+    with pytest.raises(RunMismatch, match=says):
+        ChainWriter.resume(bucket, TensorTable(ours))
+
+
+def test_parts_then_fence_then_manifest_then_head(bucket: FaultyBucket) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    order: list[str] = []
+
+    def look(path: str) -> None:
+        there = {stat.path for stat in bucket.inner.list()}
+        order.append(path.rpartition("/")[2])
+        if path == Layout.HEAD:
+            assert Layout.delta(writer.epoch, 1) in there
+        else:
+            assert any("deltas/00000001" in name for name in there)
+            assert bucket.calls["list"] > listed
+
+    listed = bucket.calls["list"]
+    bucket.before_commit = look
+    commit(writer)
+    assert order == ["00000001.json", "head.json"]
+
+
+def test_a_commit_costs_four_calls_and_an_idle_poll_one(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    reader.newest()
+    bucket.calls.clear()
+    commit(writer)
+    assert bucket.calls == {"put": 1, "list": 1, "commit": 2}
+    bucket.calls.clear()
+    reader.newest()
+    assert bucket.calls == {"read": 1}
+
+
+# --- failures at every step of a commit -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("verb", "nth"), [("put", 1), ("list", 1), ("commit", 1), ("commit", 2)])
+def test_after_a_failure_anywhere_the_next_commit_continues_the_chain(
+    bucket: FaultyBucket, reader: ChainReader, verb: str, nth: int, when: str
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first = commit(writer)
+    bucket.fail(verb, nth, when=when)
+    failed = None
+    try:
+        second = commit(writer)
+    except BucketUnavailable as error:
+        failed = error
+        assert reader.plan(RUN.origin).deltas[0] == first  # readable at any time
+        second = writer.settle() or first
+    assert (failed is None) == ((verb, nth) == ("commit", 2))  # a head that fails is no failure
+    assert writer.position == second.position
+    third = commit(writer)
+    assert third.parent == second.position
+    assert reader.newest() == third.position
+    assert versions(reader.plan(RUN.origin).deltas) == sorted({1, second.version, third.version})
+
+
+def test_an_unknown_manifest_that_was_written_counts(bucket: FaultyBucket) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    bucket.fail("commit", when="after")
+    with pytest.raises(BucketUnavailable):
+        commit(writer)
+    with pytest.raises(ChainError, match="settle"):
+        commit(writer)
+    lost = writer.settle()
+    assert lost is not None
+    assert lost.version == 1
+    assert writer.position == lost.position
+    assert writer.settle() is None
+
+
+def test_an_unknown_manifest_that_was_not_written_leaves_its_number_unused(bucket: FaultyBucket) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    epoch = writer.epoch
+    bucket.fail("commit", when="before")
+    with pytest.raises(BucketUnavailable):
+        commit(writer)
+    assert writer.settle() is None
+    assert writer.epoch > epoch
+    assert commit(writer).version > 1  # the lost write of version 1 may still arrive, in the old epoch
+
+
+def test_settling_may_fail_too_and_be_tried_again(bucket: FaultyBucket) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    bucket.fail("commit", when="after")
+    with pytest.raises(BucketUnavailable):
+        commit(writer)
+    for verb, nth, when in [("list", 1, "before"), ("commit", 1, "after"), ("list", 3, "before")]:
+        bucket.fail(verb, nth, when=when)
+        with pytest.raises(BucketUnavailable):
+            writer.settle()
+    lost = writer.settle()
+    assert lost is not None
+    assert commit(writer).parent == lost.position
+
+
+def test_a_head_that_cannot_be_written_is_written_at_the_next_commit(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    reader.newest()
+    bucket.fail("commit", 2, when="before")
+    second = commit(writer)
+    assert "head could not be written" in caplog.text
+    assert reader.newest().version == 1  # a hint is all the head is
+    assert reader.plan(RUN.origin, to=2).target == second.position  # told of version 2, it finds it
+    anchor(writer, tmp_path / "anchor")
+    head = reader.head()
+    assert head is not None
+    assert head.manifest == second
+
+
+# --- several writers --------------------------------------------------------------------------------
+
+
+def test_a_replaced_writer_is_fenced_and_commits_nothing(bucket: FaultyBucket, reader: ChainReader) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    commit(old)
+    new = ChainWriter.resume(bucket, TABLE)
+    with pytest.raises(Fenced, match="taken over"):
+        commit(old)
+    second = commit(new)
+    assert second.parent == old.position
+    assert reader.newest() == second.position
+
+
+def test_an_old_writer_that_wakes_up_between_fence_and_manifest_does_no_harm(
+    bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    commit(old)
+    follower = ChainReader(bucket, tmp_path / "follower")
+    follower.newest()
+    stalled = []
+
+    def replaced(path: str) -> None:
+        if path.endswith("/00000002.json"):  # the old writer has passed the fence and stops here
+            bucket.before_commit = lambda path: None
+            new = ChainWriter.resume(bucket, TABLE)
+            stalled.append(commit(new))
+
+    bucket.before_commit = replaced
+    late = commit(old)
+    (new_second,) = stalled
+    assert late.version != new_second.version
+    head = Head.loads(bucket.read([Layout.HEAD])[Layout.HEAD])
+    assert head.manifest == late  # the late writer has overwritten the head
+    assert ChainReader(bucket, tmp_path / "fresh").newest() == new_second.position
+    assert follower.plan(RUN.origin, to=late.version).target == late.position  # committed, hence readable
+
+
+def test_the_high_water_mark_is_never_undercut(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, second = commit(writer), commit(writer)
+    assert reader.newest() == second.position
+    bucket.commit(Layout.HEAD, Head(first, 1).dumps())
+    for _ in range(2):
+        assert reader.newest() == second.position
+    bucket.delete([Layout.HEAD])
+    assert reader.newest() == second.position
+    bucket.commit(Layout.HEAD, b"{")
+    assert reader.newest() == second.position
+
+
+def test_a_bad_head_is_looked_into_once_not_at_every_poll(bucket: FaultyBucket, reader: ChainReader) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    stale = Head(commit(old), 1).dumps()
+    new = ChainWriter.resume(bucket, TABLE)
+    second = commit(new)
+    assert reader.newest() == second.position
+    bucket.commit(Layout.HEAD, stale)
+    reader.newest()
+    bucket.calls.clear()
+    assert reader.newest() == second.position
+    assert bucket.calls == {"read": 1}
+
+
+def test_resume_repairs_the_head_of_a_writer_that_died_before_it(bucket: FaultyBucket) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    bucket.fail("commit", 2, when="before")
+    first = commit(writer)
+    assert not bucket.read([Layout.HEAD])
+    ChainWriter.resume(bucket, TABLE)
+    assert Head.loads(bucket.read([Layout.HEAD])[Layout.HEAD]).manifest == first
+
+
+def test_no_two_writers_ever_use_the_same_number(bucket: FaultyBucket) -> None:
+    # Each writer is stalled right before its manifest while the next one starts; then all of them wake up.
+    numbers: list[int] = []
+    depth = itertools.count()
+
+    def stall(path: str) -> None:
+        if "/versions/" in path and next(depth) < 4:
+            numbers.append(commit(ChainWriter.resume(bucket, TABLE)).version)
+
+    bucket.before_commit = stall
+    numbers.append(commit(ChainWriter.create(bucket, RUN)).version)
+    assert len(numbers) == 5
+    assert len(set(numbers)) == 5
+
+
+def test_unrelated_weights_begin_the_chain_anew_with_an_anchor(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    first = commit(old)
+    new = ChainWriter.resume(bucket, TABLE)
+    rebased = anchor(new, tmp_path / "anchor", at=Position(new.next_version, digest("other weights")))
+    assert rebased.version > first.version
+    second = commit(new)
+    assert second.parent == rebased.position
+    plan = reader.plan(first.position)
+    assert (plan.anchor, plan.deltas, plan.target) == (rebased, [second], second.position)
+    assert reader.manifests() == [first, rebased, second]
+    assert reader.plan(RUN.origin, to=first.version).deltas == [first]
+
+
+def test_an_anchor_begun_in_vain_leaves_its_number_unused(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    at = Position(writer.next_version, digest("other weights"))
+    bucket.fail("put", when="after", error=BucketError("injected"))
+    with pytest.raises(BucketError):
+        anchor(writer, tmp_path / "anchor", at=at)
+    assert writer.next_version == at.version + 1
+
+
+def test_an_anchor_elsewhere_on_the_chain_is_refused(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    with pytest.raises(ChainError, match="an anchor is of the current version 1"):
+        anchor(writer, tmp_path / "anchor", at=RUN.origin)
+
+
+# --- ways -------------------------------------------------------------------------------------------
+
+
+def test_what_is_at_hand_needs_nothing(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    assert reader.plan(RUN.origin).deltas == []
+    first = commit(writer)
+    plan = reader.plan(first.position)
+    assert (plan.start, plan.deltas, plan.nbytes) == (first.position, [], 0)
+
+
+def test_deltas_lead_from_any_version_of_any_epoch(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    manifests = [commit(writer), commit(writer)]
+    writer = ChainWriter.resume(bucket, TABLE)
+    manifests += [commit(writer), commit(writer)]
+    for start, manifest in enumerate(manifests):
+        for target in range(start, len(manifests)):
+            plan = reader.plan(manifest.position, to=manifests[target].version)
+            assert plan.deltas == manifests[start + 1 : target + 1]
+    assert reader.plan(RUN.origin).deltas == manifests
+
+
+def test_a_long_chain_is_read_in_few_calls(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    for _ in range(300):
+        commit(writer)
+    bucket.calls.clear()
+    assert len(reader.plan(None, base_available=True).deltas) == 300
+    assert sum(bucket.calls.values()) <= 8
+
+
+def test_the_newest_anchor_on_the_way_or_the_base_whichever_is_fewer_bytes(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first = commit(writer)
+    with pytest.raises(NoPath, match=r"no deltas lead there.*deltas to versions 1\.\.1 and no anchors"):
+        reader.plan(None)
+    assert reader.plan(None, base_available=True).base
+    anchored = anchor(writer, tmp_path / "anchor", size=1000)
+    assert reader.plan(None).anchor == anchored
+    assert reader.plan(None, base_available=True).base  # 100 bytes of delta against 1002 of anchor
+    bulky = [commit(writer, 2000), commit(writer)]
+    assert reader.plan(None) == dataclasses.replace(reader.plan(None), anchor=anchored, deltas=bulky)
+    assert reader.plan(first.position).deltas == bulky
+    newest = anchor(writer, tmp_path / "anchor2", size=1000)
+    plan = reader.plan(None, base_available=True)
+    assert (plan.anchor, plan.base, plan.deltas) == (newest, False, [])
+
+
+def test_an_anchor_of_an_older_epochs_version_is_found(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    first = commit(ChainWriter.create(bucket, RUN))
+    reader.newest()
+    resumed = ChainWriter.resume(bucket, TABLE)
+    anchored = anchor(resumed, tmp_path / "anchor")
+    assert anchored.position == first.position
+    assert reader.plan(None).anchor == anchored
+    assert reader.plan(RUN.origin).deltas == [first]
+    assert commit(resumed).parent_epoch == first.epoch
+    fresh = ChainReader(bucket, tmp_path / "fresh")
+    assert versions(fresh.manifests()) == [1, 1, 3]
+    assert [m.kind for m in fresh.manifests()] == ["delta", "anchor", "delta"]
+
+
+def test_a_position_that_never_was_is_no_start(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer), commit(writer)
+    stranger = Position(1, digest("somebody else's version 1"))
+    with pytest.raises(NoPath, match="from version 1"):
+        reader.plan(stranger)
+    assert reader.plan(stranger, base_available=True).base
+
+
+def test_a_version_that_never_was_is_no_target(bucket: FaultyBucket, reader: ChainReader) -> None:
+    commit(ChainWriter.create(bucket, RUN))
+    with pytest.raises(NoPath, match=r"version 9 is not in .*deltas to versions 1\.\.1"):
+        reader.plan(None, to=9, base_available=True)
+
+
+def test_way_back_to_version_0(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, dataclasses.replace(RUN, base=Base()))
+    zero = anchor(writer, tmp_path / "anchor")
+    first = commit(writer)
+    assert reader.plan(first.position, to=0).anchor == zero
+    assert reader.plan(None).deltas == [first]
+    assert reader.plan(first.position, to=0, base_available=True).target == RUN.origin
+
+
+def test_positions_are_found_by_digest(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, second = commit(writer), commit(writer)
+    assert reader.find(first.position.digest) == first.position
+    assert reader.find(second.position.digest) == second.position
+    assert reader.find(RUN.digest) == RUN.origin
+    assert reader.find(digest("never")) is None
+
+
+# --- hostile or damaged documents -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epoch": "00000009-00000000"}, "holds the manifest of"),
+        ({"position": Position(3, digest("x"))}, "holds the manifest of"),
+        ({"run_id": digest("another run")}, "another run"),
+        ({"table_hash": digest(1) + digest(2)}, "another run"),
+        ({"parent": Position(1, digest("not what version 1 is"))}, "names version 1"),
+    ],
+)
+def test_a_manifest_that_does_not_belong_where_it_lies_is_refused(
+    bucket: FaultyBucket, reader: ChainReader, change: dict, says: str
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    second = commit(writer)
+    bucket.delete([Layout.HEAD])
+    bucket.commit(Layout.delta(writer.epoch, 2), dataclasses.replace(second, **change).dumps())
+    with pytest.raises(FormatError, match=says):
+        reader.plan(RUN.origin)
+
+
+def test_a_false_version_0_is_refused(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first = commit(writer)
+    forged = dataclasses.replace(first, parent=Position(0, digest("another base")))
+    bucket.commit(Layout.delta(writer.epoch, 1), forged.dumps())
+    bucket.delete([Layout.HEAD])
+    with pytest.raises(FormatError, match=r"not the one of run\.json"):
+        reader.plan(None, base_available=True)
+
+
+def test_a_missing_manifest_cuts_the_chain_there(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer), commit(writer)
+    anchored = anchor(writer, tmp_path / "anchor")
+    last = commit(writer)
+    bucket.delete([Layout.delta(writer.epoch, 1), Layout.delta(writer.epoch, 2)])
+    plan = reader.plan(RUN.origin, base_available=True)
+    assert (plan.anchor, plan.deltas) == (anchored, [last])
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def test_fetched_parts_are_the_bytes_that_were_committed(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    file = tmp_path / "rank1.safetensors"
+    file.write_bytes(b"of rank one")
+    manifest = writer.commit_delta([b"of rank zero", file], digest=digest(1), changed=2)
+    assert [path.read_bytes() for path in reader.fetch(manifest)] == [b"of rank zero", b"of rank one"]
+
+
+def test_an_anchor_is_fetched_into_one_loadable_directory(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    manifest = anchor(ChainWriter.create(bucket, RUN), tmp_path / "anchor")
+    paths = reader.fetch(manifest)
+    assert {path.name for path in paths} == {"model.safetensors", "config.json"}
+    assert len({path.parent for path in paths}) == 1
+
+
+def test_damaged_parts_are_never_handed_out(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+    manifest = commit(ChainWriter.create(bucket, RUN))
+    stored = Path(bucket.address) / Layout.part(manifest, manifest.parts[0])
+    stored.write_bytes(b"\xff" * manifest.parts[0].size)
+    with pytest.raises(ObjectCorrupt):
+        reader.fetch(manifest)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_trim_evicts_what_was_unused_for_longest_but_not_what_was_just_fetched(
+    bucket: FaultyBucket, reader: ChainReader
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    paths = [reader.fetch(commit(writer))[0] for _ in range(3)]
+    reader.trim(keep_bytes=200)
+    assert [path.exists() for path in paths] == [False, True, True]
+    reader.trim(keep_bytes=0)
+    assert [path.exists() for path in paths] == [False, False, True]

@@ -1,0 +1,122 @@
+"""A Hugging Face Hub with real buckets in one process and one directory, for development and tests.
+
+The unmodified `huggingface_hub` and `hf_xet` clients work against it: point `HF_ENDPOINT` (or `endpoint=`) at it.
+It binds loopback only and is no storage service: content hashes are taken from the client, nothing is collected.
+
+    with LocalHub("hub") as hub:
+        bucket = open_bucket("hf://buckets/me/demo/run", create=True, endpoint=hub.url)
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from hubsync.errors import ConfigError
+
+from .access import Access
+from .cas import CasApi
+from .hub import BucketApi
+from .server import Fault, Server
+from .store import Store
+
+__all__ = ["LocalHub"]
+
+
+class LocalHub:
+    """Serves the directory `root` from a background thread between `start` and `stop` (or inside `with`).
+
+    Args:
+        root: directory of everything it stores; opening it again continues where it stopped.
+        port: port on 127.0.0.1; 0 takes a free one.
+        tokens: accepted tokens. None accepts everybody.
+        read_only_tokens: accepted tokens that may not write.
+        page: entries per page of a listing.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        port: int = 0,
+        tokens: Collection[str] | None = None,
+        read_only_tokens: Collection[str] = (),
+        page: int = 1000,
+    ) -> None:
+        self._store = Store(Path(root).absolute())
+        access = Access(self._store.secret, None if tokens is None else frozenset(tokens), frozenset(read_only_tokens))
+        self._server = self._bind(port)
+        self.url = self._server.url
+        self._server.add(BucketApi(self._store, access, self.url, page).routes())
+        self._server.add(CasApi(self._store, access, self.url).routes())
+        self._thread = threading.Thread(target=self._server.serve_forever, name="hubsync-localhub", daemon=True)
+
+    @staticmethod
+    def _bind(port: int) -> Server:
+        try:
+            return Server(port)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"cannot serve on 127.0.0.1:{port}: {error}; choose another port, or 0 for a free one"
+            ) from None
+
+    def start(self) -> LocalHub:
+        """Serve until `stop`."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop serving and end all connections."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._server.disconnect_all()
+        self._thread.join()
+        self._store.close()
+
+    def __enter__(self) -> LocalHub:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def requests(self) -> dict[str, int]:
+        """Requests so far by route, such as `"POST /api/buckets/{namespace}/{name}/batch"`."""
+        return dict(self._server.counts)
+
+    def api_calls(self) -> int:
+        """Requests so far that count against the API rate limit of the real Hub (tokens included)."""
+        return sum(count for route, count in self._server.counts.items() if "/api/buckets/" in route)
+
+    def fail(
+        self,
+        match: str,
+        *,
+        times: int = 1,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float = 0.0,
+        drop: bool = False,
+        lose_answer: bool = False,
+        corrupt: bool = False,
+    ) -> None:
+        """Break the next `times` requests whose "METHOD /path" contains the regular expression `match`.
+
+        Args:
+            status, headers: answer with this error instead.
+            delay: seconds to wait first.
+            drop: end the connection without doing or answering anything.
+            lose_answer: do what is asked, then end the connection without an answer.
+            corrupt: flip one bit in the middle of the answer's body.
+        """
+        self._server.faults.append(
+            Fault(re.compile(match), times, status, headers or {}, delay, drop, lose_answer, corrupt)
+        )
+
+    def reset(self) -> None:
+        """Forget all faults and counters; what is stored stays."""
+        self._server.faults.clear()
+        self._server.counts.clear()

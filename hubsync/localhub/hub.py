@@ -1,0 +1,238 @@
+"""The bucket half of a local Hub: buckets, names of files, batches. Answers what huggingface_hub reads.
+
+Page size, error texts and the answer to deleting a missing path are a model of the real service, not a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+from urllib.parse import urlencode
+
+from .access import Access
+from .server import HttpError, Reply, Request, Route
+from .store import BucketRow, FileRow, Store, timestamp
+
+USER = "me"  # who every accepted token belongs to, and what the client calls the namespace of the current user
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_MAX_PATHS = 1000
+
+
+class BucketApi:
+    """Routes below `/api/buckets` and `/buckets`."""
+
+    def __init__(self, store: Store, access: Access, url: str, page: int) -> None:
+        self._store, self._access, self._url, self._page = store, access, url, page
+
+    def routes(self) -> list[Route]:
+        bucket = "/api/buckets/{namespace}/{name}"
+        return [
+            Route("GET", "/api/whoami-v2", self.whoami),
+            Route("GET", "/api/buckets/{namespace}", self.list_buckets),
+            Route("POST", bucket, self.create),
+            Route("GET", bucket, self.info),
+            Route("DELETE", bucket, self.delete),
+            Route("GET", bucket + "/tree", self.tree),
+            Route("GET", bucket + "/tree/{path}", self.tree),
+            Route("POST", bucket + "/paths-info", self.paths_info),
+            Route("POST", bucket + "/batch", self.batch),
+            Route("GET", bucket + "/xet-read-token", self.read_token),
+            Route("GET", bucket + "/xet-write-token", self.write_token),
+            Route("HEAD", "/buckets/{namespace}/{name}/resolve/{path}", self.resolve),
+        ]
+
+    # --- buckets ------------------------------------------------------------------------------------
+
+    def whoami(self, request: Request) -> Reply:
+        self._access.require_hub(request)
+        if self._access.is_anonymous(request):
+            raise HttpError(401, "Invalid username or password.")
+        return Reply({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def list_buckets(self, request: Request, namespace: str) -> Reply:
+        self._access.require_hub(request)
+        rows = self._store.buckets(namespace)
+        anonymous = self._access.is_anonymous(request)
+        wanted = request.query.get("search", "")
+        return Reply([_info(row) for row in rows if wanted in row.id and not (row.private and anonymous)])
+
+    def create(self, request: Request, namespace: str, name: str) -> Reply:
+        self._access.require_hub(request, write=True)
+        doc, bucket = request.json(), _bucket_id(namespace, name)
+        private = doc.get("visibility") == "private" or doc.get("private") is True
+        url = f"{self._url}/buckets/{bucket}"
+        if not self._store.create_bucket(bucket, private):
+            # With exist_ok the client takes the url from the body of this error.
+            raise HttpError(409, "You already created this bucket", body={"error": "exists", "url": url})
+        return Reply({"url": url, "name": bucket})
+
+    def info(self, request: Request, namespace: str, name: str) -> Reply:
+        return Reply(_info(self._bucket(request, namespace, name)))
+
+    def delete(self, request: Request, namespace: str, name: str) -> Reply:
+        self._store.delete_bucket(self._bucket(request, namespace, name, write=True).id)
+        return Reply(status=204)
+
+    # --- files --------------------------------------------------------------------------------------
+
+    def tree(self, request: Request, namespace: str, name: str, prefix: str = "") -> Reply:
+        """One page. `prefix` matches letters, not directories; folders fold at the first slash behind it."""
+        bucket = self._bucket(request, namespace, name)
+        recursive = request.query.get("recursive", "").lower() == "true"
+        after = request.query.get("cursor", "")
+        entries: list[dict[str, Any]] = []
+        for row in self._store.files(bucket.id, prefix, after):
+            folder = None if recursive else _folder(row.path, prefix)
+            if folder is not None and (after.startswith(folder + "/") or (entries and entries[-1]["path"] == folder)):
+                after = row.path
+                continue
+            if len(entries) == self._page:
+                query = urlencode({**request.query, "cursor": after})
+                return Reply(entries, headers={"Link": f'<{self._url}{request.path}?{query}>; rel="next"'})
+            entries.append(_entry(row) if folder is None else _folder_entry(folder, row))
+            after = row.path
+        return Reply(entries)
+
+    def paths_info(self, request: Request, namespace: str, name: str) -> Reply:
+        bucket = self._bucket(request, namespace, name)
+        paths = request.json().get("paths")
+        if not isinstance(paths, list) or len(paths) > _MAX_PATHS or not all(isinstance(p, str) for p in paths):
+            raise HttpError(400, f"paths must be a list of at most {_MAX_PATHS} strings")
+        rows = (self._store.file(bucket.id, path) for path in paths)
+        return Reply([_entry(row) for row in rows if row is not None])
+
+    def batch(self, request: Request, namespace: str, name: str) -> Reply:
+        """Operations one by one, each on its own: what fails is listed, what works is done. Not a transaction."""
+        bucket = self._bucket(request, namespace, name, write=True)
+        if "ndjson" not in (request.headers.get("Content-Type") or ""):
+            raise HttpError(400, "expected application/x-ndjson")
+        operations = [_operation(line) for line in request.body.splitlines() if line.strip()]
+        failed = []
+        with self._store.transaction():
+            for operation in operations:
+                if error := self._apply(bucket.id, operation):
+                    failed.append({"path": operation["path"], "error": error})
+            self._store.touch(bucket.id)
+        done = {"success": not failed, "processed": len(operations), "succeeded": len(operations) - len(failed)}
+        return Reply({**done, "failed": failed}, status=422 if failed and len(failed) == len(operations) else 200)
+
+    def resolve(self, request: Request, namespace: str, name: str, path: str) -> Reply:
+        """Headers only: the content itself is read from the storage half."""
+        bucket = self._bucket(request, namespace, name)
+        row = self._store.file(bucket.id, path)
+        if row is None:
+            raise HttpError(404, "Entry not found", "EntryNotFound")
+        token = f"{self._url}/api/buckets/{bucket.id}/xet-read-token"
+        headers = {
+            "X-Xet-Hash": row.hash,
+            "X-Xet-Refresh-Route": token,
+            "X-Linked-Size": str(row.size),
+            "Content-Length": str(row.size),
+            "ETag": f'"{row.hash}"',
+            "Link": f'<{token}>; rel="xet-auth"',
+        }
+        return Reply(headers=headers, type=row.type or "application/octet-stream")
+
+    # --- tokens -------------------------------------------------------------------------------------
+
+    def read_token(self, request: Request, namespace: str, name: str) -> Reply:
+        self._bucket(request, namespace, name)
+        return self._xet_token("read")
+
+    def write_token(self, request: Request, namespace: str, name: str) -> Reply:
+        self._bucket(request, namespace, name, write=True)
+        return self._xet_token("write")
+
+    def _xet_token(self, scope: str) -> Reply:
+        token, expires = self._access.xet_token(scope)
+        headers = {
+            "X-Xet-Cas-Url": self._url,
+            "X-Xet-Access-Token": token,
+            "X-Xet-Token-Expiration": str(expires),
+        }
+        return Reply({"accessToken": token, "exp": expires, "casUrl": self._url}, headers=headers)
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _bucket(self, request: Request, namespace: str, name: str, *, write: bool = False) -> BucketRow:
+        self._access.require_hub(request, write=write)
+        row = self._store.bucket(_bucket_id(namespace, name))
+        if row is None or (row.private and self._access.is_anonymous(request)):
+            raise HttpError(404, "Repository not found", "RepoNotFound")
+        return row
+
+    def _apply(self, bucket: str, operation: dict[str, Any]) -> str | None:
+        """Do one operation; the reason if it cannot be done."""
+        kind, path = operation["type"], operation["path"]
+        if not _is_path(path):
+            return "Invalid path"
+        if kind == "deleteFile":
+            return None if self._store.delete_file(bucket, path) else "File not found"
+        content = operation.get("xetHash")
+        if not isinstance(content, str) or not _HASH.fullmatch(content):
+            return "Invalid xetHash"
+        if kind == "copyFile" and not self._store.holds(str(operation.get("sourceRepoId")), content):
+            return f"Source has no file with hash {content}"
+        mtime, type_ = operation.get("mtime"), operation.get("contentType")
+        mtime = mtime if type(mtime) is int else int(time.time() * 1000)
+        if not self._store.write_file(bucket, path, content, mtime, type_ if isinstance(type_, str) else None):
+            return f"Xet file {content} not found"
+        return None
+
+
+def _operation(line: bytes) -> dict[str, Any]:
+    try:
+        operation = json.loads(line)
+    except ValueError:
+        operation = None
+    known = isinstance(operation, dict) and operation.get("type") in ("addFile", "copyFile", "deleteFile")
+    if not known or not isinstance(operation.get("path"), str):
+        raise HttpError(400, "each line must be an operation with a type and a path")
+    return operation
+
+
+def _bucket_id(namespace: str, name: str) -> str:
+    if not _PART.fullmatch(namespace) or not _PART.fullmatch(name):
+        raise HttpError(400, "malformed bucket id")
+    return f"{namespace}/{name}"
+
+
+def _is_path(path: str) -> bool:
+    segments = path.split("/")
+    return len(path) <= 1024 and path.isprintable() and not any(part in ("", ".", "..") for part in segments)
+
+
+def _folder(path: str, prefix: str) -> str | None:
+    """The folder that a non-recursive listing shows instead of `path`; None if it shows the file itself."""
+    slash = path.find("/", len(prefix) + path.startswith("/", len(prefix)))
+    return path[:slash] if slash >= 0 else None
+
+
+def _folder_entry(folder: str, row: FileRow) -> dict[str, Any]:
+    return {"type": "directory", "path": folder, "uploadedAt": row.uploaded}
+
+
+def _entry(row: FileRow) -> dict[str, Any]:
+    return {
+        "type": "file",
+        "path": row.path,
+        "size": row.size,
+        "xetHash": row.hash,
+        "mtime": timestamp(row.mtime),
+        "uploadedAt": row.uploaded,
+    }
+
+
+def _info(row: BucketRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "private": row.private,
+        "createdAt": row.created,
+        "updatedAt": row.updated,
+        "size": row.size,
+        "totalFiles": row.files,
+    }

@@ -138,7 +138,7 @@ def _unequal_words(old: np.ndarray, new: np.ndarray, start: int, stop: int, touc
 def _unequal_lanes(
     old: np.ndarray, new: np.ndarray, touched: np.ndarray, indices: np.ndarray, diffs: np.ndarray, found: int
 ) -> int:
-    """Split the differing words into elements (little-endian lanes of the width of `diffs`) and append those that differ."""
+    """Split the differing words into elements (little-endian lanes as wide as `diffs`) and append those that differ."""
     width = np.uint64(8 * diffs.itemsize)
     log_width = trailing_zeros(width)
     log_lanes = np.uint64(6) - log_width
@@ -161,6 +161,6 @@ def _unequal_lanes(
 
 
 @njit(nogil=True, cache=True)
-def _rank(bits: int, top: int, sign: int, mask: int) -> int:
-    """Scalar `ordered`, without a branch because signs are unpredictable: xor with `mask` if negative, else with `sign`."""
+def _rank(bits: np.uint64, top: np.uint64, sign: np.uint64, mask: np.uint64) -> np.uint64:
+    """Scalar `ordered`, without a branch as signs are unpredictable: xor with `mask` if negative, else with `sign`."""
     return bits ^ (sign | ((np.uint64(0) - (bits >> top)) & mask))

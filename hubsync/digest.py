@@ -1,8 +1,8 @@
 """The digest of a published view: a 128-bit sum over elements of mix(tensor, flat index, bits).
 
 Two sums modulo 2^64 (lanes A and B) that do not depend on order, so they add up over shards, threads and devices, and
-follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane the mix of one element
-is a bijection of its pattern for a given tensor and index, so one changed element always changes both sums; any other
+follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane the mix of an element
+is injective in its pattern for a given tensor and index, so one changed element always changes both sums; any other
 accidental change goes unseen with a chance of about 2^-64 or less. The digest is linear, hence no defence against
 somebody who chooses weights on purpose: that is what the SHA-256 of parts and signed manifests are for.
 """
@@ -150,7 +150,7 @@ def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @njit(nogil=True, cache=True)
-def _sum_range(key: int, bits: np.ndarray) -> tuple[int, int]:
+def _sum_range(key: np.uint64, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
         z = key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i])
@@ -163,7 +163,7 @@ def _sum_range(key: int, bits: np.ndarray) -> tuple[int, int]:
 
 
 @njit(nogil=True, cache=True)
-def _sum_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> tuple[int, int]:
+def _sum_at(seed: np.uint64, indices: np.ndarray, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
         z = seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i])

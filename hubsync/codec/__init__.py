@@ -1,0 +1,25 @@
+"""The codec: the changes of one tensor as an integer table row, chunk rows and a payload of bits."""
+
+from .grid import Grid
+from .streams import CHUNK_COLUMNS
+from .tensor import (
+    RECORD_COLUMNS,
+    TENSOR,
+    EncodedTensor,
+    chunk_count,
+    decode_tensor,
+    encode_tensor,
+    payload_bytes,
+)
+
+__all__ = [
+    "CHUNK_COLUMNS",
+    "RECORD_COLUMNS",
+    "TENSOR",
+    "EncodedTensor",
+    "Grid",
+    "chunk_count",
+    "decode_tensor",
+    "encode_tensor",
+    "payload_bytes",
+]

@@ -1,0 +1,293 @@
+"""The bit streams of coded chunks, compiled: choose parameters, measure, write, read. docs/FORMAT.md is the specification.
+
+A chunk is one string of bits, in this order (n changes, m coded magnitudes):
+
+    n x k_gap   low bits of the gaps between changed places
+    n           signs, 1 = negative
+    m x k_exc   low bits of the gaps between exceptions (changes that are not +-1); absent in mode ALL
+    ...         remainders of the magnitudes, Exp-Golomb of order k_mag
+    ...         all unary numbers, each as zeros and a final 1: n gap quotients, m exception quotients, m exponents
+
+Everything but the magnitude remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
+Bits are counted from the least significant bit of the first byte. The functions here work on uint64 words with one
+spare word at the end, and on *places* (see `grid`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ..bits import trailing_zeros
+
+EXCEPTIONS, ALL = 1, 2  # modes: magnitudes - 2 of the changes that are not +-1 / magnitudes - 1 of all changes
+
+CHANGES, MAGNITUDES, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
+CHUNK_COLUMNS = 4
+
+MAX_K = 31
+
+FINE, GAP_OUTSIDE, UNARY_SHORT, UNARY_LONG, MAGNITUDE_SHORT, MAGNITUDE_LONG, TOO_LARGE, EXCEPTION_OUTSIDE, PADDING = (
+    range(9)
+)
+
+_1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
+
+
+@njit(nogil=True, cache=True)
+def tally(places: np.ndarray, diffs: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Bits that each stream would need, for every parameter k.
+
+    Returns:
+        int64[4, MAX_K + 1]: gaps; exception gaps; magnitudes of exceptions; magnitudes of all changes.
+    """
+    cost = np.zeros((4, MAX_K + 1), np.int64)
+    chunk, previous, previous_exception = -1, np.int64(-1), np.int64(-1)
+    exceptions = 0
+    for i in range(len(places)):
+        if chunk < 0 or places[i] >= starts[chunk + 1]:
+            chunk += 1
+            while places[i] >= starts[chunk + 1]:
+                chunk += 1
+            previous, previous_exception = starts[chunk] - 1, i - 1
+        gap = places[i] - previous - 1
+        for k in range(MAX_K + 1):
+            cost[0, k] += gap >> k
+        previous = places[i]
+        magnitude = abs(np.int64(diffs[i]))
+        if magnitude == 1:
+            continue
+        exceptions += 1
+        gap = i - previous_exception - 1
+        for k in range(MAX_K + 1):
+            cost[1, k] += gap >> k
+            cost[2, k] += 2 * _exponent(magnitude - 2, k) + k + 1
+            cost[3, k] += 2 * _exponent(magnitude - 1, k) + k + 1
+        previous_exception = i
+    for k in range(MAX_K + 1):
+        cost[0, k] += len(places) * (k + 1)
+        cost[1, k] += exceptions * (k + 1)
+        cost[3, k] += (len(places) - exceptions) * (k + 1)
+    return cost
+
+
+@njit(nogil=True, cache=True)
+def measure(
+    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray, mode: int, ks: tuple[int, int, int]
+) -> np.ndarray:
+    """Row of every chunk, int64[chunks, CHUNK_COLUMNS]; chunk c holds the changes `bounds[c] .. bounds[c + 1]`."""
+    k_gap, k_exception, k_magnitude = ks
+    rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
+    for c in range(len(rows)):
+        previous, previous_exception = starts[c] - 1, bounds[c] - 1
+        magnitudes, magnitude_bits, unary_bits = 0, 0, bounds[c + 1] - bounds[c]
+        for i in range(bounds[c], bounds[c + 1]):
+            unary_bits += (places[i] - previous - 1) >> k_gap
+            previous = places[i]
+            value = abs(np.int64(diffs[i])) - (1 if mode == ALL else 2)
+            if value < 0:
+                continue
+            if mode == EXCEPTIONS:
+                unary_bits += ((i - previous_exception - 1) >> k_exception) + 1
+                previous_exception = i
+            exponent = _exponent(value, k_magnitude)
+            magnitudes += 1
+            magnitude_bits += exponent + k_magnitude
+            unary_bits += exponent + 1
+        rows[c, CHANGES], rows[c, MAGNITUDES] = bounds[c + 1] - bounds[c], magnitudes
+        rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
+    return rows
+
+
+@njit(nogil=True, cache=True)
+def write(
+    places: np.ndarray,
+    diffs: np.ndarray,
+    bounds: np.ndarray,
+    starts: np.ndarray,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    mode: int,
+    ks: tuple[int, int, int],
+    words: np.ndarray,
+) -> None:
+    """Write chunk c at byte `offsets[c]` of the zeroed `words`, as `measure` laid it out."""
+    k_gap, k_exception, k_magnitude = ks
+    for c in range(len(rows)):
+        low = offsets[c] * 8
+        sign = low + rows[c, CHANGES] * k_gap
+        exception_low = sign + rows[c, CHANGES]
+        magnitude_low = exception_low + (rows[c, MAGNITUDES] * k_exception if mode == EXCEPTIONS else 0)
+        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
+        previous = starts[c] - 1
+        for i in range(bounds[c], bounds[c + 1]):
+            gap = places[i] - previous - 1
+            previous = places[i]
+            _put(words, low, gap & ((1 << k_gap) - 1))
+            low += k_gap
+            unary += gap >> k_gap
+            _put(words, unary, 1)
+            unary += 1
+            _put(words, sign, np.int64(diffs[i] < 0))
+            sign += 1
+        if mode == EXCEPTIONS:
+            previous = bounds[c] - 1
+            for i in range(bounds[c], bounds[c + 1]):
+                if abs(np.int64(diffs[i])) == 1:
+                    continue
+                gap = i - previous - 1
+                previous = i
+                _put(words, exception_low, gap & ((1 << k_exception) - 1))
+                exception_low += k_exception
+                unary += gap >> k_exception
+                _put(words, unary, 1)
+                unary += 1
+        for i in range(bounds[c], bounds[c + 1]):
+            value = abs(np.int64(diffs[i])) - (1 if mode == ALL else 2)
+            if value < 0:
+                continue
+            exponent = _exponent(value, k_magnitude)
+            bits = exponent + k_magnitude
+            _put(words, magnitude_low, value + (1 << k_magnitude) - (1 << bits))
+            magnitude_low += bits
+            unary += exponent
+            _put(words, unary, 1)
+            unary += 1
+
+
+@njit(nogil=True, cache=True)
+def read(
+    words: np.ndarray,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    starts: np.ndarray,
+    mode: int,
+    ks: tuple[int, int, int],
+    places: np.ndarray,
+    diffs: np.ndarray,
+) -> tuple[int, int]:
+    """Decode every chunk into `places` and `diffs`. Returns (FINE, 0) or (what is wrong, chunk).
+
+    The caller has checked that the sections of each row fit between its offsets and that there is one unary number for
+    each value; everything that depends on the bits themselves is checked here, before it is used.
+    """
+    k_gap, k_exception, k_magnitude = ks
+    largest = np.int64(1) << np.int64(8 * diffs.itemsize - 1)
+    done = 0
+    for c in range(len(rows)):
+        n, magnitudes = rows[c, CHANGES], rows[c, MAGNITUDES]
+        low = offsets[c] * 8
+        sign = low + n * k_gap
+        exception_low = sign + n
+        magnitude_low = exception_low + (magnitudes * k_exception if mode == EXCEPTIONS else 0)
+        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
+        magnitude_end, end = unary, unary + rows[c, UNARY_BITS]
+
+        place = starts[c] - 1
+        for i in range(done, done + n):
+            stop = _next_one(words, unary, end)
+            if stop < 0:
+                return UNARY_SHORT, c
+            room = starts[c + 1] - place - 2
+            quotient = stop - unary
+            unary = stop + 1
+            if quotient > room >> k_gap:
+                return GAP_OUTSIDE, c
+            gap = (quotient << k_gap) | _get(words, low, k_gap)
+            if gap > room:
+                return GAP_OUTSIDE, c
+            low += k_gap
+            place += gap + 1
+            places[i] = place
+            diffs[i] = 1 - 2 * _get(words, sign, 1)
+            sign += 1
+
+        # Every change is +-1 so far. The exponents of the magnitudes follow the quotients of the exceptions.
+        at = done - 1
+        exponents = unary
+        if mode == EXCEPTIONS:
+            for _ in range(magnitudes):
+                exponents = _next_one(words, exponents, end) + 1
+                if exponents == 0:
+                    return UNARY_SHORT, c
+        for _ in range(magnitudes):
+            if mode == EXCEPTIONS:
+                stop = _next_one(words, unary, end)
+                room = done + n - at - 2
+                quotient = stop - unary
+                unary = stop + 1
+                if quotient > room >> k_exception:
+                    return EXCEPTION_OUTSIDE, c
+                gap = (quotient << k_exception) | _get(words, exception_low, k_exception)
+                if gap > room:
+                    return EXCEPTION_OUTSIDE, c
+                exception_low += k_exception
+                at += gap + 1
+            else:
+                at += 1
+            stop = _next_one(words, exponents, end)
+            if stop < 0:
+                return UNARY_SHORT, c
+            bits = stop - exponents + k_magnitude
+            exponents = stop + 1
+            if bits > 8 * diffs.itemsize:
+                return TOO_LARGE, c
+            if magnitude_low + bits > magnitude_end:
+                return MAGNITUDE_SHORT, c
+            value = ((1 << bits) | _get(words, magnitude_low, bits)) - (1 << k_magnitude)
+            magnitude_low += bits
+            magnitude = value + (1 if mode == ALL else 2)
+            if magnitude > largest or (magnitude == largest and diffs[at] > 0):
+                return TOO_LARGE, c
+            diffs[at] = diffs[at] * magnitude
+        if exponents != end:
+            return UNARY_LONG, c
+        if magnitude_low != magnitude_end:
+            return MAGNITUDE_LONG, c
+        if end & 7 and _get(words, end, 8 - (end & 7)) != 0:
+            return PADDING, c
+        done += n
+    return FINE, 0
+
+
+@njit(nogil=True, cache=True)
+def _exponent(value: int, k: int) -> int:
+    """Exponent of an Exp-Golomb code of order k: number of bits of (value >> k) + 1, less one."""
+    rest, exponent = ((value >> k) + 1) >> 1, 0
+    while rest:
+        rest >>= 1
+        exponent += 1
+    return exponent
+
+
+@njit(nogil=True, cache=True)
+def _put(words: np.ndarray, position: int, value: int) -> None:
+    """Or `value` into the zeroed bits from `position` on."""
+    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
+    words[word] |= np.uint64(value) << shift
+    words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
+
+
+@njit(nogil=True, cache=True)
+def _window(words: np.ndarray, position: int) -> int:
+    """The 64 bits from `position` on, as uint64."""
+    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
+    return (words[word] >> shift) | ((words[word + _1] << _1) << (_63 - shift))
+
+
+@njit(nogil=True, cache=True)
+def _get(words: np.ndarray, position: int, count: int) -> int:
+    """`count` < 64 bits from `position` on."""
+    return np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1))
+
+
+@njit(nogil=True, cache=True)
+def _next_one(words: np.ndarray, position: int, end: int) -> int:
+    """Position of the first set bit in `position .. end`, -1 if there is none."""
+    while position < end:
+        window = _window(words, position)
+        if window != 0:
+            position += np.int64(trailing_zeros(window))
+            return position if position < end else -1
+        position += 64
+    return -1

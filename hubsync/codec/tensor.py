@@ -1,0 +1,198 @@
+"""One tensor's delta <-> its record, its chunk rows and its payload. docs/FORMAT.md is the specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bits import SIGNED
+from ..errors import FormatError
+from ..patch import TensorDelta
+from ..table import TensorSpec
+from . import streams
+from .grid import Grid
+from .streams import ALL, CHUNK_COLUMNS, EXCEPTIONS, MAX_K
+
+DENSE = 0
+
+TENSOR, CHUNK_ROWS, CHUNK_COLS, CODE = range(4)  # columns of a record; TENSOR belongs to the part, not to the codec
+RECORD_COLUMNS = 4
+
+_PROBLEMS = {
+    streams.GAP_OUTSIDE: "a position lies outside its chunk",
+    streams.EXCEPTION_OUTSIDE: "an exception lies behind the last change",
+    streams.UNARY_SHORT: "the unary stream ends too early",
+    streams.UNARY_LONG: "the unary stream has bits left over",
+    streams.MAGNITUDE_SHORT: "the magnitude stream ends too early",
+    streams.MAGNITUDE_LONG: "the magnitude stream has bits left over",
+    streams.TOO_LARGE: "a difference does not fit the width of an element",
+    streams.PADDING: "the padding bits are not zero",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTensor:
+    """A coded tensor delta.
+
+    Attributes:
+        record: uint32[RECORD_COLUMNS]; column TENSOR is left zero.
+        chunks: uint32[chunks, CHUNK_COLUMNS], none in dense mode.
+        payload: uint8[bytes].
+    """
+
+    record: np.ndarray
+    chunks: np.ndarray
+    payload: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.record.nbytes + self.chunks.nbytes + self.payload.nbytes
+
+
+def encode_tensor(spec: TensorSpec, delta: TensorDelta, grid: Grid | None = None) -> EncodedTensor:
+    """Encode the (sound, non-empty) delta of one tensor, in whichever mode is smallest.
+
+    Args:
+        grid: how to cut the tensor into chunks; chunks of about a million elements by default.
+    """
+    grid = grid or Grid.default(*spec.matrix)
+    places, diffs = grid.places(delta.indices), delta.diffs
+    if not grid.contiguous:
+        order = np.argsort(places)
+        places, diffs = places[order], diffs[order]
+
+    mode, ks = _parameters(streams.tally(places, diffs, grid.starts), spec.width)
+    bounds = np.searchsorted(places, grid.starts)
+    rows = streams.measure(places, diffs, bounds, grid.starts, mode, ks)
+    ends = np.cumsum(_chunk_bytes(rows, mode, ks))
+    if ends[-1] + rows.size * 4 >= spec.nbytes:
+        return _encode_dense(spec, delta)
+
+    words = _words(int(ends[-1]))
+    offsets = np.concatenate([[0], ends[:-1]])
+    streams.write(places, diffs, bounds, grid.starts, rows, offsets, mode, ks, words)
+    record = np.array([0, grid.chunk_rows, grid.chunk_cols, _pack_code(mode, ks)], np.uint32)
+    return EncodedTensor(record, rows.astype(np.uint32), _as_bytes(words)[: ends[-1]])
+
+
+def decode_tensor(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray, payload: np.ndarray) -> TensorDelta:
+    """Inverse of `encode_tensor`; trusts nothing in its arguments but their dtypes.
+
+    Memory is O(len(payload) + len(chunks)). FormatError says what is wrong.
+    """
+    mode, ks = _unpack_code(spec, record)
+    if len(chunks) != chunk_count(spec, record):
+        raise FormatError(f"{spec.name}: {len(chunks)} chunks do not make up its grid")
+    if len(payload) != payload_bytes(spec, record, chunks):
+        raise FormatError(f"{spec.name}: a payload of {len(payload)} bytes is not what its chunks need")
+    if mode == DENSE:
+        return _decode_dense(spec, payload)
+
+    grid = _grid(spec, record)
+    rows = chunks.astype(np.int64)
+    ends = np.cumsum(_chunk_bytes(rows, mode, ks))
+    changes = int(rows[:, streams.CHANGES].sum())
+    if changes == 0:
+        raise FormatError(f"{spec.name}: is listed but has no changes")
+    words = _words(len(payload))
+    _as_bytes(words)[: len(payload)] = payload
+    places, diffs = np.empty(changes, np.int64), np.empty(changes, SIGNED[spec.width])
+    offsets = np.concatenate([[0], ends[:-1]])
+    problem, chunk = streams.read(words, rows, offsets, grid.starts, mode, ks, places, diffs)
+    if problem != streams.FINE:
+        raise FormatError(f"{spec.name}, chunk {chunk}: {_PROBLEMS[problem]}")
+    if grid.contiguous:
+        return TensorDelta(places, diffs)
+    indices = grid.indices(places)
+    order = np.argsort(indices)
+    return TensorDelta(indices[order], diffs[order])
+
+
+def chunk_count(spec: TensorSpec, record: np.ndarray) -> int:
+    """How many chunk rows belong to this record (0 in dense mode); FormatError if the record is impossible."""
+    mode, _ = _unpack_code(spec, record)
+    return 0 if mode == DENSE else _grid(spec, record).count
+
+
+def payload_bytes(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray) -> int:
+    """How many payload bytes belong to this record and its chunk rows; FormatError if a row is impossible."""
+    mode, ks = _unpack_code(spec, record)
+    if mode == DENSE:
+        return spec.nbytes
+    rows = chunks.astype(np.int64)
+    changes, magnitudes, _, unary_bits = rows.T
+    elements = np.diff(_grid(spec, record).starts)
+    numbers = changes + magnitudes * (2 if mode == EXCEPTIONS else 1)
+    listed = magnitudes <= changes if mode == EXCEPTIONS else magnitudes == changes
+    sound = (changes <= elements) & listed & (unary_bits >= numbers)
+    if not sound.all():
+        raise FormatError(f"{spec.name}, chunk {int(np.argmin(sound))}: impossible counts")
+    return int(_chunk_bytes(rows, mode, ks).sum())
+
+
+def _parameters(cost: np.ndarray, width: int) -> tuple[int, tuple[int, int, int]]:
+    """The cheapest mode and (k_gap, k_exception, k_magnitude), from the costs that `tally` found."""
+    gaps, exceptions, magnitudes, all_magnitudes = cost
+    k_gap, k_exception = int(np.argmin(gaps)), int(np.argmin(exceptions))
+    k_magnitude, k_all = int(np.argmin(magnitudes[:width])), int(np.argmin(all_magnitudes[:width]))
+    if all_magnitudes[k_all] < exceptions[k_exception] + magnitudes[k_magnitude]:
+        return ALL, (k_gap, 0, k_all)
+    return EXCEPTIONS, (k_gap, k_exception, k_magnitude)
+
+
+def _chunk_bytes(rows: np.ndarray, mode: int, ks: tuple[int, int, int]) -> np.ndarray:
+    """int64[chunks]: bytes of each chunk's string of bits. Columns are below 2^32 and ks below 2^5: no overflow."""
+    changes, magnitudes, magnitude_bits, unary_bits = rows.T
+    bits = changes * (ks[0] + 1) + magnitude_bits + unary_bits
+    if mode == EXCEPTIONS:
+        bits = bits + magnitudes * ks[1]
+    return (bits + 7) // 8
+
+
+def _pack_code(mode: int, ks: tuple[int, int, int]) -> int:
+    return mode | ks[0] << 8 | ks[1] << 16 | ks[2] << 24
+
+
+def _unpack_code(spec: TensorSpec, record: np.ndarray) -> tuple[int, tuple[int, int, int]]:
+    code = int(record[CODE])
+    mode, *ks = (code >> shift & 0xFF for shift in (0, 8, 16, 24))
+    if mode not in (DENSE, EXCEPTIONS, ALL):
+        raise FormatError(f"{spec.name}: unknown mode {mode}")
+    if max(ks) > MAX_K or (mode == ALL and ks[1]) or (mode == DENSE and code != DENSE):
+        raise FormatError(f"{spec.name}: impossible code parameters {ks}")
+    return mode, (ks[0], ks[1], ks[2])
+
+
+def _grid(spec: TensorSpec, record: np.ndarray) -> Grid:
+    rows, cols = spec.matrix
+    chunk_rows, chunk_cols = int(record[CHUNK_ROWS]), int(record[CHUNK_COLS])
+    if not (1 <= chunk_rows <= rows and 1 <= chunk_cols <= cols):
+        raise FormatError(f"{spec.name}: chunks of {chunk_rows} x {chunk_cols} do not fit {rows} x {cols}")
+    return Grid(rows, cols, chunk_rows, chunk_cols)
+
+
+def _encode_dense(spec: TensorSpec, delta: TensorDelta) -> EncodedTensor:
+    dense = np.zeros(spec.numel, delta.diffs.dtype.newbyteorder("<"))
+    dense[delta.indices] = delta.diffs
+    return EncodedTensor(
+        np.zeros(RECORD_COLUMNS, np.uint32), np.zeros((0, CHUNK_COLUMNS), np.uint32), dense.view(np.uint8)
+    )
+
+
+def _decode_dense(spec: TensorSpec, payload: np.ndarray) -> TensorDelta:
+    signed = np.dtype(SIGNED[spec.width])
+    dense = np.frombuffer(payload.tobytes(), signed.newbyteorder("<")).astype(signed, copy=False)
+    indices = np.flatnonzero(dense)
+    if len(indices) == 0:
+        raise FormatError(f"{spec.name}: is listed but has no changes")
+    return TensorDelta(indices, dense[indices])
+
+
+def _words(nbytes: int) -> np.ndarray:
+    """Zeroed words for `nbytes` bytes, and one to spare for reads and writes across the end."""
+    return np.zeros(nbytes // 8 + 2, np.dtype("<u8"))
+
+
+def _as_bytes(words: np.ndarray) -> np.ndarray:
+    return words.view(np.uint8)

@@ -1,0 +1,252 @@
+"""Delta parts and anchors as safetensors files.
+
+A delta part holds three tensors (docs/FORMAT.md): `tensors`, one record for each changed tensor; `chunks`, one row for
+each chunk of the coded ones; `payload`, the bits. An anchor is an ordinary checkpoint that `from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from .bits import TORCH_DTYPES, dtype_code
+from .codec import (
+    CHUNK_COLUMNS,
+    RECORD_COLUMNS,
+    TENSOR,
+    EncodedTensor,
+    chunk_count,
+    decode_tensor,
+    encode_tensor,
+    payload_bytes,
+)
+from .errors import FormatError
+from .manifest import Manifest, Position
+from .patch import Patch, check
+from .table import TensorTable
+
+FORMAT = "hubsync-delta/1"
+ENCODING = "fast"
+
+_LAYOUT = {"tensors": ("U32", RECORD_COLUMNS), "chunks": ("U32", CHUNK_COLUMNS), "payload": ("U8", None)}
+
+
+def write_delta(
+    table: TensorTable, patch: Patch, *, run_id: str, parent: Position, position: Position, rank: int = 0
+) -> bytes:
+    """The bytes of one delta part that leads from `parent` to `position`; the same arguments give the same bytes.
+
+    Args:
+        patch: what this rank changes; may be empty. FormatError if it is not a sound patch of views of `table`.
+        rank: the publisher rank; information only.
+    """
+    check(table, patch)
+    records, chunks, payload = [], [], []
+    for index in sorted(patch):
+        coded = encode_tensor(table[index], patch[index])
+        record = coded.record.copy()
+        record[TENSOR] = index
+        records.append(record)
+        chunks.append(coded.chunks)
+        payload.append(coded.payload)
+    tensors = {
+        "tensors": np.array(records, np.uint32).reshape(-1, RECORD_COLUMNS),
+        "chunks": np.concatenate([np.zeros((0, CHUNK_COLUMNS), np.uint32), *chunks]),
+        "payload": np.concatenate([np.zeros(0, np.uint8), *payload]),
+    }
+    metadata = {**_identity(run_id, table, parent, position), "rank": str(rank)}
+    return safetensors.numpy.save(tensors, metadata)
+
+
+def read_delta(source: Path | bytes, table: TensorTable, manifest: Manifest | None) -> Patch:
+    """Decode one delta part; FormatError unless every byte of it makes sense for `table`.
+
+    Args:
+        source: the file or its bytes.
+        manifest: what the part must belong to (run, table, parent and position); None checks the table only.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    arrays, metadata = _parse(data)
+    _check_identity(metadata, table, manifest)
+    records, chunks, payload = arrays["tensors"], arrays["chunks"], arrays["payload"]
+    patch: Patch = {}
+    chunk, byte = 0, 0
+    for record in records:
+        index = int(record[TENSOR])
+        if index >= len(table) or index in patch:
+            raise FormatError(f"delta part: tensor {index} is listed twice or is not in the table")
+        spec = table[index]
+        next_chunk = chunk + chunk_count(spec, record)
+        if next_chunk > len(chunks):
+            raise FormatError(f"delta part: the chunk rows of {spec.name} are missing")
+        rows = chunks[chunk:next_chunk]
+        next_byte = byte + payload_bytes(spec, record, rows)
+        if next_byte > len(payload):
+            raise FormatError(f"delta part: the payload of {spec.name} is missing")
+        patch[index] = decode_tensor(spec, record, rows, payload[byte:next_byte])
+        chunk, byte = next_chunk, next_byte
+    if chunk != len(chunks) or byte != len(payload):
+        raise FormatError("delta part: chunk rows or payload bytes are left over")
+    return patch
+
+
+def _identity(run_id: str, table: TensorTable, parent: Position, position: Position) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "encoding": ENCODING,
+        "run_id": run_id,
+        "table_hash": table.hash,
+        "from": f"{parent.version}:{parent.digest}",
+        "to": f"{position.version}:{position.digest}",
+    }
+
+
+def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: Manifest | None) -> None:
+    for key, known in (("format", FORMAT), ("encoding", ENCODING)):
+        if metadata.get(key) != known:
+            raise FormatError(
+                f"delta part: {key} {metadata.get(key)!r:.80} is not {known!r}; upgrade hubsync to read it"
+            )
+    expected = {"table_hash": table.hash}
+    if manifest is not None:
+        if manifest.parent is None:
+            raise FormatError(f"delta part: the manifest of version {manifest.version} is not one of a delta")
+        expected = _identity(manifest.run_id, table, manifest.parent, manifest.position)
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")
+
+
+def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """The three tensors as arrays, and the metadata. safetensors' own parser checks the header and all offsets."""
+    try:
+        views = dict(safetensors.deserialize(data))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise FormatError(f"delta part: not a safetensors file, or a damaged one ({error})") from None
+    if views.keys() != _LAYOUT.keys():
+        raise FormatError(f"delta part: holds {sorted(views)!r:.200} instead of {sorted(_LAYOUT)}")
+    arrays = {}
+    for name, (dtype, columns) in _LAYOUT.items():
+        view = views[name]
+        shape = list(view["shape"])
+        if (
+            view["dtype"] != dtype
+            or len(shape) != (1 if columns is None else 2)
+            or shape[1:] != [columns][: len(shape) - 1]
+        ):
+            raise FormatError(f"delta part: {name} is {view['dtype']}{shape}")
+        raw = np.frombuffer(view["data"], "<u4" if dtype == "U32" else np.uint8)
+        arrays[name] = raw.astype(raw.dtype.newbyteorder("="), copy=False).reshape(shape)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return arrays, header.get("__metadata__") or {}
+
+
+def write_anchor(
+    directory: Path, table: TensorTable, tensors: Mapping[str, torch.Tensor], *, max_shard_bytes: int = 5 << 30
+) -> list[Path]:
+    """Write a full published view as safetensors shards into an existing directory.
+
+    One `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json` when the view is
+    larger than `max_shard_bytes`. Returns the files written. FormatError if `tensors` is not a view of `table`.
+    """
+    for name in tensors.keys() - {spec.name for spec in table}:
+        raise FormatError(f"anchor: {name} is not in the tensor table")
+    for spec in table:
+        if spec.name not in tensors:
+            raise FormatError(f"anchor: {spec.name} is missing")
+        tensor = tensors[spec.name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+            raise FormatError(
+                f"anchor: {spec.name} is {tensor.dtype}{list(tensor.shape)}, "
+                f"the table says {spec.dtype}{list(spec.shape)}"
+            )
+    shards = _shards(table, max_shard_bytes)
+    paths, weight_map = [], {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.torch.save_file(_owned(names, tensors), directory / file, {"format": "pt"})
+        paths.append(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": table.nbytes}, "weight_map": weight_map}
+        paths.append(directory / "model.safetensors.index.json")
+        paths[-1].write_text(json.dumps(index, indent=2) + "\n")
+    return paths
+
+
+def open_anchor(paths: Sequence[Path], table: TensorTable) -> Mapping[str, torch.Tensor]:
+    """A full published view, read lazily: indexing reads one tensor. FormatError unless names, shapes and dtypes match.
+
+    Files that are not safetensors files (an index, a tokenizer) are ignored.
+    """
+    return _Anchor([path for path in paths if path.suffix == ".safetensors"], table)
+
+
+class _Anchor(Mapping[str, torch.Tensor]):
+    def __init__(self, paths: Sequence[Path], table: TensorTable):
+        self._names = [spec.name for spec in table]
+        self._files = {}
+        for path in paths:
+            try:
+                file = safetensors.safe_open(path, framework="pt", device="cpu")
+                keys = list(file.keys())
+            except (safetensors.SafetensorError, ValueError) as error:
+                raise FormatError(
+                    f"anchor: {path.name} is not a safetensors file, or a damaged one ({error})"
+                ) from None
+            for name in keys:
+                if name in self._files or name not in table:
+                    raise FormatError(f"anchor: {name} occurs twice or is not in the tensor table")
+                self._files[name] = file
+        for spec in table:
+            if spec.name not in self._files:
+                raise FormatError(f"anchor: {spec.name} is missing")
+            view = self._files[spec.name].get_slice(spec.name)
+            if tuple(view.get_shape()) != spec.shape or view.get_dtype() != spec.dtype:
+                raise FormatError(
+                    f"anchor: {spec.name} is {view.get_dtype()}{view.get_shape()}, "
+                    f"the table says {spec.dtype}{list(spec.shape)}"
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shards(table: TensorTable, max_shard_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each shard, in table order; a tensor larger than the limit has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for spec in table:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec.name)
+        size += spec.nbytes
+    return shards
+
+
+def _owned(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors that share no memory: safetensors refuses tensors that do (ties, slices of one buffer)."""
+    out: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in names:
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        out[name] = tensor
+    return out

@@ -16,12 +16,11 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from .bits import TORCH_DTYPES, dtype_code
+from .bits import TORCH_DTYPES
 from .codec import (
     CHUNK_COLUMNS,
     RECORD_COLUMNS,
     TENSOR,
-    EncodedTensor,
     chunk_count,
     decode_tensor,
     encode_tensor,
@@ -192,7 +191,7 @@ def open_anchor(paths: Sequence[Path], table: TensorTable) -> Mapping[str, torch
 class _Anchor(Mapping[str, torch.Tensor]):
     def __init__(self, paths: Sequence[Path], table: TensorTable):
         self._names = [spec.name for spec in table]
-        self._files = {}
+        self._files: dict[str, safetensors.safe_open] = {}
         for path in paths:
             try:
                 file = safetensors.safe_open(path, framework="pt", device="cpu")

@@ -1,4 +1,4 @@
-"""The bit streams of coded chunks, compiled: choose parameters, measure, write, read. docs/FORMAT.md is the specification.
+"""The bit streams of coded chunks, compiled: choose parameters, measure, write, read. Specified in docs/FORMAT.md.
 
 A chunk is one string of bits, in this order (n changes, m coded magnitudes):
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..bits import trailing_zeros
+from hubsync.bits import trailing_zeros
 
 EXCEPTIONS, ALL = 1, 2  # modes: magnitudes - 2 of the changes that are not +-1 / magnitudes - 1 of all changes
 
@@ -42,8 +42,7 @@ def tally(places: np.ndarray, diffs: np.ndarray, starts: np.ndarray) -> np.ndarr
         int64[4, MAX_K + 1]: gaps; exception gaps; magnitudes of exceptions; magnitudes of all changes.
     """
     cost = np.zeros((4, MAX_K + 1), np.int64)
-    chunk, previous, previous_exception = -1, np.int64(-1), np.int64(-1)
-    exceptions = 0
+    chunk, previous, previous_exception, exceptions = -1, -1, -1, 0
     for i in range(len(places)):
         if chunk < 0 or places[i] >= starts[chunk + 1]:
             chunk += 1
@@ -269,8 +268,8 @@ def _put(words: np.ndarray, position: int, value: int) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _window(words: np.ndarray, position: int) -> int:
-    """The 64 bits from `position` on, as uint64."""
+def _window(words: np.ndarray, position: int) -> np.uint64:
+    """The 64 bits from `position` on."""
     word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
     return (words[word] >> shift) | ((words[word + _1] << _1) << (_63 - shift))
 
@@ -278,7 +277,7 @@ def _window(words: np.ndarray, position: int) -> int:
 @njit(nogil=True, cache=True)
 def _get(words: np.ndarray, position: int, count: int) -> int:
     """`count` < 64 bits from `position` on."""
-    return np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1))
+    return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
 
 
 @njit(nogil=True, cache=True)
@@ -287,7 +286,7 @@ def _next_one(words: np.ndarray, position: int, end: int) -> int:
     while position < end:
         window = _window(words, position)
         if window != 0:
-            position += np.int64(trailing_zeros(window))
+            position += int(np.int64(trailing_zeros(window)))
             return position if position < end else -1
         position += 64
     return -1

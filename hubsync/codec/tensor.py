@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bits import SIGNED
-from ..errors import FormatError
-from ..patch import TensorDelta
-from ..table import TensorSpec
+from hubsync.bits import SIGNED
+from hubsync.errors import FormatError
+from hubsync.patch import TensorDelta
+from hubsync.table import TensorSpec
+
 from . import streams
 from .grid import Grid
 from .streams import ALL, CHUNK_COLUMNS, EXCEPTIONS, MAX_K

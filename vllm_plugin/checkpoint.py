@@ -1,0 +1,86 @@
+"""Whole views of the policy as lazy mappings: a checkpoint directory, and any view with a patch applied to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from hubsync.bits import TORCH_DTYPES, advance, bits_of
+from hubsync.errors import FormatError
+from hubsync.patch import Patch
+from hubsync.table import TensorTable
+
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of a table out of a local safetensors checkpoint, in the dtypes of the table, one opened at a time.
+
+    The checkpoint may hold more tensors than the table, and in another dtype: then they are rounded as the published
+    view of version 0 is. Whether they *are* version 0 is for the digest to say.
+    """
+
+    def __init__(self, directory: Path, table: TensorTable):
+        self._table = table
+        self._files: dict[str, Path] = {}
+        for path in _shards(directory):
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._table:
+            raise KeyError(name)
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.to(TORCH_DTYPES[self._table[self._table.index_of(name)].dtype])
+
+    def __iter__(self) -> Iterator[str]:
+        return (spec.name for spec in self._table if spec.name in self._files)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Patched(Mapping[str, torch.Tensor]):
+    """A view with a patch applied, tensor by tensor as they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], table: TensorTable, patch: Patch):
+        self._tensors = tensors
+        self._table = table
+        self._patch = patch
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        delta = self._patch.get(self._table.index_of(name))
+        if delta is None:
+            return tensor
+        patched = tensor.contiguous().clone()
+        bits = bits_of(patched)
+        if int(delta.indices[-1]) >= len(bits):
+            raise FormatError(f"{name} has {len(bits)} elements in the checkpoint, too few for its delta")
+        bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
+        return patched
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Does it hold safetensors weights?"""
+    return directory.is_dir() and bool(_shards(directory))
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The files of the checkpoint. Where an index exists only it counts: some directories hold the weights twice."""
+    index = directory / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [directory / Path(name).name for name in names]
+    return sorted(directory.glob("*.safetensors"))

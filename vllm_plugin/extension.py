@@ -1,0 +1,154 @@
+"""The worker extension: hubsync's methods on vLLM's workers, callable through `collective_rpc`.
+
+    HUBSYNC_BUCKET=hf://buckets/me/runs/my-run VLLM_SERVER_DEV_MODE=1 \\
+        vllm serve MODEL --worker-extension-cls vllm_plugin.DeltaWorkerExtension
+
+vLLM mixes the class into its worker class. Requests reach a worker strictly between two forward passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import hubsync
+from hubsync.errors import FormatError, HubsyncError
+from hubsync.manifest import MAX_VERSION, Position
+
+from . import compat
+from .session import Session, describe
+
+# vLLM imports this module in the worker process because the extension class is named on its command line, and it does
+# so before it loads the model: the last moment at which packing can be avoided, and only in servers that use hubsync.
+compat.keep_linears_live()
+
+PROTOCOL = 1
+
+logger = logging.getLogger("vllm.hubsync")
+
+Method = Callable[..., dict[str, Any]]
+
+
+def _answers(method: Method) -> Method:
+    """Turn every error into an answer.
+
+    With several workers vLLM reads only the first one's failure and leaves the others' in their queues, so after one
+    exception every later answer would belong to an earlier question.
+    """
+
+    @functools.wraps(method)
+    def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            expected = isinstance(error, HubsyncError)
+            logger.log(logging.WARNING if expected else logging.ERROR, "hubsync: %s", error, exc_info=not expected)
+            return {"error": describe(error)}
+
+    return answer
+
+
+class DeltaWorkerExtension:
+    """Delta weight sync for one vLLM worker. The methods are the table "Worker RPC" of docs/ARCHITECTURE.md.
+
+    Every method returns a JSON-able dict and never raises; a failure is `{"error": {"type", "message"}}`, with a class
+    of `hubsync.errors` as type. Success is the worker's status after it.
+
+    The bucket is pinned when the server starts. Requests carry versions and digests only, because vLLM's control
+    endpoints are not guarded by its API key: the worst they can do is to move the server to another committed version.
+
+    A worker whose weights turn out wrong rebuilds them before its next forward pass, from the run's newest anchor or
+    the local base checkpoint and the deltas. If that fails the forward pass raises and the engine ends with that
+    message: it never runs with weights that are not known to be right. What had been cached by wrong weights is the
+    client's to drop (`/reset_prefix_cache`); `metrics["heals"]` tells that it happened.
+    """
+
+    # vLLM refuses an extension with a name that its worker has, and never calls its __init__: every name is prefixed,
+    # and all state is one object, `self._hubsync`.
+
+    @_answers
+    def hubsync_status(self) -> dict[str, Any]:
+        """Where this worker is. The first call also starts attaching."""
+        session = _session(self)
+        if session.state == "detached":
+            session.attach()
+        return _status(self)
+
+    @_answers
+    def hubsync_attach(self) -> dict[str, Any]:
+        """Start attaching: read the run, map the model, find the position of the live weights. Idempotent."""
+        _session(self).attach()
+        return _status(self)
+
+    @_answers
+    def hubsync_stage(self, version: int, digest: str) -> dict[str, Any]:
+        """Start staging this position. Idempotent; a new target replaces the old one."""
+        _session(self).stage(_position(version, digest))
+        return _status(self)
+
+    @_answers
+    def hubsync_open(self, version: int, digest: str, token: str) -> dict[str, Any]:
+        """A client is about to pause the server and commit this position."""
+        _session(self).open(_position(version, digest), _token(token))
+        return _status(self)
+
+    @_answers
+    def hubsync_commit(self, version: int, digest: str) -> dict[str, Any]:
+        """Apply what is staged for this position. The answer also holds `changed`, the elements written."""
+        changed = _session(self).commit(_position(version, digest))
+        return {**_status(self), "changed": changed}
+
+    @_answers
+    def hubsync_close(self, token: str) -> dict[str, Any]:
+        """The client has reset the caches and resumed the server."""
+        _session(self).close(_token(token))
+        return _status(self)
+
+    @_answers
+    def hubsync_undo(self) -> dict[str, Any]:
+        """Write the old values of the last commit back."""
+        _session(self).undo()
+        return _status(self)
+
+    @_answers
+    def hubsync_heal(self) -> dict[str, Any]:
+        """Rebuild poisoned weights now instead of before the next forward pass."""
+        _session(self).heal()
+        return _status(self)
+
+
+def _session(worker: Any) -> Session:
+    """The worker's session, made at its first request; from then on every forward pass is guarded."""
+    session = getattr(worker, "_hubsync", None)
+    if session is None:
+        session = Session(lambda: compat.host_of(worker))
+        compat.guard_forward(worker, session.before_forward)
+        worker._hubsync = session
+    return session
+
+
+def _status(worker: Any) -> dict[str, Any]:
+    return {
+        "protocol": PROTOCOL,
+        "rank": int(worker.rank),
+        **_session(worker).status(),
+        "vllm": compat.vllm_version(),
+        "hubsync": hubsync.__version__,
+    }
+
+
+def _position(version: object, digest: object) -> Position:
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
+        raise FormatError(f"version must be an integer from 0 to {MAX_VERSION}, not {version!r:.80}")
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{32}", digest):
+        raise FormatError(f"digest must be 32 hex digits, not {digest!r:.80}")
+    return Position(version, digest)
+
+
+def _token(token: object) -> str:
+    if not isinstance(token, str) or not re.fullmatch(r"[\w.-]{1,128}", token):
+        raise FormatError(f"token must be 1 to 128 letters, digits, dots, dashes or underscores, not {token!r:.80}")
+    return token

@@ -1,0 +1,382 @@
+"""One worker's life with one run: attach, stage in the background, commit, verify, heal.
+
+Two threads meet here. The worker's *main* thread runs forward passes and answers requests; it commits, undoes and
+heals, so a write never meets a forward pass. One *background* thread attaches, downloads, stages and verifies, one job
+after the other, and only reads weights. A verification queued by a commit therefore always ends before anything that is
+staged after it, and what is staged is always based on verified weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader, Plan
+from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
+from hubsync.manifest import Position
+from hubsync.parts import open_anchor
+from hubsync.patch import Patch, compose
+
+from .applier import Applier
+from .checkpoint import Checkpoint, Patched
+
+logger = logging.getLogger("vllm.hubsync")
+
+_CACHE_BYTES = 4 << 30  # downloads kept for other workers of the host and for healing
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a session needs of the process that serves the model.
+
+    Attributes:
+        model: the loaded module.
+        device: where its parameters are.
+        bucket: address of the run.
+        cache: directory for downloads; several workers may share it.
+        checkpoint: directory of the safetensors checkpoint that was loaded, if it is on this machine. Where it is the
+            run's base model it can take an anchor's place.
+    """
+
+    model: torch.nn.Module
+    device: torch.device
+    bucket: str
+    cache: Path
+    checkpoint: Path | None
+
+
+@dataclass
+class Window:
+    """A commit that some client is driving: it has paused the server, or is about to."""
+
+    position: Position
+    token: str
+    committed: bool
+    opened: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.position.version,
+            "digest": self.position.digest,
+            "token": self.token,
+            "committed": self.committed,
+            "age_s": time.monotonic() - self.opened,
+        }
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """What exists once the live weights are mapped and their position is known."""
+
+    host: Host
+    reader: ChainReader
+    applier: Applier
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint on this machine. Whether it is the run's base is for the digest to say."""
+        if self.host.checkpoint is None:
+            return None
+        return Checkpoint(self.host.checkpoint, self.applier.table)
+
+    def plan(self, have: Position | None, target: Position) -> Plan:
+        """The way from `have` to exactly `target`."""
+        plan = self.reader.plan(have, to=target.version, base_available=self.host.checkpoint is not None)
+        if plan.target != target:
+            raise WrongParent(
+                f"version {target.version} of the run has digest {plan.target.digest}, not {target.digest}"
+            )
+        return plan
+
+    def patch(self, plan: Plan) -> Patch:
+        """All deltas of a plan as one."""
+        empty: Patch = {}
+        return reduce(compose, map(self.reader.patch, plan.deltas), empty)
+
+    def view(self, plan: Plan) -> Mapping[str, torch.Tensor]:
+        """The whole view that a plan leads to, from its anchor or the base checkpoint."""
+        table = self.applier.table
+        if plan.anchor is not None:
+            return Patched(open_anchor(self.reader.fetch(plan.anchor), table), table, self.patch(plan))
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            raise NoPath(f"{plan.target} can only be reached from the base checkpoint, which is not on this machine")
+        return Patched(checkpoint, table, self.patch(plan))
+
+
+class Session:
+    """State of one worker.
+
+    Args:
+        find_host: asked when attaching; raises a HubsyncError if this process cannot be served.
+
+    Methods raise HubsyncErrors. All but `status` must be called on the thread that runs the forward passes.
+    """
+
+    def __init__(self, find_host: Callable[[], Host]):
+        self._find_host = find_host
+        self._attached: _Attached | None = None
+        self._attaching = False
+        self._wanted: Position | None = None  # being staged, or queued for it
+        self._window: Window | None = None
+        self._error: HubsyncError | None = None
+        self._metrics: dict[str, float] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._working = threading.Lock()  # the reader serves one job, or healing, at a time
+        self._thread: threading.Thread | None = None
+
+    # --- what the requests do -----------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """detached, attaching, refused, ready, staging, staged, applied or poisoned."""
+        if self._attached is None:
+            if self._attaching:
+                return "attaching"
+            return "refused" if self._error else "detached"
+        applier = self._attached.applier
+        if applier.poisoned is not None:
+            return "poisoned"
+        if not applier.verified:
+            return "applied"
+        if self._wanted is not None:
+            return "staging"
+        return "ready" if applier.staged is None else "staged"
+
+    def status(self) -> dict[str, Any]:
+        """What `hubsync_status` answers, as far as the session knows it."""
+        answer: dict[str, Any] = {"state": self.state, "run_id": None, "version": None, "digest": None, "staged": None}
+        window, error = self._window, self._error
+        if self._attached is not None:
+            applier, staged = self._attached.applier, self._attached.applier.staged
+            answer["run_id"] = self._attached.reader.run().run_id
+            answer |= _position_json(applier.position)
+            answer["staged"] = _position_json(staged.target) if staged else None
+            if applier.poisoned is not None and not isinstance(error, ReplicaPoisoned):
+                error = ReplicaPoisoned(f"the weights are not known to be right: {applier.poisoned}")
+        answer["window"] = window.to_json() if window else None
+        answer["error"] = describe(error) if error else None
+        answer["metrics"] = dict(self._metrics)
+        return answer
+
+    def attach(self) -> None:
+        """Start finding out where the live weights are, unless that is known or under way. A refusal is tried again."""
+        if self._attached is not None or self._attaching:
+            return
+        self._attaching, self._error = True, None
+        self._submit(self._attach)
+
+    def stage(self, target: Position) -> None:
+        """Start staging the way from the current position to `target`, which replaces any other target."""
+        applier = self._require().applier
+        if applier.poisoned is not None:
+            raise ReplicaPoisoned(f"cannot stage {target}: {applier.poisoned}; heal first")
+        staged = applier.staged
+        if self._wanted is None and target in (applier.position, staged.target if staged else None):
+            return
+        if self._wanted != target:
+            self._error = None
+            self._wanted = target
+            self._submit(self._stage)
+
+    def open(self, position: Position, token: str) -> None:
+        """A client begins a commit window. Refused while another one's is open."""
+        applier, window = self._require().applier, self._window
+        if window is not None and window.token != token:
+            age = time.monotonic() - window.opened
+            raise ReplicaRefused(
+                f"a commit window to {window.position} has been open for {age:.1f} s (token {window.token}); "
+                "complete that one first"
+            )
+        if window is None:
+            self._window = Window(position, token, applier.position == position, time.monotonic())
+
+    def close(self, token: str) -> None:
+        """The client has finished its window. Closing it again is fine; closing another client's is not."""
+        window = self._window
+        if window is not None and window.token != token:
+            raise ReplicaRefused(f"the open commit window to {window.position} has another token ({window.token})")
+        self._window = None
+
+    def commit(self, target: Position) -> int:
+        """Apply what is staged. Returns elements written. See `Applier.commit` for what it raises."""
+        applier = self._require().applier
+        before, started = applier.position, time.perf_counter()
+        changed = applier.commit(target)
+        if applier.position != before:
+            self._metrics["commit_s"] = time.perf_counter() - started
+            self._metrics["changed"] = changed
+            self._submit(self._verify)
+        self._mark_window(target)
+        return changed
+
+    def undo(self) -> None:
+        """Take the last commit back."""
+        position = self._require().applier.undo()
+        self._submit(self._verify)
+        self._mark_window(position)
+
+    def heal(self) -> None:
+        """Rebuild poisoned weights from an anchor or the base checkpoint and the deltas after it, here and now.
+
+        Raises:
+            ReplicaRefused: the weights are fine.
+            NoPath, BucketError, ...: it was not possible. Still poisoned.
+        """
+        attached = self._require()
+        applier, target = attached.applier, attached.applier.position
+        if applier.poisoned is None or target is None:
+            raise ReplicaRefused("there is nothing to heal: the weights are not poisoned")
+        logger.warning("hubsync: rebuilding the weights: %s", applier.poisoned)
+        started = time.perf_counter()
+        with self._working:
+            written = applier.heal(attached.view(attached.plan(None, target)), target)
+        self._error = None
+        self._metrics["heal_s"] = time.perf_counter() - started
+        self._metrics["heals"] = self._metrics.get("heals", 0) + 1
+        logger.warning("hubsync: the weights are those of %s again; %d elements were wrong", target, written)
+
+    def before_forward(self) -> None:
+        """Keep a model from running with weights that are not known to be right.
+
+        Called ahead of every forward pass, so its usual cost is one comparison. Poisoned weights are healed first, in
+        place of the forward pass that waits for it; if that fails, ReplicaPoisoned goes up into the engine, which ends:
+        no answer is better than one of unknown weights, and whoever watches the server starts it again.
+        """
+        if self._attached is None or self._attached.applier.poisoned is None:
+            return
+        reason = self._attached.applier.poisoned
+        try:
+            self.heal()
+        except Exception as error:
+            raise ReplicaPoisoned(
+                f"refusing to run the model: {reason}; and its weights could not be rebuilt: "
+                f"{type(error).__name__}: {error}. Restart this server, from an anchor of the run if it has one"
+            ) from error
+
+    # --- what the background thread does ------------------------------------------------------------
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="hubsync", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while True:
+            job = self._jobs.get()
+            with self._working:
+                job()
+
+    def _attach(self) -> None:
+        started = time.perf_counter()
+        try:
+            host = self._find_host()
+            reader = ChainReader(open_bucket(host.bucket), host.cache)
+            run = reader.run()
+            attached = _Attached(host, reader, Applier(host.model, run.table, host.device))
+            self._metrics["map_s"] = time.perf_counter() - started
+            digest = attached.applier.live_digest().hex
+            position = reader.find(digest)
+            if position is None:
+                raise RunMismatch(_explain_mismatch(attached, digest))
+            attached.applier.adopt(position)
+            self._metrics["attach_s"] = time.perf_counter() - started
+            self._attached = attached
+            logger.info("hubsync: attached to run %s at %s", run.run_id, position)
+        except Exception as error:
+            self._fail("could not attach", error)
+        finally:
+            self._attaching = False
+
+    def _stage(self) -> None:
+        attached, target = self._attached, self._wanted
+        if attached is None or target is None:
+            return
+        applier, started = attached.applier, time.perf_counter()
+        try:
+            if applier.poisoned is not None:
+                raise ReplicaPoisoned(f"cannot stage {target}: {applier.poisoned}; heal first")
+            plan = attached.plan(applier.position, target)
+            if plan.start is None:
+                applier.stage_view(attached.view(plan), target)
+            else:
+                applier.stage_patch(attached.patch(plan), target)
+            self._metrics["stage_s"] = time.perf_counter() - started
+            self._metrics["stage_bytes"] = plan.nbytes
+            attached.reader.trim(_CACHE_BYTES)
+        except Exception as error:
+            applier.discard()
+            self._fail(f"could not stage {target}", error)
+        finally:
+            if self._wanted == target:  # else a newer target is queued behind
+                self._wanted = None
+
+    def _verify(self) -> None:
+        if self._attached is None or self._attached.applier.verified:
+            return
+        applier, started = self._attached.applier, time.perf_counter()
+        try:
+            if applier.verify():
+                self._metrics["verify_s"] = time.perf_counter() - started
+        except Exception as error:
+            if applier.poisoned is None:  # failing to look is no better than having seen something wrong
+                applier.poison(f"the digest could not be recomputed: {type(error).__name__}: {error}")
+            self._fail("the weights are poisoned", error)
+
+    # --- details ------------------------------------------------------------------------------------
+
+    def _require(self) -> _Attached:
+        if self._attached is None:
+            raise ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is ready")
+        return self._attached
+
+    def _mark_window(self, position: Position) -> None:
+        if self._window is not None:
+            self._window.committed = self._window.position == position
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._error = error if isinstance(error, HubsyncError) else ReplicaRefused(f"{type(error).__name__}: {error}")
+        logger.error("hubsync: %s: %s", what, error, exc_info=not isinstance(error, HubsyncError))
+
+
+def describe(error: Exception) -> dict[str, str]:
+    """An error as it travels: its class in `hubsync.errors`, and its message."""
+    if isinstance(error, HubsyncError):
+        return {"type": type(error).__name__, "message": str(error)}
+    return {"type": "ReplicaError", "message": f"{type(error).__name__}: {error}"}
+
+
+def _position_json(position: Position | None) -> dict[str, Any]:
+    return {} if position is None else {"version": position.version, "digest": position.digest}
+
+
+def _explain_mismatch(attached: _Attached, digest: str) -> str:
+    """Why the live weights are at no version of the run.
+
+    They are never simply overwritten: a layout that was changed after loading would take checkpoint values without
+    complaint, and the model would compute nonsense with them.
+    """
+    checkpoint = attached.checkpoint()
+    different = attached.applier.differing(checkpoint) if checkpoint is not None else []
+    if different:
+        others = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        return (
+            f"{', '.join(different[:3])}{others}: the live weights are not those of the checkpoint that was loaded; "
+            "the server lays them out in another way (packed, swizzled), or somebody has changed them"
+        )
+    base = attached.reader.run().base
+    origin = f"the run starts from {base.model}" if base.model else "the run starts from an anchor in the bucket"
+    return (
+        f"this server was not started from a version of the run in {attached.host.bucket} (its weights have digest "
+        f"{digest[:12]}); {origin}: start it from that, or from one of the run's anchors"
+    )

@@ -1,0 +1,221 @@
+"""The extension in real vLLM engines: every architecture of the promise, bit for bit.
+
+One in-process engine per architecture (about 10 s each on a CPU). What is compared is every byte of every parameter and
+buffer, and what the engine generates, with a fresh engine on the checkpoint of the version.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llvmlite.binding import ffi
+from safetensors.torch import load_file
+
+from hubsync.bits import bits_of, dtype_code
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainWriter
+from hubsync.digest import digest_view
+from hubsync.manifest import Position, Run
+from hubsync.parts import write_anchor, write_delta
+from hubsync.table import TensorSpec, TensorTable
+
+from .models import CONFIGS, VOCABULARY, save_checkpoint
+from .toy import patch_between
+
+pytestmark = pytest.mark.server
+
+RUN_ID = "feedc0de" * 4
+PROMPT = {"prompt_token_ids": [int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, 24)]}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def memory_of(worker: Any) -> dict[str, str]:
+    """Hash of every parameter and buffer of the worker's model."""
+    model = worker.model_runner.get_model()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        name: hashlib.sha1(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in named
+    }
+
+
+def flip_a_bit(worker: Any) -> None:
+    """Somebody writes into the first embedding behind hubsync's back."""
+    with torch.inference_mode():
+        next(worker.model_runner.get_model().parameters()).view(torch.int16)[0, 0] ^= 1
+
+
+class Engine:
+    """An in-process vLLM engine with the extension."""
+
+    def __init__(self, checkpoint: Path, **options: Any):
+        from vllm import LLM, SamplingParams
+
+        self._sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3, detokenize=False)
+        self.llm = LLM(
+            model=str(checkpoint),
+            worker_extension_cls="vllm_plugin.DeltaWorkerExtension",
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            max_num_seqs=4,
+            dtype="bfloat16",
+            enforce_eager=True,
+            seed=0,
+            **options,
+        )
+
+    def call(self, method: str | Callable, *args: Any) -> Any:
+        (answer,) = self.llm.collective_rpc(method, args=args)
+        return answer
+
+    def memory(self) -> dict[str, str]:
+        return self.call(memory_of)
+
+    def generate(self) -> list:
+        self.llm.reset_prefix_cache()
+        output = self.llm.generate([PROMPT], self._sampling, use_tqdm=False)[0].outputs[0]
+        return [
+            list(output.token_ids),
+            [sorted((token, value.logprob) for token, value in step.items()) for step in output.logprobs],
+        ]
+
+    def settled(self) -> dict:
+        deadline = time.monotonic() + 60
+        while (status := self.call("hubsync_status"))["state"] in ("attaching", "staging", "applied"):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.01)
+        return status
+
+    def follow(self, position: Position) -> dict:
+        self.call("hubsync_stage", position.version, position.digest)
+        status = self.settled()
+        assert status["state"] == "staged", status
+        answer = self.call("hubsync_commit", position.version, position.digest)
+        assert "error" not in answer or answer["error"] is None, answer
+        status = self.settled()
+        assert (status["state"], status["version"]) == ("ready", position.version), status
+        return answer
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+class Publisher:
+    """A run whose versions change 1 % of the elements of every tensor, and a checkpoint of each version."""
+
+    def __init__(self, root: Path, base: Path):
+        self.root = root
+        self.base = base
+        self.views = [load_file(base / "model.safetensors")]
+        self.table = TensorTable(
+            [TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in self.views[0].items()]
+        )
+        self.positions = [Position(0, digest_view(self.table, self.views[0]).hex)]
+        self.address = str(root / "bucket")
+        run = Run(RUN_ID, self.table, self.positions[0].digest, created=time.time())
+        self.writer = ChainWriter.create(open_bucket(self.address, create=True), run)
+
+    def publish(self, version: int, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Position:
+        """`change(bits, random 16-bit patterns) -> new bits` of the elements chosen."""
+        generator = np.random.default_rng(version)
+        new = {name: tensor.clone() for name, tensor in self.views[-1].items()}
+        for tensor in new.values():
+            bits = bits_of(tensor)
+            chosen = generator.choice(len(bits), max(1, len(bits) // 100), replace=False)
+            bits[chosen] = change(bits[chosen], generator.integers(0, 1 << 16, len(chosen), dtype=np.uint16))
+        position = Position(version, digest_view(self.table, new).hex)
+        patch = patch_between(self.views[-1], new, self.table)
+        part = write_delta(self.table, patch, run_id=RUN_ID, parent=self.positions[-1], position=position)
+        self.writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
+        self.views.append(new)
+        self.positions.append(position)
+        return position
+
+    def checkpoint(self, version: int) -> Path:
+        directory = self.root / f"version-{version}"
+        directory.mkdir()
+        write_anchor(directory, self.table, self.views[version])
+        (directory / "config.json").write_bytes((self.base / "config.json").read_bytes())
+        return directory
+
+
+def small_steps(bits: np.ndarray, _random: np.ndarray) -> np.ndarray:
+    return bits ^ np.uint16(3)
+
+
+def any_bits(_bits: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """NaN payloads, infinities and both zeros: what no model survives, and every byte must."""
+    return random
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    # vLLM for CPUs walks over every module at the start of an engine and asks each object for its `__dict__`, which
+    # llvmlite's library handle answers with a function. A server starts before numba is imported; these tests do not.
+    ask = ffi._lib_wrapper.__getattr__
+    monkeypatch.setattr(ffi._lib_wrapper, "__getattr__", lambda self, name: _no_dunder(name) or ask(self, name))
+
+
+def _no_dunder(name: str) -> None:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def start(checkpoint: Path, address: str, cache: Path, **options: Any) -> Engine:
+        monkeypatch.setenv("HUBSYNC_BUCKET", address)
+        monkeypatch.setenv("HUBSYNC_CACHE", str(cache))
+        engines.append(Engine(checkpoint, **options))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_byte_equals_a_fresh_load(architecture: str, tmp_path: Path, start: Callable[..., Engine]) -> None:
+    publisher = Publisher(tmp_path, save_checkpoint(architecture, tmp_path / "base"))
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    status = engine.settled()
+    assert (status["state"], status["version"]) == ("ready", 0), status
+    original, original_output = engine.memory(), engine.generate()
+
+    engine.follow(publisher.publish(1, small_steps))
+    followed, output = engine.memory(), engine.generate()
+    assert output != original_output
+    engine.follow(publisher.publish(2, any_bits))
+    wild = engine.memory()
+    engine.call("hubsync_undo")
+    assert engine.settled()["version"] == 1
+    assert engine.memory() == followed
+
+    fresh = start(publisher.checkpoint(1), publisher.address, tmp_path / "cache")
+    assert fresh.memory() == followed != original
+    assert fresh.generate() == output
+    assert fresh.call("hubsync_status")["state"] == "attaching"
+    assert fresh.settled()["version"] == 1
+    fresh.follow(publisher.positions[2])
+    assert fresh.memory() == wild

@@ -64,6 +64,14 @@ def test_a_missing_source_is_an_error_and_writes_nothing(tmp_path: Path) -> None
     assert bucket.list() == []
 
 
+def test_an_object_is_immutable(tmp_path: Path) -> None:
+    bucket = LocalBucket(tmp_path, create=True)
+    bucket.put([Upload("part", b"one")])
+    with pytest.raises(BucketError, match=r"part .*immutable"):
+        bucket.put([Upload("part", b"three")])
+    assert bucket.read(["part"]) == {"part": b"one"}
+
+
 def test_own_temporary_files_are_neither_listed_nor_kept_for_ever(tmp_path: Path) -> None:
     bucket = LocalBucket(tmp_path, create=True)
     bucket.commit("head.json", b"1")

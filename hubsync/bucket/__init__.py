@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hubsync.errors import ConfigError
-
+from .address import HUB_SCHEME, not_an_address
 from .base import Bucket, Download, Stat, Upload
 from .local import LocalBucket
 
@@ -24,13 +23,10 @@ def open_bucket(address: str, *, create: bool = False, token: str | None = None,
         BucketMissing: it does not exist and `create` is false.
         BucketDenied: no access with this token.
     """
-    if address.startswith("hf://"):
+    if address.startswith(HUB_SCHEME):
         from .hub import HubBucket
 
         return HubBucket(address, create=create, token=token, endpoint=endpoint)
     if not address.strip() or "://" in address or address.startswith("hf:"):
-        raise ConfigError(
-            f"{address!r} is not a bucket address; use hf://buckets/<namespace>/<name>/<run> for a Hugging Face "
-            "bucket, or a directory such as /data/runs/my-run"
-        )
+        raise not_an_address(address)
     return LocalBucket(address, create=create)

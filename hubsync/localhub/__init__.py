@@ -19,11 +19,13 @@ from hubsync.errors import ConfigError
 
 from .access import Access
 from .cas import CasApi
-from .hub import BucketApi
+from .hub import BucketApi, Refusal
 from .server import Fault, Server
 from .store import Store
 
 __all__ = ["LocalHub"]
+
+_POLL_SECONDS = 0.02  # how soon the server notices that it should stop
 
 
 class LocalHub:
@@ -49,9 +51,12 @@ class LocalHub:
         access = Access(self._store.secret, None if tokens is None else frozenset(tokens), frozenset(read_only_tokens))
         self._server = self._bind(port)
         self.url = self._server.url
-        self._server.add(BucketApi(self._store, access, self.url, page).routes())
+        self._buckets = BucketApi(self._store, access, self.url, page)
+        self._server.add(self._buckets.routes())
         self._server.add(CasApi(self._store, access, self.url).routes())
-        self._thread = threading.Thread(target=self._server.serve_forever, name="hubsync-localhub", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="hubsync-localhub", daemon=True
+        )
 
     @staticmethod
     def _bind(port: int) -> Server:
@@ -116,7 +121,16 @@ class LocalHub:
             Fault(re.compile(match), times, status, headers or {}, delay, drop, lose_answer, corrupt)
         )
 
+    def faults_left(self) -> int:
+        """How many more requests faults are waiting for: 0 once every one has struck."""
+        return sum(fault.times for fault in self._server.faults)
+
+    def refuse(self, match: str, *, silently: bool = False) -> None:
+        """Refuse batch operations whose path contains the regular expression `match`; `silently` reports success."""
+        self._buckets.refusals.append(Refusal(re.compile(match), silently))
+
     def reset(self) -> None:
-        """Forget all faults and counters; what is stored stays."""
+        """Forget all faults, refusals and counters; what is stored stays."""
+        self._buckets.refusals.clear()
         self._server.faults.clear()
         self._server.counts.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
@@ -22,11 +23,20 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _MAX_PATHS = 1000
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Batch operations on paths that match are not done; `silently` reports them as done."""
+
+    match: re.Pattern[str]
+    silently: bool
+
+
 class BucketApi:
     """Routes below `/api/buckets` and `/buckets`."""
 
     def __init__(self, store: Store, access: Access, url: str, page: int) -> None:
         self._store, self._access, self._url, self._page = store, access, url, page
+        self.refusals: list[Refusal] = []
 
     def routes(self) -> list[Route]:
         bucket = "/api/buckets/{namespace}/{name}"
@@ -170,6 +180,8 @@ class BucketApi:
         kind, path = operation["type"], operation["path"]
         if not _is_path(path):
             return "Invalid path"
+        if refusal := next((r for r in self.refusals if r.match.search(path)), None):
+            return None if refusal.silently else "injected"
         if kind == "deleteFile":
             return None if self._store.delete_file(bucket, path) else "File not found"
         content = operation.get("xetHash")

@@ -1,0 +1,288 @@
+"""A Hugging Face bucket, through `huggingface_hub` (1.33 or newer) and hf_xet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from huggingface_hub import BucketFile, BucketFolder, HfApi, constants
+from huggingface_hub.errors import BucketBatchError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from hubsync import __version__
+from hubsync.errors import BucketError, BucketUnavailable, FormatError, ObjectCorrupt, ObjectMissing
+
+from .address import HubAddress
+from .base import Bucket, Download, Stat, Upload
+from .files import holds, temporary
+from .hub_errors import translate, translated
+from .names import checked, checked_directory, is_name
+
+# hf_xet reads these once, when the process first uses it. Its own default is to retry a failing server for almost
+# five minutes per request, too long for a training loop that has a next step to publish: here it gives up in about
+# 20 s. Its cache of downloaded chunks is off because it holds unverified bytes: a damaged chunk must not come back on
+# the second try. What users set themselves stays.
+for _name, _value in {
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "1s",
+    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
+    "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+_OPEN_DELAYS = (1.0, 3.0)  # seconds between tries of the calls that huggingface_hub does not retry itself
+_WORTH_A_BAR = 64 << 20  # bytes; below, a transfer is over before anybody could read its progress bar
+
+T = TypeVar("T")
+
+
+class HubBucket(Bucket):
+    """A prefix of a Hugging Face bucket: `hf://buckets/<namespace>/<name>/<run>`. Opening it checks that it is there.
+
+    The Hub limits API calls (1000 in 5 minutes on the free plan), so `API_CALLS` states the most each method makes for
+    up to 1000 objects when nothing fails; `read` and `fetch` also make one of the resolver class, which has a limit of
+    its own. Names are written last and point to immutable content: a reader of one name sees old or new, never a mix.
+
+    An object that `put` replaces by one of another size is not noticed: looking first would cost a call, and names
+    hold the writer's epoch.
+
+    Raises:
+        ConfigError: the address has another form.
+        BucketMissing, BucketDenied, BucketUnavailable: as their names say, with what to do.
+    """
+
+    API_CALLS: ClassVar[dict[str, int]] = {
+        "open": 1,
+        "put": 3,
+        "commit": 2,
+        "read": 2,
+        "stat": 1,
+        "list": 1,
+        "fetch": 2,
+        "delete": 1,
+    }
+
+    def __init__(
+        self, address: str, *, create: bool = False, token: str | None = None, endpoint: str | None = None
+    ) -> None:
+        self.address = address
+        self._at = HubAddress.parse(address)
+        # HF_ENDPOINT is read now: huggingface_hub reads it at its import, which may be long ago.
+        endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
+        self._api = HfApi(endpoint=endpoint, token=token, library_name="hubsync", library_version=__version__)
+        if create:
+            self._patiently("create it", lambda: self._api.create_bucket(self._at.bucket, private=True, exist_ok=True))
+        else:
+            self._patiently("open it", lambda: self._api.bucket_info(self._at.bucket))
+
+    def put(self, uploads: Sequence[Upload]) -> None:
+        if not uploads:
+            return
+        names = [self._full(upload.path) for upload in uploads]
+        with self._translated("read what to upload"):
+            sizes = {upload.path: upload.size for upload in uploads}
+        with self._translated(f"write {_some(sizes)}"), _bars(sum(sizes.values())):
+            add: list[tuple[str | Path | bytes, str]] = [
+                (u.source, name) for u, name in zip(uploads, names, strict=True)
+            ]
+            self._api.batch_bucket_files(self._at.bucket, add=add)
+        self._check_written(sizes)
+
+    def commit(self, path: str, data: bytes) -> None:
+        name = self._full(path)
+        try:
+            with self._translated(f"write {path}"), _bars(len(data)):
+                self._api.batch_bucket_files(self._at.bucket, add=[(data, name)])
+        except BucketUnavailable:
+            if not self._was_written(path, data):
+                raise
+
+    def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
+        try:
+            return self._contents(self._look_up(paths), max_bytes)
+        except ObjectMissing:  # deleted since it was looked up
+            return self._contents(self._look_up(paths), max_bytes)
+
+    def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
+        return {path: Stat(path, file.size, file.xet_hash) for path, file in self._look_up(paths).items()}
+
+    def list(self, prefix: str = "", *, recursive: bool = True) -> list[Stat]:
+        directory = self._full(checked_directory(prefix)) if prefix else self._at.prefix
+        with self._translated(f"list {prefix or self._at.prefix}"):
+            # The Hub matches letters, not directories, so siblings such as "run-2" of "run" come too.
+            entries = list(self._api.list_bucket_tree(self._at.bucket, prefix=directory, recursive=recursive))
+        below = (entry for entry in entries if entry.path.startswith(directory + "/"))
+        return sorted(_stats(below, len(self._at.prefix) + 1), key=lambda entry: entry.path)
+
+    def fetch(self, downloads: Sequence[Download]) -> None:
+        if not downloads:
+            return
+        with self._translated(f"fetch {_some(d.path for d in downloads)}"):
+            wanted = [d for d in downloads if not holds(d.destination, d.size, d.sha256)]
+            wrong = self._fetch_all(self._fetch_all(wanted))
+        if wrong:
+            raise ObjectCorrupt(
+                f"{_some(d.path for d in wrong)} in {self.address} does not have the size and SHA-256 that its "
+                "manifest states, also on the second try: it was damaged or replaced. Check the run with `hubsync "
+                "verify`; replicas can catch up from a later anchor"
+            )
+
+    def delete(self, paths: Sequence[str]) -> None:
+        names = [self._full(path) for path in paths]
+        if not names:
+            return
+        with self._translated(f"delete {_some(paths)}"):
+            try:
+                self._api.batch_bucket_files(self._at.bucket, delete=names)
+            except BucketBatchError as error:
+                # Also the answer to a repeated request whose first answer was lost, and to paths that never were.
+                if self.stat(paths):
+                    raise translate(error, f"delete {_some(paths)}", self._at) from error
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def _check_written(self, sizes: dict[str, int]) -> None:
+        """A batch is not a transaction, and large ones have lost files while reporting success: look."""
+        found = self.stat(list(sizes))
+        wrong = [path for path, size in sizes.items() if path not in found or found[path].size != size]
+        if wrong:
+            raise BucketError(
+                f"{_some(wrong)} did not arrive whole in {self.address} although the Hub reported success"
+            )
+
+    def _was_written(self, path: str, data: bytes) -> bool:
+        """After a lost answer: whether the object is there all the same. When in doubt, no."""
+        try:
+            return self.read([path], max_bytes=len(data)).get(path) == data
+        except (BucketError, FormatError):
+            return False
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def _look_up(self, paths: Sequence[str]) -> dict[str, BucketFile]:
+        names = {self._full(path): path for path in paths}
+        if not names:
+            return {}
+        with self._translated(f"look up {_some(paths)}"):
+            found = list(self._api.get_bucket_paths_info(self._at.bucket, list(names)))
+        return {names[file.path]: file for file in found if file.path in names}
+
+    def _contents(self, files: dict[str, BucketFile], max_bytes: int) -> dict[str, bytes]:
+        for path, file in files.items():
+            if file.size > max_bytes:
+                raise FormatError(
+                    f"{path} in {self.address} is larger than {max_bytes} bytes; it is not what its name says"
+                )
+        with tempfile.TemporaryDirectory(prefix="hubsync-") as directory:
+            local = {path: Path(directory, str(n)) for n, path in enumerate(files)}
+            self._download([(files[path], target) for path, target in local.items()])
+            return {path: _read_whole(target, files[path]) for path, target in local.items()}
+
+    def _fetch_all(self, downloads: Sequence[Download]) -> Sequence[Download]:
+        """Fetch what has the right bytes, all in one call; returns what has not."""
+        if not downloads:
+            return []
+        files = self._look_up([d.path for d in downloads])
+        if missing := [d.path for d in downloads if d.path not in files]:
+            raise ObjectMissing(f"{_some(missing)} is not in {self.address}")
+        with ExitStack() as stack:
+            staged = [(d, stack.enter_context(temporary(d.destination.parent))) for d in downloads]
+            try:
+                self._download([(files[d.path], path) for d, path in staged if files[d.path].size == d.size])
+            except ObjectCorrupt:
+                pass  # one of them; which one is seen below
+            wrong = []
+            for download, path in staged:
+                if holds(path, download.size, download.sha256):
+                    os.replace(path, download.destination)
+                else:
+                    wrong.append(download)
+            return wrong
+
+    def _download(self, files: Sequence[tuple[BucketFile, Path]]) -> None:
+        """hf_xet checks no content and writes in place: callers pass temporary names and check."""
+        if not files:
+            return
+        with self._translated(f"read {_some(file.path for file, _ in files)}"), _bars(sum(f.size for f, _ in files)):
+            self._api.download_bucket_files(self._at.bucket, list(files))
+
+    # --- names and errors ---------------------------------------------------------------------------
+
+    def _full(self, path: str) -> str:
+        return f"{self._at.prefix}/{checked(path)}"
+
+    def _translated(self, action: str) -> AbstractContextManager[None]:
+        return translated(action, self._at)
+
+    def _patiently(self, action: str, call: Callable[[], T]) -> T:
+        for delay in _OPEN_DELAYS:
+            try:
+                with self._translated(action):
+                    return call()
+            except BucketUnavailable:
+                time.sleep(delay)
+        with self._translated(action):
+            return call()
+
+
+def _stats(entries: Iterable[BucketFile | BucketFolder], skip: int) -> Iterator[Stat]:
+    """Entries with an object name, relative to the run's prefix of `skip` characters (slash included)."""
+    for entry in entries:
+        path = entry.path[skip:]
+        if not is_name(path):
+            continue
+        if isinstance(entry, BucketFile):
+            yield Stat(path, entry.size, entry.xet_hash)
+        else:
+            yield Stat(path + "/", 0, "")
+
+
+def _read_whole(local: Path, file: BucketFile) -> bytes:
+    data = local.read_bytes()
+    if len(data) != file.size:
+        raise ObjectCorrupt(f"{file.path} arrived with {len(data)} bytes, the Hub lists {file.size}")
+    return data
+
+
+def _some(paths: Iterable[str]) -> str:
+    """A few paths, for a message."""
+    first, *rest = paths
+    return first if not rest else f"{first} and {len(rest)} more"
+
+
+class _Bars:
+    """Whether huggingface_hub draws progress bars, which it decides per process: counts who wants quiet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._quiet = 0
+        self._restore = False
+
+    @contextmanager
+    def for_transfer(self, nbytes: int) -> Iterator[None]:
+        """Bars only for many bytes and if somebody watches; HF_HUB_DISABLE_PROGRESS_BARS overrules that."""
+        if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or (nbytes >= _WORTH_A_BAR and sys.stderr.isatty()):
+            yield
+            return
+        with self._lock:
+            if self._quiet == 0:
+                self._restore = not are_progress_bars_disabled()
+                disable_progress_bars()
+            self._quiet += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._quiet -= 1
+                if self._quiet == 0 and self._restore:
+                    enable_progress_bars()
+
+
+_bars = _Bars().for_transfer

@@ -1,0 +1,109 @@
+"""What huggingface_hub and hf_xet raise, in terms of `hubsync.errors`.
+
+Four families meet here: `HfHubHTTPError` with a response; errors of the HTTP library beneath (httpx or httpx2,
+depending on the version of huggingface_hub); builtin ConnectionError from hf_xet's uploads and tokens, and RuntimeError
+from its downloads, both of which carry the HTTP status only in their text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    BucketBatchError,
+    BucketNotFoundError,
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+)
+
+from hubsync.errors import BucketDenied, BucketError, BucketMissing, BucketUnavailable, ObjectCorrupt, ObjectMissing
+
+from .address import HubAddress
+
+# The base of HfHubHTTPError is the base of its HTTP library, whichever that is. ValueError: an answer that is not
+# from a Hub, such as the page of a proxy. (KeyboardInterrupt and our own errors pass.)
+_HTTP_LIBRARY: type[Exception] = HfHubHTTPError.__bases__[0]
+_FOREIGN = (_HTTP_LIBRARY, EntryNotFoundError, OSError, RuntimeError, ValueError)
+
+_STATUS_IN_TEXT = re.compile(r"\((\d{3}) [A-Z]")
+_LISTED = 10  # paths in a message
+
+
+@contextmanager
+def translated(action: str, address: HubAddress) -> Iterator[None]:
+    """Turn every foreign error inside into a BucketError that says what to do."""
+    try:
+        yield
+    except _FOREIGN as error:
+        raise translate(error, action, address) from error
+
+
+def translate(error: Exception, action: str, address: HubAddress) -> BucketError:
+    """The BucketError for a foreign `error` met while trying to `action`."""
+    failed = f"cannot {action} in bucket {address.bucket}"
+    if isinstance(error, BucketBatchError):
+        return BucketError(f"{failed}: the Hub refused {_paths(error.failures)}; the other objects were written")
+    if isinstance(error, EntryNotFoundError):
+        return ObjectMissing(f"{failed}: {_first_line(error)}")
+    if isinstance(error, (BucketNotFoundError, RepositoryNotFoundError)):
+        return _missing(failed, address)
+    if isinstance(error, HfHubHTTPError):
+        return _by_status(error.response.status_code, error, failed, address)
+    if match := _STATUS_IN_TEXT.search(str(error)):
+        return _by_status(int(match[1]), error, failed, address)
+    if isinstance(error, RuntimeError):
+        return _by_text(error, failed)
+    network = isinstance(error, (ConnectionError, TimeoutError))
+    if not network and isinstance(error, (OSError, ValueError)):
+        return BucketError(f"{failed}: {_first_line(error)}")  # a local file, or an answer that is not from a Hub
+    return BucketUnavailable(f"{failed}: no connection to the Hub ({_first_line(error)}); trying again later may work")
+
+
+def _by_status(status: int, error: Exception, failed: str, address: HubAddress) -> BucketError:
+    namespace = address.bucket.partition("/")[0]
+    if status == 401:
+        return BucketDenied(
+            f"{failed}: the Hub does not accept the token, or there is none; run `hf auth login` or set HF_TOKEN"
+        )
+    if status == 403:
+        return BucketDenied(
+            f"{failed}: the token does not allow it; use one with write access to {namespace} "
+            "(https://huggingface.co/settings/tokens), with `hf auth login` or HF_TOKEN"
+        )
+    if status in (408, 429) or status >= 500:
+        return BucketUnavailable(f"{failed}: {_first_line(error)}; gave up after several tries, later it may work")
+    if status != 404:
+        return BucketError(f"{failed}: {_first_line(error)}")
+    if isinstance(error, HfHubHTTPError) or "/api/buckets/" in str(error):
+        return _missing(failed, address)
+    return ObjectMissing(f"{failed}: the Hub knows the name but has lost the content ({_first_line(error)})")
+
+
+def _by_text(error: RuntimeError, failed: str) -> BucketError:
+    text = str(error)
+    if "Format error" in text or "Decompression" in text:
+        return ObjectCorrupt(f"{failed}: the Hub sent damaged bytes ({_first_line(error)})")
+    if "(os error " in text and "rror sending request" not in text:
+        return BucketError(f"{failed}: this machine cannot store the download ({_first_line(error)})")
+    return BucketUnavailable(f"{failed}: {_first_line(error)}; trying again later may work")
+
+
+def _missing(failed: str, address: HubAddress) -> BucketMissing:
+    return BucketMissing(
+        f"{failed}: it does not exist, or the token cannot see it. Check the address, run `hf auth login` if it is "
+        f"private, or create it with `hf buckets create {address.bucket} --private`"
+    )
+
+
+def _paths(failures: list[dict[str, str]]) -> str:
+    listed = ", ".join(f"{failure.get('path')} ({failure.get('error')})" for failure in failures[:_LISTED])
+    return listed + (f" and {len(failures) - _LISTED} more" if len(failures) > _LISTED else "")
+
+
+def _first_line(error: Exception) -> str:
+    """The informative line of a message: huggingface_hub's begin with blank lines and end with links."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -15,6 +15,7 @@ from pathlib import Path
 from hubsync.bucket.base import Bucket, Download
 from hubsync.errors import FormatError, NoPath, ObjectMissing
 from hubsync.manifest import Head, Manifest, Position, Run
+from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose
 
 from .index import ChainIndex
@@ -143,8 +144,7 @@ class ChainReader:
         position = self._position(target)
         if have == position:
             return Plan(have, None, False, [], position)
-        deltas = None if have is None else self._deltas(have, target)
-        if deltas is not None:
+        if have is not None and (deltas := self._deltas(have, target)) is not None:
             return Plan(have, None, False, deltas, position)
         self._survey()  # anchors may have been added to versions that we knew
         plan = self._from_anchor_or_base(target, base_available)
@@ -178,8 +178,6 @@ class ChainReader:
         """The decoded delta of a manifest: its parts (one a publisher rank, on disjoint elements) together."""
         if manifest.kind != "delta":
             raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
-        from hubsync.parts import read_delta
-
         table = self.run().table
         parts = [read_delta(path, table, manifest) for path in self.fetch(manifest)]
         return reduce(compose, parts, {})

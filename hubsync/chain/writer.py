@@ -87,6 +87,11 @@ class ChainWriter:
         return self._position
 
     @property
+    def newest(self) -> Manifest | None:
+        """Manifest of `position`; None while nothing at all is committed in the run."""
+        return self._newest
+
+    @property
     def next_version(self) -> int:
         """Number of the next version. Not always `position.version + 1`: see `_open_epoch`."""
         return self._next_version
@@ -94,8 +99,8 @@ class ChainWriter:
     def settle(self) -> Manifest | None:
         """Call this before preparing a version. Does nothing unless the outcome of the last manifest is unknown.
 
-        Then a new epoch is opened, so that the lost write cannot come in between, and the manifest is returned if
-        it turns out to be committed after all (`position` is its position then).
+        Then a new epoch is opened, so that the lost write cannot come in between. If it turns out that the version
+        was committed after all, `position` moves to it and its manifest is returned.
         """
         if self._unknown is None:
             return None
@@ -103,11 +108,11 @@ class ChainWriter:
         self._check_fence()
         self._open_epoch()
         self._unknown = None
-        if self._position == lost.position:
-            return lost
-        if self._position != before:
+        if self._position == before:
+            return None
+        if self._position != lost.position:
             raise Fenced(f"{self._bucket.address} was continued by another publisher, to {self._position}")
-        return None
+        return lost
 
     def commit_delta(
         self,
@@ -245,7 +250,7 @@ class ChainWriter:
         else:
             self._position = self._newest.position
             holders = [epoch for epoch, names in chain.epochs.items() if self._position.version in names.versions]
-            self._position_epoch = self._newest.epoch if self._position.version else None
+            self._position_epoch = holders[0] if self._position.version else None
             older = sum(holders[0] <= epoch < self._epoch for epoch in chain.epochs)
         self._next_version = self._position.version + 1 + older
         self._repair_head()

@@ -1,0 +1,86 @@
+"""A published view on the CPU, rebuilt from a plan: what a replica does, without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hubsync.bits import TORCH_DTYPES, advance, bits_of
+from hubsync.digest import digest_change, digest_view, tensor_seed
+from hubsync.errors import NoPath, WrongParent
+from hubsync.manifest import Manifest, Position
+from hubsync.parts import open_anchor
+from hubsync.patch import Patch
+from hubsync.table import TensorTable
+
+from .reader import ChainReader, Plan
+
+
+class View:
+    """Every tensor of a table, in its served dtype, and where that is in the chain.
+
+    Attributes:
+        tensors: name -> contiguous CPU tensor in checkpoint shape.
+        position: version and digest; the digest is the one of the tensors, always.
+    """
+
+    def __init__(self, table: TensorTable, tensors: Mapping[str, torch.Tensor], position: Position):
+        """Copies the tensors, casting them to the served dtypes. WrongParent if they do not have `position.digest`."""
+        self.table = table
+        self.tensors = {
+            spec.name: tensors[spec.name].detach().to("cpu", TORCH_DTYPES[spec.dtype], copy=True).contiguous()
+            for spec in table
+        }
+        self._digest = digest_view(table, self.tensors)
+        self._move(position)
+
+    def apply(self, patch: Patch, manifest: Manifest) -> None:
+        """Go from a delta's parent to its position. WrongParent if it starts elsewhere or does not end there."""
+        if manifest.parent != self.position:
+            raise WrongParent(f"version {manifest.version} applies to {manifest.parent}, not to {self.position}")
+        digest = self._digest
+        for index, delta in patch.items():
+            spec = self.table[index]
+            bits = bits_of(self.tensors[spec.name])
+            old = bits[delta.indices]
+            new = advance(old, delta.diffs)
+            bits[delta.indices] = new
+            digest += digest_change(tensor_seed(spec.name), delta.indices, old, new)
+        self._digest = digest
+        self._move(manifest.position)
+
+    def verify(self) -> None:
+        """Recompute the digest from the tensors. WrongParent if it is not the one of `position`."""
+        self._digest = digest_view(self.table, self.tensors)
+        self._move(self.position)
+
+    def _move(self, position: Position) -> None:
+        if self._digest.hex != position.digest:
+            raise WrongParent(f"the weights have digest {self._digest.hex}, but {position} has {position.digest}")
+        self.position = position
+
+
+def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:
+    """Download what a plan says and rebuild the view it ends at, every step checked against its digest.
+
+    Args:
+        base: the tensors that the plan starts from, if not from an anchor: the base checkpoint's, or those of
+            `plan.start`.
+
+    Raises:
+        NoPath: the plan needs `base`.
+        WrongParent: the weights are not what the chain says they are.
+        BucketError, FormatError: a part is missing, damaged or malformed.
+    """
+    run = reader.run()
+    if plan.anchor is not None:
+        view = View(run.table, open_anchor(reader.fetch(plan.anchor), run.table), plan.anchor.position)
+    elif base is None:
+        raise NoPath("this way starts from weights that are not in the bucket: the base checkpoint is needed")
+    else:
+        view = View(run.table, base, run.origin if plan.base else plan.start or run.origin)
+    for manifest in plan.deltas:
+        view.apply(reader.patch(manifest), manifest)
+    view.verify()
+    return view

@@ -1,0 +1,180 @@
+"""The settings of a publisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hubsync.errors import ConfigError
+
+VIEW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass
+class SyncConfig:
+    r"""
+    Configuration class for [`DeltaWeightTransferEngine`].
+
+    Using [`~transformers.HfArgumentParser`] or [`~trl.TrlParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the run
+
+        bucket (`str`):
+            Where the run lives: `hf://buckets/<namespace>/<name>/<run>`, or a directory. It is created if it does not
+            exist.
+        resume (`bool`, *optional*, defaults to `True`):
+            Whether to continue the run if the bucket already holds one of the same tensors. If `False`, an existing
+            run is an error.
+        token (`str`, *optional*):
+            Hugging Face token. Defaults to the one of the environment or of `hf auth login`.
+        name (`str`, *optional*):
+            Free text recorded with every version, shown by `hubsync ls`.
+
+        > Parameters that control what is published
+
+        view_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Dtype that the inference servers hold the weights in: `"bfloat16"`, `"float16"` or `"float32"`. Parameters
+            are cast to it before they are compared.
+        encoding (`str`, *optional*, defaults to `"fast"`):
+            Level of the codec. `"fast"` is the only one.
+        base_model (`str`, *optional*):
+            Hub repository or directory of the checkpoint that the model was loaded from, which the servers load too.
+            Defaults to what the model's config says; if that is nothing, the whole model is uploaded once.
+        base_revision (`str`, *optional*):
+            Commit of `base_model`. Defaults to what the model's config says.
+        snapshot_device (`str`, *optional*, defaults to `"model"`):
+            Where the copy of the published weights is held that changes are found against: `"model"` (beside each
+            parameter) or `"cpu"` (saves accelerator memory, but moves the whole model at every publish).
+
+        > Parameters that control anchors
+
+        anchor_every (`int`, *optional*, defaults to `0`):
+            Upload the whole model after every so many versions, so that servers without the base checkpoint, or far
+            behind, catch up sooner. `0` uploads it only when it is asked for or needed.
+        anchor_at_close (`bool`, *optional*, defaults to `False`):
+            Whether to upload the whole model when the engine is closed.
+
+        > Parameters that control the inference servers
+
+        servers (`list[str]`, *optional*, defaults to `[]`):
+            URLs of the vLLM servers that `sync` brings to each version, for example `http://localhost:8000`. Others
+            may follow the bucket by themselves.
+        kv_cache (`str`, *optional*, defaults to `"recompute"`):
+            What happens to the keys and values of running requests when weights change: `"recompute"` them with the
+            new weights, or `"keep"` them (no pause, but requests mix old keys and values with new weights).
+        stage_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds a server may take to find its place in the run, or to download and prepare a version.
+        commit_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds a server may take to answer one request while it commits.
+    """
+
+    # Parameters that control the run
+    bucket: str = field(
+        default="",
+        metadata={"help": "Where the run lives: `hf://buckets/<namespace>/<name>/<run>`, or a directory."},
+    )
+    resume: bool = field(
+        default=True,
+        metadata={"help": "Whether to continue a run of the same tensors. If `False`, an existing run is an error."},
+    )
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Hugging Face token. Defaults to the one of the environment or of `hf auth login`."},
+    )
+    name: str | None = field(
+        default=None, metadata={"help": "Free text recorded with every version, shown by `hubsync ls`."}
+    )
+
+    # Parameters that control what is published
+    view_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Dtype that the inference servers hold the weights in. Parameters are cast to it before they are "
+            "compared.",
+            "choices": list(VIEW_DTYPES),
+        },
+    )
+    encoding: str = field(default="fast", metadata={"help": "Level of the codec.", "choices": ["fast"]})
+    base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub repository or directory of the checkpoint that the model was loaded from, which the servers "
+            "load too. Defaults to what the model's config says; if that is nothing, the whole model is uploaded once."
+        },
+    )
+    base_revision: str | None = field(
+        default=None, metadata={"help": "Commit of `base_model`. Defaults to what the model's config says."}
+    )
+    snapshot_device: str = field(
+        default="model",
+        metadata={
+            "help": "Where the copy of the published weights is held that changes are found against: beside each "
+            "parameter, or in main memory.",
+            "choices": ["model", "cpu"],
+        },
+    )
+
+    # Parameters that control anchors
+    anchor_every: int = field(
+        default=0,
+        metadata={
+            "help": "Upload the whole model after every so many versions. `0` uploads it only when it is asked for or "
+            "needed."
+        },
+    )
+    anchor_at_close: bool = field(
+        default=False, metadata={"help": "Whether to upload the whole model when the engine is closed."}
+    )
+
+    # Parameters that control the inference servers
+    servers: list[str] = field(
+        default_factory=list,
+        metadata={"help": "URLs of the vLLM servers that `sync` brings to each version."},
+    )
+    kv_cache: str = field(
+        default="recompute",
+        metadata={
+            "help": "What happens to the keys and values of running requests when weights change.",
+            "choices": ["recompute", "keep"],
+        },
+    )
+    stage_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds a server may take to find its place in the run, or to download and prepare a version."
+        },
+    )
+    commit_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds a server may take to answer one request while it commits."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.bucket.strip():
+            raise ConfigError(
+                "SyncConfig needs a bucket: hf://buckets/<namespace>/<name>/<run>, or a directory such as ./runs/first"
+            )
+        self._require_choice("view_dtype", *VIEW_DTYPES)
+        self._require_choice("encoding", "fast")
+        self._require_choice("snapshot_device", "model", "cpu")
+        self._require_choice("kv_cache", "recompute", "keep")
+        if self.anchor_every < 0:
+            raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
+        if self.stage_timeout <= 0 or self.commit_timeout <= 0:
+            raise ConfigError("stage_timeout and commit_timeout must be positive numbers of seconds")
+        if isinstance(self.servers, str):
+            raise ConfigError(f"servers must be a list of URLs: servers=[{self.servers!r}]")
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
+        if self.name is not None and (len(self.name) > 512 or not self.name.isprintable()):
+            raise ConfigError("name must be printable text of at most 512 characters")
+        if self.base_revision is not None and self.base_model is None:
+            raise ConfigError("base_revision needs base_model: a revision of what?")
+
+    def _require_choice(self, setting: str, *choices: str) -> None:
+        if getattr(self, setting) not in choices:
+            raise ConfigError(f"{setting} must be one of {', '.join(choices)}, not {getattr(self, setting)!r}")

@@ -1,0 +1,175 @@
+"""What is published, and what of it has changed.
+
+The published view of a model is what a checkpoint of it would hold: its parameters and persistent floating point
+buffers, each once, under its checkpoint name, cast to the dtype that is served. The snapshot is a copy of the view
+that was last made durable. Changes are found by comparing bits with it, never by looking at gradients or optimizer
+states, so they are right whatever moved the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hubsync.bits import SIGNED, TORCH_DTYPES, UNSIGNED, advance, bits_of, difference, dtype_code, find_changes
+from hubsync.digest import Digest, digest_change, digest_torch, tensor_seed
+from hubsync.errors import ConfigError
+from hubsync.patch import Patch, TensorDelta, changed
+from hubsync.table import TensorSpec, TensorTable
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+_INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+_CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, and `nonzero` has a limit
+
+
+def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
+
+    Integer buffers are not weights and are left out. ConfigError for models whose parameters are not whole tensors
+    in one process, or are not those of the base model.
+    """
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            "adapters (PEFT) are not supported yet: train the full model, or let vLLM serve the adapter itself"
+        )
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *buffers.items()]:
+        _require_whole(name, tensor)
+        if not tensor.is_floating_point():
+            continue
+        checkpoint_name = _checkpoint_name(name)
+        if checkpoint_name in found:
+            raise ConfigError(f"two tensors of the model have the checkpoint name {checkpoint_name}")
+        found[checkpoint_name] = tensor
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+    return found
+
+
+def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTable:
+    """The tensor table of a published view served in `dtype`."""
+    code = dtype_code(dtype)
+    return TensorTable([TensorSpec(name, tuple(tensor.shape), code) for name, tensor in tensors.items()])
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What changed since the snapshot: the patch, and the digest of the view that it leads to."""
+
+    patch: Patch
+    digest: Digest
+
+    @property
+    def changed(self) -> int:
+        return changed(self.patch)
+
+
+class Snapshot:
+    """The last durable published view, held in the served dtype, and its digest.
+
+    Nothing here writes to the model, and only `advance` writes to the snapshot.
+
+    Args:
+        tensors: the live tensors, from `published_tensors`.
+        table: their table.
+        device: "model" holds each tensor's copy beside it, "cpu" all of them in main memory.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], table: TensorTable, device: str = "model"):
+        self.table = table
+        self._live = [tensors[spec.name] for spec in table]
+        self._on_cpu = device == "cpu"
+        self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
+        self._held = [self._view(index).clone() for index in range(len(table))]
+        self.digest = self._recomputed()
+
+    def detect(self) -> Detected:
+        """Compare the live tensors with the snapshot. Needs memory for one cast tensor and O(changes)."""
+        patch: Patch = {}
+        digest = self.digest
+        for index, spec in enumerate(self.table):
+            indices, old, diffs = _changes(self._held[index], self._view(index))
+            if len(indices):
+                patch[index] = TensorDelta(indices, diffs)
+                digest += digest_change(tensor_seed(spec.name), indices, old, advance(old, diffs))
+        return Detected(patch, digest)
+
+    def advance(self, detected: Detected) -> None:
+        """Move the snapshot to the view that `detected` leads to: it has become durable."""
+        for index, delta in detected.patch.items():
+            held = _integers(self._held[index])
+            at = torch.from_numpy(delta.indices).to(held.device)
+            new = advance(_unsigned(held[at]), delta.diffs)
+            held[at] = torch.from_numpy(new.view(SIGNED[8 * new.itemsize]) if new.itemsize > 1 else new).to(held.device)
+        self.digest = detected.digest
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The snapshot by name, in checkpoint shapes. Not copies: do not write to them."""
+        return {spec.name: held.view(spec.shape) for spec, held in zip(self.table, self._held, strict=True)}
+
+    def _view(self, index: int) -> torch.Tensor:
+        """The published view of one live tensor, flat; it may share the live tensor's memory."""
+        view = self._live[index].detach().to(self._dtypes[index])
+        return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
+
+    def _recomputed(self) -> Digest:
+        digest = Digest()
+        for spec, held in zip(self.table, self._held, strict=True):
+            digest += digest_torch(tensor_seed(spec.name), _integers(held))
+        return digest
+
+
+def _changes(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(indices, old bits, signed steps) of the elements whose bits differ; only these leave a device."""
+    if old.device.type != "cpu":
+        return _changes_on_device(old, new)
+    old_bits = bits_of(old)
+    indices, diffs = find_changes(old_bits, bits_of(new))
+    return indices, old_bits[indices], diffs
+
+
+def _changes_on_device(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_changes` in torch operations, for any device."""
+    at = torch.cat(list(_unequal(_integers(old), _integers(new))))
+    old_changed, new_changed = _unsigned(_integers(old)[at]), _unsigned(_integers(new)[at])
+    return at.cpu().numpy(), old_changed, difference(old_changed, new_changed)
+
+
+def _unequal(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, max(1, old.numel()), _CHUNK):
+        stop = start + _CHUNK
+        yield (old[start:stop] != new[start:stop]).nonzero().view(-1) + start
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(_INTEGERS[8 * tensor.element_size()])
+
+
+def _unsigned(integers: torch.Tensor) -> np.ndarray:
+    return integers.cpu().numpy().view(UNSIGNED[8 * integers.element_size()])
+
+
+def _checkpoint_name(name: str) -> str:
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    while len(segments) > 1 and segments[0] == "module":  # DistributedDataParallel
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def _require_whole(name: str, tensor: torch.Tensor) -> None:
+    how = None
+    if hasattr(tensor, "to_local"):
+        how = "a DTensor (FSDP2 or tensor parallelism)"
+    elif hasattr(tensor, "ds_id"):
+        how = "partitioned by DeepSpeed ZeRO-3"
+    elif "_fsdp_wrapped_module" in name or "_flat_param" in name:
+        how = "sharded by FSDP1"
+    if how is not None:
+        raise ConfigError(f"{name} is {how}: sharded training is not supported yet; use one process, or DDP")
+    if tensor.is_meta:
+        raise ConfigError(f"{name} is on the meta device: load the weights before the engine is made")

@@ -1,0 +1,311 @@
+"""The trainer's door: publish the weights of a model after optimizer steps, and bring servers to them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hubsync.bucket import Bucket, open_bucket
+from hubsync.chain import ChainWriter, Layout
+from hubsync.errors import ConfigError, NoPath, RunMismatch
+from hubsync.manifest import Base, Manifest, Position, Run
+
+from .config import VIEW_DTYPES, SyncConfig
+from .detection import Snapshot, published_tensors, table_of
+from .publisher import Published, Publisher, Ticket
+
+if TYPE_CHECKING:
+    from hubsync.replica.sync import CommitReport, Replica
+
+logger = logging.getLogger(__name__)
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What `DeltaWeightTransferEngine.sync` did.
+
+    Attributes:
+        published: the version, or the current one if nothing had changed.
+        commits: one report for each of `SyncConfig.servers`, in their order.
+        sync_s: seconds from the call until every server had committed.
+    """
+
+    published: Published
+    commits: tuple[CommitReport, ...]
+    sync_s: float
+
+
+class DeltaWeightTransferEngine:
+    """Publishes a model's weights to a bucket, as deltas, and commits them on inference servers.
+
+    The constructor copies the published view, and creates the run or continues it. In distributed data parallel
+    training make the engine on rank 0 only.
+
+    Args:
+        model: the model being trained. It is only ever read.
+        optimizer: its optimizer, whose steps are counted (`publish` without a step then records that count); None if
+            you tell the step yourself. A wrapper of accelerate is unwrapped.
+        config: see [`SyncConfig`].
+        processing_class: tokenizer or processor to store beside the weights of anchors.
+
+    Raises:
+        ConfigError: a model or setting that cannot work.
+        RunMismatch: the bucket holds a run of another model, or one at all although `config.resume` is False.
+        BucketError: the bucket cannot be opened, read or written.
+
+    Usage:
+
+    ```python
+    >>> from hubsync import DeltaWeightTransferEngine, SyncConfig
+
+    >>> config = SyncConfig(bucket="hf://buckets/me/rl/run1", servers=["http://localhost:8000"])
+    >>> with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+    ...     for step, batch in enumerate(batches):
+    ...         train(batch)
+    ...         engine.sync(step)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        config: SyncConfig,
+        *,
+        processing_class: Any = None,
+    ):
+        _require_one_publisher()
+        self.config = config
+        self.steps = 0
+        self._model = model
+        self._processing_class = processing_class
+        self._replicas: list[Replica] = []
+        self._closed = False
+        view_dtype = VIEW_DTYPES[config.view_dtype]
+        tensors = published_tensors(model)
+        _warn_of_lost_updates(tensors, view_dtype)
+        bucket = open_bucket(config.bucket, create=True, token=config.token)
+        snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
+        self._publisher = self._join(bucket, snapshot)
+        self._hook = self._count_steps(optimizer)
+
+    # --- what users call ----------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position:
+        """The newest durable version and its digest."""
+        return self._publisher.writer.position
+
+    @property
+    def run(self) -> Run:
+        return self._publisher.writer.run
+
+    def publish(self, step: int | None = None, name: str | None = None) -> Ticket:
+        """Find what has changed since the last durable version, and make it the next one in the background.
+
+        Returns after detection: the model may be trained on at once. If nothing changed, no version is made. If the
+        publish before is still under way, this one waits for it, and raises its error if nobody has seen it yet;
+        the changes are not lost then, the next call publishes them.
+
+        Args:
+            step: the trainer's step, recorded with the version; default is the number of optimizer steps seen.
+            name: free text recorded with the version; default is `config.name`.
+        """
+        self._require_open()
+        self._publisher.wait()
+        self._publisher.settle()
+        started = time.perf_counter()
+        detected = self._publisher.snapshot.detect()
+        detect_s = time.perf_counter() - started
+        step = self.steps if step is None else step
+        if not detected.patch:
+            return self._publisher.unchanged(step, detect_s)
+        return self._publisher.submit(detected, step, name or self.config.name, detect_s)
+
+    def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
+        """Publish, wait until the version is durable, and commit it on every server of the config.
+
+        A server that fails does not keep the others from the new version; its error is raised after they have it.
+        """
+        started = time.perf_counter()
+        published = self.publish(step, name).result()
+        try:
+            commits = self._commit_everywhere(published.position)
+        except NoPath as no_path:
+            logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
+            self.anchor()
+            commits = self._commit_everywhere(published.position)
+        return SyncReport(published, commits, time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Wait until nothing is under way; raises the error of the last publish unless its ticket has."""
+        self._publisher.wait()
+
+    def anchor(self) -> Manifest:
+        """Upload the whole model as it was last published, loadable by `from_pretrained` and `vllm serve`."""
+        self._require_open()
+        self._publisher.wait()
+        self._publisher.settle()
+        return self._publisher.anchor(step=self.steps, name=self.config.name)
+
+    def close(self) -> None:
+        """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
+        if self._closed:
+            return
+        try:
+            self._publisher.wait()
+            if self.config.anchor_at_close:
+                self.anchor()
+        finally:
+            self._closed = True
+            if self._hook is not None:
+                self._hook()
+            self._publisher.close()
+            for replica in self._replicas:
+                replica.server.close()
+
+    def __enter__(self) -> DeltaWeightTransferEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            logger.exception("while closing after another error")  # the first error is the one to see
+
+    # --- joining the run ----------------------------------------------------------------------------
+
+    def _join(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
+        if bucket.read([Layout.RUN]):
+            return self._resume(bucket, snapshot)
+        run = Run(
+            run_id=secrets.token_hex(16),
+            table=snapshot.table,
+            digest=snapshot.digest.hex,
+            base=_base_of(self._model, self.config),
+            created=time.time(),
+        )
+        publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
+        if run.base.model is None:
+            publisher.anchor()
+        return publisher
+
+    def _resume(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
+        if not self.config.resume:
+            raise RunMismatch(
+                f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
+            )
+        publisher = self._new_publisher(ChainWriter.resume(bucket, snapshot.table), snapshot)
+        writer = publisher.writer
+        if writer.position.digest != snapshot.digest.hex:
+            logger.warning(
+                "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
+                writer.position,
+            )
+            publisher.anchor(Position(writer.next_version, snapshot.digest.hex), name=self.config.name)
+        elif writer.newest is None and writer.run.base.model is None:
+            publisher.anchor()  # whoever created the run died before it could
+        return publisher
+
+    def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
+        return Publisher(writer, snapshot, self._write_side_files, self.config.anchor_every)
+
+    def _write_side_files(self, directory: Path) -> None:
+        model: Any = self._model
+        owners = [getattr(model, "config", None), getattr(model, "generation_config", None), self._processing_class]
+        for owner in owners:
+            if hasattr(owner, "save_pretrained"):
+                owner.save_pretrained(directory)
+
+    def _count_steps(self, optimizer: Any) -> Callable[[], None] | None:
+        if optimizer is None:
+            return None
+        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper takes no hooks
+            optimizer = optimizer.optimizer
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
+
+        def count(*_: Any) -> None:
+            self.steps += 1
+
+        return optimizer.register_step_post_hook(count).remove
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this engine is closed: make a new one, it continues the run")
+
+    # --- servers ------------------------------------------------------------------------------------
+
+    def _commit_everywhere(self, position: Position) -> tuple[CommitReport, ...]:
+        if not self.config.servers:
+            return ()
+        if not self._replicas:
+            self._replicas = _replicas(self.config)
+        with ThreadPoolExecutor(len(self._replicas), thread_name_prefix="hubsync-commit") as threads:
+            # All downloads run side by side, and no server waits for a slower one.
+            futures = [threads.submit(self._commit_on, replica, position) for replica in self._replicas]
+        return tuple(future.result() for future in futures)
+
+    def _commit_on(self, replica: Replica, position: Position) -> CommitReport:
+        if replica.status().position is None:
+            replica.attach(self.config.stage_timeout)
+        replica.wait_staged(position, self.config.stage_timeout)
+        return replica.commit(position)
+
+
+def _replicas(config: SyncConfig) -> list[Replica]:
+    from hubsync.replica.server import VLLMServer
+    from hubsync.replica.sync import Replica
+
+    replicas = [Replica(VLLMServer(url, timeout=config.commit_timeout), config.kv_cache) for url in config.servers]
+    for replica in replicas:
+        replica.check()
+    return replicas
+
+
+def _base_of(model: torch.nn.Module, config: SyncConfig) -> Base:
+    """Where inference servers find version 0: what the user says, else what the model's config says, if it is real."""
+    if config.base_model is not None:
+        return Base(config.base_model, config.base_revision)
+    source: Any = getattr(model, "config", None)
+    name = getattr(source, "_name_or_path", None) or None
+    if name is None:
+        return Base()
+    if Path(name).is_dir():
+        return Base(str(Path(name).resolve()))
+    if _REPOSITORY.fullmatch(name) and getattr(source, "_commit_hash", None):
+        return Base(name, source._commit_hash)
+    return Base()
+
+
+def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dtype) -> None:
+    narrow = {tensor.dtype for tensor in tensors.values() if tensor.requires_grad and tensor.element_size() < 4}
+    if narrow:
+        logger.warning(
+            "the trained parameters are %s: updates smaller than half a unit in the last place are lost. Train with "
+            "float32 parameters (and autocast); hubsync casts them to %s for inference",
+            " and ".join(sorted(map(str, narrow))),
+            view_dtype,
+        )
+
+
+def _require_one_publisher() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
+        raise ConfigError("several ranks cannot publish the same run: make the engine on rank 0 only")

@@ -1,0 +1,477 @@
+"""The publisher side: what is published equals what was trained, bit for bit, whatever fails in between."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bits import bits_of
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader
+from hubsync.chain.replay import View, replay
+from hubsync.digest import digest_view
+from hubsync.errors import BucketError, BucketUnavailable, ConfigError, Fenced, RunMismatch
+from hubsync.trainer import detection
+from hubsync.trainer import engine as engine_module
+from hubsync.trainer.detection import Snapshot, published_tensors, table_of
+from tests.faults import FaultyBucket
+
+
+class Tiny(torch.nn.Module):
+    """An embedding tied to the output, a buffer, a scalar and odd sizes."""
+
+    def __init__(self, width: int = 6, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, width, dtype=dtype)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(width, width, dtype=dtype) for _ in range(2)])
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=dtype))
+        self.register_buffer("bias", torch.linspace(-1, 1, 7, dtype=dtype))
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.head = torch.nn.Linear(width, 11, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = hidden + torch.tanh(layer(hidden)) * self.scale
+        return self.head(hidden)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        tokens = torch.randint(0, 11, (2, 5))
+        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def view_of(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to(dtype, copy=True) for name, tensor in published_tensors(model).items()}
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(patterns(left[name]) == patterns(right[name]) for name in left)
+
+
+def patterns(tensor: torch.Tensor) -> list[int]:
+    return bits_of(tensor.contiguous()).tolist()
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return str(tmp_path / "bucket")
+
+
+@pytest.fixture
+def model() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+@pytest.fixture
+def optimizer(model: Tiny) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> list[FaultyBucket]:
+    """The buckets that engines of this test open, each able to fail on command."""
+    opened: list[FaultyBucket] = []
+
+    def open_faulty(address: str, **_: object) -> FaultyBucket:
+        opened.append(FaultyBucket(LocalBucket(address, create=True)))
+        return opened[-1]
+
+    monkeypatch.setattr(engine_module, "open_bucket", open_faulty)
+    return opened
+
+
+def follow(address: str, tmp_path: Path, to: int | None = None, base: dict[str, torch.Tensor] | None = None) -> View:
+    reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+    return replay(reader, reader.plan(None, to, base_available=base is not None), base)
+
+
+# --- what is published ------------------------------------------------------------------------------
+
+
+def test_the_view_holds_each_weight_once_under_its_checkpoint_name(model: Tiny) -> None:
+    names = ["embed.weight", "scale", "layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias", "bias"]
+    assert sorted(published_tensors(model)) == sorted(names)
+
+
+def test_wrappers_leave_no_trace_in_names(model: Tiny) -> None:
+    compiled = torch.compile(model)
+    wrapped = torch.nn.Module()
+    wrapped.add_module("module", compiled)  # type: ignore[arg-type]
+    assert published_tensors(wrapped).keys() == published_tensors(model).keys()
+
+
+@pytest.mark.parametrize("mark", ["to_local", "ds_id"])
+def test_sharded_parameters_are_refused(model: Tiny, address: str, mark: str) -> None:
+    setattr(model.scale, mark, lambda: None)
+    with pytest.raises(ConfigError, match=r"scale is .* not supported yet"):
+        DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address))
+    assert not Path(address).exists()
+
+
+def test_a_model_without_weights_is_refused(model: Tiny, address: str) -> None:
+    with pytest.raises(ConfigError, match="meta device"):
+        DeltaWeightTransferEngine(model.to("meta"), None, SyncConfig(bucket=address))
+    setattr(model, "peft_config", {})  # noqa: B010
+    with pytest.raises(ConfigError, match="PEFT"):
+        DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address))
+    with pytest.raises(ConfigError, match="no parameters"):
+        DeltaWeightTransferEngine(torch.nn.ReLU(), None, SyncConfig(bucket=address))
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("device", ["model", "cpu"])
+def test_detection_finds_exactly_the_bits_that_changed(device: str, data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, 40))
+    patterns = st.lists(st.integers(-(2**15), 2**15 - 1), min_size=size, max_size=size)
+    live = {"w": torch.tensor(data.draw(patterns), dtype=torch.int16).view(torch.bfloat16)}
+    snapshot = Snapshot(live, table_of(live, torch.bfloat16), device)
+    for _ in range(3):
+        at = data.draw(st.lists(st.integers(0, size - 1), max_size=5)) if size else []
+        before = live["w"].view(torch.int16).clone()
+        for index in at:
+            live["w"].view(torch.int16)[index] = data.draw(st.integers(-(2**15), 2**15 - 1))
+        detected = snapshot.detect()
+        expected = (before != live["w"].view(torch.int16)).nonzero().view(-1).tolist()
+        assert (detected.patch[0].indices.tolist() if detected.patch else []) == expected
+        assert detected.digest == digest_view(snapshot.table, live)
+        snapshot.advance(detected)
+        assert same_bits(snapshot.tensors(), live)
+        assert not snapshot.detect().patch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_the_device_path_finds_the_same_as_the_cpu_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "_CHUNK", 64)
+    old, new = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
+    new[::3] = old[::3]
+    on_cpu, on_device = detection._changes(old, new), detection._changes_on_device(old, new)
+    assert len(on_cpu[0]) > 100
+    for left, right in zip(on_cpu, on_device, strict=True):
+        assert left.dtype == right.dtype
+        assert left.tolist() == right.tolist()
+
+
+def test_detection_leaves_training_as_it_was(model: Tiny, optimizer: torch.optim.Optimizer, address: str) -> None:
+    train(model, optimizer)
+    parameters = [(p, p.data_ptr(), p._version, p.requires_grad, p.grad) for p in model.parameters()]
+    random = torch.get_rng_state()
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        engine.publish(1).result()
+    assert torch.equal(random, torch.get_rng_state())
+    for parameter, pointer, version, requires_grad, grad in parameters:
+        assert (parameter.data_ptr(), parameter._version, parameter.requires_grad) == (pointer, version, requires_grad)
+        assert parameter.grad is grad
+
+
+# --- published equals trained -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", ["bfloat16", "float32"])
+@given(seed=st.integers(0, 2**32 - 1), rounds=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+@settings(max_examples=5, deadline=None)
+def test_every_version_replays_to_the_trainers_view(
+    tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype, view: str, seed: int, rounds: list[int]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("run")
+    address = str(tmp_path / "bucket")
+    torch.manual_seed(seed)
+    model = Tiny(dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = SyncConfig(bucket=address, view_dtype=view, base_model="tiny", snapshot_device="cpu")
+    view_dtype = getattr(torch, view)
+    base = view_of(model, view_dtype)
+    views = {0: base}
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        for number, steps in enumerate(rounds):
+            train(model, optimizer, steps)
+            with torch.no_grad():  # what an optimizer does not do, but memory can hold
+                flat = model.get_parameter("layers.0.weight").view(-1)
+                flat[number] = [-0.0, 1e-40, 0.0, float("inf"), float("nan")][number]
+            published = engine.publish(number).result()
+            views[published.version] = view_of(model, view_dtype)
+    for version, expected in views.items():
+        followed = follow(address, tmp_path, version, base)
+        assert same_bits(followed.tensors, expected)
+        assert followed.position.version == version
+
+
+def test_nothing_changed_makes_no_version(model: Tiny, address: str) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        published = engine.publish(3).result()
+        assert (published.version, published.changed, published.payload_bytes) == (0, 0, 0)
+        assert published.position == engine.position
+
+
+def test_a_publish_tells_what_it_cost(model: Tiny, optimizer: torch.optim.Optimizer, address: str) -> None:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, name="mine")) as engine:
+        train(model, optimizer, steps=2)
+        published = engine.publish().result()
+        manifest = ChainReader(LocalBucket(address), address).manifest(published.version)
+    assert (published.step, manifest.step, manifest.name) == (2, 2, "mine")
+    assert published.total == sum(tensor.numel() for tensor in published_tensors(model).values())
+    assert published.dense_bytes == 2 * published.total
+    assert published.changed == manifest.changed > 0
+    assert published.payload_bytes == manifest.nbytes
+    assert published.digest == manifest.position.digest == engine.position.digest
+
+
+def test_steps_are_counted_through_accelerates_wrapper_until_closed(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str
+) -> None:
+    class Wrapper:
+        def __init__(self) -> None:
+            self.optimizer = optimizer
+
+    engine = DeltaWeightTransferEngine(model, Wrapper(), SyncConfig(bucket=address))  # type: ignore[arg-type]
+    train(model, optimizer, steps=3)
+    engine.close()
+    train(model, optimizer)
+    assert engine.steps == 3
+    engine.close()
+    with pytest.raises(ConfigError, match="closed"):
+        engine.publish()
+
+
+def test_low_precision_training_is_warned_of_once(
+    address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), DeltaWeightTransferEngine(Tiny(), None, SyncConfig(bucket=address)):
+        assert not caplog.records
+    with DeltaWeightTransferEngine(Tiny(dtype=torch.bfloat16), None, SyncConfig(bucket=str(tmp_path / "other"))):
+        assert [record.message for record in caplog.records if "torch.bfloat16" in record.message]
+        assert len(caplog.records) == 1
+
+
+# --- failures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("verb", "nth"), [("put", 1), ("list", 1), ("commit", 1), ("commit", 2)])
+def test_after_a_failure_anywhere_the_next_version_holds_every_change(
+    model: Tiny,
+    optimizer: torch.optim.Optimizer,
+    address: str,
+    tmp_path: Path,
+    faulty: list[FaultyBucket],
+    verb: str,
+    nth: int,
+    when: str,
+) -> None:
+    base = view_of(model)
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        train(model, optimizer)
+        engine.publish(1).result()
+        faulty[0].fail(verb, nth, when=when)
+        train(model, optimizer)
+        ticket = engine.publish(2)
+        if (verb, nth) != ("commit", 2):  # a head that cannot be written is a warning
+            with pytest.raises(BucketUnavailable):
+                ticket.result()
+        train(model, optimizer)
+        published = engine.publish(3).result()
+        assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+        train(model, optimizer)
+        published = engine.publish(4).result()
+    followed = follow(address, tmp_path, base=base)
+    assert same_bits(followed.tensors, view_of(model))
+    assert followed.position == published.position
+
+
+def test_a_background_error_is_raised_once(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, faulty: list[FaultyBucket]
+) -> None:
+    engine = DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address))
+    train(model, optimizer)
+    faulty[0].fail("put", error=BucketError("injected"))
+    engine.publish(1)
+    with pytest.raises(BucketError, match="injected"):
+        engine.publish(2)
+    assert engine.publish(3).result().version == 1
+    train(model, optimizer)
+    faulty[0].fail("put", error=BucketError("injected"))
+    engine.publish(4)
+    with pytest.raises(BucketError, match="injected"):
+        engine.close()
+
+
+def test_a_replaced_engine_is_fenced_and_its_successor_continues_with_deltas(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny")
+    base = view_of(model)
+    old = DeltaWeightTransferEngine(model, optimizer, config)
+    train(model, optimizer)
+    old.publish(1).result()
+    with DeltaWeightTransferEngine(model, optimizer, config) as new:
+        assert new.position == old.position
+        train(model, optimizer)
+        with pytest.raises(Fenced):
+            old.publish(2).result()
+        new.publish(2).result()
+    old.close()
+    reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+    assert {manifest.kind for manifest in reader.manifests()} == {"delta"}
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+
+
+def test_an_engine_whose_weights_moved_meanwhile_begins_anew_with_an_anchor(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny")
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        train(model, optimizer)
+        first = engine.publish(1).result()
+    train(model, optimizer)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        assert engine.position.version > first.version
+        assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+        train(model, optimizer)
+        engine.publish(3).result()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_another_models_run_is_left_alone(model: Tiny, address: str) -> None:
+    DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)).close()
+    before = sorted(stat.path for stat in LocalBucket(address).list())
+    with pytest.raises(RunMismatch, match=r"embed\.weight BF16\[11, 6\] where .* embed\.weight BF16\[11, 8\]"):
+        DeltaWeightTransferEngine(Tiny(width=8), None, SyncConfig(bucket=address))
+    with pytest.raises(RunMismatch, match="resume is False"):
+        DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, resume=False))
+    assert sorted(stat.path for stat in LocalBucket(address).list()) == before
+
+
+# --- anchors ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_exists_nowhere_else_is_uploaded_once(model: Tiny, address: str, tmp_path: Path) -> None:
+    DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)).close()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_a_run_whose_creator_died_before_the_first_upload_gets_it_from_the_next(
+    model: Tiny, address: str, tmp_path: Path, faulty: list[FaultyBucket]
+) -> None:
+    commit = FaultyBucket.commit
+
+    def die_at_the_anchor(self: FaultyBucket, path: str, data: bytes) -> None:
+        if "anchors" in path:
+            raise KeyboardInterrupt
+        commit(self, path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FaultyBucket, "commit", die_at_the_anchor)
+        with pytest.raises(KeyboardInterrupt):
+            DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address))
+    DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)).close()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_an_anchor_holds_what_was_published_not_what_is_being_trained(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        train(model, optimizer)
+        published = engine.publish(1).result()
+        view = view_of(model)
+        train(model, optimizer)
+        manifest = engine.anchor()
+        assert manifest.position == published.position
+        assert engine.anchor() == manifest
+    assert same_bits(follow(address, tmp_path).tensors, view)
+
+
+def test_anchors_come_as_often_as_asked_for_and_at_the_end(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny", anchor_every=2, anchor_at_close=True)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        for step in range(5):
+            train(model, optimizer)
+            engine.publish(step)
+    manifests = ChainReader(LocalBucket(address), tmp_path / "cache").manifests()
+    assert [manifest.version for manifest in manifests if manifest.kind == "anchor"] == [2, 4, 5]
+
+
+def test_an_anchor_that_fails_is_tried_again_and_stops_nobody(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, faulty: list[FaultyBucket]
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny", anchor_every=2)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        for step in range(3):
+            if step == 1:
+                faulty[0].fail("commit", 3, when="before")  # manifest, head, then the anchor's manifest
+            train(model, optimizer)
+            engine.publish(step).result()
+            engine.wait()
+    reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+    assert [m.version for m in reader.manifests() if m.kind == "anchor"] == [reader.newest().version]
+
+
+def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+        directory = reader.fetch(engine.anchor())[0].parent
+    loaded = transformers.Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert same_bits(view_of(loaded), view_of(model))
+    with DeltaWeightTransferEngine(loaded, None, SyncConfig(bucket=str(tmp_path / "next"))) as engine:
+        assert engine.run.base.model == str(directory.resolve())
+        assert engine.run.digest == digest_view(engine.run.table, view_of(model)).hex
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"bucket": ""}, "needs a bucket"),
+        ({"view_dtype": "bf16"}, "view_dtype must be one of bfloat16"),
+        ({"encoding": "zip"}, "encoding must be one of fast"),
+        ({"kv_cache": "drop"}, "kv_cache must be one of"),
+        ({"snapshot_device": "cuda:0"}, "snapshot_device must be one of"),
+        ({"anchor_every": -1}, "anchor_every"),
+        ({"stage_timeout": 0}, "positive"),
+        ({"servers": "http://one"}, r"servers=\['http://one'\]"),
+        ({"servers": ["localhost:8000"]}, "http://localhost:8000"),
+        ({"name": "two\nlines"}, "printable"),
+        ({"base_revision": "abc"}, "base_model"),
+    ],
+)
+def test_settings_that_cannot_work_say_why(setting: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        SyncConfig(**{"bucket": "somewhere", **setting})
+
+
+def test_settings_come_from_a_command_line() -> None:
+    parser = pytest.importorskip("transformers").HfArgumentParser(SyncConfig)
+    (config,) = parser.parse_args_into_dataclasses(
+        ["--bucket", "runs/1", "--servers", "http://a:1", "http://b:2", "--anchor_every", "10", "--resume", "False"]
+    )
+    assert config == SyncConfig(bucket="runs/1", servers=["http://a:1", "http://b:2"], anchor_every=10, resume=False)
+
+
+def test_an_address_that_is_none_says_so(model: Tiny) -> None:
+    with pytest.raises(ConfigError, match="not a bucket address"):
+        DeltaWeightTransferEngine(model, None, SyncConfig(bucket="s3://somewhere"))

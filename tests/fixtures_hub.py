@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import secrets
 import tempfile
@@ -11,21 +12,23 @@ from pathlib import Path
 import pytest
 
 # Nothing in the tests may reach the public Hub, send telemetry, or share a cache with it: hf_xet remembers by endpoint
-# what it has uploaded. It reads its settings once per process, so the retries are fast for all tests.
-_HOME = tempfile.TemporaryDirectory(prefix="hubsync-tests-")
-os.environ.update(
-    HF_ENDPOINT="http://127.0.0.1:9",  # the discard port: whoever forgets `endpoint=` fails at once
-    HF_HOME=os.path.join(_HOME.name, "hf"),
-    HF_XET_CACHE=os.path.join(_HOME.name, "xet"),
-    HF_XET_TELEMETRY_ENABLED="false",
-    HF_XET_CLIENT_RETRY_BASE_DELAY="20ms",
-    HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="2",
-    HF_HUB_DISABLE_TELEMETRY="1",
-)
+# what it has uploaded. It reads its settings once per process, so the retries are fast for all tests. Processes that a
+# test spawns inherit all this.
+if multiprocessing.parent_process() is None:
+    _HOME = tempfile.TemporaryDirectory(prefix="hubsync-tests-")
+    os.environ.update(
+        HF_ENDPOINT="http://127.0.0.1:9",  # the discard port: whoever forgets `endpoint=` fails at once
+        HF_HOME=os.path.join(_HOME.name, "hf"),
+        HF_XET_CACHE=os.path.join(_HOME.name, "xet"),
+        HF_XET_TELEMETRY_ENABLED="false",
+        HF_XET_CLIENT_RETRY_BASE_DELAY="20ms",
+        HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="2",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
 
-from hubsync.bucket import Bucket, LocalBucket  # noqa: E402
-from hubsync.bucket.hub import HubBucket  # noqa: E402
-from hubsync.localhub import LocalHub  # noqa: E402
+from hubsync.bucket import Bucket, LocalBucket
+from hubsync.bucket.hub import HubBucket
+from hubsync.localhub import LocalHub
 
 TOKEN, READ_ONLY_TOKEN = "hf_writer", "hf_reader"
 

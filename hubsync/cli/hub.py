@@ -10,7 +10,7 @@ from typing import Any
 from hubsync.localhub import LocalHub
 
 _DEFAULT_PORT = 8418
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Serve a Hugging Face Hub with real buckets from a directory. For development and tests only: it listens on
 127.0.0.1, and keeps everything that is uploaded. Set the two variables it prints wherever huggingface_hub,
 hubsync or vLLM run.
@@ -19,9 +19,13 @@ hubsync or vLLM run.
 
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
-    parser = subparsers.add_parser(
-        "hub", help="run a local Hub with buckets, for development", description=_DESCRIPTION
-    )
+    parser = subparsers.add_parser("hub", help="run a local Hub with buckets, for development", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Register the arguments that `run` reads."""
     parser.add_argument(
         "--root", required=True, metavar="DIR", help="directory that holds everything; continued if it exists"
     )
@@ -38,7 +42,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="TOKEN",
         help="accept this token for reading (repeatable)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

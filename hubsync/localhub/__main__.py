@@ -1,9 +1,16 @@
-"""`python -m hubsync.localhub --root DIR`: a local Hub as a process of its own. The same as `hubsync hub`."""
+"""`python -m hubsync.localhub`: the same as `hubsync hub`, without loading anything else of hubsync."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from hubsync.cli.main import main
+from hubsync.cli import hub
+from hubsync.errors import HubsyncError
 
-sys.exit(main(["hub", *sys.argv[1:]]))
+parser = argparse.ArgumentParser(prog="python -m hubsync.localhub", description=hub.DESCRIPTION)
+hub.add_arguments(parser)
+try:
+    sys.exit(hub.run(parser.parse_args()))
+except HubsyncError as error:
+    sys.exit(f"hubsync: {error}")

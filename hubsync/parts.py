@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 import safetensors.torch
 import torch
 
@@ -61,7 +60,7 @@ def write_delta(
         "payload": np.concatenate([np.zeros(0, np.uint8), *payload]),
     }
     metadata = {**_identity(run_id, table, parent, position), "rank": str(rank)}
-    return safetensors.numpy.save(tensors, metadata)
+    return _serialize(tensors, metadata)
 
 
 def read_delta(source: Path | bytes, table: TensorTable, manifest: Manifest | None) -> Patch:
@@ -121,6 +120,19 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")
+
+
+def _serialize(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. Written here because the library's writer gives other bytes each time (metadata order)."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    buffers, end = [], 0
+    for name, (dtype, _) in _LAYOUT.items():
+        buffers.append(arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False).tobytes())
+        start, end = end, end + len(buffers[-1])
+        header[name] = {"dtype": dtype, "shape": list(arrays[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *buffers])
 
 
 def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:

@@ -26,8 +26,8 @@ compiling = settings(deadline=None)  # the first example of a test may compile a
 EVERY_PATTERN = {width: np.arange(1 << width).astype(UNSIGNED[width]) for width in (8, 16)}
 
 
-def patterns(width, size=st.integers(0, 300)):
-    return hnp.arrays(UNSIGNED[width], size)
+def patterns(width, size=None):
+    return hnp.arrays(UNSIGNED[width], st.integers(0, 300) if size is None else size)
 
 
 @pytest.mark.parametrize("width", [8, 16])

@@ -1,11 +1,11 @@
 """The bit streams of coded chunks, compiled: choose parameters, measure, write, read. Specified in docs/FORMAT.md.
 
-A chunk is one string of bits, in this order (n changes, m coded magnitudes):
+A chunk is one string of bits, in this order (n changes, m exceptions = changes that are not +-1):
 
     n x k_gap   low bits of the gaps between changed places
     n           signs, 1 = negative
-    m x k_exc   low bits of the gaps between exceptions (changes that are not +-1); absent in mode ALL
-    ...         remainders of the magnitudes, Exp-Golomb of order k_mag
+    m x k_exc   low bits of the gaps between exceptions
+    ...         remainders of the exceptions' magnitudes less 2, Exp-Golomb of order k_mag
     ...         all unary numbers, each as zeros and a final 1: n gap quotients, m exception quotients, m exponents
 
 Everything but the magnitude remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
@@ -20,9 +20,7 @@ from numba import njit
 
 from hubsync.bits import trailing_zeros
 
-EXCEPTIONS, ALL = 1, 2  # modes: magnitudes - 2 of the changes that are not +-1 / magnitudes - 1 of all changes
-
-CHANGES, MAGNITUDES, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
+CHANGES, EXCEPTIONS, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
 CHUNK_COLUMNS = 4
 
 MAX_K = 31
@@ -39,9 +37,9 @@ def tally(places: np.ndarray, diffs: np.ndarray, starts: np.ndarray) -> np.ndarr
     """Bits that each stream would need, for every parameter k.
 
     Returns:
-        int64[4, MAX_K + 1]: gaps; exception gaps; magnitudes of exceptions; magnitudes of all changes.
+        int64[3, MAX_K + 1]: gaps; gaps between exceptions; magnitudes.
     """
-    cost = np.zeros((4, MAX_K + 1), np.int64)
+    cost = np.zeros((3, MAX_K + 1), np.int64)
     chunk, previous, previous_exception, exceptions = -1, -1, -1, 0
     for i in range(len(places)):
         if chunk < 0 or places[i] >= starts[chunk + 1]:
@@ -61,39 +59,35 @@ def tally(places: np.ndarray, diffs: np.ndarray, starts: np.ndarray) -> np.ndarr
         for k in range(MAX_K + 1):
             cost[1, k] += gap >> k
             cost[2, k] += 2 * _exponent(magnitude - 2, k) + k + 1
-            cost[3, k] += 2 * _exponent(magnitude - 1, k) + k + 1
         previous_exception = i
     for k in range(MAX_K + 1):
         cost[0, k] += len(places) * (k + 1)
         cost[1, k] += exceptions * (k + 1)
-        cost[3, k] += (len(places) - exceptions) * (k + 1)
     return cost
 
 
 @njit(nogil=True, cache=True)
 def measure(
-    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray, mode: int, ks: tuple[int, int, int]
+    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray, ks: tuple[int, int, int]
 ) -> np.ndarray:
     """Row of every chunk, int64[chunks, CHUNK_COLUMNS]; chunk c holds the changes `bounds[c] .. bounds[c + 1]`."""
     k_gap, k_exception, k_magnitude = ks
     rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
     for c in range(len(rows)):
         previous, previous_exception = starts[c] - 1, bounds[c] - 1
-        magnitudes, magnitude_bits, unary_bits = 0, 0, bounds[c + 1] - bounds[c]
+        exceptions, magnitude_bits, unary_bits = 0, 0, bounds[c + 1] - bounds[c]
         for i in range(bounds[c], bounds[c + 1]):
             unary_bits += (places[i] - previous - 1) >> k_gap
             previous = places[i]
-            value = abs(np.int64(diffs[i])) - (1 if mode == ALL else 2)
-            if value < 0:
+            magnitude = abs(np.int64(diffs[i]))
+            if magnitude == 1:
                 continue
-            if mode == EXCEPTIONS:
-                unary_bits += ((i - previous_exception - 1) >> k_exception) + 1
-                previous_exception = i
-            exponent = _exponent(value, k_magnitude)
-            magnitudes += 1
+            exponent = _exponent(magnitude - 2, k_magnitude)
+            exceptions += 1
             magnitude_bits += exponent + k_magnitude
-            unary_bits += exponent + 1
-        rows[c, CHANGES], rows[c, MAGNITUDES] = bounds[c + 1] - bounds[c], magnitudes
+            unary_bits += ((i - previous_exception - 1) >> k_exception) + exponent + 2
+            previous_exception = i
+        rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], exceptions
         rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
     return rows
 
@@ -106,7 +100,6 @@ def write(
     starts: np.ndarray,
     rows: np.ndarray,
     offsets: np.ndarray,
-    mode: int,
     ks: tuple[int, int, int],
     words: np.ndarray,
 ) -> None:
@@ -116,7 +109,7 @@ def write(
         low = offsets[c] * 8
         sign = low + rows[c, CHANGES] * k_gap
         exception_low = sign + rows[c, CHANGES]
-        magnitude_low = exception_low + (rows[c, MAGNITUDES] * k_exception if mode == EXCEPTIONS else 0)
+        magnitude_low = exception_low + rows[c, EXCEPTIONS] * k_exception
         unary = magnitude_low + rows[c, MAGNITUDE_BITS]
         previous = starts[c] - 1
         for i in range(bounds[c], bounds[c + 1]):
@@ -129,25 +122,24 @@ def write(
             unary += 1
             _put(words, sign, np.int64(diffs[i] < 0))
             sign += 1
-        if mode == EXCEPTIONS:
-            previous = bounds[c] - 1
-            for i in range(bounds[c], bounds[c + 1]):
-                if abs(np.int64(diffs[i])) == 1:
-                    continue
-                gap = i - previous - 1
-                previous = i
-                _put(words, exception_low, gap & ((1 << k_exception) - 1))
-                exception_low += k_exception
-                unary += gap >> k_exception
-                _put(words, unary, 1)
-                unary += 1
+        previous = bounds[c] - 1
         for i in range(bounds[c], bounds[c + 1]):
-            value = abs(np.int64(diffs[i])) - (1 if mode == ALL else 2)
-            if value < 0:
+            if abs(np.int64(diffs[i])) == 1:
                 continue
-            exponent = _exponent(value, k_magnitude)
+            gap = i - previous - 1
+            previous = i
+            _put(words, exception_low, gap & ((1 << k_exception) - 1))
+            exception_low += k_exception
+            unary += gap >> k_exception
+            _put(words, unary, 1)
+            unary += 1
+        for i in range(bounds[c], bounds[c + 1]):
+            magnitude = abs(np.int64(diffs[i]))
+            if magnitude == 1:
+                continue
+            exponent = _exponent(magnitude - 2, k_magnitude)
             bits = exponent + k_magnitude
-            _put(words, magnitude_low, value + (1 << k_magnitude) - (1 << bits))
+            _put(words, magnitude_low, magnitude - 2 + (1 << k_magnitude) - (1 << bits))
             magnitude_low += bits
             unary += exponent
             _put(words, unary, 1)
@@ -160,7 +152,6 @@ def read(
     rows: np.ndarray,
     offsets: np.ndarray,
     starts: np.ndarray,
-    mode: int,
     ks: tuple[int, int, int],
     places: np.ndarray,
     diffs: np.ndarray,
@@ -171,14 +162,15 @@ def read(
     each value; everything that depends on the bits themselves is checked here, before it is used.
     """
     k_gap, k_exception, k_magnitude = ks
-    largest = np.int64(1) << np.int64(8 * diffs.itemsize - 1)
+    width = 8 * diffs.itemsize
+    largest = 1 << (width - 1)
     done = 0
     for c in range(len(rows)):
-        n, magnitudes = rows[c, CHANGES], rows[c, MAGNITUDES]
+        n, exceptions = rows[c, CHANGES], rows[c, EXCEPTIONS]
         low = offsets[c] * 8
         sign = low + n * k_gap
         exception_low = sign + n
-        magnitude_low = exception_low + (magnitudes * k_exception if mode == EXCEPTIONS else 0)
+        magnitude_low = exception_low + exceptions * k_exception
         unary = magnitude_low + rows[c, MAGNITUDE_BITS]
         magnitude_end, end = unary, unary + rows[c, UNARY_BITS]
 
@@ -187,8 +179,7 @@ def read(
             stop = _next_one(words, unary, end)
             if stop < 0:
                 return UNARY_SHORT, c
-            room = starts[c + 1] - place - 2
-            quotient = stop - unary
+            quotient, room = stop - unary, starts[c + 1] - place - 2
             unary = stop + 1
             if quotient > room >> k_gap:
                 return GAP_OUTSIDE, c
@@ -201,44 +192,39 @@ def read(
             diffs[i] = 1 - 2 * _get(words, sign, 1)
             sign += 1
 
-        # Every change is +-1 so far. The exponents of the magnitudes follow the quotients of the exceptions.
-        at = done - 1
+        # The exponents follow the quotients of all exceptions: find where they begin, then read both side by side.
         exponents = unary
-        if mode == EXCEPTIONS:
-            for _ in range(magnitudes):
-                exponents = _next_one(words, exponents, end) + 1
-                if exponents == 0:
-                    return UNARY_SHORT, c
-        for _ in range(magnitudes):
-            if mode == EXCEPTIONS:
-                stop = _next_one(words, unary, end)
-                room = done + n - at - 2
-                quotient = stop - unary
-                unary = stop + 1
-                if quotient > room >> k_exception:
-                    return EXCEPTION_OUTSIDE, c
-                gap = (quotient << k_exception) | _get(words, exception_low, k_exception)
-                if gap > room:
-                    return EXCEPTION_OUTSIDE, c
-                exception_low += k_exception
-                at += gap + 1
-            else:
-                at += 1
+        for _ in range(exceptions):
+            exponents = _next_one(words, exponents, end) + 1
+            if exponents == 0:
+                return UNARY_SHORT, c
+        at = done - 1
+        for _ in range(exceptions):
+            stop = _next_one(words, unary, end)
+            quotient, room = stop - unary, done + n - at - 2
+            unary = stop + 1
+            if quotient > room >> k_exception:
+                return EXCEPTION_OUTSIDE, c
+            gap = (quotient << k_exception) | _get(words, exception_low, k_exception)
+            if gap > room:
+                return EXCEPTION_OUTSIDE, c
+            exception_low += k_exception
+            at += gap + 1
+
             stop = _next_one(words, exponents, end)
             if stop < 0:
                 return UNARY_SHORT, c
             bits = stop - exponents + k_magnitude
             exponents = stop + 1
-            if bits > 8 * diffs.itemsize:
+            if bits > width:
                 return TOO_LARGE, c
             if magnitude_low + bits > magnitude_end:
                 return MAGNITUDE_SHORT, c
-            value = ((1 << bits) | _get(words, magnitude_low, bits)) - (1 << k_magnitude)
+            magnitude = ((1 << bits) | _get(words, magnitude_low, bits)) - (1 << k_magnitude) + 2
             magnitude_low += bits
-            magnitude = value + (1 if mode == ALL else 2)
             if magnitude > largest or (magnitude == largest and diffs[at] > 0):
                 return TOO_LARGE, c
-            diffs[at] = diffs[at] * magnitude
+            diffs[at] *= magnitude
         if exponents != end:
             return UNARY_LONG, c
         if magnitude_low != magnitude_end:

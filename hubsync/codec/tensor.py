@@ -13,9 +13,9 @@ from hubsync.table import TensorSpec
 
 from . import streams
 from .grid import Grid
-from .streams import ALL, CHUNK_COLUMNS, EXCEPTIONS, MAX_K
+from .streams import CHUNK_COLUMNS, MAX_K
 
-DENSE = 0
+DENSE, CODED = 0, 1  # modes
 
 TENSOR, CHUNK_ROWS, CHUNK_COLS, CODE = range(4)  # columns of a record; TENSOR belongs to the part, not to the codec
 RECORD_COLUMNS = 4
@@ -63,17 +63,17 @@ def encode_tensor(spec: TensorSpec, delta: TensorDelta, grid: Grid | None = None
         order = np.argsort(places)
         places, diffs = places[order], diffs[order]
 
-    mode, ks = _parameters(streams.tally(places, diffs, grid.starts), spec.width)
+    ks = _parameters(streams.tally(places, diffs, grid.starts), spec.width)
     bounds = np.searchsorted(places, grid.starts)
-    rows = streams.measure(places, diffs, bounds, grid.starts, mode, ks)
-    ends = np.cumsum(_chunk_bytes(rows, mode, ks))
+    rows = streams.measure(places, diffs, bounds, grid.starts, ks)
+    ends = np.cumsum(_chunk_bytes(rows, ks))
     if ends[-1] + rows.size * 4 >= spec.nbytes:
         return _encode_dense(spec, delta)
 
     words = _words(int(ends[-1]))
     offsets = np.concatenate([[0], ends[:-1]])
-    streams.write(places, diffs, bounds, grid.starts, rows, offsets, mode, ks, words)
-    record = np.array([0, grid.chunk_rows, grid.chunk_cols, _pack_code(mode, ks)], np.uint32)
+    streams.write(places, diffs, bounds, grid.starts, rows, offsets, ks, words)
+    record = np.array([0, grid.chunk_rows, grid.chunk_cols, _pack_code(ks)], np.uint32)
     return EncodedTensor(record, rows.astype(np.uint32), _as_bytes(words)[: ends[-1]])
 
 
@@ -92,7 +92,7 @@ def decode_tensor(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray, payl
 
     grid = _grid(spec, record)
     rows = chunks.astype(np.int64)
-    ends = np.cumsum(_chunk_bytes(rows, mode, ks))
+    ends = np.cumsum(_chunk_bytes(rows, ks))
     changes = int(rows[:, streams.CHANGES].sum())
     if changes == 0:
         raise FormatError(f"{spec.name}: is listed but has no changes")
@@ -100,7 +100,7 @@ def decode_tensor(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray, payl
     _as_bytes(words)[: len(payload)] = payload
     places, diffs = np.empty(changes, np.int64), np.empty(changes, SIGNED[spec.width])
     offsets = np.concatenate([[0], ends[:-1]])
-    problem, chunk = streams.read(words, rows, offsets, grid.starts, mode, ks, places, diffs)
+    problem, chunk = streams.read(words, rows, offsets, grid.starts, ks, places, diffs)
     if problem != streams.FINE:
         raise FormatError(f"{spec.name}, chunk {chunk}: {_PROBLEMS[problem]}")
     if grid.contiguous:
@@ -122,45 +122,36 @@ def payload_bytes(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray) -> i
     if mode == DENSE:
         return spec.nbytes
     rows = chunks.astype(np.int64)
-    changes, magnitudes, _, unary_bits = rows.T
+    changes, exceptions, _, unary_bits = rows.T
     elements = np.diff(_grid(spec, record).starts)
-    numbers = changes + magnitudes * (2 if mode == EXCEPTIONS else 1)
-    listed = magnitudes <= changes if mode == EXCEPTIONS else magnitudes == changes
-    sound = (changes <= elements) & listed & (unary_bits >= numbers)
+    sound = (changes <= elements) & (exceptions <= changes) & (unary_bits >= changes + 2 * exceptions)
     if not sound.all():
         raise FormatError(f"{spec.name}, chunk {int(np.argmin(sound))}: impossible counts")
-    return int(_chunk_bytes(rows, mode, ks).sum())
+    return int(_chunk_bytes(rows, ks).sum())
 
 
-def _parameters(cost: np.ndarray, width: int) -> tuple[int, tuple[int, int, int]]:
-    """The cheapest mode and (k_gap, k_exception, k_magnitude), from the costs that `tally` found."""
-    gaps, exceptions, magnitudes, all_magnitudes = cost
-    k_gap, k_exception = int(np.argmin(gaps)), int(np.argmin(exceptions))
-    k_magnitude, k_all = int(np.argmin(magnitudes[:width])), int(np.argmin(all_magnitudes[:width]))
-    if all_magnitudes[k_all] < exceptions[k_exception] + magnitudes[k_magnitude]:
-        return ALL, (k_gap, 0, k_all)
-    return EXCEPTIONS, (k_gap, k_exception, k_magnitude)
+def _parameters(cost: np.ndarray, width: int) -> tuple[int, int, int]:
+    """The cheapest (k_gap, k_exception, k_magnitude), from the costs that `tally` found."""
+    gaps, exceptions, magnitudes = cost
+    return int(np.argmin(gaps)), int(np.argmin(exceptions)), int(np.argmin(magnitudes[:width]))
 
 
-def _chunk_bytes(rows: np.ndarray, mode: int, ks: tuple[int, int, int]) -> np.ndarray:
+def _chunk_bytes(rows: np.ndarray, ks: tuple[int, int, int]) -> np.ndarray:
     """int64[chunks]: bytes of each chunk's string of bits. Columns are below 2^32 and ks below 2^5: no overflow."""
-    changes, magnitudes, magnitude_bits, unary_bits = rows.T
-    bits = changes * (ks[0] + 1) + magnitude_bits + unary_bits
-    if mode == EXCEPTIONS:
-        bits = bits + magnitudes * ks[1]
-    return (bits + 7) // 8
+    changes, exceptions, magnitude_bits, unary_bits = rows.T
+    return (changes * (ks[0] + 1) + exceptions * ks[1] + magnitude_bits + unary_bits + 7) // 8
 
 
-def _pack_code(mode: int, ks: tuple[int, int, int]) -> int:
-    return mode | ks[0] << 8 | ks[1] << 16 | ks[2] << 24
+def _pack_code(ks: tuple[int, int, int]) -> int:
+    return CODED | ks[0] << 8 | ks[1] << 16 | ks[2] << 24
 
 
 def _unpack_code(spec: TensorSpec, record: np.ndarray) -> tuple[int, tuple[int, int, int]]:
     code = int(record[CODE])
     mode, *ks = (code >> shift & 0xFF for shift in (0, 8, 16, 24))
-    if mode not in (DENSE, EXCEPTIONS, ALL):
+    if mode not in (DENSE, CODED):
         raise FormatError(f"{spec.name}: unknown mode {mode}")
-    if max(ks) > MAX_K or (mode == ALL and ks[1]) or (mode == DENSE and code != DENSE):
+    if max(ks) > MAX_K or (mode == DENSE and code != DENSE):
         raise FormatError(f"{spec.name}: impossible code parameters {ks}")
     return mode, (ks[0], ks[1], ks[2])
 

@@ -1,4 +1,4 @@
-"""Stage, commit, verify, undo, poison and heal, on a hand-made model."""
+"""Stage, commit, verify, undo, poison and heal, on a hand-made model, on the CPU and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ V2 = nudged(V1, 2)
 P0, P1, P2 = (position_of(version, tensors) for version, tensors in enumerate((V0, V1, V2)))
 
 
-@pytest.fixture
-def model() -> Model:
-    return loaded(V0)
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def model(request: pytest.FixtureRequest) -> Model:
+    return loaded(V0, request.param)
 
 
 @pytest.fixture
 def applier(model: Model) -> Applier:
-    applier = Applier(model, TABLE, torch.device("cpu"))
+    applier = Applier(model, TABLE, model.embed.device)
     applier.adopt(P0)
     return applier
 

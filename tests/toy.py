@@ -105,7 +105,7 @@ def position_of(version: int, tensors: Tensors, table: TensorTable = TABLE) -> P
 def memory(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every byte of every parameter and buffer."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone() for name, tensor in named}
+    return {name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).clone() for name, tensor in named}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -113,7 +113,9 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def loaded(tensors: Tensors) -> Model:
-    model = Model()
+def loaded(tensors: Tensors, device: str | torch.device = "cpu") -> Model:
+    """The model with a view loaded into it."""
+    with torch.device(device):
+        model = Model()
     model.load_weights(tensors.items())
     return model

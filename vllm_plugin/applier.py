@@ -336,11 +336,11 @@ class Applier:
         pairs = [(self._map.storages[number].bits, edit) for number, edit in edits.items()]
         try:
             with torch.inference_mode():  # also where the model was loaded in inference mode
-                intact = _all([(bits[edit.offsets] == edit.old).all() for bits, edit in pairs])
+                intact = _hold(pairs, "old")
                 if intact:
                     for bits, edit in pairs:
-                        bits[edit.offsets] = edit.new
-                written = intact and _all([(bits[edit.offsets] == edit.new).all() for bits, edit in pairs])
+                        bits.scatter_(0, edit.offsets.long(), edit.new)
+                written = intact and _hold(pairs, "new")
         except Exception as error:
             self.poison(f"writing the weights failed: {type(error).__name__}: {error}")
             raise ReplicaPoisoned(f"the weights are not known to be right: {self.poisoned}") from error
@@ -353,7 +353,7 @@ class Applier:
         """(offsets, live patterns there), both on the device."""
         bits = self._map.storages[region.storage].bits
         places = torch.from_numpy(offsets).to(torch.int32 if len(bits) < 1 << 31 else torch.int64).to(self._device)
-        return places, bits[places]
+        return places, bits.index_select(0, places)
 
     def _compare(
         self, index: int, flat: torch.Tensor
@@ -410,9 +410,10 @@ class _Edits:
         return edits
 
 
-def _all(flags: list[torch.Tensor]) -> bool:
-    """One answer, and one synchronisation with the device, for all of them."""
-    return not flags or bool(torch.stack(flags).all().item())
+def _hold(pairs: list[tuple[torch.Tensor, Edit]], which: str) -> bool:
+    """Are the old (or the new) patterns where they should be? One answer, and one wait for the device, for all."""
+    flags = [(bits.index_select(0, edit.offsets) == getattr(edit, which)).all() for bits, edit in pairs]
+    return not flags or bool(torch.stack(flags).all())
 
 
 def _unsigned(bits: torch.Tensor) -> np.ndarray:

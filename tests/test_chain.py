@@ -445,6 +445,18 @@ def test_positions_are_found_by_digest(bucket: FaultyBucket, reader: ChainReader
     assert reader.find(digest("never")) is None
 
 
+def test_weights_of_version_0_that_were_published_again_are_found_where_deltas_lead_on(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    commit(ChainWriter.create(bucket, RUN))
+    restarted = ChainWriter.resume(bucket, TABLE)
+    again = anchor(restarted, tmp_path / "anchor", at=Position(restarted.next_version, RUN.digest))
+    last = commit(restarted)
+    have = reader.find(RUN.digest)
+    assert have == again.position
+    assert reader.plan(have).deltas == [last]
+
+
 # --- hostile or damaged documents -------------------------------------------------------------------
 
 

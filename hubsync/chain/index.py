@@ -81,6 +81,13 @@ class ChainIndex:
         found = (self._manifests.get(Layout.anchor(epoch, position.version)) for epoch in epochs)
         return next((anchor for anchor in found if anchor is not None and anchor.position == position), None)
 
+    def anchors(self) -> list[Manifest]:
+        """All committed anchors of the last survey, newest first."""
+        places = [(epoch, version) for epoch, names in self._epochs.items() for version in sorted(names.anchors)]
+        paths = [Layout.anchor(epoch, version) for epoch, version in reversed(places)]
+        self._load(paths)
+        return [self._manifests[path] for path in paths if path in self._manifests]
+
     def add(self, manifest: Manifest) -> None:
         """Remember a manifest that came from elsewhere (the head), after the same checks."""
         path = Layout.manifest(manifest)

@@ -126,13 +126,20 @@ class ChainReader:
         return found
 
     def find(self, digest: str) -> Position | None:
-        """Which committed position has this digest (32 hex digits); the newest one if several do."""
+        """Which committed position has this digest (32 hex digits). Where several do, any leads to the newest version.
+
+        The newest version, anchors and version 0 come first: that is where live weights mostly are, and reading the
+        manifests of a long chain is slow.
+        """
         if self.newest().digest == digest:
             return self._position(self._mark)
-        for manifest in reversed(self.manifests()):
-            if manifest.position.digest == digest:
-                return manifest.position
-        return self.run().origin if digest == self.run().digest else None
+        self._survey()
+        likely = [anchor.position for anchor in self._index.anchors()] + [self.run().origin]
+        for position in likely:
+            if position.digest == digest:
+                return position
+        found = (manifest.position for manifest in reversed(self.manifests()))
+        return next((position for position in found if position.digest == digest), None)
 
     def plan(self, have: Position | None, to: int | None = None, *, base_available: bool = False) -> Plan:
         """The way with the fewest bytes from `have` (None: from nothing) to version `to` (None: the newest).

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from hubsync.bits import TORCH_DTYPES, advance, bits_of
 from hubsync.digest import digest_change, digest_view, tensor_seed
-from hubsync.errors import NoPath, WrongParent
+from hubsync.errors import ConfigError, NoPath, WrongParent
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch
@@ -59,6 +61,25 @@ class View:
         if self._digest.hex != position.digest:
             raise WrongParent(f"the weights have digest {self._digest.hex}, but {position} has {position.digest}")
         self.position = position
+
+
+def load_checkpoint(directory: Path, table: TensorTable) -> Mapping[str, torch.Tensor]:
+    """The tensors of a table out of a local safetensors checkpoint, whatever their dtype there.
+
+    ConfigError if the directory is none or lacks one of them.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a directory; download the checkpoint, for example with `hf download`")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update((name, file.get_tensor(name)) for name in file.keys() if name in table)  # noqa: SIM118
+    for spec in table:
+        if spec.name not in tensors:
+            raise ConfigError(f"{directory} does not have {spec.name}: it is not the base checkpoint of this run")
+        if tuple(tensors[spec.name].shape) != spec.shape:
+            raise ConfigError(f"{directory} has {spec.name} in another shape than this run: it is not its base")
+    return tensors
 
 
 def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:

@@ -1,0 +1,203 @@
+"""`hubsync ls`, `show`, `verify` and `pull`: what a run holds, whether it is whole, and a version as a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
+from hubsync.chain.replay import View, load_checkpoint, replay
+from hubsync.errors import ConfigError
+from hubsync.manifest import SIDE_FILES, Manifest
+from hubsync.parts import open_anchor, write_anchor
+
+_ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
+
+
+def add_parser(subparsers: Any) -> None:
+    ls = _command(subparsers, "ls", list_versions, "list the versions of a run")
+    ls.add_argument("--limit", type=int, metavar="N", help="only the newest N")
+
+    show = _command(subparsers, "show", show_version, "print the manifest of a version")
+    show.add_argument("version", type=int)
+
+    verify = _command(subparsers, "verify", verify_run, "download a run, replay it, and check every hash and digest")
+    _add_base(verify)
+
+    pull = _command(subparsers, "pull", pull_version, "write a version as a checkpoint that vllm and transformers load")
+    pull.add_argument("out", type=Path, help="directory to write; it must not exist, or be empty")
+    pull.add_argument("--version", type=int, metavar="N", help="default: the newest")
+    _add_base(pull)
+
+
+def list_versions(args: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        reader = _reader(args, stack)
+        run, manifests = reader.run(), reader.manifests()
+    if args.limit is not None:
+        manifests = manifests[max(0, len(manifests) - args.limit) :]
+    base = "in the bucket (anchor of version 0)" if run.base.model is None else run.base.model
+    if run.base.revision is not None:
+        base += f"@{run.base.revision[:12]}"
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width: leave the lines whole
+    console.print(f"run {run.run_id}: {len(run.table)} tensors, {_size(run.table.nbytes)} dense, version 0 {base}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("version", "kind", "parent", "changed", "of all", "size", "bits/change", "step"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
+    for heading in ("created", "name"):
+        table.add_column(heading, no_wrap=True)
+    for manifest in manifests:
+        table.add_row(*_row(manifest, run.table.numel))
+    console.print(table)
+    return 0
+
+
+def show_version(args: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        reader = _reader(args, stack)
+        if args.version == 0 and not any(manifest.version == 0 for manifest in reader.manifests()):
+            run = reader.run()
+            document: dict[str, Any] = {"position": {"version": 0, "digest": run.digest}, "base": vars(run.base)}
+        else:
+            document = reader.manifest(args.version).to_json()
+    print(json.dumps(document, indent=1))
+    return 0
+
+
+def verify_run(args: argparse.Namespace) -> int:
+    """Replay the current chain from where it can begin, with every anchor on it; say what could not be checked."""
+    with ExitStack() as stack:
+        reader = _reader(args, stack)
+        manifests = reader.manifests()
+        base = _base(args, reader)
+        view = None if base is None else View(reader.run().table, base, reader.run().origin)
+        checked = 0
+        for manifest in manifests:
+            view = _verify(reader, manifest, view)
+            if view is not None:
+                print(f"ok       {manifest.kind:6} {manifest.position}")
+                checked += 1
+            else:
+                reader.fetch(manifest)
+                print(f"unproven {manifest.kind:6} {manifest.position}: files intact, needs --base to be replayed")
+    print(f"{checked} of {len(manifests)} replayed bit for bit, {len(manifests)} with intact files")
+    return 0 if checked == len(manifests) else 1
+
+
+def pull_version(args: argparse.Namespace) -> int:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ConfigError(f"{args.out} is not empty: choose another directory")
+    with ExitStack() as stack:
+        reader = _reader(args, stack)
+        base = _base(args, reader)
+        plan = reader.plan(None, args.version, base_available=base is not None)
+        view = replay(reader, plan, base)
+        _write_checkpoint(args.out, view, _side_files(reader, args.base))
+    print(f"wrote {view.position} to {args.out}")
+    return 0
+
+
+# --- parts of the commands --------------------------------------------------------------------------
+
+
+def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser.add_argument("address", metavar="ADDRESS", help=_ADDRESS)
+    parser.add_argument("--token", help="Hugging Face token (default: HF_TOKEN, or that of `hf auth login`)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, metavar="DIR", help="local copy of the run's base model (version 0)")
+
+
+def _reader(args: argparse.Namespace, stack: ExitStack) -> ChainReader:
+    cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="hubsync-"))
+    return ChainReader(open_bucket(args.address, token=args.token), cache)
+
+
+def _base(args: argparse.Namespace, reader: ChainReader) -> Mapping[str, torch.Tensor] | None:
+    """The tensors of version 0: those of `--base`, else of the run's base model where it is a directory here."""
+    model = reader.run().base.model
+    directory = args.base or (Path(model) if model is not None and Path(model).is_dir() else None)
+    return None if directory is None else load_checkpoint(directory, reader.run().table)
+
+
+def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
+    """The view at `manifest`, replayed and compared; None if nothing before it leads there."""
+    if manifest.kind == "anchor":
+        anchor = View(reader.run().table, open_anchor(reader.fetch(manifest), reader.run().table), manifest.position)
+        if view is None or view.position != manifest.position:
+            return anchor
+        view.verify()
+        return view
+    if view is None or view.position != manifest.parent:
+        return None
+    view.apply(reader.patch(manifest), manifest)
+    return view
+
+
+def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
+    """Config, tokenizer and so on, from the newest anchor or the base checkpoint."""
+    anchors = [manifest for manifest in reader.manifests() if manifest.kind == "anchor"]
+    if anchors:
+        paths = reader.fetch(anchors[-1])
+    else:
+        model = base or Path(str(reader.run().base.model))
+        paths = sorted(model.iterdir()) if model.is_dir() else []
+    return [path for path in paths if path.name in SIDE_FILES - {"model.safetensors.index.json"}]
+
+
+def _write_checkpoint(out: Path, view: View, side_files: list[Path]) -> None:
+    """Beside `out` first, so that `out` is complete once it exists."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}-"))
+    try:
+        write_anchor(staging, view.table, view.tensors)
+        for path in side_files:
+            shutil.copyfile(path, staging / path.name)
+        staging.chmod(0o755)
+        staging.replace(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _row(manifest: Manifest, numel: int) -> list[str]:
+    is_delta = manifest.kind == "delta"
+    return [
+        str(manifest.version),
+        manifest.kind,
+        str(manifest.parent.version) if manifest.parent else "-",
+        f"{manifest.changed:,}" if is_delta else "-",
+        f"{100 * manifest.changed / max(1, numel):.3f}%" if is_delta else "-",
+        _size(manifest.nbytes),
+        f"{8 * manifest.nbytes / manifest.changed:.2f}" if manifest.changed else "-",
+        "-" if manifest.step is None else str(manifest.step),
+        datetime.fromtimestamp(manifest.created).strftime("%Y-%m-%d %H:%M:%S"),
+        manifest.name or "",
+    ]
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -40,7 +40,7 @@ class Stat:
     Attributes:
         path: path relative to the run's prefix.
         size: bytes.
-        etag: changes whenever the content does (xet hash on the Hub; inode + mtime + size in a directory).
+        etag: changes whenever the content does (xet hash on the Hub; inode, mtime and size in a directory).
     """
 
     path: str
@@ -67,8 +67,9 @@ class Bucket(ABC):
     def put(self, uploads: Sequence[Upload]) -> None:
         """Write immutable objects, then check that every one is there with its size.
 
-        Putting an object that already exists with the same size is fine (a retry). May leave some of the
-        objects written if it fails; none of them half.
+        Putting an object that already exists with the same size is fine (a retry). One of another size is a
+        `BucketError` in a directory; the Hub replaces it, because looking first would cost an API call: names must
+        be unique. May leave some of the objects written if it fails; none of them half.
         """
 
     @abstractmethod

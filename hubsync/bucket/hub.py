@@ -27,11 +27,11 @@ from .names import checked, checked_directory, is_name
 
 # hf_xet reads these once, when the process first uses it. Its own default is to retry a failing server for almost
 # five minutes per request, too long for a training loop that has a next step to publish: here it gives up in about
-# 20 s. Its cache of downloaded chunks is off because it holds unverified bytes: a damaged chunk must not come back on
-# the second try. What users set themselves stays.
+# 20 s. (The waits are random up to powers of the base: 1 s would never grow.) Its cache of downloaded chunks is off
+# because it holds unverified bytes: a damaged chunk must not come back on the second try. What users set stays.
 for _name, _value in {
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
-    "HF_XET_CLIENT_RETRY_BASE_DELAY": "1s",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s",
     "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
     "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",
 }.items():

@@ -150,13 +150,14 @@ def staged_server(ranks: int = 1) -> ModelServer:
     return server
 
 
+# What a commit does, after a look at the status.
 WINDOW = ["hubsync_open", "pause", "hubsync_commit", "label", "reset", "resume", "hubsync_close"]
 
 
 def test_a_commit_goes_through_the_documented_steps_in_order() -> None:
     server = staged_server(ranks=2)
     report = Replica(server).commit(NEXT)
-    assert server.calls == WINDOW
+    assert server.calls == ["hubsync_status", *WINDOW]
     assert (report.version, report.changed) == (1, 20)
     server.assert_whole()
 
@@ -164,9 +165,15 @@ def test_a_commit_goes_through_the_documented_steps_in_order() -> None:
 def test_keep_commits_without_a_pause() -> None:
     server = staged_server()
     report = Replica(server, kv_cache="keep").commit(NEXT)
-    assert server.calls == ["hubsync_commit", "label"]
+    assert server.calls == ["hubsync_status", "hubsync_commit", "label"]
     assert report.pause_s == 0
     assert server.label == "1"
+
+
+def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
+    server = staged_server()
+    assert Replica(server).commit(BASE).pause_s == 0
+    assert server.calls == ["hubsync_status", "label"]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
@@ -248,7 +255,7 @@ def test_a_window_of_another_client_is_not_entered() -> None:
     server.window = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}
     with pytest.raises(ReplicaRefused, match="living client"):
         Replica(server).commit(NEXT)
-    assert server.calls == ["hubsync_open"]
+    assert server.calls == ["hubsync_status", "hubsync_open"]
 
 
 def test_a_refused_commit_resumes_with_the_old_weights() -> None:

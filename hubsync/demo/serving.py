@@ -22,8 +22,8 @@ _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
 }
 _ARGUMENTS = ("--enforce-eager", "--max-num-seqs", "64", "--dtype", "bfloat16")
 EXTENSION = "vllm_plugin.DeltaWorkerExtension"

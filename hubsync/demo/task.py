@@ -38,7 +38,7 @@ def prompts(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"prompt": [table[i][0] for i in picks], "answer": [table[i][1] for i in picks]})
 
 
-def tagged_answer(completions: list[str], answer: list[int], **_: Any) -> list[float]:
+def tagged_answer(completions: list[str], answer: list[int], **_: Any) -> list[float | None]:
     """The reward: 1 where the completion is the right number between the tags, 0 elsewhere."""
     return [
         float(text.strip() == f"<answer> {right} </answer>") for text, right in zip(completions, answer, strict=True)

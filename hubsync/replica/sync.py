@@ -117,7 +117,7 @@ class Replica:
             raise ConfigError(f"kv_cache must be one of {', '.join(KV_CACHE)}, not {kv_cache!r}")
         self.server = server
         self.kv_cache = kv_cache
-        self._unsettled = False  # a window of ours may still be open
+        self._token: str | None = None  # of the window that we opened last; it may still be open
 
     def check(self) -> None:
         """ReplicaUnsuitable unless the server is one that hubsync can drive."""
@@ -178,14 +178,19 @@ class Replica:
         the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, the
         next `commit`, `attach` or `recover` of any client finishes the window.
         """
-        if self._unsettled:
-            self.recover()
+        status = self.status()
+        if status.window is not None and status.window.token == self._token:
+            self._recover(status)
+        elif status.window is None and status.position == position:
+            self.server.set_weight_version(str(position.version))
+            return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
         if self.kv_cache == "keep":
-            applied = self._apply(position)
+            applied = self.server.rpc("hubsync_commit", position.version, position.digest)
+            self.server.set_weight_version(str(position.version))
             return self._report(position, applied, pause_s=0.0)
         window = Window(position, uuid.uuid4().hex)
+        self._token = window.token
         self.server.rpc("hubsync_open", position.version, position.digest, window.token)
-        self._unsettled = True
         started = time.perf_counter()
         try:
             self.server.pause()
@@ -214,10 +219,13 @@ class Replica:
             if status.position == position and status.state != "applied":
                 return
 
-    def _apply(self, position: Position) -> list[dict[str, Any]]:
-        applied = self.server.rpc("hubsync_commit", position.version, position.digest)
-        self.server.set_weight_version(str(position.version))
-        return applied
+    def heal(self) -> None:
+        """Rebuild poisoned weights from the run, and drop what wrong weights have cached.
+
+        ReplicaRefused if they are not poisoned; NoPath or a BucketError if it was not possible.
+        """
+        self.server.rpc("hubsync_heal")
+        self._reset_prefix_cache()
 
     def _complete(self, window: Window) -> None:
         """Everything after the commit. The server runs again afterwards even if something in here fails."""
@@ -230,7 +238,6 @@ class Replica:
 
     def _close(self, window: Window) -> None:
         self.server.rpc("hubsync_close", window.token)
-        self._unsettled = False
 
     def _reset_prefix_cache(self) -> None:
         for _ in range(_RESET_ATTEMPTS):
@@ -245,7 +252,6 @@ class Replica:
     def _recover(self, status: ReplicaStatus) -> bool:
         window = status.window
         if window is None:
-            self._unsettled = False
             return False
         arrived = [_position(rank) == window.position for rank in status.ranks]
         if any(arrived) and not all(arrived):

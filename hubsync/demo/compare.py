@@ -1,0 +1,45 @@
+"""Do two servers compute the same? Greedy tokens and their log-probabilities, compared exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import requests
+
+MAX_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """One greedy continuation: token ids and, for each, its own log-probability and that of the runner-up."""
+
+    tokens: tuple[str, ...]
+    logprobs: tuple[tuple[tuple[str, float], ...], ...]
+
+
+def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
+    """Greedy continuations of each prompt, one request after the other, so that batching cannot differ."""
+    with requests.Session() as session:
+        session.trust_env = False
+        model = session.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+        return [_greedy(session, url, model, prompt) for prompt in prompts]
+
+
+def _greedy(session: requests.Session, url: str, model: str, prompt: str) -> Greedy:
+    request = {
+        "model": model,
+        "prompt": prompt,
+        "temperature": 0.0,
+        "max_tokens": MAX_TOKENS,
+        "ignore_eos": True,
+        "logprobs": 2,
+        "return_tokens_as_token_ids": True,  # different tokens may have the same text
+    }
+    answer = session.post(f"{url}/v1/completions", json=request, timeout=120)
+    answer.raise_for_status()
+    logprobs = answer.json()["choices"][0]["logprobs"]
+    return Greedy(
+        tokens=tuple(logprobs["tokens"]),
+        logprobs=tuple(tuple(sorted(position.items())) for position in logprobs["top_logprobs"]),
+    )

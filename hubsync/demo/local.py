@@ -1,0 +1,23 @@
+"""A local Hub for the demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hubsync.localhub import LocalHub
+
+
+@contextmanager
+def local_bucket(root: Path) -> Iterator[str]:
+    """Serve a Hub from the directory `root`, and yield the address of a run in it.
+
+    Sets where the Hub is for this process and its children. Enter this before anything imports `huggingface_hub`, which
+    reads some of it only then. hf_xet remembers by URL what it has uploaded, and another Hub may have had this one's:
+    so its cache lies beside the Hub's files.
+    """
+    with LocalHub(root) as hub:
+        os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN="hf_local", HF_XET_CACHE=str(root / "xet-cache"))
+        yield "hf://buckets/me/demo/run"

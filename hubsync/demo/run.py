@@ -1,0 +1,184 @@
+"""The demo: a real GRPO training, a real vLLM server that follows it through a bucket, and the proof that it does.
+
+What trains and syncs is what a user would write, `GRPOTrainer`, `SyncConfig` and `HubSyncCallback`, as in
+`examples/grpo_disaggregated/train.py`. The rest of this file starts the servers and measures.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
+from hubsync.errors import ConfigError
+from hubsync.integrations.trl import HubSyncCallback
+from hubsync.replica.server import VLLMServer
+from hubsync.replica.sync import Replica
+from hubsync.trainer.config import SyncConfig
+
+from . import task
+from .compare import greedy
+from .serving import EXTENSION, ServerProcess
+from .view import Progress
+
+LEARNING_RATE = 3e-6
+COMPLETIONS_PER_STEP = 64
+COMPLETIONS_PER_PROMPT = 8
+PROMPTS_TO_COMPARE = 8
+
+
+class Demo:
+    """One run of the demo.
+
+    Args:
+        workdir: existing directory for the checkpoint, the caches, the servers' logs and the final anchor.
+        steps: optimizer steps.
+        bucket: address of the run.
+        server: URL of a running vLLM server of `workdir/base`; None starts one.
+    """
+
+    def __init__(self, workdir: Path, steps: int, bucket: str, server: str | None = None):
+        self.workdir = workdir
+        self.steps = steps
+        self.bucket = bucket
+        self.server = server
+        self.console = Console()
+
+    def run(self) -> dict[str, Any]:
+        """Train, sync, compare. Returns the measurements; `exact` says whether everything was right to the bit."""
+        started = time.monotonic()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        with ExitStack() as servers:
+            base = self._base()
+            url = self.server or self._serve(servers, base, "server", "starting policy")
+            callback, rows = self._train(base, url)
+            self._verify(url)
+            fresh = self._serve(servers, self._newest_anchor(), "fresh", "final anchor, downloaded from the bucket")
+            equal = self._equal(url, fresh)
+        return {**self._conclude(callback, rows, equal), "seconds": time.monotonic() - started}
+
+    def _base(self) -> Path:
+        """The starting policy's checkpoint, made if it is not there yet."""
+        base = self.workdir / "base"
+        if (base / "config.json").exists():
+            return base
+        self._say("making the starting policy: a random Qwen3, taught to add for a few seconds")
+        task.make_checkpoint(base)
+        if self.server is not None:
+            raise ConfigError(
+                f"the server must serve the demo's starting policy. Copy {base} to where it runs, start it with\n"
+                f"  VLLM_SERVER_DEV_MODE=1 HUBSYNC_BUCKET={self.bucket} vllm serve {base} "
+                f"--worker-extension-cls {EXTENSION} --logprobs-mode processed_logprobs --max-model-len 512\n"
+                f"and run the demo again with --workdir {self.workdir}"
+            )
+        return base
+
+    def _serve(self, servers: ExitStack, model: Path, name: str, what: str) -> str:
+        """Start a vLLM server of `model` that lives as long as `servers`; returns its URL."""
+        self._say(f"starting a vLLM server of the {what}")
+        process = servers.enter_context(
+            ServerProcess(
+                model,
+                self.workdir / f"{name}.log",
+                bucket=self.bucket,
+                environment={"HUBSYNC_CACHE": str(self.workdir / f"{name}-cache")},
+                arguments=["--logprobs-mode", "processed_logprobs"],
+            )
+        )
+        process.wait_ready()
+        return process.url
+
+    def _train(self, base: Path, url: str) -> tuple[HubSyncCallback, list[dict[str, float]]]:
+        """Train for `steps` optimizer steps, synced after each. The second is the rows of the trainer's log."""
+        trainer = GRPOTrainer(
+            model=str(base),
+            reward_funcs=task.tagged_answer,
+            train_dataset=task.prompts(self.steps * COMPLETIONS_PER_STEP // COMPLETIONS_PER_PROMPT),
+            args=GRPOConfig(
+                output_dir=str(self.workdir / "trainer"),
+                max_steps=self.steps,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                per_device_train_batch_size=COMPLETIONS_PER_STEP,
+                num_generations=COMPLETIONS_PER_PROMPT,
+                max_completion_length=task.MAX_COMPLETION_LENGTH,
+                vllm_server_base_url=url,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=False,  # fp32 throughout: the model is tiny, and CPUs are slow at bf16
+                gradient_checkpointing=False,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+        )
+        trainer.remove_callback(PrinterCallback)
+        callback = HubSyncCallback(trainer, SyncConfig(bucket=self.bucket, anchor_at_close=True))
+        progress = Progress(self.console)
+        trainer.add_callback(progress)
+        trainer.train()
+        return callback, progress.rows
+
+    def _verify(self, url: str) -> None:
+        """ReplicaPoisoned or WrongParent unless the server's live weights are those of the newest version."""
+        newest = self._reader().newest()
+        Replica(VLLMServer(url)).wait_verified(newest)
+        self._say(f"the server's live weights are those of {newest}")
+
+    def _newest_anchor(self) -> Path:
+        """Download the newest anchor from the bucket, as anybody could."""
+        reader = self._reader()
+        anchor = [manifest for manifest in reader.manifests() if manifest.kind == "anchor"][-1]
+        return reader.fetch(anchor)[0].parent
+
+    def _reader(self) -> ChainReader:
+        return ChainReader(open_bucket(self.bucket), self.workdir / "downloads")
+
+    def _equal(self, url: str, fresh: str) -> bool:
+        """Whether both servers give the same greedy tokens with exactly the same log-probabilities."""
+        prompts = [prompt for prompt, _ in task.problems()][:PROMPTS_TO_COMPARE]
+        return greedy(url, prompts) == greedy(fresh, prompts)
+
+    def _conclude(self, callback: HubSyncCallback, rows: list[dict[str, float]], equal: bool) -> dict[str, Any]:
+        deltas = [manifest for manifest in self._reader().manifests() if manifest.kind == "delta"]
+        payload, changed = sum(delta.nbytes for delta in deltas), sum(delta.changed for delta in deltas)
+        tenth = max(1, len(rows) // 10)
+        rewards = [row["reward"] for row in rows]
+        table = self._reader().run().table
+        result = {
+            "steps": rows,
+            "reward_first": fmean(rewards[:tenth]),
+            "reward_last": fmean(rewards[-tenth:]),
+            "commits": callback.commits,
+            "digest_matches": callback.digest_matches,
+            "fresh_server_equal": equal,
+            "exact": equal and callback.digest_matches == callback.commits,
+            "parameters": table.numel,
+            "changed_fraction": changed / (len(deltas) * table.numel),
+            "payload_bytes": payload,
+            "dense_bytes": len(deltas) * table.nbytes,
+            "bits_per_change": 8 * payload / changed,
+        }
+        self._say(
+            f"[bold]reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}[/] in {len(rows)} steps; "
+            f"{result['changed_fraction']:.2%} of the weights changed per step, and {payload:,} bytes were uploaded "
+            f"for them in place of {result['dense_bytes']:,} ({result['bits_per_change']:.2f} bits a changed element)"
+        )
+        self._say(f"{callback.digest_matches} of {callback.commits} commits were confirmed by a digest of live weights")
+        same = "[green]exactly the same[/]" if equal else "[red]DIFFERENT[/]"
+        self._say(f"a fresh server of the final anchor gives {same} tokens and log-probabilities")
+        return result
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)

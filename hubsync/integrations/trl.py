@@ -1,0 +1,308 @@
+"""hubsync in TRL: a callback that makes a built trainer generate on a vLLM server which follows its weights.
+
+The trainer is built with `use_vllm=False`, because TRL's own server mode opens an NCCL group to the server while the
+trainer is built. The callback then gives it a generation backend that speaks nothing but HTTP. TRL asks that backend
+to synchronise before a generation whenever an optimizer step lies behind it; publishing has started right after the
+step by then, in the background, so the request to synchronise only waits for the rest and commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import requests
+from accelerate.utils import broadcast_object_list, is_peft_model
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from hubsync.errors import ConfigError, ReplicaError, ReplicaPoisoned, ReplicaUnreachable
+from hubsync.manifest import Position
+from hubsync.replica.server import VLLMServer
+from hubsync.replica.sync import CommitReport, Replica
+from hubsync.trainer.config import SyncConfig
+from hubsync.trainer.engine import DeltaWeightTransferEngine
+from hubsync.trainer.publisher import Published, Ticket
+
+logger = logging.getLogger(__name__)
+
+
+class HubSyncCallback(TrainerCallback):
+    """Serves a trainer's policy on a vLLM server, in step with every optimizer step, through a bucket.
+
+    For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration`. After
+    construction the trainer behaves as if it had been built with `use_vllm=True, vllm_mode="server"`, importance
+    sampling correction included; where the server is and how it samples is taken from the trainer's own arguments
+    (`vllm_server_base_url`, `temperature`, ...). Neither NCCL nor the `vllm` package is needed where the trainer runs.
+    The callback adds itself to the trainer.
+
+    Metrics, beside the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`, `bits_per_change`,
+    `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
+
+    Attributes:
+        engine: the publisher; None before training, and after it.
+        commits: how often the server was brought to other weights.
+        digest_matches: how many of those commits the digest of the server's live weights has confirmed.
+
+    Args:
+        trainer: a trainer that was built with `use_vllm=False`, before `train()`.
+        config: where the bucket is, and the rest of what hubsync needs to know.
+
+    Raises:
+        ConfigError: for a trainer that cannot be served this way; the message says why, and what to change.
+        ReplicaError: if the server does not answer, or lacks what hubsync needs.
+
+    Usage:
+
+    ```python
+    >>> from trl import GRPOConfig, GRPOTrainer
+    >>> from hubsync import SyncConfig
+    >>> from hubsync.integrations.trl import HubSyncCallback
+
+    >>> trainer = GRPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     reward_funcs=reward,
+    ...     args=GRPOConfig(vllm_server_base_url="http://inference-host:8000"),
+    ...     train_dataset=dataset,
+    ... )
+    >>> HubSyncCallback(trainer, SyncConfig(bucket="hf://buckets/me/my-runs/grpo-1"))
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(self, trainer: Any, config: SyncConfig):
+        _refuse_unsuitable(trainer)
+        url = server_url(trainer.args)
+        self.trainer = trainer
+        self.config = replace(config, servers=[url, *(other for other in config.servers if other.rstrip("/") != url)])
+        self.engine: DeltaWeightTransferEngine | None = None
+        self.commits = 0
+        self.digest_matches = 0
+        self._is_main = bool(trainer.accelerator.is_main_process)
+        self._tickets: list[Ticket] = []
+        self._published_step: int | None = None
+        self._unverified: Position | None = None
+        self._failure: Exception | None = None
+        self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
+        trainer.vllm_generation = _HTTPGeneration(trainer, self._synchronise)
+        trainer.use_vllm, trainer.vllm_mode = True, "server"
+        trainer._last_loaded_step = (
+            -1
+        )  # as TRL does: nothing was loaded yet, so synchronise before the first generation
+        if self._is_main:
+            self._replica.check()
+            self._warn_of_biased_logprobs()
+        trainer.add_callback(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._is_main and self.engine is None:
+            self.engine = self._new_engine()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find what the step changed, and start to encode and upload it."""
+        step = state.global_step + 1  # it is counted after this event
+        if self.engine is None or self._failure is not None or step == self._published_step:
+            return
+        self._published_step = step
+        try:
+            self._tickets.append(self.engine.publish(step))
+        except Exception as failure:
+            # Raised by all ranks together at the next synchronisation: alone, this one would leave the others hanging.
+            self._failure = failure
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the final policy on the server, verified."""
+        self._synchronise(verify=True)
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def _new_engine(self) -> DeltaWeightTransferEngine:
+        accelerator, trainer = self.trainer.accelerator, self.trainer
+        return DeltaWeightTransferEngine(
+            accelerator.unwrap_model(trainer.model),
+            trainer.optimizer,
+            self.config,
+            processing_class=trainer.processing_class,
+        )
+
+    def _synchronise(self, verify: bool = False) -> None:
+        """Return once the server serves the weights of the last optimizer step.
+
+        Called on every rank: the main process acts, and its failure is every rank's.
+        """
+        if self._is_main and self._failure is None:
+            try:
+                self._catch_up()
+                if verify:
+                    self._check_digest()
+            except Exception as failure:
+                self._failure = failure
+        reason = [None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"]
+        if self.trainer.accelerator.num_processes > 1:
+            broadcast_object_list(reason, from_process=0)
+        if self._failure is not None:
+            raise self._failure
+        if reason[0] is not None:
+            raise ReplicaError(f"weight synchronisation failed on the main process: {reason[0]}")
+
+    def _catch_up(self) -> None:
+        if self.engine is None:  # evaluation outside of training
+            self.engine = self._new_engine()
+        tickets, self._tickets = self._tickets, []
+        for ticket in tickets:
+            self._record_published(ticket.result())
+        self._check_digest()
+        report = self.engine.sync(self.trainer.state.global_step)
+        if report.published.changed:  # the weights were changed without an optimizer step
+            self._record_published(report.published)
+        self._record_commit(report.commits[0])
+        if report.commits[0].changed:
+            self._unverified = report.published.position
+            self.commits += 1
+
+    def _check_digest(self) -> None:
+        """Wait for the digest of the live weights, which the workers recompute beside generation after a commit."""
+        if self._unverified is None:
+            return
+        position, self._unverified = self._unverified, None
+        try:
+            self._replica.wait_verified(position, self.config.stage_timeout)
+        except ReplicaPoisoned as poisoned:
+            logger.warning("%s. Rebuilding the server's weights", poisoned)
+            self._record(digest_ok=0.0)
+            self._replica.heal()
+        else:
+            self._record(digest_ok=1.0)
+            self.digest_matches += 1
+
+    def _record_published(self, published: Published) -> None:
+        self._record(
+            changed_fraction=published.changed / published.total,
+            payload_bytes=published.payload_bytes,
+            bits_per_change=published.bits_per_change,
+            detect_s=published.detect_s,
+            encode_s=published.encode_s,
+            upload_s=published.upload_s,
+        )
+
+    def _record_commit(self, commit: CommitReport) -> None:
+        self._record(version=commit.version, stage_s=commit.stage_s, commit_s=commit.commit_s, pause_s=commit.pause_s)
+
+    def _record(self, **metrics: float) -> None:
+        for name, value in metrics.items():
+            self.trainer._metrics["train"][f"weight_sync/{name}"].append(float(value))
+
+    def _warn_of_biased_logprobs(self) -> None:
+        if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
+            return
+        mode = self.trainer.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            logger.warning(
+                "The vLLM server runs with `--logprobs-mode %s`, which biases the importance sampling correction where "
+                "temperature, top_p and the like change the distribution. Restart it with `--logprobs-mode "
+                "processed_logprobs`, or set `vllm_importance_sampling_correction=False`.",
+                mode,
+            )
+
+
+class _HTTPGeneration(VLLMGeneration):
+    """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
+
+    def __init__(self, trainer: Any, synchronise: Callable[[], None]):
+        self._synchronise = synchronise
+        args = trainer.args
+        self._url = server_url(args)
+        super().__init__(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode="server",
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            server_base_url=self._url,
+            server_timeout=args.vllm_server_timeout,
+            repetition_penalty=trainer.repetition_penalty,
+            temperature=trainer.temperature,
+            top_p=trainer.top_p,
+            top_k=trainer.top_k,
+            min_p=trainer.min_p,
+            max_completion_length=trainer.max_completion_length,
+            logprobs=0,  # of the sampled tokens, for the importance sampling correction
+            generation_kwargs=args.generation_kwargs,
+        )
+
+    def _init_vllm(self) -> None:
+        if self.accelerator.is_main_process:
+            self.vllm_client = _HTTPClient(self._url, self.server_timeout)
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Return once the server generates with the weights of the last optimizer step. Collective."""
+        self._synchronise()
+
+
+class _HTTPClient(VLLMClient):
+    """The part of TRL's client that generates. It never opens a communicator."""
+
+    def __init__(self, url: str, timeout: float):
+        self.base_url = url
+        self.session = requests.Session()
+        self.session.trust_env = False
+        _wait_for(VLLMServer(url), timeout)
+        self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
+
+
+def server_url(args: Any) -> str:
+    """The vLLM server that a TRL configuration names."""
+    return (args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}").rstrip("/")
+
+
+def _wait_for(server: VLLMServer, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            if server.health():
+                return
+        except ReplicaUnreachable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
+
+
+def _refuse_unsuitable(trainer: Any) -> None:
+    args, name = trainer.args, type(trainer).__name__
+    if not _generates_through_vllm_generation(trainer) or hasattr(args, "vllm_sync_frequency"):
+        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use GRPOTrainer or RLOOTrainer")
+    if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:
+        raise ConfigError(
+            f"{name} was built with use_vllm=True, which sends weights by NCCL: build it with use_vllm=False (and keep "
+            "vllm_server_base_url); HubSyncCallback then makes it generate on that server"
+        )
+    if args.use_transformers_continuous_batching:
+        raise ConfigError(
+            "use_transformers_continuous_batching casts the policy in place, which would be published as a change of "
+            "every weight: leave it False, generation happens on the vLLM server anyway"
+        )
+    if is_peft_model(trainer.model):
+        raise ConfigError(
+            "a PEFT policy is not a sparse change of its base: merging the adapter changes nearly every weight. Train "
+            "all parameters, or let vLLM load the adapter"
+        )
+    if getattr(trainer, "loss_type", None) == "vespo" and trainer.vllm_importance_sampling_mode.startswith("sequence"):
+        raise ConfigError("loss_type='vespo' needs vllm_importance_sampling_mode='token_truncate' or 'token_mask'")
+
+
+def _generates_through_vllm_generation(trainer: Any) -> bool:
+    modules = (sys.modules[kind.__module__] for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
+    return any(getattr(module, "VLLMGeneration", None) is VLLMGeneration for module in modules)

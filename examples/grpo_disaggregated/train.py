@@ -1,0 +1,95 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# dependencies = [
+#     "hubsync[trl]",
+#     "math-verify",
+#     "trackio",
+# ]
+# ///
+
+"""
+GRPO with the trainer and the inference server on different hosts, which share nothing but a Hugging Face bucket.
+
+pip install 'hubsync[trl]' math-verify trackio       # on the training host
+pip install 'hubsync[vllm]'                          # on the inference host
+
+On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
+
+# Inference host
+
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/deepmath-1 VLLM_SERVER_DEV_MODE=1 \
+vllm serve Qwen/Qwen3-0.6B \
+    --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
+    --logprobs-mode processed_logprobs \
+    --max-model-len 4096 \
+    --host 0.0.0.0 --port 8000
+
+The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: let nobody but
+the training host reach the port.
+
+# Training host
+
+python examples/grpo_disaggregated/train.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name trl-lib/DeepMath-103K \
+    --bucket hf://buckets/<your-name>/rl/deepmath-1 \
+    --vllm_server_base_url http://<inference-host>:8000 \
+    --output_dir grpo-Qwen3-0.6B-deepmath \
+    --learning_rate 1e-6 \
+    --max_completion_length 2048 \
+    --per_device_train_batch_size 8 \
+    --num_generations 8 \
+    --gradient_accumulation_steps 8 \
+    --logging_steps 1 \
+    --report_to trackio
+
+With several GPUs: `accelerate launch --num_processes 8 examples/grpo_disaggregated/train.py ...`, the rest the same.
+"""
+
+from datasets import load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl.rewards import accuracy_reward
+
+from hubsync import SyncConfig
+from hubsync.integrations.trl import HubSyncCallback
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, SyncConfig))
+    script_args, training_args, model_args, sync_config = parser.parse_args_and_config()
+
+    # float32 parameters (TRL's default) with bfloat16 autocast: parameters in bfloat16 would lose most small updates.
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+
+    trainer = GRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=accuracy_reward,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+    )
+    # From here on the trainer generates on the vLLM server, whose weights follow every optimizer step.
+    HubSyncCallback(trainer, sync_config)
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -203,6 +203,15 @@ def test_one_failure_is_retried_unnoticed(
     assert local_hub.faults_left() == 0
 
 
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "drop"])
+@pytest.mark.usefixtures("no_waiting")
+def test_opening_is_retried_too(hub_bucket: HubBucket, local_hub: LocalHub, create: bool, fault: dict) -> None:
+    local_hub.fail("/api/buckets/", times=2, **fault)
+    open_bucket(hub_bucket.address, create=create, token=TOKEN, endpoint=local_hub.url).stat(["head.json"])
+    assert local_hub.faults_left() == 0
+
+
 @pytest.mark.parametrize("fault", [{"status": 429}, {"status": 500}, {"drop": True}], ids=["429", "500", "drop"])
 @pytest.mark.usefixtures("no_waiting")
 def test_a_failure_without_end_is_unavailable(
@@ -264,6 +273,14 @@ def test_a_delete_whose_first_answer_is_lost_has_worked(hub_bucket: HubBucket, l
     local_hub.fail("/batch", lose_answer=True)
     hub_bucket.delete(["a", "b"])
     assert hub_bucket.list() == []
+
+
+def test_a_refused_delete_is_an_error(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.put([Upload("a", b"1"), Upload("kept", b"2")])
+    local_hub.refuse("kept")
+    with pytest.raises(BucketError, match="refused run/kept"):
+        hub_bucket.delete(["a", "kept"])
+    assert [s.path for s in hub_bucket.list()] == ["kept"]
 
 
 def test_a_partly_refused_batch_names_what_was_refused(hub_bucket: HubBucket, local_hub: LocalHub) -> None:

@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
         random = torch.Generator().manual_seed(number)
         for parameter in self.parameters():
             chosen = torch.rand(parameter.shape, generator=random) < 0.1
-            parameter += chosen * torch.randn(parameter.shape, generator=random)
+            parameter.add_(chosen * torch.randn(parameter.shape, generator=random))
 
 
 def weights(step: int) -> dict[str, torch.Tensor]:
@@ -125,9 +125,7 @@ def _started(target: Any, *args: Any) -> Iterator[Child]:
 def _publish(
     messages: Connection, address: str, first: int, last: int, stop: tuple[str, str] | None, config: dict[str, Any]
 ) -> None:
-    engine_module.open_bucket = lambda address, **_: _StoppingBucket(  # type: ignore[assignment]
-        LocalBucket(address, create=True), messages, stop
-    )
+    engine_module.open_bucket = lambda address, **_: _StoppingBucket(LocalBucket(address, create=True), messages, stop)
     model = Model(first)
     try:
         with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, **config)) as engine:

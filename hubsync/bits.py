@@ -123,6 +123,16 @@ def trailing_zeros(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), codegen
 
 
+@intrinsic
+def leading_zeros(typing_context, word):  # type: ignore[no-untyped-def]
+    """Number of zero bits above the highest set bit of a uint64 (64 for zero); for compiled code only."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ctlz(args[0], context.get_constant(types.boolean, False))
+
+    return types.uint64(types.uint64), codegen
+
+
 @njit(nogil=True, cache=True)
 def _unequal_words(old: np.ndarray, new: np.ndarray, start: int, stop: int, touched: np.ndarray) -> int:
     """List the words of `start..stop` that differ. Almost all are equal, so this loop is the cost of a comparison."""

@@ -16,15 +16,7 @@ import safetensors.torch
 import torch
 
 from .bits import TORCH_DTYPES
-from .codec import (
-    CHUNK_COLUMNS,
-    RECORD_COLUMNS,
-    TENSOR,
-    chunk_count,
-    decode_tensor,
-    encode_tensor,
-    payload_bytes,
-)
+from .codec import CHUNK_COLUMNS, RECORD_COLUMNS, TENSOR, decode_tensor, encode_tensor
 from .errors import FormatError
 from .manifest import Manifest, Position
 from .patch import Patch, check
@@ -75,23 +67,14 @@ def read_delta(source: Path | bytes, table: TensorTable, manifest: Manifest | No
     _check_identity(metadata, table, manifest)
     records, chunks, payload = arrays["tensors"], arrays["chunks"], arrays["payload"]
     patch: Patch = {}
-    chunk, byte = 0, 0
     for record in records:
         index = int(record[TENSOR])
         if index >= len(table) or index in patch:
             raise FormatError(f"delta part: tensor {index} is listed twice or is not in the table")
-        spec = table[index]
-        next_chunk = chunk + chunk_count(spec, record)
-        if next_chunk > len(chunks):
-            raise FormatError(f"delta part: the chunk rows of {spec.name} are missing")
-        rows = chunks[chunk:next_chunk]
-        next_byte = byte + payload_bytes(spec, record, rows)
-        if next_byte > len(payload):
-            raise FormatError(f"delta part: the payload of {spec.name} is missing")
-        patch[index] = decode_tensor(spec, record, rows, payload[byte:next_byte])
-        chunk, byte = next_chunk, next_byte
-    if chunk != len(chunks) or byte != len(payload):
-        raise FormatError("delta part: chunk rows or payload bytes are left over")
+        patch[index], used_chunks, used_bytes = decode_tensor(table[index], record, chunks, payload)
+        chunks, payload = chunks[used_chunks:], payload[used_bytes:]
+    if len(chunks) or len(payload):
+        raise FormatError(f"delta part: {len(chunks)} chunk rows and {len(payload)} payload bytes are left over")
     return patch
 
 

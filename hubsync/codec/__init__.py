@@ -2,24 +2,6 @@
 
 from .grid import Grid
 from .streams import CHUNK_COLUMNS
-from .tensor import (
-    RECORD_COLUMNS,
-    TENSOR,
-    EncodedTensor,
-    chunk_count,
-    decode_tensor,
-    encode_tensor,
-    payload_bytes,
-)
+from .tensor import RECORD_COLUMNS, TENSOR, EncodedTensor, decode_tensor, encode_tensor
 
-__all__ = [
-    "CHUNK_COLUMNS",
-    "RECORD_COLUMNS",
-    "TENSOR",
-    "EncodedTensor",
-    "Grid",
-    "chunk_count",
-    "decode_tensor",
-    "encode_tensor",
-    "payload_bytes",
-]
+__all__ = ["CHUNK_COLUMNS", "RECORD_COLUMNS", "TENSOR", "EncodedTensor", "Grid", "decode_tensor", "encode_tensor"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numba import njit
 
 CHUNK_ELEMENTS = 1 << 20  # large enough that a chunk's header costs nothing, small enough to decode in cache
 
@@ -43,9 +44,7 @@ class Grid:
     @cached_property
     def starts(self) -> np.ndarray:
         """int64[count + 1]: place of each chunk's first element, then the number of elements."""
-        heights = _pieces(self.rows, self.chunk_rows)
-        widths = _pieces(self.cols, self.chunk_cols)
-        return np.concatenate([[0], np.cumsum(np.outer(heights, widths))])
+        return _starts(self.rows, self.cols, self.chunk_rows, self.chunk_cols, self.count)
 
     def places(self, indices: np.ndarray) -> np.ndarray:
         """Flat indices (int64) -> places, in the same order."""
@@ -71,6 +70,13 @@ class Grid:
         return (top + row) * self.cols + left + col
 
 
-def _pieces(total: int, piece: int) -> np.ndarray:
-    """int64 lengths of `total` cut into pieces."""
-    return np.diff(np.append(np.arange(0, total, piece), total))
+@njit(nogil=True, cache=True)
+def _starts(rows: int, cols: int, chunk_rows: int, chunk_cols: int, count: int) -> np.ndarray:
+    starts = np.zeros(count + 1, np.int64)
+    chunk = 0
+    for top in range(0, rows, chunk_rows):
+        for left in range(0, cols, chunk_cols):
+            elements = min(chunk_rows, rows - top) * min(chunk_cols, cols - left)
+            starts[chunk + 1] = starts[chunk] + elements
+            chunk += 1
+    return starts

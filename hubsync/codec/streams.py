@@ -18,16 +18,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hubsync.bits import trailing_zeros
+from hubsync.bits import leading_zeros, trailing_zeros
 
 CHANGES, EXCEPTIONS, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
 CHUNK_COLUMNS = 4
 
 MAX_K = 31
 
-FINE, GAP_OUTSIDE, UNARY_SHORT, UNARY_LONG, MAGNITUDE_SHORT, MAGNITUDE_LONG, TOO_LARGE, EXCEPTION_OUTSIDE, PADDING = (
-    range(9)
-)
+# What `lay_out` and `read` find wrong.
+FINE = 0
+COUNTS, PAYLOAD_SHORT = 1, 2
+GAP_OUTSIDE, EXCEPTION_OUTSIDE, TOO_LARGE = 3, 4, 5
+UNARY_SHORT, UNARY_LONG, MAGNITUDE_SHORT, MAGNITUDE_LONG, PADDING = 6, 7, 8, 9, 10
 
 _1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
 
@@ -90,6 +92,28 @@ def measure(
         rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], exceptions
         rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
     return rows
+
+
+@njit(nogil=True, cache=True)
+def lay_out(
+    rows: np.ndarray, starts: np.ndarray, ks: tuple[int, int, int], available: int
+) -> tuple[int, int, np.ndarray]:
+    """Check every row against its chunk and the bytes available, before anything is decoded or allocated.
+
+    Returns:
+        (FINE, 0, offsets) or (what is wrong, chunk, ...); chunk c holds the bytes `offsets[c] .. offsets[c + 1]`.
+    """
+    k_gap, k_exception, _ = ks
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    for c in range(len(rows)):
+        n, exceptions, unary_bits = rows[c, CHANGES], rows[c, EXCEPTIONS], rows[c, UNARY_BITS]
+        if n > starts[c + 1] - starts[c] or exceptions > n or unary_bits < n + 2 * exceptions:
+            return COUNTS, c, offsets
+        bits = n * (k_gap + 1) + exceptions * k_exception + rows[c, MAGNITUDE_BITS] + unary_bits
+        offsets[c + 1] = offsets[c] + ((bits + 7) >> 3)
+        if offsets[c + 1] > available:
+            return PAYLOAD_SHORT, c, offsets
+    return FINE, 0, offsets
 
 
 @njit(nogil=True, cache=True)
@@ -158,8 +182,7 @@ def read(
 ) -> tuple[int, int]:
     """Decode every chunk into `places` and `diffs`. Returns (FINE, 0) or (what is wrong, chunk).
 
-    The caller has checked that the sections of each row fit between its offsets and that there is one unary number for
-    each value; everything that depends on the bits themselves is checked here, before it is used.
+    `lay_out` has checked the rows; everything that depends on the bits themselves is checked here, before it is used.
     """
     k_gap, k_exception, k_magnitude = ks
     width = 8 * diffs.itemsize
@@ -237,12 +260,8 @@ def read(
 
 @njit(nogil=True, cache=True)
 def _exponent(value: int, k: int) -> int:
-    """Exponent of an Exp-Golomb code of order k: number of bits of (value >> k) + 1, less one."""
-    rest, exponent = ((value >> k) + 1) >> 1, 0
-    while rest:
-        rest >>= 1
-        exponent += 1
-    return exponent
+    """Exponent of an Exp-Golomb code of order k: position of the leading one of value + 2^k, less k."""
+    return 63 - int(np.int64(leading_zeros(np.uint64(value + (1 << k))))) - k
 
 
 @njit(nogil=True, cache=True)

@@ -20,7 +20,11 @@ DENSE, CODED = 0, 1  # modes
 TENSOR, CHUNK_ROWS, CHUNK_COLS, CODE = range(4)  # columns of a record; TENSOR belongs to the part, not to the codec
 RECORD_COLUMNS = 4
 
+_NO_LIMIT = 1 << 62
+
 _PROBLEMS = {
+    streams.COUNTS: "impossible counts",
+    streams.PAYLOAD_SHORT: "its payload is missing",
     streams.GAP_OUTSIDE: "a position lies outside its chunk",
     streams.EXCEPTION_OUTSIDE: "an exception lies behind the last change",
     streams.UNARY_SHORT: "the unary stream ends too early",
@@ -66,80 +70,61 @@ def encode_tensor(spec: TensorSpec, delta: TensorDelta, grid: Grid | None = None
     ks = _parameters(streams.tally(places, diffs, grid.starts), spec.width)
     bounds = np.searchsorted(places, grid.starts)
     rows = streams.measure(places, diffs, bounds, grid.starts, ks)
-    ends = np.cumsum(_chunk_bytes(rows, ks))
-    if ends[-1] + rows.size * 4 >= spec.nbytes:
+    _, _, offsets = streams.lay_out(rows, grid.starts, ks, _NO_LIMIT)
+    size = int(offsets[-1])
+    if size + rows.size * 4 >= spec.nbytes:
         return _encode_dense(spec, delta)
-
-    words = _words(int(ends[-1]))
-    offsets = np.concatenate([[0], ends[:-1]])
+    words = _words(size)
     streams.write(places, diffs, bounds, grid.starts, rows, offsets, ks, words)
     record = np.array([0, grid.chunk_rows, grid.chunk_cols, _pack_code(ks)], np.uint32)
-    return EncodedTensor(record, rows.astype(np.uint32), _as_bytes(words)[: ends[-1]])
+    return EncodedTensor(record, rows.astype(np.uint32), _as_bytes(words)[:size])
 
 
-def decode_tensor(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray, payload: np.ndarray) -> TensorDelta:
+def decode_tensor(
+    spec: TensorSpec, record: np.ndarray, chunks: np.ndarray, payload: np.ndarray
+) -> tuple[TensorDelta, int, int]:
     """Inverse of `encode_tensor`; trusts nothing in its arguments but their dtypes.
 
-    Memory is O(len(payload) + len(chunks)). FormatError says what is wrong.
+    Args:
+        chunks, payload: what the record describes stands at their beginning; they may go on for other tensors.
+
+    Returns:
+        (delta, chunk rows used, payload bytes used). Memory is O(rows and bytes used). FormatError says what is wrong.
     """
     mode, ks = _unpack_code(spec, record)
-    if len(chunks) != chunk_count(spec, record):
-        raise FormatError(f"{spec.name}: {len(chunks)} chunks do not make up its grid")
-    if len(payload) != payload_bytes(spec, record, chunks):
-        raise FormatError(f"{spec.name}: a payload of {len(payload)} bytes is not what its chunks need")
     if mode == DENSE:
-        return _decode_dense(spec, payload)
-
+        return _decode_dense(spec, payload), 0, spec.nbytes
     grid = _grid(spec, record)
-    rows = chunks.astype(np.int64)
-    ends = np.cumsum(_chunk_bytes(rows, ks))
-    changes = int(rows[:, streams.CHANGES].sum())
+    if grid.count > len(chunks):
+        raise FormatError(f"{spec.name}: {grid.count} chunk rows are needed, {len(chunks)} are left")
+    rows = chunks[: grid.count].astype(np.int64)
+    problem, chunk, offsets = streams.lay_out(rows, grid.starts, ks, len(payload))
+    _raise(spec, problem, chunk)
+
+    size, changes = int(offsets[-1]), int(rows[:, streams.CHANGES].sum())
     if changes == 0:
         raise FormatError(f"{spec.name}: is listed but has no changes")
-    words = _words(len(payload))
-    _as_bytes(words)[: len(payload)] = payload
+    words = _words(size)
+    _as_bytes(words)[:size] = payload[:size]
     places, diffs = np.empty(changes, np.int64), np.empty(changes, SIGNED[spec.width])
-    offsets = np.concatenate([[0], ends[:-1]])
     problem, chunk = streams.read(words, rows, offsets, grid.starts, ks, places, diffs)
-    if problem != streams.FINE:
-        raise FormatError(f"{spec.name}, chunk {chunk}: {_PROBLEMS[problem]}")
+    _raise(spec, problem, chunk)
     if grid.contiguous:
-        return TensorDelta(places, diffs)
+        return TensorDelta(places, diffs), grid.count, size
     indices = grid.indices(places)
     order = np.argsort(indices)
-    return TensorDelta(indices[order], diffs[order])
+    return TensorDelta(indices[order], diffs[order]), grid.count, size
 
 
-def chunk_count(spec: TensorSpec, record: np.ndarray) -> int:
-    """How many chunk rows belong to this record (0 in dense mode); FormatError if the record is impossible."""
-    mode, _ = _unpack_code(spec, record)
-    return 0 if mode == DENSE else _grid(spec, record).count
-
-
-def payload_bytes(spec: TensorSpec, record: np.ndarray, chunks: np.ndarray) -> int:
-    """How many payload bytes belong to this record and its chunk rows; FormatError if a row is impossible."""
-    mode, ks = _unpack_code(spec, record)
-    if mode == DENSE:
-        return spec.nbytes
-    rows = chunks.astype(np.int64)
-    changes, exceptions, _, unary_bits = rows.T
-    elements = np.diff(_grid(spec, record).starts)
-    sound = (changes <= elements) & (exceptions <= changes) & (unary_bits >= changes + 2 * exceptions)
-    if not sound.all():
-        raise FormatError(f"{spec.name}, chunk {int(np.argmin(sound))}: impossible counts")
-    return int(_chunk_bytes(rows, ks).sum())
+def _raise(spec: TensorSpec, problem: int, chunk: int) -> None:
+    if problem != streams.FINE:
+        raise FormatError(f"{spec.name}, chunk {chunk}: {_PROBLEMS[problem]}")
 
 
 def _parameters(cost: np.ndarray, width: int) -> tuple[int, int, int]:
     """The cheapest (k_gap, k_exception, k_magnitude), from the costs that `tally` found."""
     gaps, exceptions, magnitudes = cost
     return int(np.argmin(gaps)), int(np.argmin(exceptions)), int(np.argmin(magnitudes[:width]))
-
-
-def _chunk_bytes(rows: np.ndarray, ks: tuple[int, int, int]) -> np.ndarray:
-    """int64[chunks]: bytes of each chunk's string of bits. Columns are below 2^32 and ks below 2^5: no overflow."""
-    changes, exceptions, magnitude_bits, unary_bits = rows.T
-    return (changes * (ks[0] + 1) + exceptions * ks[1] + magnitude_bits + unary_bits + 7) // 8
 
 
 def _pack_code(ks: tuple[int, int, int]) -> int:
@@ -173,8 +158,10 @@ def _encode_dense(spec: TensorSpec, delta: TensorDelta) -> EncodedTensor:
 
 
 def _decode_dense(spec: TensorSpec, payload: np.ndarray) -> TensorDelta:
+    if len(payload) < spec.nbytes:
+        raise FormatError(f"{spec.name}: {spec.nbytes} payload bytes are needed, {len(payload)} are left")
     signed = np.dtype(SIGNED[spec.width])
-    dense = np.frombuffer(payload.tobytes(), signed.newbyteorder("<")).astype(signed, copy=False)
+    dense = np.frombuffer(payload[: spec.nbytes].tobytes(), signed.newbyteorder("<")).astype(signed, copy=False)
     indices = np.flatnonzero(dense)
     if len(indices) == 0:
         raise FormatError(f"{spec.name}: is listed but has no changes")

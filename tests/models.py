@@ -13,7 +13,7 @@ import transformers
 
 VOCABULARY = 1003  # no multiple of 64: vLLM pads it to 1024
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -27,16 +27,16 @@ _SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-_IMPLIED_HEAD_DIM = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+_IMPLIED_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
 
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
     "qwen2": lambda: transformers.Qwen2Config(**_IMPLIED_HEAD_DIM, tie_word_embeddings=False),
-    "qwen3": lambda: transformers.Qwen3Config(**_SIZES, tie_word_embeddings=False),
-    "qwen3_tied": lambda: transformers.Qwen3Config(**_SIZES, tie_word_embeddings=True),
-    "gemma": lambda: transformers.GemmaConfig(**_SIZES),
-    "gemma2": lambda: transformers.Gemma2Config(**_SIZES, sliding_window=128),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_SIZES, sliding_window=128),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "qwen3_tied": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, sliding_window=128),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=128),
     "phi3": lambda: transformers.Phi3Config(**_IMPLIED_HEAD_DIM, tie_word_embeddings=False),
 }
 

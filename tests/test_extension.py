@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from llvmlite.binding import ffi
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hubsync.bits import bits_of, dtype_code
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.digest import digest_view
+from hubsync.errors import ReplicaPoisoned
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
 from hubsync.table import TensorSpec, TensorTable
 
-from .models import CONFIGS, VOCABULARY, save_checkpoint
+from .models import CONFIGS, SIZES, VOCABULARY, save, save_checkpoint
 from .toy import patch_between
 
 pytestmark = pytest.mark.server
@@ -48,10 +50,10 @@ def memory_of(worker: Any) -> dict[str, str]:
     }
 
 
-def flip_a_bit(worker: Any) -> None:
-    """Somebody writes into the first embedding behind hubsync's back."""
+def flip_a_bit(worker: Any, index: int) -> None:
+    """Somebody writes into the embedding behind hubsync's back."""
     with torch.inference_mode():
-        next(worker.model_runner.get_model().parameters()).view(torch.int16)[0, 0] ^= 1
+        worker.model_runner.get_model().model.embed_tokens.weight.view(torch.int16).view(-1)[index] ^= 1
 
 
 class Engine:
@@ -219,3 +221,103 @@ def test_every_byte_equals_a_fresh_load(architecture: str, tmp_path: Path, start
     assert fresh.settled()["version"] == 1
     fresh.follow(publisher.positions[2])
     assert fresh.memory() == wild
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path, save_checkpoint("qwen3_tied", tmp_path / "base"))
+
+
+def test_wrong_weights_never_run(tmp_path: Path, publisher: Publisher, start: Callable[..., Engine]) -> None:
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    engine.settled()
+    engine.generate()
+
+    def commit_over_a_flipped_bit(version: int) -> None:
+        """The bit is one that the delta does not touch, so only the digest of all weights can see it."""
+        position = publisher.publish(version, small_steps)
+        old, new = (bits_of(view["model.embed_tokens.weight"]) for view in publisher.views[-2:])
+        engine.call(flip_a_bit, int(np.flatnonzero(old == new)[0]))
+        engine.call("hubsync_stage", version, position.digest)
+        assert engine.settled()["state"] == "staged"
+        assert engine.call("hubsync_commit", version, position.digest)["error"] is None
+        assert engine.settled()["state"] == "poisoned"
+
+    commit_over_a_flipped_bit(1)
+    assert engine.call("hubsync_undo")["error"]["type"] == "ReplicaPoisoned"
+    output = engine.generate()  # waits until the weights are right
+    status = engine.settled()
+    assert (status["state"], status["version"], status["metrics"]["heals"]) == ("ready", 1, 1)
+    fresh = start(publisher.checkpoint(1), publisher.address, tmp_path / "cache")
+    assert engine.memory() == fresh.memory()
+    assert output == fresh.generate()
+
+    (publisher.base / "model.safetensors").unlink()
+    commit_over_a_flipped_bit(2)
+    with pytest.raises(ReplicaPoisoned, match="refusing to run the model: the live weights have digest"):
+        engine.generate()
+
+
+def test_requests_never_raise(
+    tmp_path: Path, publisher: Publisher, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    monkeypatch.delenv("HUBSYNC_BUCKET")
+    assert engine.call("hubsync_status")["state"] == "attaching"
+    status = engine.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ConfigError")
+    assert "HUBSYNC_BUCKET" in status["error"]["message"]
+    assert status["protocol"] == 1
+    digest = publisher.positions[0].digest
+    for method, arguments, error in [
+        ("hubsync_stage", (1, digest), "ReplicaRefused"),
+        ("hubsync_commit", (1, digest), "ReplicaRefused"),
+        ("hubsync_open", (1, digest, "token"), "ReplicaRefused"),
+        ("hubsync_undo", (), "ReplicaRefused"),
+        ("hubsync_heal", (), "ReplicaRefused"),
+        ("hubsync_stage", ("1", digest), "FormatError"),
+        ("hubsync_stage", (1, "../../etc/passwd"), "FormatError"),
+        ("hubsync_open", (1, digest, "a token\n"), "FormatError"),
+        ("hubsync_stage", (), "ReplicaError"),
+    ]:
+        assert engine.call(method, *arguments)["error"]["type"] == error, method
+    assert engine.call("hubsync_close", "token")["window"] is None
+
+    monkeypatch.setenv("HUBSYNC_BUCKET", publisher.address)
+    engine.call("hubsync_attach")
+    assert engine.settled()["state"] == "ready"
+    assert engine.call("hubsync_stage", 7, digest)["error"] is None
+    assert engine.settled()["error"]["type"] == "NoPath"
+    assert engine.call("hubsync_open", 0, digest, "token")["error"] is None, "an old error is not this request's"
+
+
+def test_layouts_that_cannot_be_mapped_are_refused_by_name(tmp_path: Path, start: Callable[..., Engine]) -> None:
+    """vLLM for CPUs shuffles the weights of experts after loading; and it ties a redundant lm_head to the embedding."""
+    moe = save(
+        transformers.Qwen3MoeConfig(
+            **SIZES, moe_intermediate_size=96, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+        ),
+        tmp_path / "moe",
+    )
+    (tmp_path / "a").mkdir()
+    publisher = Publisher(tmp_path / "a", moe)
+    engine = start(moe, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    before = engine.memory()
+    status = engine.settled()
+    assert status["state"] == "refused"
+    assert ".experts." in status["error"]["message"]
+    assert engine.memory() == before
+
+    tied = save_checkpoint("qwen3_tied", tmp_path / "tied")
+    tensors = load_file(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    (tmp_path / "b").mkdir()
+    publisher = Publisher(tmp_path / "b", tied)
+    engine = start(tied, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    status = engine.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ReplicaRefused")
+    assert status["error"]["message"].startswith("lm_head.weight: the model's load_weights ignores it")

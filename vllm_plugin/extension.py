@@ -55,7 +55,8 @@ class DeltaWorkerExtension:
     """Delta weight sync for one vLLM worker. The methods are the table "Worker RPC" of docs/ARCHITECTURE.md.
 
     Every method returns a JSON-able dict and never raises; a failure is `{"error": {"type", "message"}}`, with a class
-    of `hubsync.errors` as type. Success is the worker's status after it.
+    of `hubsync.errors` as type. Success is the worker's status after it, with `error` None; only `hubsync_status`
+    reports what went wrong in the background.
 
     The bucket is pinned when the server starts. Requests carry versions and digests only, because vLLM's control
     endpoints are not guarded by its API key: the worst they can do is to move the server to another committed version.
@@ -81,43 +82,43 @@ class DeltaWorkerExtension:
     def hubsync_attach(self) -> dict[str, Any]:
         """Start attaching: read the run, map the model, find the position of the live weights. Idempotent."""
         _session(self).attach()
-        return _status(self)
+        return _done(self)
 
     @_answers
     def hubsync_stage(self, version: int, digest: str) -> dict[str, Any]:
         """Start staging this position. Idempotent; a new target replaces the old one."""
         _session(self).stage(_position(version, digest))
-        return _status(self)
+        return _done(self)
 
     @_answers
     def hubsync_open(self, version: int, digest: str, token: str) -> dict[str, Any]:
         """A client is about to pause the server and commit this position."""
         _session(self).open(_position(version, digest), _token(token))
-        return _status(self)
+        return _done(self)
 
     @_answers
     def hubsync_commit(self, version: int, digest: str) -> dict[str, Any]:
         """Apply what is staged for this position. The answer also holds `changed`, the elements written."""
         changed = _session(self).commit(_position(version, digest))
-        return {**_status(self), "changed": changed}
+        return {**_done(self), "changed": changed}
 
     @_answers
     def hubsync_close(self, token: str) -> dict[str, Any]:
         """The client has reset the caches and resumed the server."""
         _session(self).close(_token(token))
-        return _status(self)
+        return _done(self)
 
     @_answers
     def hubsync_undo(self) -> dict[str, Any]:
         """Write the old values of the last commit back."""
         _session(self).undo()
-        return _status(self)
+        return _done(self)
 
     @_answers
     def hubsync_heal(self) -> dict[str, Any]:
         """Rebuild poisoned weights now instead of before the next forward pass."""
         _session(self).heal()
-        return _status(self)
+        return _done(self)
 
 
 def _session(worker: Any) -> Session:
@@ -138,6 +139,11 @@ def _status(worker: Any) -> dict[str, Any]:
         "vllm": compat.vllm_version(),
         "hubsync": hubsync.__version__,
     }
+
+
+def _done(worker: Any) -> dict[str, Any]:
+    """The status, as the answer to a request that succeeded: an error recorded earlier is not this request's."""
+    return {**_status(worker), "error": None}
 
 
 def _position(version: object, digest: object) -> Position:

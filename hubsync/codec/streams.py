@@ -1,4 +1,4 @@
-"""The bit streams of coded chunks, compiled: choose parameters, measure, write, read. Specified in docs/FORMAT.md.
+"""The bit streams of coded chunks, compiled: separate, measure, write, read. Specified in docs/FORMAT.md.
 
 A chunk is one string of bits, in this order (n changes, m exceptions = changes that are not +-1):
 
@@ -35,63 +35,115 @@ _1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
 
 
 @njit(nogil=True, cache=True)
-def tally(places: np.ndarray, diffs: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Bits that each stream would need, for every parameter k.
+def separate(
+    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The numbers to code. Chunk c holds the changes `bounds[c] .. bounds[c + 1]` and its places begin at `starts[c]`.
 
     Returns:
-        int64[3, MAX_K + 1]: gaps; gaps between exceptions; magnitudes.
+        (rows, gaps, exception_gaps, magnitudes): int64[chunks, CHUNK_COLUMNS] with the two counts, int64[n], and two
+        int64[m] of the exceptions.
     """
-    cost = np.zeros((3, MAX_K + 1), np.int64)
-    chunk, previous, previous_exception, exceptions = -1, -1, -1, 0
-    for i in range(len(places)):
-        if chunk < 0 or places[i] >= starts[chunk + 1]:
-            chunk += 1
-            while places[i] >= starts[chunk + 1]:
-                chunk += 1
-            previous, previous_exception = starts[chunk] - 1, i - 1
-        gap = places[i] - previous - 1
+    rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
+    gaps = np.empty(len(places), np.int64)
+    exception_gaps, magnitudes = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+    m = 0
+    for c in range(len(rows)):
+        previous, previous_exception, first = starts[c] - 1, bounds[c] - 1, m
+        for i in range(bounds[c], bounds[c + 1]):
+            gaps[i] = places[i] - previous - 1
+            previous = places[i]
+            magnitude = abs(np.int64(diffs[i]))
+            if magnitude != 1:
+                exception_gaps[m], magnitudes[m] = i - previous_exception - 1, magnitude - 2
+                previous_exception = i
+                m += 1
+        rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], m - first
+    return rows, gaps, exception_gaps[:m], magnitudes[:m]
+
+
+@njit(nogil=True, cache=True)
+def rice_cost(values: np.ndarray) -> np.ndarray:
+    """Bits that non-negative `values` need in a Rice code, int64[MAX_K + 1], for every parameter k."""
+    cost = np.zeros(MAX_K + 1, np.int64)
+    for first in range(0, len(values), 256):  # a block stays in cache for all k
+        block = values[first : first + 256]
         for k in range(MAX_K + 1):
-            cost[0, k] += gap >> k
-        previous = places[i]
-        magnitude = abs(np.int64(diffs[i]))
-        if magnitude == 1:
-            continue
-        exceptions += 1
-        gap = i - previous_exception - 1
+            quotients = 0
+            for i in range(len(block)):  # over indices: iterating over values is not vectorised
+                quotients += block[i] >> k
+            cost[k] += quotients + len(block) * (k + 1)
+    return cost
+
+
+@njit(nogil=True, cache=True)
+def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
+    """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order k."""
+    cost = np.zeros(MAX_K + 1, np.int64)
+    for value in values:
         for k in range(MAX_K + 1):
-            cost[1, k] += gap >> k
-            cost[2, k] += 2 * _exponent(magnitude - 2, k) + k + 1
-        previous_exception = i
-    for k in range(MAX_K + 1):
-        cost[0, k] += len(places) * (k + 1)
-        cost[1, k] += exceptions * (k + 1)
+            cost[k] += 2 * _exponent(value, k) + k + 1
     return cost
 
 
 @njit(nogil=True, cache=True)
 def measure(
-    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray, ks: tuple[int, int, int]
-) -> np.ndarray:
-    """Row of every chunk, int64[chunks, CHUNK_COLUMNS]; chunk c holds the changes `bounds[c] .. bounds[c + 1]`."""
+    rows: np.ndarray, gaps: np.ndarray, exception_gaps: np.ndarray, magnitudes: np.ndarray, ks: tuple[int, int, int]
+) -> None:
+    """Fill in the two bit counts of every row that `separate` returned."""
     k_gap, k_exception, k_magnitude = ks
-    rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
+    i, m = 0, 0
     for c in range(len(rows)):
-        previous, previous_exception = starts[c] - 1, bounds[c] - 1
-        exceptions, magnitude_bits, unary_bits = 0, 0, bounds[c + 1] - bounds[c]
-        for i in range(bounds[c], bounds[c + 1]):
-            unary_bits += (places[i] - previous - 1) >> k_gap
-            previous = places[i]
-            magnitude = abs(np.int64(diffs[i]))
-            if magnitude == 1:
-                continue
-            exponent = _exponent(magnitude - 2, k_magnitude)
-            exceptions += 1
+        magnitude_bits, unary_bits = 0, rows[c, CHANGES] + 2 * rows[c, EXCEPTIONS]
+        for _ in range(rows[c, CHANGES]):
+            unary_bits += gaps[i] >> k_gap
+            i += 1
+        for _ in range(rows[c, EXCEPTIONS]):
+            exponent = _exponent(magnitudes[m], k_magnitude)
             magnitude_bits += exponent + k_magnitude
-            unary_bits += ((i - previous_exception - 1) >> k_exception) + exponent + 2
-            previous_exception = i
-        rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], exceptions
+            unary_bits += (exception_gaps[m] >> k_exception) + exponent
+            m += 1
         rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
-    return rows
+
+
+@njit(nogil=True, cache=True)
+def write(
+    rows: np.ndarray,
+    gaps: np.ndarray,
+    diffs: np.ndarray,
+    exception_gaps: np.ndarray,
+    magnitudes: np.ndarray,
+    offsets: np.ndarray,
+    ks: tuple[int, int, int],
+    words: np.ndarray,
+) -> None:
+    """Write chunk c at byte `offsets[c]` of the zeroed `words`."""
+    k_gap, k_exception, k_magnitude = ks
+    first, first_exception = 0, 0
+    for c in range(len(rows)):
+        last, last_exception = first + rows[c, CHANGES], first_exception + rows[c, EXCEPTIONS]
+        low = offsets[c] * 8
+        sign = low + rows[c, CHANGES] * k_gap
+        exception_low = sign + rows[c, CHANGES]
+        magnitude_low = exception_low + rows[c, EXCEPTIONS] * k_exception
+        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
+        for i in range(first, last):
+            _put(words, low, gaps[i] & ((1 << k_gap) - 1))
+            _put(words, sign, np.int64(diffs[i] < 0))
+            unary = _put_unary(words, unary, gaps[i] >> k_gap)
+            low += k_gap
+            sign += 1
+        for i in range(first_exception, last_exception):
+            _put(words, exception_low, exception_gaps[i] & ((1 << k_exception) - 1))
+            unary = _put_unary(words, unary, exception_gaps[i] >> k_exception)
+            exception_low += k_exception
+        for i in range(first_exception, last_exception):
+            exponent = _exponent(magnitudes[i], k_magnitude)
+            bits = exponent + k_magnitude
+            _put(words, magnitude_low, magnitudes[i] + (1 << k_magnitude) - (1 << bits))
+            unary = _put_unary(words, unary, exponent)
+            magnitude_low += bits
+        first, first_exception = last, last_exception
 
 
 @njit(nogil=True, cache=True)
@@ -114,60 +166,6 @@ def lay_out(
         if offsets[c + 1] > available:
             return PAYLOAD_SHORT, c, offsets
     return FINE, 0, offsets
-
-
-@njit(nogil=True, cache=True)
-def write(
-    places: np.ndarray,
-    diffs: np.ndarray,
-    bounds: np.ndarray,
-    starts: np.ndarray,
-    rows: np.ndarray,
-    offsets: np.ndarray,
-    ks: tuple[int, int, int],
-    words: np.ndarray,
-) -> None:
-    """Write chunk c at byte `offsets[c]` of the zeroed `words`, as `measure` laid it out."""
-    k_gap, k_exception, k_magnitude = ks
-    for c in range(len(rows)):
-        low = offsets[c] * 8
-        sign = low + rows[c, CHANGES] * k_gap
-        exception_low = sign + rows[c, CHANGES]
-        magnitude_low = exception_low + rows[c, EXCEPTIONS] * k_exception
-        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
-        previous = starts[c] - 1
-        for i in range(bounds[c], bounds[c + 1]):
-            gap = places[i] - previous - 1
-            previous = places[i]
-            _put(words, low, gap & ((1 << k_gap) - 1))
-            low += k_gap
-            unary += gap >> k_gap
-            _put(words, unary, 1)
-            unary += 1
-            _put(words, sign, np.int64(diffs[i] < 0))
-            sign += 1
-        previous = bounds[c] - 1
-        for i in range(bounds[c], bounds[c + 1]):
-            if abs(np.int64(diffs[i])) == 1:
-                continue
-            gap = i - previous - 1
-            previous = i
-            _put(words, exception_low, gap & ((1 << k_exception) - 1))
-            exception_low += k_exception
-            unary += gap >> k_exception
-            _put(words, unary, 1)
-            unary += 1
-        for i in range(bounds[c], bounds[c + 1]):
-            magnitude = abs(np.int64(diffs[i]))
-            if magnitude == 1:
-                continue
-            exponent = _exponent(magnitude - 2, k_magnitude)
-            bits = exponent + k_magnitude
-            _put(words, magnitude_low, magnitude - 2 + (1 << k_magnitude) - (1 << bits))
-            magnitude_low += bits
-            unary += exponent
-            _put(words, unary, 1)
-            unary += 1
 
 
 @njit(nogil=True, cache=True)
@@ -270,6 +268,13 @@ def _put(words: np.ndarray, position: int, value: int) -> None:
     word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
     words[word] |= np.uint64(value) << shift
     words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
+
+
+@njit(nogil=True, cache=True)
+def _put_unary(words: np.ndarray, position: int, value: int) -> int:
+    """`value` zeros and a one. Returns the position behind it."""
+    _put(words, position + value, 1)
+    return position + value + 1
 
 
 @njit(nogil=True, cache=True)

@@ -67,15 +67,20 @@ def encode_tensor(spec: TensorSpec, delta: TensorDelta, grid: Grid | None = None
         order = np.argsort(places)
         places, diffs = places[order], diffs[order]
 
-    ks = _parameters(streams.tally(places, diffs, grid.starts), spec.width)
     bounds = np.searchsorted(places, grid.starts)
-    rows = streams.measure(places, diffs, bounds, grid.starts, ks)
+    rows, gaps, exception_gaps, magnitudes = streams.separate(places, diffs, bounds, grid.starts)
+    ks = (
+        int(np.argmin(streams.rice_cost(gaps))),
+        int(np.argmin(streams.rice_cost(exception_gaps))),
+        int(np.argmin(streams.exp_golomb_cost(magnitudes)[: spec.width])),  # larger ones would not fit the width
+    )
+    streams.measure(rows, gaps, exception_gaps, magnitudes, ks)
     _, _, offsets = streams.lay_out(rows, grid.starts, ks, _NO_LIMIT)
     size = int(offsets[-1])
     if size + rows.size * 4 >= spec.nbytes:
         return _encode_dense(spec, delta)
     words = _words(size)
-    streams.write(places, diffs, bounds, grid.starts, rows, offsets, ks, words)
+    streams.write(rows, gaps, diffs, exception_gaps, magnitudes, offsets, ks, words)
     record = np.array([0, grid.chunk_rows, grid.chunk_cols, _pack_code(ks)], np.uint32)
     return EncodedTensor(record, rows.astype(np.uint32), _as_bytes(words)[:size])
 
@@ -119,12 +124,6 @@ def decode_tensor(
 def _raise(spec: TensorSpec, problem: int, chunk: int) -> None:
     if problem != streams.FINE:
         raise FormatError(f"{spec.name}, chunk {chunk}: {_PROBLEMS[problem]}")
-
-
-def _parameters(cost: np.ndarray, width: int) -> tuple[int, int, int]:
-    """The cheapest (k_gap, k_exception, k_magnitude), from the costs that `tally` found."""
-    gaps, exceptions, magnitudes = cost
-    return int(np.argmin(gaps)), int(np.argmin(exceptions)), int(np.argmin(magnitudes[:width]))
 
 
 def _pack_code(ks: tuple[int, int, int]) -> int:

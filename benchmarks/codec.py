@@ -258,18 +258,17 @@ def _timed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, 
 
 
 def _show(rows: Sequence[Row]) -> None:
+    console = Console()
     for pair, group in groupby(rows, key=lambda row: row.pair):
-        table = None
+        table = Table("codec")
+        for heading in ("bits/change", "encode", "decode", "memcpy"):
+            table.add_column(heading, justify="right")
         for row in group:
-            if table is None:
-                title = f"{pair}: {row.changed} of {row.total} elements changed ({row.changed / row.total:.2%})"
-                table = Table(title=title, title_justify="left")
-                table.add_column("codec", min_width=22)
-                for heading in ("bits/change", "encode GB/s", "decode GB/s", "memcpy GB/s"):
-                    table.add_column(heading, justify="right")
             speeds = (row.encode_gbps, row.decode_gbps, row.memcpy_gbps)
             table.add_row(row.codec, f"{row.bits_per_change:.2f}", *(f"{speed:.2f}" for speed in speeds))
-        Console().print(table)
+        console.print(f"{pair}: {row.changed} of {row.total} elements changed ({row.changed / row.total:.2%})")
+        console.print(table)
+    console.print("Speeds are GB of dense bf16 weights per second of CPU time on one core.")
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from .compare import greedy
 from .serving import EXTENSION, ServerProcess
 from .view import Progress
 
-LEARNING_RATE = 3e-6
+LEARNING_RATE = 4e-6
 COMPLETIONS_PER_STEP = 64
 COMPLETIONS_PER_PROMPT = 8
 PROMPTS_TO_COMPARE = 8

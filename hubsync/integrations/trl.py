@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from hubsync.errors import ConfigError, ReplicaError, ReplicaPoisoned, ReplicaUnreachable
+from hubsync.errors import ConfigError, ReplicaError, ReplicaPoisoned, ReplicaUnreachable, WrongParent
 from hubsync.manifest import Position
 from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import CommitReport, Replica
@@ -179,6 +179,8 @@ class HubSyncCallback(TrainerCallback):
         position, self._unverified = self._unverified, None
         try:
             self._replica.wait_verified(position, self.config.stage_timeout)
+        except WrongParent as elsewhere:  # it was restarted, or somebody else moved it; the next sync brings it back
+            logger.warning("not verified: %s", elsewhere)
         except ReplicaPoisoned as poisoned:
             logger.warning("%s. Rebuilding the server's weights", poisoned)
             self._record(digest_ok=0.0)

@@ -276,6 +276,17 @@ def test_the_high_water_mark_is_never_undercut(bucket: FaultyBucket, reader: Cha
     assert reader.newest() == second.position
 
 
+def test_a_head_behind_the_mark_is_a_reason_to_look_for_a_newer_epoch(
+    bucket: FaultyBucket, reader: ChainReader
+) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    first, second = commit(old), commit(old)
+    assert reader.newest() == second.position
+    third = commit(ChainWriter.resume(bucket, TABLE))
+    bucket.commit(Layout.HEAD, Head(first, 1).dumps())
+    assert reader.newest() == third.position
+
+
 def test_a_bad_head_is_looked_into_once_not_at_every_poll(bucket: FaultyBucket, reader: ChainReader) -> None:
     old = ChainWriter.create(bucket, RUN)
     stale = Head(commit(old), 1).dumps()
@@ -406,9 +417,9 @@ def test_an_anchor_of_an_older_epochs_version_is_found(
     assert anchored.position == first.position
     assert reader.plan(None).anchor == anchored
     assert reader.plan(RUN.origin).deltas == [first]
-    assert commit(resumed).parent_epoch == first.epoch
+    assert commit(ChainWriter.resume(bucket, TABLE)).parent_epoch == first.epoch
     fresh = ChainReader(bucket, tmp_path / "fresh")
-    assert versions(fresh.manifests()) == [1, 1, 3]
+    assert versions(fresh.manifests()) == [1, 1, 4]
     assert [m.kind for m in fresh.manifests()] == ["delta", "anchor", "delta"]
 
 

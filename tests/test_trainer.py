@@ -147,11 +147,11 @@ def test_detection_finds_exactly_the_bits_that_changed(device: str, data: st.Dat
             live["w"].view(torch.int16)[index] = data.draw(st.integers(-(2**15), 2**15 - 1))
         detected = snapshot.detect()
         expected = (before != live["w"].view(torch.int16)).nonzero().view(-1).tolist()
-        assert (detected.patch[0].indices.tolist() if detected.patch else []) == expected
+        assert (detected.patch[0].indices.tolist() if detected.changes else []) == expected
         assert detected.digest == digest_view(snapshot.table, live)
         snapshot.advance(detected)
         assert same_bits(snapshot.tensors(), live)
-        assert not snapshot.detect().patch
+        assert not snapshot.detect().changes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
@@ -160,8 +160,9 @@ def test_the_device_path_finds_the_same_as_the_cpu_path(dtype: torch.dtype, monk
     old, new = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
     new[::3] = old[::3]
     on_cpu, on_device = detection._changes(old, new), detection._changes_on_device(old, new)
-    assert len(on_cpu[0]) > 100
-    for left, right in zip(on_cpu, on_device, strict=True):
+    assert len(on_cpu.indices) > 100
+    for field in ("indices", "old", "new"):
+        left, right = getattr(on_cpu, field), getattr(on_device, field)
         assert left.dtype == right.dtype
         assert left.tolist() == right.tolist()
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from hubsync.bits import SIGNED, TORCH_DTYPES, UNSIGNED, advance, bits_of, difference, dtype_code, find_changes
+from hubsync.bits import TORCH_DTYPES, UNSIGNED, bits_of, difference, dtype_code, find_changes
 from hubsync.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.errors import ConfigError
-from hubsync.patch import Patch, TensorDelta, changed
+from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+_NUMPY_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}  # the same by bytes; torch lacks wider unsigned ones
 _CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, and `nonzero` has a limit
 
 
@@ -58,15 +60,50 @@ def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTabl
 
 
 @dataclass(frozen=True)
-class Detected:
-    """What changed since the snapshot: the patch, and the digest of the view that it leads to."""
+class Change:
+    """The changed elements of one tensor: int64 ascending flat indices, and their old and new bit patterns."""
 
-    patch: Patch
-    digest: Digest
+    indices: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+
+
+class Detected:
+    """What changed since the snapshot, on the CPU.
+
+    Differences and digest are computed when they are first asked for: in the background, while training goes on.
+
+    Args:
+        table: the tensor table.
+        changes: table index -> the tensor's changes; no empty ones.
+        before: digest of the snapshot.
+    """
+
+    def __init__(self, table: TensorTable, changes: dict[int, Change], before: Digest):
+        self._table = table
+        self.changes = changes
+        self._before = before
 
     @property
     def changed(self) -> int:
-        return changed(self.patch)
+        """Number of elements."""
+        return sum(len(change.indices) for change in self.changes.values())
+
+    @cached_property
+    def patch(self) -> Patch:
+        return {
+            index: TensorDelta(change.indices, difference(change.old, change.new))
+            for index, change in self.changes.items()
+        }
+
+    @cached_property
+    def digest(self) -> Digest:
+        """Digest of the view that the changes lead to."""
+        digest = self._before
+        for index, change in self.changes.items():
+            seed = tensor_seed(self._table[index].name)
+            digest += digest_change(seed, change.indices, change.old, change.new)
+        return digest
 
 
 class Snapshot:
@@ -90,22 +127,19 @@ class Snapshot:
 
     def detect(self) -> Detected:
         """Compare the live tensors with the snapshot. Needs memory for one cast tensor and O(changes)."""
-        patch: Patch = {}
-        digest = self.digest
-        for index, spec in enumerate(self.table):
-            indices, old, diffs = _changes(self._held[index], self._view(index))
-            if len(indices):
-                patch[index] = TensorDelta(indices, diffs)
-                digest += digest_change(tensor_seed(spec.name), indices, old, advance(old, diffs))
-        return Detected(patch, digest)
+        changes = {}
+        for index in range(len(self.table)):
+            change = _changes(self._held[index], self._view(index))
+            if len(change.indices):
+                changes[index] = change
+        return Detected(self.table, changes, self.digest)
 
     def advance(self, detected: Detected) -> None:
         """Move the snapshot to the view that `detected` leads to: it has become durable."""
-        for index, delta in detected.patch.items():
+        for index, change in detected.changes.items():
             held = _integers(self._held[index])
-            at = torch.from_numpy(delta.indices).to(held.device)
-            new = advance(_unsigned(held[at]), delta.diffs)
-            held[at] = torch.from_numpy(new.view(SIGNED[8 * new.itemsize]) if new.itemsize > 1 else new).to(held.device)
+            at = torch.from_numpy(change.indices).to(held.device)
+            held[at] = torch.from_numpy(change.new.view(_NUMPY_INTEGERS[change.new.itemsize])).to(held.device)
         self.digest = detected.digest
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -124,20 +158,19 @@ class Snapshot:
         return digest
 
 
-def _changes(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(indices, old bits, signed steps) of the elements whose bits differ; only these leave a device."""
+def _changes(old: torch.Tensor, new: torch.Tensor) -> Change:
+    """The elements whose bits differ; only these leave a device."""
     if old.device.type != "cpu":
         return _changes_on_device(old, new)
-    old_bits = bits_of(old)
-    indices, diffs = find_changes(old_bits, bits_of(new))
-    return indices, old_bits[indices], diffs
+    old_bits, new_bits = bits_of(old), bits_of(new)
+    indices, _ = find_changes(old_bits, new_bits)
+    return Change(indices, old_bits[indices], new_bits[indices])
 
 
-def _changes_on_device(old: torch.Tensor, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _changes_on_device(old: torch.Tensor, new: torch.Tensor) -> Change:
     """`_changes` in torch operations, for any device."""
     at = torch.cat(list(_unequal(_integers(old), _integers(new))))
-    old_changed, new_changed = _unsigned(_integers(old)[at]), _unsigned(_integers(new)[at])
-    return at.cpu().numpy(), old_changed, difference(old_changed, new_changed)
+    return Change(at.cpu().numpy(), _unsigned(_integers(old)[at]), _unsigned(_integers(new)[at]))
 
 
 def _unequal(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:

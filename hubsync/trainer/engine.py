@@ -130,7 +130,7 @@ class DeltaWeightTransferEngine:
         detected = self._publisher.snapshot.detect()
         detect_s = time.perf_counter() - started
         step = self.steps if step is None else step
-        if not detected.patch:
+        if not detected.changes:
             return self._publisher.unchanged(step, detect_s)
         return self._publisher.submit(detected, step, name or self.config.name, detect_s)
 

@@ -164,8 +164,8 @@ class Publisher:
 
     def _publish(self, detected: Detected, step: int | None, name: str | None, detect_s: float) -> Published:
         writer = self.writer
-        position = Position(writer.next_version, detected.digest.hex)
         started = time.perf_counter()
+        position = Position(writer.next_version, detected.digest.hex)
         part = write_delta(
             self.snapshot.table, detected.patch, run_id=writer.run.run_id, parent=writer.position, position=position
         )

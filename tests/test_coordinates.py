@@ -187,6 +187,15 @@ def through_a_buffer(model: Model, tensor: torch.Tensor) -> None:
     model.w.data.copy_(buffer)
 
 
+def into_an_attribute(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.copy_(tensor)
+    model.cached.copy_(torch.ones(4, 6))
+
+
+def onto_itself(model: Model, tensor: torch.Tensor) -> None:
+    model.w.data.as_strided((4, 6), (1, 1)).copy_(tensor)
+
+
 def two_places(model: Model, tensor: torch.Tensor) -> None:
     model.w.data.copy_(tensor)
     model.v.data.copy_(tensor)
@@ -225,6 +234,8 @@ def swallowed(model: Model, tensor: torch.Tensor) -> None:
         (lambda model, tensor: model.missing.copy_(tensor), "stopped after taking w: AttributeError"),
         (composed, "^w: its loader computes its values"),
         (through_a_buffer, "^w: the loader stores it"),
+        (into_an_attribute, "^w: its loader writes to a tensor that is no parameter"),
+        (onto_itself, "^w: two elements land in one place of w"),
         (two_places, "^w: the model keeps elements of it in more than one place"),
         (wiped, "^w: its loader overwrites part of it"),
         (replaced, "^w: the model's load_weights replaces"),
@@ -233,11 +244,22 @@ def swallowed(model: Model, tensor: torch.Tensor) -> None:
 )
 def test_what_cannot_be_mapped_is_refused_by_name(load: Callable[[Model, torch.Tensor], object], reason: str) -> None:
     model = Model({"w": load, "v": rows("v", 0, 4)}, w=(4, 6), v=(4, 6))
+    model.cached = torch.zeros(4, 6)  # no parameter, no buffer: such as a key-value cache
     live = model.w
     before = live.clone()
     with pytest.raises(ReplicaRefused, match=reason):
         build_map(model, table_of(("w", (4, 6)), ("v", (4, 6))))
     assert torch.equal(live, before)
+    assert not model.cached.any()
+
+
+def test_a_loader_may_use_memory_of_its_own() -> None:
+    def load(model: Model, tensor: torch.Tensor) -> None:
+        order = torch.zeros(4, dtype=torch.int64)
+        order[:] = torch.tensor([3, 1, 0, 2])
+        model.w.data.copy_(tensor[order])
+
+    assert_exact(Model({"w": load}, w=(4, 6)), table_of(("w", (4, 6))))
 
 
 def test_two_tensors_in_one_place_are_refused() -> None:

@@ -5,7 +5,7 @@ the vocabulary is padded, what is tied. So we ask it. `build_map` runs `load_wei
 with the names, shapes and dtypes of the run's tensor table and no data. Slicing a meta tensor only moves its offset and
 strides, so when the loader finally copies a probe into a parameter, (offset, sizes, strides) on both sides say exactly
 which elements would have gone where. A dispatch mode sees that copy, writes it down, and writes nothing into the model;
-any other write to live memory is stopped as well, so a model in service can be mapped.
+any other write to memory that existed before is stopped as well, so a model in service can be mapped.
 
 What cannot be expressed as "this element goes there, bit for bit" is refused here, before anything depends on it:
 arithmetic in a loader, a change of dtype, tensors the loader skips, parameters no tensor feeds, overlaps.
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,12 +33,8 @@ from .regions import Region, Scatter, block, span
 
 aten = torch.ops.aten
 
-INTEGERS = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # element size -> dtype its bit patterns are viewed as
+# Element size -> the dtype that bit patterns are viewed as.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Operations that only move elements. On probes they run on element numbers instead of elements.
 _MOVES = frozenset(
@@ -181,6 +177,7 @@ class _DryRun(TorchDispatchMode):
             storage.bits.untyped_storage().data_ptr(): number for number, storage in enumerate(storages)
         }
         self._origins: dict[int, _Origin] = {}
+        self._own: dict[int, torch.Tensor] = {}  # what the loader made for itself; it may write to that
         # One numbering for all elements of all tensors, so that a loader may also concatenate tensors.
         self._starts = np.cumsum([0, *(spec.numel for spec in table)])
 
@@ -199,11 +196,16 @@ class _DryRun(TorchDispatchMode):
             if self._live(tensor) is not None:
                 self._write(func, args, tensor)
                 return tensor
-        if not probes:
-            return func(*args, **kwargs)
-        if written:
-            self._refuse(probes, f"the loader stores it in a tensor that is no parameter of the model ({func})")
-        return self._derive(func, args, kwargs, probes)
+        foreign = f"a tensor that is no parameter of the model ({func})"
+        if probes and written:
+            self._refuse(probes, f"the loader stores it in {foreign}")
+        if any(tensor.numel() and _identity(tensor) not in self._own for tensor in written):
+            self._refuse_text(f"{self.last}: its loader writes to {foreign}")
+        if probes:
+            return self._derive(func, args, kwargs, probes)
+        out = func(*args, **kwargs)
+        self._adopt(out, (args, kwargs))
+        return out
 
     # --- writes to live memory
 
@@ -246,6 +248,8 @@ class _DryRun(TorchDispatchMode):
         self.filled[number] += int(np.count_nonzero(~real))
         order = np.argsort(sources[real], kind="stable")
         sources, targets = sources[real][order], targets[real][order]
+        if len(np.unique(targets)) < len(targets):
+            self._refuse_text(f"{self.last}: two elements land in one place of {self._storages[number].name}")
         bounds = np.searchsorted(sources, self._starts)
         for index in np.flatnonzero(np.diff(bounds)):
             part = slice(bounds[index], bounds[index + 1])
@@ -276,10 +280,10 @@ class _DryRun(TorchDispatchMode):
             out = func(*args, **kwargs)
         except Exception as error:
             self._refuse(probes, f"the loader needs its values ({func}: {error})")
-        known = all(self._origin(leaf) is not None for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
-        if known and all(leaf.dtype == probes[0].dtype for leaf in tree_leaves(out)):
+        results = tree_leaves(out)
+        if results and all(self._origin(leaf) and leaf.dtype == probes[0].dtype for leaf in results):
             return out  # a view
-        if func not in _MOVES or known:
+        if func not in _MOVES:
             self._refuse(probes, f"the loader computes with it ({func})")
         if out.stride() == probes[0].stride() and out.shape == probes[0].shape and func is aten.clone.default:
             return probes[0].detach()  # same layout: nobody writes to a probe, so the copy can be the original
@@ -319,19 +323,26 @@ class _DryRun(TorchDispatchMode):
     # --- bookkeeping
 
     def _remember(self, origin: _Origin) -> None:
-        self._origins[origin.tensor.untyped_storage()._cdata] = origin
+        self._origins[_identity(origin.tensor)] = origin
+
+    def _adopt(self, out: Any, inputs: Any) -> None:
+        """New memory that came out of an operation is the loader's own."""
+        known = {_identity(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and _identity(leaf) not in known:
+                self._own[_identity(leaf)] = leaf
 
     def _origin(self, leaf: Any) -> _Origin | None:
         if not isinstance(leaf, torch.Tensor) or not leaf.is_meta:
             return None
-        return self._origins.get(leaf.untyped_storage()._cdata)
+        return self._origins.get(_identity(leaf))
 
     def _live(self, tensor: torch.Tensor) -> int | None:
         if tensor.is_meta or tensor.layout != torch.strided:
             return None
         return self._by_address.get(tensor.untyped_storage().data_ptr())
 
-    def _refuse(self, probes: list[torch.Tensor], reason: str) -> None:
+    def _refuse(self, probes: list[torch.Tensor], reason: str) -> NoReturn:
         names = []
         for probe in probes:
             origin = self._origin(probe)
@@ -339,7 +350,7 @@ class _DryRun(TorchDispatchMode):
                 names.append(self._table[origin.index].name)
         self._refuse_text(f"{', '.join(dict.fromkeys(names)) or self.last}: {reason}")
 
-    def _refuse_text(self, message: str) -> None:
+    def _refuse_text(self, message: str) -> NoReturn:
         self.refusal = self.refusal or ReplicaRefused(message)
         raise self.refusal
 
@@ -439,6 +450,11 @@ def _overlap(extents: Sequence[tuple[int, int]], places: Iterable[np.ndarray], l
 
 def _intersect(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    """Tells storages apart, also those of meta tensors, which have no address."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _places(target: torch.Tensor) -> np.ndarray:

@@ -313,6 +313,7 @@ class Session:
                 applier.stage_patch(attached.patch(plan), target)
             self._metrics["stage_s"] = time.perf_counter() - started
             self._metrics["stage_bytes"] = plan.nbytes
+            self._error = None
             attached.reader.trim(_CACHE_BYTES)
         except Exception as error:
             applier.discard()

@@ -239,6 +239,13 @@ def test_a_dense_payload_must_have_the_size_of_the_tensor_and_a_change():
         decoded(SPEC, coded)
 
 
+def test_a_dense_record_says_nothing_about_chunks():
+    coded = coded_with(DENSE)
+    coded.record[1] = 1
+    with pytest.raises(FormatError, match="impossible code"):
+        decoded(SPEC, coded)
+
+
 def test_a_record_without_changes_is_refused():
     record, chunks = np.array([0, 64, 100, CODED], np.uint32), np.zeros((1, 4), np.uint32)
     with pytest.raises(FormatError, match="no changes"):

@@ -135,7 +135,7 @@ def _unpack_code(spec: TensorSpec, record: np.ndarray) -> tuple[int, tuple[int, 
     mode, *ks = (code >> shift & 0xFF for shift in (0, 8, 16, 24))
     if mode not in (DENSE, CODED):
         raise FormatError(f"{spec.name}: unknown mode {mode}")
-    if max(ks) > MAX_K or (mode == DENSE and code != DENSE):
+    if max(ks) > MAX_K or (mode == DENSE and record[CHUNK_ROWS:].any()):
         raise FormatError(f"{spec.name}: impossible code parameters {ks}")
     return mode, (ks[0], ks[1], ks[2])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hubsync.bucket import LocalBucket
+from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
 from hubsync.errors import (
     BucketError,
@@ -466,6 +467,22 @@ def test_weights_of_version_0_that_were_published_again_are_found_where_deltas_l
     have = reader.find(RUN.digest)
     assert have == again.position
     assert reader.plan(have).deltas == [last]
+
+
+def test_a_hub_bucket_holds_a_run_as_a_directory_does(hub_bucket: HubBucket, tmp_path: Path) -> None:
+    bucket = FaultyBucket(hub_bucket)
+    old = ChainWriter.create(bucket, RUN)
+    first = commit(old)
+    new = ChainWriter.resume(bucket, TABLE)
+    anchored = anchor(new, tmp_path / "anchor")
+    second = commit(new)
+    with pytest.raises(Fenced):
+        commit(old)
+    reader = ChainReader(bucket, tmp_path / "cache")
+    assert reader.manifests() == [first, anchored, second]
+    assert reader.plan(RUN.origin).deltas == [first, second]
+    assert reader.plan(None).anchor == anchored
+    assert [path.stat().st_size for path in reader.fetch(second)] == [100]
 
 
 # --- hostile or damaged documents -------------------------------------------------------------------

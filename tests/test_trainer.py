@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.digest import digest_view
-from hubsync.errors import BucketError, BucketUnavailable, ConfigError, Fenced, RunMismatch
+from hubsync.errors import BucketError, BucketUnavailable, ConfigError, Fenced, ReplicaUnreachable, RunMismatch
 from hubsync.trainer import detection
 from hubsync.trainer import engine as engine_module
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 from tests.faults import FaultyBucket
+from tests.test_replica import ModelServer
 
 
 class Tiny(torch.nn.Module):
@@ -130,6 +132,17 @@ def test_a_model_without_weights_is_refused(model: Tiny, address: str) -> None:
         DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address))
     with pytest.raises(ConfigError, match="no parameters"):
         DeltaWeightTransferEngine(torch.nn.ReLU(), None, SyncConfig(bucket=address))
+
+
+def test_a_model_held_otherwise_than_its_checkpoint_is_refused(address: str) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, moe_intermediate_size=8,
+    )  # fmt: skip
+    wrapped = torch.nn.Sequential(transformers.Qwen3MoeForCausalLM(config))
+    with pytest.raises(ConfigError, match=r"experts\.0\.down_proj\.weight.*fused or renamed"):
+        DeltaWeightTransferEngine(wrapped, None, SyncConfig(bucket=address))
 
 
 @given(st.data())
@@ -439,6 +452,78 @@ def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str,
     with DeltaWeightTransferEngine(loaded, None, SyncConfig(bucket=str(tmp_path / "next"))) as engine:
         assert engine.run.base.model == str(directory.resolve())
         assert engine.run.digest == digest_view(engine.run.table, view_of(model)).hex
+
+
+# --- servers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModelServer]:
+    """Two servers that behave as the worker protocol says; they hold the base of whatever is published first."""
+    made = {url: ModelServer() for url in ("http://one", "http://two")}
+    monkeypatch.setattr("hubsync.replica.server.VLLMServer", lambda url, **_: made[url])
+    return made
+
+
+@pytest.fixture
+def served(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, servers: dict[str, ModelServer]
+) -> Iterator[DeltaWeightTransferEngine]:
+    config = SyncConfig(bucket=address, base_model="tiny", servers=list(servers))
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        yield engine
+
+
+def test_sync_brings_every_server_to_the_new_version(
+    served: DeltaWeightTransferEngine, model: Tiny, optimizer: torch.optim.Optimizer, servers: dict[str, ModelServer]
+) -> None:
+    for step in (1, 2):
+        train(model, optimizer)
+        report = served.sync(step)
+        assert report.published.position == served.position
+        assert [commit.position for commit in report.commits] == [served.position] * 2
+        for server in servers.values():
+            server.assert_whole()
+            assert server.positions == [served.position]
+    assert served.sync(3).published.changed == 0
+
+
+def test_a_server_that_fails_keeps_no_other_from_the_version_and_catches_up(
+    served: DeltaWeightTransferEngine, model: Tiny, optimizer: torch.optim.Optimizer, servers: dict[str, ModelServer]
+) -> None:
+    def unreachable(call: str, before: bool) -> None:
+        if call == "hubsync_stage":
+            raise ReplicaUnreachable("injected")
+
+    train(model, optimizer)
+    servers["http://one"].fault = unreachable
+    with pytest.raises(ReplicaUnreachable):
+        served.sync(1)
+    assert served.position.version == 1
+    assert servers["http://two"].positions == [served.position] != servers["http://one"].positions
+    servers["http://one"].fault = lambda call, before: None
+    assert served.sync(1).published.version == 1
+    assert servers["http://one"].positions == [served.position]
+
+
+def test_a_server_without_a_way_to_the_version_gets_an_anchor(
+    served: DeltaWeightTransferEngine,
+    model: Tiny,
+    optimizer: torch.optim.Optimizer,
+    address: str,
+    tmp_path: Path,
+    servers: dict[str, ModelServer],
+) -> None:
+    reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+
+    def plan(call: str, before: bool) -> None:
+        if call == "hubsync_stage":
+            reader.plan(None)  # this server has no base checkpoint
+
+    servers["http://one"].fault = plan
+    train(model, optimizer)
+    assert served.sync(1).commits[0].position == served.position
+    assert [manifest.kind for manifest in reader.manifests()] == ["delta", "anchor"]
 
 
 # --- settings ---------------------------------------------------------------------------------------

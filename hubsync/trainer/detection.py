@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         found[checkpoint_name] = tensor
     if not found:
         raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+    _require_checkpoint_coordinates(model, found)
     return found
 
 
@@ -192,6 +194,28 @@ def _checkpoint_name(name: str) -> str:
     while len(segments) > 1 and segments[0] == "module":  # DistributedDataParallel
         segments = segments[1:]
     return ".".join(segments)
+
+
+def _require_checkpoint_coordinates(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """ConfigError if transformers saves this model under other names or shapes (fused experts, for example)."""
+    inner: Any = model
+    while not hasattr(inner, "save_pretrained"):
+        children = list(inner.children())
+        if len(children) != 1:
+            return  # not a transformers model: what it holds is what it is called
+        inner = children[0]
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5 there was nothing to revert
+        return
+    held = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    saved = revert_weight_conversion(inner, dict(held))
+    for name, tensor in saved.items():
+        if name not in held or held[name].shape != tensor.shape:
+            raise ConfigError(
+                f"{type(inner).__name__} holds its weights otherwise than its checkpoint, which has {name} with shape "
+                f"{list(tensor.shape)}: models with fused or renamed weights are not supported yet"
+            )
 
 
 def _require_whole(name: str, tensor: torch.Tensor) -> None:

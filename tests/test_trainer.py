@@ -451,7 +451,11 @@ def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str,
     assert same_bits(view_of(loaded), view_of(model))
     with DeltaWeightTransferEngine(loaded, None, SyncConfig(bucket=str(tmp_path / "next"))) as engine:
         assert engine.run.base.model == str(directory.resolve())
-        assert engine.run.digest == digest_view(engine.run.table, view_of(model)).hex
+    with torch.no_grad():
+        loaded.model.norm.weight[0] += 1
+    with DeltaWeightTransferEngine(loaded, None, SyncConfig(bucket=str(tmp_path / "trained"))) as engine:
+        assert engine.run.base.model is None  # that checkpoint is not what is trained: it is uploaded instead
+    assert same_bits(follow(str(tmp_path / "trained"), tmp_path).tensors, view_of(loaded))
 
 
 # --- servers ----------------------------------------------------------------------------------------

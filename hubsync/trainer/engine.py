@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable
@@ -14,10 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainWriter, Layout
-from hubsync.errors import ConfigError, NoPath, RunMismatch
+from hubsync.chain.replay import Checkpoint
+from hubsync.digest import digest_view
+from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
 
 from .config import VIEW_DTYPES, SyncConfig
@@ -29,17 +31,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What `DeltaWeightTransferEngine.sync` did.
+    """What `DeltaWeightTransferEngine.sync` or `.deliver` did.
 
     Attributes:
         published: the version, or the current one if nothing had changed.
         commits: one report for each of `SyncConfig.servers`, in their order.
-        sync_s: seconds from the call until every server had committed.
+        sync_s: seconds from the call of `deliver` until every server had committed.
     """
 
     published: Published
@@ -135,12 +135,16 @@ class DeltaWeightTransferEngine:
         return self._publisher.submit(detected, step, name or self.config.name, detect_s)
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
-        """Publish, wait until the version is durable, and commit it on every server of the config.
+        """`publish`, then `deliver`."""
+        return self.deliver(self.publish(step, name))
+
+    def deliver(self, ticket: Ticket) -> SyncReport:
+        """Wait until a publish is durable, and commit its version on every server of the config.
 
         A server that fails does not keep the others from the new version; its error is raised after they have it.
         """
         started = time.perf_counter()
-        published = self.publish(step, name).result()
+        published = ticket.result()
         try:
             commits = self._commit_everywhere(published.position)
         except NoPath as no_path:
@@ -198,7 +202,7 @@ class DeltaWeightTransferEngine:
             run_id=secrets.token_hex(16),
             table=snapshot.table,
             digest=snapshot.digest.hex,
-            base=_base_of(self._model, self.config),
+            base=_base_of(self._model, self.config, snapshot),
             created=time.time(),
         )
         publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
@@ -224,7 +228,7 @@ class DeltaWeightTransferEngine:
         return publisher
 
     def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        return Publisher(writer, snapshot, self._write_side_files, self.config.anchor_every)
+        return Publisher(writer, snapshot, self._write_side_files, self.config.anchor_every, self._announce)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -251,6 +255,14 @@ class DeltaWeightTransferEngine:
             raise ConfigError("this engine is closed: make a new one, it continues the run")
 
     # --- servers ------------------------------------------------------------------------------------
+
+    def _announce(self, position: Position) -> None:
+        """Have the servers stage a durable version while the training goes on. `deliver` asks again if this fails."""
+        for replica in self._replicas:
+            try:
+                replica.stage(position)
+            except HubsyncError as error:
+                logger.debug("not staged yet: %s", error)
 
     def _commit_everywhere(self, position: Position) -> tuple[CommitReport, ...]:
         if not self.config.servers:
@@ -279,8 +291,26 @@ def _replicas(config: SyncConfig) -> list[Replica]:
     return replicas
 
 
-def _base_of(model: torch.nn.Module, config: SyncConfig) -> Base:
-    """Where inference servers find version 0: what the user says, else what the model's config says, if it is real."""
+def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> Base:
+    """Where inference servers find version 0: what the user says, else what the model's config says.
+
+    Nowhere, if that is not what the model holds now: it may have been trained since, or loaded from elsewhere.
+    """
+    base = _stated_base(model, config)
+    directory = None if base.model is None else _local_copy(base)
+    if directory is None:
+        return base
+    try:
+        holds = digest_view(snapshot.table, Checkpoint(directory, snapshot.table)) == snapshot.digest
+    except ConfigError:  # a tensor is missing, or has another shape
+        holds = False
+    if holds:
+        return base
+    logger.warning("the model does not hold the weights of %s: uploading it whole as version 0", base.model)
+    return Base()
+
+
+def _stated_base(model: torch.nn.Module, config: SyncConfig) -> Base:
     if config.base_model is not None:
         return Base(config.base_model, config.base_revision)
     source: Any = getattr(model, "config", None)
@@ -289,9 +319,18 @@ def _base_of(model: torch.nn.Module, config: SyncConfig) -> Base:
         return Base()
     if Path(name).is_dir():
         return Base(str(Path(name).resolve()))
-    if _REPOSITORY.fullmatch(name) and getattr(source, "_commit_hash", None):
-        return Base(name, source._commit_hash)
-    return Base()
+    commit = getattr(source, "_commit_hash", None)
+    return Base(name, commit) if commit is not None else Base()
+
+
+def _local_copy(base: Base) -> Path | None:
+    """Directory of the base checkpoint, if it is on this machine."""
+    if base.model is not None and Path(base.model).is_dir():
+        return Path(base.model)
+    try:
+        return Path(snapshot_download(str(base.model), revision=base.revision, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or not the name of a repository
+        return None
 
 
 def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dtype) -> None:

@@ -95,15 +95,22 @@ class Publisher:
     Args:
         side_files: writes the files that an anchor holds beside its weights into a directory.
         anchor_every: commit an anchor after each so many versions; 0 for never.
+        announce: called in the background with every version that has become durable.
     """
 
     def __init__(
-        self, writer: ChainWriter, snapshot: Snapshot, side_files: Callable[[Path], None], anchor_every: int = 0
+        self,
+        writer: ChainWriter,
+        snapshot: Snapshot,
+        side_files: Callable[[Path], None],
+        anchor_every: int = 0,
+        announce: Callable[[Position], None] = lambda position: None,
     ):
         self.writer = writer
         self.snapshot = snapshot
         self._side_files = side_files
         self._anchor_every = anchor_every
+        self._announce = announce
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-publisher")
@@ -176,6 +183,7 @@ class Publisher:
         self._committing = None
         self._versions_since_anchor += 1
         durable = time.perf_counter()
+        self._announce(position)
         return self._published(
             position, step, detected.changed, len(part), detect_s, encoded - started, durable - encoded
         )

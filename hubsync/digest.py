@@ -25,13 +25,15 @@ from .table import TensorTable
 _MASK = (1 << 64) - 1
 _HEX = re.compile(r"[0-9a-f]{32}")
 
-# Weyl increment (2^64 / golden ratio: keys of different elements stay far apart) and two odd multipliers (splitmix64).
+# splitmix64: a Weyl increment (2^64 / golden ratio, so that keys of different elements stay far apart) and two rounds,
+# whose result is lane A; one round more, with a multiplier of murmur3, makes lane B. After one round only, sums of
+# opposite +-1 steps would still show a pattern in their high bits.
 _STRIDE = 0x9E3779B97F4A7C15
-_MULTIPLIER_A = 0xBF58476D1CE4E5B9
-_MULTIPLIER_B = 0x94D049BB133111EB
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xFF51AFD7ED558CCD)
 
-_NP_STRIDE, _NP_A, _NP_B = np.uint64(_STRIDE), np.uint64(_MULTIPLIER_A), np.uint64(_MULTIPLIER_B)
-_32, _29, _1 = np.uint64(32), np.uint64(29), np.uint64(1)
+_NP_STRIDE = np.uint64(_STRIDE)
+_M1, _M2, _M3 = (np.uint64(multiplier) for multiplier in _MULTIPLIERS)
+_1, _27, _30, _31, _33 = (np.uint64(count) for count in (1, 27, 30, 31, 33))
 
 _TORCH_CHUNK = 1 << 20  # elements; bounds the int64 temporaries of `digest_torch` to a few times 8 MiB
 
@@ -125,11 +127,12 @@ def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor
         else:
             at = indices.reshape(-1)[first : first + _TORCH_CHUNK].to(torch.int64)
         z = (at * _signed(_STRIDE)).add_(_signed(seed + _STRIDE)).add_(part.to(torch.int64).bitwise_and_(mask))
-        z = z.bitwise_xor_(_shift_right(z, 32)).mul_(_signed(_MULTIPLIER_A))
-        z = z.bitwise_xor_(_shift_right(z, 29))
+        z = z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MULTIPLIERS[0]))
+        z = z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MULTIPLIERS[1]))
+        z = z.bitwise_xor_(_shift_right(z, 31))
         total[0] += z.sum()
-        z = z.mul_(_signed(_MULTIPLIER_B))
-        z = z.bitwise_xor_(_shift_right(z, 32))
+        z = z.mul_(_signed(_MULTIPLIERS[2]))
+        z = z.bitwise_xor_(_shift_right(z, 33))
         total[1] += z.sum()
     a, b = total.tolist()
     return Digest(a & _MASK, b & _MASK)
@@ -154,11 +157,12 @@ def _sum_range(key: np.uint64, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
         z = key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i])
-        z = (z ^ (z >> _32)) * _NP_A
-        z ^= z >> _29
+        z = (z ^ (z >> _30)) * _M1
+        z = (z ^ (z >> _27)) * _M2
+        z ^= z >> _31
         a += z
-        z *= _NP_B
-        b += z ^ (z >> _32)
+        z *= _M3
+        b += z ^ (z >> _33)
     return a, b
 
 
@@ -167,9 +171,10 @@ def _sum_at(seed: np.uint64, indices: np.ndarray, bits: np.ndarray) -> tuple[np.
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
         z = seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i])
-        z = (z ^ (z >> _32)) * _NP_A
-        z ^= z >> _29
+        z = (z ^ (z >> _30)) * _M1
+        z = (z ^ (z >> _27)) * _M2
+        z ^= z >> _31
         a += z
-        z *= _NP_B
-        b += z ^ (z >> _32)
+        z *= _M3
+        b += z ^ (z >> _33)
     return a, b

@@ -293,7 +293,10 @@ def test_other_dtype_is_refused() -> None:
 
 def test_a_parameter_that_moved_is_noticed() -> None:
     model = Model({"w": rows("w", 0, 4)}, w=(4, 6))
+    model.register_buffer("cache", torch.ones(3))
     coordinates = build_map(model, table_of(("w", (4, 6))))
+    assert coordinates.moved() is None
+    model.cache = model.cache.double()  # a buffer that no tensor of the run feeds
     assert coordinates.moved() is None
     model.w = nn.Parameter(model.w.clone(), requires_grad=False)
     assert coordinates.moved() == "w"

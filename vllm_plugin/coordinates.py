@@ -104,20 +104,17 @@ class CoordinateMap:
         table: the run's tensor table.
         storages: live memory, by `Region.storage`.
         regions: by table index; together the regions of a tensor hold each of its elements exactly once.
+        addresses: of the parameters that are mapped.
     """
 
     table: TensorTable
     storages: list[LiveStorage]
     regions: list[tuple[Region, ...]]
-    _addresses: list[tuple[dict[str, Any], str, str, int]] = field(repr=False, default_factory=list)
+    addresses: list[_Address] = field(repr=False)
 
     def moved(self) -> str | None:
-        """Name of a parameter or buffer that is no longer where it was when the map was built, or None."""
-        for owner, key, name, address in self._addresses:
-            tensor = owner.get(key)
-            if tensor is None or tensor.data_ptr() != address:
-                return name
-        return None
+        """Name of a mapped parameter that is no longer where it was when the map was built, or None."""
+        return _moved(self.addresses)
 
 
 @torch.no_grad()
@@ -133,14 +130,17 @@ def build_map(model: torch.nn.Module, table: TensorTable) -> CoordinateMap:
     run = _DryRun(table, storages)
     with run:
         _load(model, run)
-    coordinates = CoordinateMap(table, storages, [tuple(regions) for regions in run.regions], addresses)
-    if (name := coordinates.moved()) is not None:
+    if (name := _moved(addresses)) is not None:
         raise ReplicaRefused(f"{name}: the model's load_weights replaces this parameter instead of filling it")
     for storage, sample in zip(storages, samples, strict=True):
         if not torch.equal(storage.sample(), sample):
             raise ReplicaRefused(
                 f"{storage.name}: the dry run of load_weights changed live weights; restart this server"
             )
+    regions = [tuple(found) for found in run.regions]
+    # Buffers that the run does not feed are the model's own: it may replace them (a rotary cache in another dtype).
+    fed = {name for found in regions for region in found for name in storages[region.storage].names}
+    coordinates = CoordinateMap(table, storages, regions, [address for address in addresses if address.name in fed])
     _check_sources(coordinates)
     _check_targets(coordinates, run.filled)
     return coordinates
@@ -373,6 +373,16 @@ class _Origin:
 # --- live memory ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Address:
+    """Where a parameter or buffer is registered, and where its data was when the map was built."""
+
+    owner: dict[str, Any]
+    key: str
+    name: str
+    pointer: int
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, str, torch.Tensor]]:
     """(owner dictionary, key, full name, tensor) of every parameter and buffer, aliases included."""
     for prefix, module in model.named_modules():
@@ -382,8 +392,20 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, str,
                     yield owner, key, f"{prefix}.{key}" if prefix else key, tensor
 
 
-def _addresses(model: torch.nn.Module) -> list[tuple[dict[str, Any], str, str, int]]:
-    return [(owner, key, name, tensor.data_ptr()) for owner, key, name, tensor in _tensors(model) if not tensor.is_meta]
+def _addresses(model: torch.nn.Module) -> list[_Address]:
+    return [
+        _Address(owner, key, name, tensor.data_ptr())
+        for owner, key, name, tensor in _tensors(model)
+        if not tensor.is_meta
+    ]
+
+
+def _moved(addresses: list[_Address]) -> str | None:
+    for address in addresses:
+        tensor = address.owner.get(address.key)
+        if tensor is None or tensor.data_ptr() != address.pointer:
+            return address.name
+    return None
 
 
 def _storages(model: torch.nn.Module) -> list[LiveStorage]:

@@ -17,7 +17,7 @@ FLOORS = [
     {"hubsync.errors"},
     {"hubsync.table", "hubsync.bits"},
     {"hubsync.digest", "hubsync.patch", "hubsync.manifest"},
-    {"hubsync.codec", "hubsync.bucket", "hubsync.localhub"},
+    {"hubsync.codec", "hubsync.checkpoint", "hubsync.bucket", "hubsync.localhub"},
     {"hubsync.parts"},
     {"hubsync.chain"},
     {"hubsync.replica", "vllm_plugin"},

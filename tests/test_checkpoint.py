@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from hubsync.bits import bits_of
+from hubsync.checkpoint import Checkpoint, Patched, is_checkpoint
 from hubsync.errors import FormatError
 from hubsync.patch import TensorDelta
 from hubsync.table import TensorSpec, TensorTable
-from vllm_plugin.checkpoint import Checkpoint, Patched, is_checkpoint
 
 from .toy import TABLE, nudged, patch_between, view
 

@@ -126,7 +126,8 @@ def test_a_port_in_use_is_explained(local_hub: LocalHub, tmp_path: Path) -> None
 
 
 def test_the_command_serves_until_terminated(tmp_path: Path, hub_address: str) -> None:
-    command = [sys.executable, "-m", "hubsync.cli.main", "hub", "--root", str(tmp_path), "--port", "0", "--token", "hf_mine"]
+    command = [sys.executable, "-m", "hubsync.cli.main", "hub"]
+    command += ["--root", str(tmp_path), "--port", "0", "--token", "hf_mine"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         words = process.stdout.readline().split()

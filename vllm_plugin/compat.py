@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hubsync.checkpoint import is_checkpoint
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 
-from .checkpoint import is_checkpoint
 from .session import Host
 
 OLDEST, NEWEST_TESTED = (0, 27), (0, 32)

@@ -22,13 +22,13 @@ import torch
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Plan
+from hubsync.checkpoint import Checkpoint, Patched
 from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch, compose
 
 from .applier import Applier
-from .checkpoint import Checkpoint, Patched
 
 logger = logging.getLogger("vllm.hubsync")
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from safetensors import safe_open
 
 from hubsync.bits import TORCH_DTYPES, advance, bits_of
 from hubsync.digest import digest_change, digest_view, tensor_seed
-from hubsync.errors import ConfigError, NoPath, WrongParent
+from hubsync.errors import NoPath, WrongParent
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch
@@ -61,45 +59,6 @@ class View:
         if self._digest.hex != position.digest:
             raise WrongParent(f"the weights have digest {self._digest.hex}, but {position} has {position.digest}")
         self.position = position
-
-
-class Checkpoint(Mapping[str, torch.Tensor]):
-    """The tensors of a table out of a local safetensors checkpoint, cast to the table's dtypes, one read at a time.
-
-    Whether they are version 0 of a run is for the digest to say. ConfigError if the directory is none, or lacks a
-    tensor, or has it in another shape.
-    """
-
-    def __init__(self, directory: Path, table: TensorTable):
-        if not directory.is_dir():
-            raise ConfigError(f"{directory} is not a directory: download the checkpoint, as with `hf download`")
-        self._specs = {spec.name: spec for spec in table}
-        self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in self._specs.keys() & set(file.keys()):
-                    self._files[name] = path
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        for spec in table:
-            if spec.name not in shapes:
-                raise ConfigError(f"{directory} does not have {spec.name}: it is not the base checkpoint of this run")
-            if shapes[spec.name] != spec.shape:
-                raise ConfigError(
-                    f"{directory} has {spec.name} with shape {list(shapes[spec.name])} instead of {list(spec.shape)}: "
-                    "it is not the base checkpoint of this run"
-                )
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor.to(TORCH_DTYPES[self._specs[name].dtype])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
 
 
 def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
-from hubsync.chain.replay import Checkpoint, View, replay
+from hubsync.chain.replay import View, replay
+from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError
 from hubsync.manifest import SIDE_FILES, Manifest
 from hubsync.parts import open_anchor, write_anchor
@@ -135,7 +136,11 @@ def _base(args: argparse.Namespace, reader: ChainReader) -> Mapping[str, torch.T
     """The tensors of version 0: those of `--base`, else of the run's base model where it is a directory here."""
     model = reader.run().base.model
     directory = args.base or (Path(model) if model is not None and Path(model).is_dir() else None)
-    return None if directory is None else Checkpoint(directory, reader.run().table)
+    if directory is None:
+        return None
+    checkpoint = Checkpoint(directory, reader.run().table)
+    checkpoint.check()
+    return checkpoint
 
 
 def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainWriter, Layout
-from hubsync.chain.replay import Checkpoint
+from hubsync.checkpoint import Checkpoint
 from hubsync.digest import digest_view
 from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
@@ -301,7 +301,9 @@ def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> 
     if directory is None:
         return base
     try:
-        holds = digest_view(snapshot.table, Checkpoint(directory, snapshot.table)) == snapshot.digest
+        checkpoint = Checkpoint(directory, snapshot.table)
+        checkpoint.check()
+        holds = digest_view(snapshot.table, checkpoint) == snapshot.digest
     except ConfigError:  # a tensor is missing, or has another shape
         holds = False
     if holds:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from hubsync.bits import TORCH_DTYPES, advance, bits_of
-from hubsync.errors import FormatError
-from hubsync.patch import Patch
-from hubsync.table import TensorTable
+from .bits import TORCH_DTYPES, advance, bits_of
+from .errors import ConfigError, FormatError
+from .patch import Patch
+from .table import TensorTable
 
 _INDEX = "model.safetensors.index.json"
 
@@ -21,15 +21,33 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     """The tensors of a table out of a local safetensors checkpoint, in the dtypes of the table, one opened at a time.
 
     The checkpoint may hold more tensors than the table, and in another dtype: then they are rounded as the published
-    view of version 0 is. Whether they *are* version 0 is for the digest to say.
+    view of version 0 is. Whether they *are* version 0 is for the digest to say; `check` says whether they can be.
     """
 
     def __init__(self, directory: Path, table: TensorTable):
+        self._directory = directory
         self._table = table
         self._files: dict[str, Path] = {}
         for path in _shards(directory):
             with safe_open(path, framework="pt") as file:
                 self._files.update(dict.fromkeys(file.keys(), path))
+
+    def check(self) -> None:
+        """ConfigError unless every tensor of the table is there, in its shape. Reads headers only."""
+        if not self._directory.is_dir():
+            raise ConfigError(f"{self._directory} is not a directory: download the checkpoint, as with `hf download`")
+        for spec in self._table:
+            if spec.name not in self._files:
+                raise ConfigError(
+                    f"{self._directory} does not have {spec.name}: it is not the base checkpoint of this run"
+                )
+            with safe_open(self._files[spec.name], framework="pt") as file:
+                shape = tuple(file.get_slice(spec.name).get_shape())
+            if shape != spec.shape:
+                raise ConfigError(
+                    f"{self._directory} has {spec.name} with shape {list(shape)} instead of {list(spec.shape)}: "
+                    "it is not the base checkpoint of this run"
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._table:

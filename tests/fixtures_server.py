@@ -97,4 +97,5 @@ def served(
     url = start_server(base, bucket=address, arguments=["--enable-scale-out"])
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
+        engine.sync()  # the server finds its place
         yield Served(base, address, url, model, engine, hub_environment)

@@ -19,7 +19,15 @@ import transformers
 from hubsync.bucket import Upload, open_bucket
 from hubsync.chain import Layout
 from hubsync.demo.compare import Greedy, greedy
-from hubsync.errors import ObjectCorrupt, ObjectMissing, ReplicaRefused, ReplicaUnsuitable, RunMismatch
+from hubsync.errors import (
+    BucketUnavailable,
+    ObjectCorrupt,
+    ObjectMissing,
+    ReplicaRefused,
+    ReplicaUnsuitable,
+    RunMismatch,
+)
+from hubsync.localhub import LocalHub
 from hubsync.manifest import Position
 from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import Replica
@@ -184,17 +192,23 @@ def publish(served: Served) -> Position:
     return served.engine.publish().result().position
 
 
-def test_a_corrupted_part_is_refused_while_the_old_weights_go_on(served: Served, tmp_path: Path) -> None:
+def test_a_corrupted_part_is_refused_while_the_old_weights_go_on(
+    served: Served, local_hub: LocalHub, tmp_path: Path
+) -> None:
     served.engine.sync()
     old, before = served.engine.position, greedy(served.url, PROMPTS)
+    local_hub.fail("GET /xorbs", status=503, times=1000)  # the server, told of the new version at once, cannot fetch it
     new = publish(served)
-    manifest, bucket = served.reader(tmp_path).manifest(new.version), open_bucket(served.address)
-    path = Layout.part(manifest, manifest.parts[0])
-    good = served.reader(tmp_path).fetch(manifest)[0].read_bytes()
+    with pytest.raises(BucketUnavailable):
+        served.replica.wait_staged(new)
+    local_hub.reset()
+
+    reader, bucket = served.reader(tmp_path), open_bucket(served.address)
+    manifest = reader.manifest(new.version)
+    good = reader.fetch(manifest)[0].read_bytes()
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 1
-    bucket.put([Upload(path, bytes(bad))])
-
+    bucket.put([Upload(Layout.part(manifest, manifest.parts[0]), bytes(bad))])
     with pytest.raises(ObjectCorrupt):
         served.replica.wait_staged(new)
     with pytest.raises(ReplicaRefused):
@@ -202,7 +216,7 @@ def test_a_corrupted_part_is_refused_while_the_old_weights_go_on(served: Served,
     assert_whole(served.server, old)
     assert greedy(served.url, PROMPTS) == before
 
-    bucket.put([Upload(path, good)])
+    bucket.put([Upload(Layout.part(manifest, manifest.parts[0]), good)])
     served.engine.sync()
     assert_whole(served.server, new)
 

@@ -39,6 +39,7 @@ class ModelServer(VLLMServer):
         self.positions = [BASE] * ranks
         self.staged: Position | None = None
         self.window: dict[str, Any] | None = None
+        self.window_age_s = 3600.0
         self.state = "ready"
         self.paused = False
         self.label = "default"
@@ -105,7 +106,7 @@ class ModelServer(VLLMServer):
             "version": position.version,
             "digest": position.digest,
             "staged": staged and {"version": staged.version, "digest": staged.digest},
-            "window": self.window,
+            "window": self.window and {**self.window, "age_s": self.window_age_s},
         }
 
     def hubsync_attach(self, rank: int) -> dict[str, Any]:
@@ -250,12 +251,30 @@ def test_ranks_that_differ_are_never_resumed_until_the_commit_reached_all_of_the
     server.assert_whole()
 
 
-def test_a_window_of_another_client_is_not_entered() -> None:
+def test_a_window_of_another_client_is_waited_for() -> None:
     server = staged_server()
-    server.window = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}
+    server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
+    looks = []
+
+    def close_after_some_looks(call: str, before: bool) -> None:
+        looks.append(call)
+        if len(looks) == 5:
+            server.window = None
+
+    server.fault = close_after_some_looks
+    Replica(server).commit(NEXT)
+    assert "resume" not in server.calls[: server.calls.index("hubsync_open")]
+    server.assert_whole()
+
+
+def test_two_clients_never_share_a_window() -> None:
+    server = staged_server()
+    late = Replica(server)
+    late._without_window = lambda: Replica(server).status()  # type: ignore[method-assign]  # looked just before
+    server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
     with pytest.raises(ReplicaRefused, match="living client"):
-        Replica(server).commit(NEXT)
-    assert server.calls == ["hubsync_status", "hubsync_open"]
+        late.commit(NEXT)
+    assert "pause" not in server.calls
 
 
 def test_a_refused_commit_resumes_with_the_old_weights() -> None:
@@ -276,7 +295,7 @@ def test_a_prefix_cache_that_is_busy_at_first_is_reset_in_the_end() -> None:
 def test_a_prefix_cache_that_cannot_be_reset_is_an_error_and_the_window_stays_to_be_completed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hubsync.replica.sync._RESET_PAUSE_S", 0)
+    monkeypatch.setattr("hubsync.replica.sync._PAUSE_S", 0)
     server = staged_server()
     server.resets_refused = 10_000
     with pytest.raises(ReplicaRefused, match="prefix cache"):

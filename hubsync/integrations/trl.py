@@ -21,10 +21,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from hubsync.errors import ConfigError, ReplicaError, ReplicaPoisoned, ReplicaUnreachable, WrongParent
+from hubsync.errors import (
+    BucketUnavailable,
+    ConfigError,
+    ReplicaError,
+    ReplicaPoisoned,
+    ReplicaUnreachable,
+    WrongParent,
+)
 from hubsync.manifest import Position
 from hubsync.replica.server import VLLMServer
-from hubsync.replica.sync import CommitReport, Replica
+from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 from hubsync.trainer.publisher import Published, Ticket
@@ -84,16 +91,15 @@ class HubSyncCallback(TrainerCallback):
         self.commits = 0
         self.digest_matches = 0
         self._is_main = bool(trainer.accelerator.is_main_process)
-        self._tickets: list[Ticket] = []
+        self._tickets: list[Ticket | None] = []  # since the last synchronisation; None could not begin
+        self._training = False
         self._published_step: int | None = None
         self._unverified: Position | None = None
         self._failure: Exception | None = None
         self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
         trainer.vllm_generation = _HTTPGeneration(trainer, self._synchronise)
         trainer.use_vllm, trainer.vllm_mode = True, "server"
-        trainer._last_loaded_step = (
-            -1
-        )  # as TRL does: nothing was loaded yet, so synchronise before the first generation
+        trainer._last_loaded_step = -1  # no step's weights were loaded yet
         if self._is_main:
             self._replica.check()
             self._warn_of_biased_logprobs()
@@ -102,6 +108,7 @@ class HubSyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = True
         if self._is_main and self.engine is None:
             self.engine = self._new_engine()
 
@@ -110,19 +117,17 @@ class HubSyncCallback(TrainerCallback):
     ) -> None:
         """Find what the step changed, and start to encode and upload it."""
         step = state.global_step + 1  # it is counted after this event
-        if self.engine is None or self._failure is not None or step == self._published_step:
-            return
-        self._published_step = step
-        try:
-            self._tickets.append(self.engine.publish(step))
-        except Exception as failure:
-            # Raised by all ranks together at the next synchronisation: alone, this one would leave the others hanging.
-            self._failure = failure
+        if step != self._published_step:  # the callback may have been added twice
+            self._publish(step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the final policy on the server, verified."""
+        if not self._training:  # the callback may have been added twice
+            return
+        self._training = False
+        self._publish(state.global_step)  # `load_best_model_at_end` has changed the weights without a step
         self._synchronise(verify=True)
         if self.engine is not None:
             self.engine.close()
@@ -136,6 +141,19 @@ class HubSyncCallback(TrainerCallback):
             self.config,
             processing_class=trainer.processing_class,
         )
+
+    def _publish(self, step: int) -> None:
+        if self.engine is None or self._failure is not None:
+            return
+        self._published_step = step
+        try:
+            self._tickets.append(self.engine.publish(step))
+        except BucketUnavailable as outage:  # of an earlier step
+            logger.warning("step %d will be published with a later one: %s", step, outage)
+            self._tickets.append(None)
+        except Exception as failure:
+            # Raised by all ranks together at the next synchronisation: alone, this one would leave the others hanging.
+            self._failure = failure
 
     def _synchronise(self, verify: bool = False) -> None:
         """Return once the server serves the weights of the last optimizer step.
@@ -161,16 +179,25 @@ class HubSyncCallback(TrainerCallback):
         if self.engine is None:  # evaluation outside of training
             self.engine = self._new_engine()
         tickets, self._tickets = self._tickets, []
+        current: Ticket | None = None
         for ticket in tickets:
-            self._record_published(ticket.result())
+            current = ticket if ticket is not None and self._is_durable(ticket) else None
         self._check_digest()
-        report = self.engine.sync(self.trainer.state.global_step)
-        if report.published.changed:  # the weights were changed without an optimizer step
-            self._record_published(report.published)
-        self._record_commit(report.commits[0])
-        if report.commits[0].changed:
-            self._unverified = report.published.position
+        step = self.trainer.state.global_step
+        report = self.engine.sync(step) if current is None else self.engine.deliver(current)
+        commit = report.commits[0]
+        self._record(version=commit.version, stage_s=commit.stage_s, commit_s=commit.commit_s, pause_s=commit.pause_s)
+        if commit.changed:
+            self._unverified = commit.position
             self.commits += 1
+
+    def _is_durable(self, ticket: Ticket) -> bool:
+        try:
+            self._record_published(ticket.result())
+        except BucketUnavailable as outage:
+            logger.warning("the next publish will hold this one's changes too: %s", outage)
+            return False
+        return True
 
     def _check_digest(self) -> None:
         """Wait for the digest of the live weights, which the workers recompute beside generation after a commit."""
@@ -198,9 +225,6 @@ class HubSyncCallback(TrainerCallback):
             encode_s=published.encode_s,
             upload_s=published.upload_s,
         )
-
-    def _record_commit(self, commit: CommitReport) -> None:
-        self._record(version=commit.version, stage_s=commit.stage_s, commit_s=commit.commit_s, pause_s=commit.pause_s)
 
     def _record(self, **metrics: float) -> None:
         for name, value in metrics.items():

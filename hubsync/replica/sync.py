@@ -37,18 +37,28 @@ from .server import PROTOCOL, VLLMServer, worker_error
 
 KV_CACHE = ("recompute", "keep")
 
+# A window that is older than this has lost its client: a commit takes well under a second.
+_ABANDONED_S = 15.0
+
 # The reset after a commit can only fail while blocks are held, and nothing holds any while requests are frozen with
 # their caches dropped; a transfer of cached blocks to other storage may still be ending.
 _RESET_ATTEMPTS = 20
-_RESET_PAUSE_S = 0.05
+_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
 class Window:
-    """A commit window that some client opened: where it was going, and the token that closes it."""
+    """A commit window that some client opened.
+
+    Attributes:
+        position: where it was going.
+        token: what closes it.
+        age_s: seconds for which it has been open.
+    """
 
     position: Position
     token: str
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,10 +161,10 @@ class Replica:
             if status.state in ("detached", "attaching"):
                 continue
             self._raise_if_lost(status)
-            self._recover(status)
+            status = self._without_window()
             if status.position is not None:
                 self.server.set_weight_version(str(status.position.version))
-            return self.status()
+            return status
         raise AssertionError("unreachable")
 
     def stage(self, position: Position) -> None:
@@ -178,10 +188,7 @@ class Replica:
         the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, the
         next `commit`, `attach` or `recover` of any client finishes the window.
         """
-        status = self.status()
-        if status.window is not None and status.window.token == self._token:
-            self._recover(status)
-        elif status.window is None and status.position == position:
+        if self._without_window().position == position:
             self.server.set_weight_version(str(position.version))
             return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
         if self.kv_cache == "keep":
@@ -227,6 +234,17 @@ class Replica:
         self.server.rpc("hubsync_heal")
         self._reset_prefix_cache()
 
+    def _without_window(self) -> ReplicaStatus:
+        """The status once no commit window is open: other clients are given time to close theirs."""
+        while True:
+            status = self.status()
+            if status.window is None:
+                return status
+            if status.window.token == self._token or status.window.age_s > _ABANDONED_S:
+                self._recover(status)
+            else:
+                time.sleep(_PAUSE_S)
+
     def _complete(self, window: Window) -> None:
         """Everything after the commit. The server runs again afterwards even if something in here fails."""
         try:
@@ -243,7 +261,7 @@ class Replica:
         for _ in range(_RESET_ATTEMPTS):
             if self.server.reset_prefix_cache():
                 return
-            time.sleep(_RESET_PAUSE_S)
+            time.sleep(_PAUSE_S)
         raise ReplicaRefused(
             f"{self.server.url} would not reset its prefix cache: it may hold keys and values of older weights; "
             "try `recover` again, or restart the server"
@@ -318,11 +336,16 @@ def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
         state=min((str(rank.get("state")) for rank in ranks), key=_badness),
         position=positions.pop() if len(positions) == 1 else None,
         staged=staged.pop() if len(staged) == 1 else None,
-        window=Window(Position(windows[0]["version"], windows[0]["digest"]), windows[0]["token"]) if windows else None,
+        window=_window(windows[0]) if windows else None,
         error=worker_error(failures[0], url) if failures else None,
         run_id=ranks[0].get("run_id"),
         ranks=tuple(ranks),
     )
+
+
+def _window(document: dict[str, Any]) -> Window:
+    position = Position(int(document["version"]), str(document["digest"]))
+    return Window(position, str(document["token"]), float(document.get("age_s", 0.0)))
 
 
 def _badness(state: str) -> int:

@@ -94,6 +94,21 @@ def test_a_directory_without_objects_is_not_listed(tmp_path: Path) -> None:
     assert bucket.list("epochs", recursive=False) == []
 
 
+@pytest.mark.parametrize("below", ["", "deeper/run"])
+def test_a_file_is_not_a_bucket(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    with pytest.raises(BucketMissing, match="is not a directory"):
+        LocalBucket(tmp_path / "file" / below, create=True)
+
+
+def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
+    bucket = LocalBucket(tmp_path, create=True)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    assert bucket.read(["pipe", "circle"]) == bucket.stat(["pipe", "circle"]) == {}
+    assert bucket.list() == []
+
+
 def test_names_that_could_not_be_addressed_are_not_listed(tmp_path: Path) -> None:
     bucket = LocalBucket(tmp_path, create=True)
     for name in ("with space", ".hidden", "good"):

@@ -273,8 +273,9 @@ def test_the_high_water_mark_is_never_undercut(bucket: FaultyBucket, reader: Cha
         assert reader.newest() == second.position
     bucket.delete([Layout.HEAD])
     assert reader.newest() == second.position
-    bucket.commit(Layout.HEAD, b"{")
-    assert reader.newest() == second.position
+    for unusable in (b"{", Head(dataclasses.replace(second, run_id=digest("another run")), 2).dumps()):
+        bucket.commit(Layout.HEAD, unusable)
+        assert reader.newest() == second.position
 
 
 def test_a_head_behind_the_mark_is_a_reason_to_look_for_a_newer_epoch(
@@ -508,6 +509,31 @@ def test_a_manifest_that_does_not_belong_where_it_lies_is_refused(
     bucket.commit(Layout.delta(writer.epoch, 2), dataclasses.replace(second, **change).dumps())
     with pytest.raises(FormatError, match=says):
         reader.plan(RUN.origin)
+
+
+def test_an_unreadable_manifest_is_named(bucket: FaultyBucket, reader: ChainReader) -> None:
+    path = Layout.delta(ChainWriter.create(bucket, RUN).epoch, 1)
+    bucket.commit(path, b"{}")
+    with pytest.raises(FormatError, match=f"{path}: .*upgrade hubsync"):
+        reader.newest()
+
+
+@pytest.mark.parametrize("name", ["README", "backup/head.json", "zzz/versions/00000009.json", "00000009/epoch.json"])
+def test_what_is_no_epoch_disturbs_nobody(bucket: FaultyBucket, reader: ChainReader, name: str) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    bucket.commit(f"{Layout.EPOCHS}/{name}", b"not ours")
+    commit(writer)
+    last = commit(ChainWriter.resume(bucket, TABLE))
+    assert reader.newest() == last.position
+
+
+def test_a_run_without_room_for_another_epoch_is_left_alone(bucket: FaultyBucket) -> None:
+    ChainWriter.create(bucket, RUN)
+    bucket.commit(Layout.epoch("99999999-00000000"), b"{}")
+    before = [stat.path for stat in bucket.list()]
+    with pytest.raises(ChainError, match="choose another prefix"):
+        ChainWriter.resume(bucket, TABLE)
+    assert [stat.path for stat in bucket.list()] == before
 
 
 def test_a_false_version_0_is_refused(bucket: FaultyBucket, reader: ChainReader) -> None:

@@ -33,6 +33,7 @@ _ABANDONED_AFTER = 24 * 3600.0  # seconds; a writer that crashed leaves its temp
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MISPLACED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 class LocalBucket(Bucket):
@@ -203,8 +204,8 @@ class LocalBucket(Bucket):
             if error.errno in _DENIED:
                 raise BucketDenied(f"{what}; check the permissions of {self._root} for this user") from error
             if error.errno in _FULL:
-                raise BucketError(f"{what}; make room, for example with `hubsync gc`") from error
-            if isinstance(error, FileNotFoundError):
+                raise BucketError(f"{what}; make room") from error
+            if isinstance(error, _MISPLACED):
                 self._require_root()
                 raise BucketError(what) from error
             raise BucketUnavailable(what) from error
@@ -228,10 +229,12 @@ def _copy_file(source: Path, target: Path) -> bool:
 
 
 def _read_limited(target: Path, max_bytes: int) -> bytes | None:
+    if _file_status(target) is None:  # opening something else, such as a pipe, could wait for ever
+        return None
     try:
         with target.open("rb") as file:
             data = file.read(max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except FileNotFoundError:
         return None
     if len(data) > max_bytes:
         raise FormatError(f"{target} is larger than {max_bytes} bytes; it is not what its name says")
@@ -243,6 +246,10 @@ def _file_status(path: Path) -> os.stat_result | None:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself is no object either
+            return None
+        raise
     return status if modes.S_ISREG(status.st_mode) else None
 
 

@@ -134,7 +134,10 @@ class ChainIndex:
         if not unknown:
             return
         for path, data in self._bucket.read(unknown).items():
-            manifest = Manifest.loads(data)
+            try:
+                manifest = Manifest.loads(data)
+            except FormatError as error:
+                raise FormatError(f"{path}: {error}") from None
             self._check(manifest, path)
             self._manifests[path] = manifest
 

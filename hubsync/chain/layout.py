@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 
 from hubsync.manifest import Manifest, Part
 
+MAX_EPOCH = 10**8 - 1  # object names hold eight digits
+
 _NAME = re.compile(r"epochs/(\d{8}-[0-9a-f]{8})(?:/(?:versions/(\d{8})\.json|anchors/(\d{8})/manifest\.json)|/.*)?")
 
 

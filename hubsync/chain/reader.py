@@ -82,13 +82,12 @@ class ChainReader:
     def head(self) -> Head | None:
         """Read the head and look closer where it is in doubt. None if there is none (yet), or it is unreadable."""
         data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
-        head = self._parse(data)
         first_use = self._chain is None
+        head = self._parse(data)
         # A head that was looked into once is not looked into again: no listing per poll while it stays bad.
         changed, self._seen_head = data != self._seen_head, data
         in_order = head is not None and (self._mark is None or _order(head.manifest) >= _order(self._mark))
         if head is not None and in_order:
-            self._index.add(head.manifest)
             self._raise_mark(head.manifest)
         if first_use or (changed and not in_order):
             self._survey()
@@ -222,9 +221,11 @@ class ChainReader:
         if data is None:
             return None
         try:
-            return Head.loads(data)
+            head = Head.loads(data)
+            self._index.add(head.manifest)
         except FormatError:
             return None  # only a hint: the manifests tell, and they are not forgiven anything
+        return head
 
     def _survey(self) -> None:
         self._index.survey()

@@ -21,7 +21,7 @@ from hubsync.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Pa
 from hubsync.table import TensorTable
 
 from .index import ChainIndex
-from .layout import Layout
+from .layout import MAX_EPOCH, Layout, epoch_names
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +226,7 @@ class ChainWriter:
     # --- epochs -------------------------------------------------------------------------------------
 
     def _epochs(self) -> list[str]:
-        paths = (stat.path for stat in self._bucket.list(Layout.EPOCHS, recursive=False))
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        return list(epoch_names(stat.path for stat in self._bucket.list(Layout.EPOCHS, recursive=False)))
 
     def _open_epoch(self) -> None:
         """Fence older writers, then find where to go on.
@@ -237,6 +236,10 @@ class ChainWriter:
         """
         epochs = self._epochs()
         number = 1 + max((int(epoch[:8]) for epoch in epochs), default=0)
+        if number > MAX_EPOCH:
+            raise ChainError(
+                f"{self._bucket.address} has an epoch {epochs[-1]}, and none can follow it: choose another prefix"
+            )
         self._epoch = f"{number:08d}-{secrets.token_hex(4)}"
         marker = {"format": FORMAT, "epoch": self._epoch, "created": time.time()}
         self._bucket.commit(Layout.epoch(self._epoch), json.dumps(marker).encode())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +20,15 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.digest import digest_view
-from hubsync.errors import BucketError, BucketUnavailable, ConfigError, Fenced, ReplicaUnreachable, RunMismatch
+from hubsync.errors import (
+    BucketError,
+    BucketUnavailable,
+    ChainError,
+    ConfigError,
+    Fenced,
+    ReplicaUnreachable,
+    RunMismatch,
+)
 from hubsync.trainer import detection
 from hubsync.trainer import engine as engine_module
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
@@ -132,6 +143,8 @@ def test_a_model_without_weights_is_refused(model: Tiny, address: str) -> None:
         DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address))
     with pytest.raises(ConfigError, match="no parameters"):
         DeltaWeightTransferEngine(torch.nn.ReLU(), None, SyncConfig(bucket=address))
+    with pytest.raises(ConfigError, match=r"weight is complex"):
+        DeltaWeightTransferEngine(torch.nn.Linear(2, 2, dtype=torch.complex64), None, SyncConfig(bucket=address))
 
 
 def test_a_model_held_otherwise_than_its_checkpoint_is_refused(address: str) -> None:
@@ -223,6 +236,94 @@ def test_every_version_replays_to_the_trainers_view(
         followed = follow(address, tmp_path, version, base)
         assert same_bits(followed.tensors, expected)
         assert followed.position.version == version
+
+
+def test_tensors_that_a_module_replaces_are_followed(model: Tiny, address: str, tmp_path: Path) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        model.layers[0].weight = torch.nn.Parameter(torch.randn(6, 6))
+        model.layers[1].weight.data = torch.randn(6, 6, dtype=torch.bfloat16)
+        model.double()  # makes other buffers
+        model.get_buffer("bias").add_(1)
+        engine.publish(1).result()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (torch.nn.Linear(6, 5), r"layers.0.weight now has shape \[5, 6\]"),
+        (torch.nn.ReLU(), "no longer has layers.0.bias"),
+    ],
+)
+def test_a_model_that_becomes_another_is_not_published(
+    model: Tiny, address: str, tmp_path: Path, layer: torch.nn.Module, says: str
+) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        before, model.layers[0] = model.layers[0], layer
+        with pytest.raises(ConfigError, match=says):
+            engine.publish(1)
+        model.layers[0] = before
+        torch.nn.init.zeros_(before.weight)  # type: ignore[arg-type]
+        assert engine.publish(2).result().version == 1
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_publishing_from_several_threads_makes_one_chain(model: Tiny, address: str, tmp_path: Path) -> None:
+    def work() -> None:
+        for step in range(10):
+            with torch.no_grad():
+                model.scale.add_(1)
+            engine.publish(step)
+
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        engine.publish().result()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_changes_of_an_older_view_are_refused(model: Tiny, address: str, tmp_path: Path) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        torch.nn.init.ones_(model.layers[0].weight)  # type: ignore[arg-type]
+        stale = engine._publisher.snapshot.detect()
+        engine.publish(1).result()
+        with pytest.raises(ChainError, match="publish again"):
+            engine._publisher.submit(stale, 1, None, 0.0).result()
+        torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
+        engine.publish(2).result()
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_a_forked_process_is_told_to_publish_elsewhere(model: Tiny, address: str) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
+        child = os.fork()
+        if child == 0:
+            try:
+                engine.publish(1)
+            except ConfigError:
+                os._exit(7)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_what_is_no_optimizer_is_refused_before_the_bucket_is_touched(model: Tiny, address: str) -> None:
+    with pytest.raises(ConfigError, match="list is not a torch optimizer"):
+        DeltaWeightTransferEngine(model, [model], SyncConfig(bucket=address))  # type: ignore[arg-type]
+    assert not Path(address).exists()
+
+
+def test_a_step_may_be_any_integer_but_nothing_else(model: Tiny, address: str) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        for step in (np.int64(3), torch.tensor(3)):
+            torch.nn.init.normal_(model.layers[0].weight)  # type: ignore[arg-type]
+            assert engine.publish(step).result().step == 3  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            engine.publish(1.5)  # type: ignore[arg-type]
 
 
 def test_nothing_changed_makes_no_version(model: Tiny, address: str) -> None:
@@ -435,6 +536,20 @@ def test_an_anchor_that_fails_is_tried_again_and_stops_nobody(
             engine.wait()
     reader = ChainReader(LocalBucket(address), tmp_path / "cache")
     assert [m.version for m in reader.manifests() if m.kind == "anchor"] == [reader.newest().version]
+
+
+def test_an_anchor_that_the_local_disk_refuses_stops_nobody(model: Tiny, address: str, tmp_path: Path) -> None:
+    class FullDisk:
+        def save_pretrained(self, directory: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    config = SyncConfig(bucket=address, base_model="tiny", anchor_every=1)
+    base = view_of(model)
+    with DeltaWeightTransferEngine(model, None, config, processing_class=FullDisk()) as engine:
+        for step in range(3):
+            torch.nn.init.normal_(model.layers[0].weight)  # type: ignore[arg-type]
+            assert engine.publish(step).result().version == step + 1
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
 def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str, tmp_path: Path) -> None:

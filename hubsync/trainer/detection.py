@@ -25,33 +25,45 @@ from hubsync.table import TensorSpec, TensorTable
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 _NUMPY_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}  # the same by bytes; torch lacks wider unsigned ones
+_ANOTHER_MODEL = "a run is of one model: make a new engine with another prefix for this one"
 _CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, and `nonzero` has a limit
 
 
 def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
+    """`live_tensors` of a model that can be published.
 
-    Integer buffers are not weights and are left out. ConfigError for models whose parameters are not whole tensors
-    in one process, or are not those of the base model.
+    ConfigError for models with adapters, and those that hold their weights otherwise than their checkpoint.
     """
     if hasattr(model, "peft_config"):
         raise ConfigError(
             "adapters (PEFT) are not supported yet: train the full model, or let vLLM serve the adapter itself"
         )
+    found = live_tensors(model)
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+    _require_checkpoint_coordinates(model, found)
+    return found
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
+
+    Integer tensors are not weights and are left out. ConfigError for tensors that are not whole in this process, or
+    that no view holds.
+    """
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     found: dict[str, torch.Tensor] = {}
     for name, tensor in [*model.named_parameters(), *buffers.items()]:
         _require_whole(name, tensor)
+        if tensor.is_complex():
+            raise ConfigError(f"{name} is complex: only real weights can be published")
         if not tensor.is_floating_point():
             continue
         checkpoint_name = _checkpoint_name(name)
         if checkpoint_name in found:
             raise ConfigError(f"two tensors of the model have the checkpoint name {checkpoint_name}")
         found[checkpoint_name] = tensor
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no parameters to publish")
-    _require_checkpoint_coordinates(model, found)
     return found
 
 
@@ -84,7 +96,7 @@ class Detected:
     def __init__(self, table: TensorTable, changes: dict[int, Change], before: Digest):
         self._table = table
         self.changes = changes
-        self._before = before
+        self.before = before
 
     @property
     def changed(self) -> int:
@@ -101,7 +113,7 @@ class Detected:
     @cached_property
     def digest(self) -> Digest:
         """Digest of the view that the changes lead to."""
-        digest = self._before
+        digest = self.before
         for index, change in self.changes.items():
             seed = tensor_seed(self._table[index].name)
             digest += digest_change(seed, change.indices, change.old, change.new)
@@ -127,11 +139,27 @@ class Snapshot:
         self._held = [self._view(index).clone() for index in range(len(table))]
         self.digest = self._recomputed()
 
+    def follow(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Look at these live tensors from now on: a module may replace its parameters and buffers by others.
+
+        ConfigError unless they are of the same table.
+        """
+        for name in sorted(tensors.keys() ^ {spec.name for spec in self.table}):
+            raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
+        for spec in self.table:
+            if tuple(tensors[spec.name].shape) != spec.shape:
+                raise ConfigError(
+                    f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
+                    + _ANOTHER_MODEL
+                )
+        self._live = [tensors[spec.name] for spec in self.table]
+
     def detect(self) -> Detected:
         """Compare the live tensors with the snapshot. Needs memory for one cast tensor and O(changes)."""
         changes = {}
         for index in range(len(self.table)):
-            change = _changes(self._held[index], self._view(index))
+            held = self._held[index]
+            change = _changes(held, self._view(index).to(held.device))  # a model may move to another device
             if len(change.indices):
                 changes[index] = change
         return Detected(self.table, changes, self.digest)

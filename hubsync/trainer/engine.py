@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
+import os
 import secrets
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
 
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Snapshot, published_tensors, table_of
+from .detection import Snapshot, live_tensors, published_tensors, table_of
 from .publisher import Published, Publisher, Ticket
 
 if TYPE_CHECKING:
@@ -93,13 +95,16 @@ class DeltaWeightTransferEngine:
         self._processing_class = processing_class
         self._replicas: list[Replica] = []
         self._closed = False
+        self._process = os.getpid()
+        self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
         tensors = published_tensors(model)
         _warn_of_lost_updates(tensors, view_dtype)
+        optimizer = _torch_optimizer(optimizer)
         bucket = open_bucket(config.bucket, create=True, token=config.token)
         snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
         self._publisher = self._join(bucket, snapshot)
-        self._hook = self._count_steps(optimizer)
+        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
 
     # --- what users call ----------------------------------------------------------------------------
 
@@ -124,15 +129,17 @@ class DeltaWeightTransferEngine:
             name: free text recorded with the version; default is `config.name`.
         """
         self._require_open()
-        self._publisher.wait()
-        self._publisher.settle()
-        started = time.perf_counter()
-        detected = self._publisher.snapshot.detect()
-        detect_s = time.perf_counter() - started
-        step = self.steps if step is None else step
-        if not detected.changes:
-            return self._publisher.unchanged(step, detect_s)
-        return self._publisher.submit(detected, step, name or self.config.name, detect_s)
+        step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
+        with self._publishing:
+            self._publisher.wait()
+            self._publisher.settle()
+            started = time.perf_counter()
+            self._publisher.snapshot.follow(live_tensors(self._model))
+            detected = self._publisher.snapshot.detect()
+            detect_s = time.perf_counter() - started
+            if not detected.changes:
+                return self._publisher.unchanged(step, detect_s)
+            return self._publisher.submit(detected, step, name or self.config.name, detect_s)
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""
@@ -160,9 +167,10 @@ class DeltaWeightTransferEngine:
     def anchor(self) -> Manifest:
         """Upload the whole model as it was last published, loadable by `from_pretrained` and `vllm serve`."""
         self._require_open()
-        self._publisher.wait()
-        self._publisher.settle()
-        return self._publisher.anchor(step=self.steps, name=self.config.name)
+        with self._publishing:
+            self._publisher.wait()
+            self._publisher.settle()
+            return self._publisher.anchor(step=self.steps, name=self.config.name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
@@ -237,22 +245,14 @@ class DeltaWeightTransferEngine:
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(directory)
 
-    def _count_steps(self, optimizer: Any) -> Callable[[], None] | None:
-        if optimizer is None:
-            return None
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper takes no hooks
-            optimizer = optimizer.optimizer
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
-
-        def count(*_: Any) -> None:
-            self.steps += 1
-
-        return optimizer.register_step_post_hook(count).remove
+    def _count_step(self, *_: Any) -> None:
+        self.steps += 1
 
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this engine is closed: make a new one, it continues the run")
+        if os.getpid() != self._process:
+            raise ConfigError("this engine belongs to the process that this one was forked from: publish there")
 
     # --- servers ------------------------------------------------------------------------------------
 
@@ -279,6 +279,16 @@ class DeltaWeightTransferEngine:
             replica.attach(self.config.stage_timeout)
         replica.wait_staged(position, self.config.stage_timeout)
         return replica.commit(position)
+
+
+def _torch_optimizer(optimizer: Any) -> Any:
+    if optimizer is None:
+        return None
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper takes no hooks
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
+    return optimizer
 
 
 def _replicas(config: SyncConfig) -> list[Replica]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubsync.chain import ChainWriter
-from hubsync.errors import HubsyncError
+from hubsync.errors import ChainError
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import write_anchor, write_delta
 
@@ -171,6 +171,9 @@ class Publisher:
 
     def _publish(self, detected: Detected, step: int | None, name: str | None, detect_s: float) -> Published:
         writer = self.writer
+        if detected.before.hex != writer.position.digest:
+            # Only after an interrupt at the worst moment, which let this be detected beside another job.
+            raise ChainError(f"these changes are not ones of {writer.position}: publish again")
         started = time.perf_counter()
         position = Position(writer.next_version, detected.digest.hex)
         part = write_delta(
@@ -193,7 +196,7 @@ class Publisher:
             return
         try:
             self.anchor(step=step, name=name)
-        except HubsyncError as error:
+        except Exception as error:  # of the bucket, of the local disk, of whatever writes the side files
             logger.warning("could not upload the whole model, trying again after the next version: %s", error)
 
     def _published(

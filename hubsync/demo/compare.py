@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import requests
 
+from hubsync.replica.server import new_session
+
 MAX_TOKENS = 32
 
 
@@ -20,8 +22,7 @@ class Greedy:
 
 def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
     """Greedy continuations of each prompt, one request after the other, so that batching cannot differ."""
-    with requests.Session() as session:
-        session.trust_env = False
+    with new_session(url) as session:
         model = session.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         return [_greedy(session, url, model, prompt) for prompt in prompts]
 

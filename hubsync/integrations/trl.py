@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import requests
 from accelerate.utils import broadcast_object_list, is_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.generation.vllm_client import VLLMClient
@@ -30,7 +29,7 @@ from hubsync.errors import (
     WrongParent,
 )
 from hubsync.manifest import Position
-from hubsync.replica.server import VLLMServer
+from hubsync.replica.server import VLLMServer, new_session
 from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
@@ -283,8 +282,7 @@ class _HTTPClient(VLLMClient):
 
     def __init__(self, url: str, timeout: float):
         self.base_url = url
-        self.session = requests.Session()
-        self.session.trust_env = False
+        self.session = new_session(url)
         _wait_for(VLLMServer(url), timeout)
         self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import requests
 
@@ -36,9 +37,7 @@ class VLLMServer:
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
         self.url = url.rstrip("/")
         self.timeout = timeout
-        self._session = requests.Session()
-        # A proxy from the environment must not come between us and a server that is often on loopback.
-        self._session.trust_env = False
+        self._session = new_session(url)
         if api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
@@ -149,6 +148,13 @@ class VLLMServer:
         if not answer.ok or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
         return document
+
+
+def new_session(url: str) -> requests.Session:
+    """A session for requests to `url`. A proxy of the environment does not come between us and this machine."""
+    session = requests.Session()
+    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+    return session
 
 
 def worker_error(error: Any, where: str) -> HubsyncError:

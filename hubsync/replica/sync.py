@@ -16,9 +16,10 @@ happened, from `resume` on if it did not. All steps are idempotent.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ from hubsync.errors import (
 from hubsync.manifest import Position
 
 from .server import PROTOCOL, VLLMServer, worker_error
+
+logger = logging.getLogger(__name__)
 
 KV_CACHE = ("recompute", "keep")
 
@@ -82,11 +85,6 @@ class ReplicaStatus:
     error: HubsyncError | None
     run_id: str | None
     ranks: tuple[dict[str, Any], ...]
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Metrics of the first rank."""
-        return self.ranks[0].get("metrics") or {}
 
 
 @dataclass(frozen=True)
@@ -157,15 +155,14 @@ class Replica:
         """
         self.check()
         self.server.rpc("hubsync_attach")
-        for status in self._poll(timeout, "find out where its weights are"):
-            if status.state in ("detached", "attaching"):
-                continue
-            self._raise_if_lost(status)
-            status = self._without_window()
-            if status.position is not None:
-                self.server.set_weight_version(str(status.position.version))
-            return status
-        raise AssertionError("unreachable")
+        status = self._until(
+            lambda status: status.state not in ("detached", "attaching"), timeout, "find out where its weights are"
+        )
+        self._raise_if_lost(status)
+        status = self._without_window()
+        if status.position is not None:
+            self.server.set_weight_version(str(status.position.version))
+        return status
 
     def stage(self, position: Position) -> None:
         """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
@@ -174,12 +171,16 @@ class Replica:
     def wait_staged(self, position: Position, timeout: float = 600.0) -> None:
         """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has."""
         self.stage(position)
-        for status in self._poll(timeout, f"stage {position}"):
+
+        def staged(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
             if position in (status.staged, status.position):
-                return
+                return True
             if status.error is not None and status.state != "staging":
                 raise status.error
+            return False
+
+        self._until(staged, timeout, f"stage {position}")
 
     def commit(self, position: Position) -> CommitReport:
         """Make all ranks serve the staged `position`; see the top of this file.
@@ -202,11 +203,11 @@ class Replica:
         try:
             self.server.pause()
             applied = self.server.rpc("hubsync_commit", position.version, position.digest)
-            self._complete(window)
-        except BaseException as failure:
-            self._recover_after(failure)
+            resumed = self._complete(window)
+        except BaseException:
+            self._try_to_recover()
             raise
-        return self._report(position, applied, pause_s=time.perf_counter() - started)
+        return self._report(position, applied, pause_s=resumed - started)
 
     def recover(self) -> bool:
         """Complete a commit window that a client left open. True if there was one."""
@@ -219,12 +220,14 @@ class Replica:
             ReplicaPoisoned: it was wrong.
             WrongParent: the server serves another position.
         """
-        for status in self._poll(timeout, f"verify {position}"):
+
+        def verified(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
             if status.position is not None and status.position != position:
                 raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
-            if status.position == position and status.state != "applied":
-                return
+            return status.position == position and status.state != "applied"
+
+        self._until(verified, timeout, f"verify {position}")
 
     def heal(self) -> None:
         """Rebuild poisoned weights from the run, and drop what wrong weights have cached.
@@ -245,17 +248,19 @@ class Replica:
             else:
                 time.sleep(_PAUSE_S)
 
-    def _complete(self, window: Window) -> None:
-        """Everything after the commit. The server runs again afterwards even if something in here fails."""
+    def _complete(self, window: Window) -> float:
+        """Everything after the commit. The server runs again afterwards even if something in here fails.
+
+        Returns `time.perf_counter()` of when requests went on.
+        """
         try:
             self.server.set_weight_version(str(window.position.version))
             self._reset_prefix_cache()
         finally:
             self.server.resume()
-        self._close(window)
-
-    def _close(self, window: Window) -> None:
+        resumed = time.perf_counter()
         self.server.rpc("hubsync_close", window.token)
+        return resumed
 
     def _reset_prefix_cache(self) -> None:
         for _ in range(_RESET_ATTEMPTS):
@@ -280,15 +285,14 @@ class Replica:
             self._complete(window)
         else:
             self.server.resume()
-            self._close(window)
+            self.server.rpc("hubsync_close", window.token)
         return True
 
-    def _recover_after(self, failure: BaseException) -> None:
+    def _try_to_recover(self) -> None:
         try:
             self.recover()
         except ReplicaError as error:
-            # `failure` is the news; this only says that the window is still to be completed.
-            failure.__context__ = error
+            logger.warning("a commit window stays open until the next commit, of any client: %s", error)
 
     def _report(self, position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
         changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
@@ -308,12 +312,10 @@ class Replica:
         kind = ReplicaPoisoned if status.state == "poisoned" else ReplicaRefused
         raise kind(f"{self.server.url} is {status.state}; see the server's log")
 
-    def _poll(self, timeout: float, what: str) -> Iterator[ReplicaStatus]:
-        """Statuses, at growing intervals; ReplicaUnsuitable when `timeout` seconds are over."""
+    def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
+        """The first status that is `done`, asking at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
         deadline, pause = time.monotonic() + timeout, 0.005
-        while True:
-            status = self.status()
-            yield status
+        while not done(status := self.status()):
             if time.monotonic() > deadline:
                 raise ReplicaUnsuitable(
                     f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
@@ -321,6 +323,7 @@ class Replica:
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
+        return status
 
 
 # Furthest from ready first; of several ranks, the worst speaks for the server.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .bits import TORCH_DTYPES, advance, bits_of
 from .errors import ConfigError, FormatError
@@ -22,6 +22,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     The checkpoint may hold more tensors than the table, and in another dtype: then they are rounded as the published
     view of version 0 is. Whether they *are* version 0 is for the digest to say; `check` says whether they can be.
+
+    ConfigError if the index or a file is damaged.
     """
 
     def __init__(self, directory: Path, table: TensorTable):
@@ -29,8 +31,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._table = table
         self._files: dict[str, Path] = {}
         for path in _shards(directory):
-            with safe_open(path, framework="pt") as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._files.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path} cannot be read as a safetensors file: {error}") from None
 
     def check(self) -> None:
         """ConfigError unless every tensor of the table is there, in its shape. Reads headers only."""
@@ -99,6 +104,9 @@ def _shards(directory: Path) -> list[Path]:
     """The files of the checkpoint. Where an index exists only it counts: some directories hold the weights twice."""
     index = directory / _INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [directory / Path(name).name for name in names]
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return [directory / Path(name).name for name in names]
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} is not the index of a checkpoint ({type(error).__name__}: {error})") from None
     return sorted(directory.glob("*.safetensors"))

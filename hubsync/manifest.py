@@ -25,6 +25,7 @@ FORMAT = "hubsync/1"
 KINDS = ("delta", "anchor")
 MAX_VERSION = 10**8 - 1  # object names hold eight digits
 MAX_PARTS = 1 << 16
+LAST_YEAR = 253e9  # seconds since 1970, late in the year 9987: calendars end with 9999
 MAX_PART_BYTES = 1 << 40
 
 # What an anchor may hold beside its weights, so that `from_pretrained` and `vllm serve` load it.
@@ -311,7 +312,7 @@ def _parts(doc: object, kind: str, what: str) -> tuple[Part, ...]:
                 file=file,
             )
         )
-    keys = [(part.rank, part.file) if kind == "anchor" else part.rank for part in parts]
+    keys = [part.file if kind == "anchor" else part.rank for part in parts]
     if len(set(keys)) != len(keys):
         raise FormatError(f"{what}: two parts have the same place")
     return tuple(parts)
@@ -326,7 +327,7 @@ def _integer(doc: Mapping[str, Any], key: str, low: int, high: int, what: str) -
 
 def _number(doc: Mapping[str, Any], key: str, what: str) -> float:
     value = doc.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LAST_YEAR:
         raise FormatError(f"{what}: {key} must be seconds since 1970, not {value!r:.80}")
     return float(value)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hubsync.bits import bits_of
 from hubsync.checkpoint import Checkpoint, Patched, is_checkpoint
-from hubsync.errors import FormatError
+from hubsync.errors import ConfigError, FormatError
 from hubsync.patch import TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
@@ -55,6 +55,22 @@ def test_a_directory_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
     assert not is_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert is_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model.safetensors", "not a safetensors file"),
+        ("model.safetensors.index.json", "{"),
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": {"q": 5}}'),
+        ("model.safetensors.index.json", '{"weight_map": {"q": "missing.safetensors"}}'),
+    ],
+)
+def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ConfigError, match=r"model.safetensors|missing\.safetensors"):
+        Checkpoint(tmp_path, TABLE)
 
 
 def test_a_patched_view_is_the_new_view_and_leaves_the_old_one() -> None:

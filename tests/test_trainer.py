@@ -658,7 +658,17 @@ def test_a_server_without_a_way_to_the_version_gets_an_anchor(
         ({"snapshot_device": "cuda:0"}, "snapshot_device must be one of"),
         ({"anchor_every": -1}, "anchor_every"),
         ({"stage_timeout": 0}, "positive"),
-        ({"servers": "http://one"}, r"servers=\['http://one'\]"),
+        ({"stage_timeout": float("nan")}, "positive"),
+        ({"commit_timeout": float("inf")}, "positive"),
+        ({"servers": "http://one"}, "servers must be a list"),
+        ({"servers": [8000]}, "servers must be a list"),
+        ({"servers": None}, "servers must be"),
+        ({"servers": ["http://one", "http://one/"]}, "twice"),
+        ({"bucket": None}, "bucket must be str"),
+        ({"anchor_every": "3"}, "anchor_every must be int"),
+        ({"anchor_every": True}, "anchor_every must be int"),
+        ({"resume": "no"}, "resume must be bool"),
+        ({"name": 20261123}, "name must be str"),
         ({"servers": ["localhost:8000"]}, "http://localhost:8000"),
         ({"name": "two\nlines"}, "printable"),
         ({"base_revision": "abc"}, "base_model"),
@@ -667,6 +677,11 @@ def test_a_server_without_a_way_to_the_version_gets_an_anchor(
 def test_settings_that_cannot_work_say_why(setting: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         SyncConfig(**{"bucket": "somewhere", **setting})
+
+
+def test_paths_are_paths_however_they_are_written() -> None:
+    assert SyncConfig(bucket=Path("runs/1")) == SyncConfig(bucket="runs/1")  # type: ignore[arg-type]
+    assert SyncConfig(bucket="x", base_model=Path("base")).base_model == "base"  # type: ignore[arg-type]
 
 
 def test_settings_come_from_a_command_line() -> None:

@@ -42,11 +42,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))  # so that child processes are ended
+    steps = (QUICK_STEPS if args.quick else STEPS) if args.steps is None else args.steps
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {steps}")
     with ExitStack() as stack:
         workdir = args.workdir or Path(stack.enter_context(TemporaryDirectory(prefix="hubsync-demo-")))
         workdir.mkdir(parents=True, exist_ok=True)
+        if args.json is not None:
+            args.json.touch()  # what cannot be written is better known now than in the end
         bucket = args.bucket or stack.enter_context(local_bucket(workdir / "hub"))
-        steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
         result = _demo()(workdir.absolute(), steps, bucket, args.server).run()
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

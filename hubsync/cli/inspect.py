@@ -21,7 +21,7 @@ from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError
-from hubsync.manifest import SIDE_FILES, Manifest
+from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest
 from hubsync.parts import open_anchor, write_anchor
 
 _ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
@@ -32,14 +32,14 @@ def add_parser(subparsers: Any) -> None:
     ls.add_argument("--limit", type=int, metavar="N", help="only the newest N")
 
     show = _command(subparsers, "show", show_version, "print the manifest of a version")
-    show.add_argument("version", type=int)
+    show.add_argument("version", type=_version)
 
     verify = _command(subparsers, "verify", verify_run, "download a run, replay it, and check every hash and digest")
     _add_base(verify)
 
     pull = _command(subparsers, "pull", pull_version, "write a version as a checkpoint that vllm and transformers load")
     pull.add_argument("out", type=Path, help="directory to write; it must not exist, or be empty")
-    pull.add_argument("--version", type=int, metavar="N", help="default: the newest")
+    pull.add_argument("--version", type=_version, metavar="N", help="default: the newest")
     _add_base(pull)
 
 
@@ -52,7 +52,7 @@ def list_versions(args: argparse.Namespace) -> int:
     base = "in the bucket (anchor of version 0)" if run.base.model is None else run.base.model
     if run.base.revision is not None:
         base += f"@{run.base.revision[:12]}"
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # a name is text, whatever it looks like
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: leave the lines whole
     console.print(f"run {run.run_id}: {len(run.table)} tensors, {_size(run.table.nbytes)} dense, version 0 {base}")
@@ -125,6 +125,13 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, metavar="DIR", help="local copy of the run's base model (version 0)")
+
+
+def _version(text: str) -> int:
+    version = int(text)
+    if not 0 <= version <= MAX_VERSION:
+        raise argparse.ArgumentTypeError(f"a version is a number from 0 to {MAX_VERSION}, not {version}")
+    return version
 
 
 def _reader(args: argparse.Namespace, stack: ExitStack) -> ChainReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args) or 0
     except HubsyncError as error:
         print(f"hubsync: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # as in `hubsync ls ADDRESS | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 1
+    except OSError as error:  # of a path that the user gave: a full disk, no permission, a file for a directory
+        print(f"hubsync: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 
 import torch
 
 from hubsync.errors import ConfigError
+
+_FOREVER = 1e6  # seconds; waiting functions take no infinity
+_TYPES: dict[str, tuple[type, ...]] = {
+    "bucket": (str,),
+    "resume": (bool,),
+    "token": (str, NoneType),
+    "name": (str, NoneType),
+    "base_model": (str, NoneType),
+    "base_revision": (str, NoneType),
+    "anchor_every": (int,),
+    "anchor_at_close": (bool,),
+    "servers": (Sequence,),
+    "stage_timeout": (int, float),
+    "commit_timeout": (int, float),
+}
 
 VIEW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -153,6 +171,11 @@ class SyncConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.bucket, os.PathLike):
+            self.bucket = os.fspath(self.bucket)
+        if isinstance(self.base_model, os.PathLike):
+            self.base_model = os.fspath(self.base_model)
+        self._require_types()
         if not self.bucket.strip():
             raise ConfigError(
                 "SyncConfig needs a bucket: hf://buckets/<namespace>/<name>/<run>, or a directory such as ./runs/first"
@@ -163,17 +186,28 @@ class SyncConfig:
         self._require_choice("kv_cache", "recompute", "keep")
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
-        if self.stage_timeout <= 0 or self.commit_timeout <= 0:
+        if not (0 < self.stage_timeout < _FOREVER and 0 < self.commit_timeout < _FOREVER):
             raise ConfigError("stage_timeout and commit_timeout must be positive numbers of seconds")
-        if isinstance(self.servers, str):
-            raise ConfigError(f"servers must be a list of URLs: servers=[{self.servers!r}]")
         for url in self.servers:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
+        if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
+            raise ConfigError("servers names one server twice")
         if self.name is not None and (len(self.name) > 512 or not self.name.isprintable()):
             raise ConfigError("name must be printable text of at most 512 characters")
         if self.base_revision is not None and self.base_model is None:
             raise ConfigError("base_revision needs base_model: a revision of what?")
+
+    def _require_types(self) -> None:
+        """Values from a YAML file may be of any type."""
+        for setting, kinds in _TYPES.items():
+            value = getattr(self, setting)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ConfigError(f"{setting} must be {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}")
+        if isinstance(self.servers, str) or not all(isinstance(url, str) for url in self.servers):
+            raise ConfigError(
+                f"servers must be a list of URLs, such as servers=['http://localhost:8000'], not {self.servers!r}"
+            )
 
     def _require_choice(self, setting: str, *choices: str) -> None:
         if getattr(self, setting) not in choices:

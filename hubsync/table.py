@@ -139,5 +139,5 @@ def _check(spec: TensorSpec) -> None:
         raise FormatError(f"tensor table: illegal tensor name {spec.name!r}")
     if spec.dtype not in WIDTHS:
         raise FormatError(f"tensor table: {spec.name} has dtype {spec.dtype!r}; supported are {', '.join(WIDTHS)}")
-    if len(spec.shape) > 8 or any(size < 0 for size in spec.shape) or spec.numel > MAX_NUMEL:
+    if len(spec.shape) > 8 or not all(0 <= size <= MAX_NUMEL for size in spec.shape) or spec.numel > MAX_NUMEL:
         raise FormatError(f"tensor table: {spec.name} has an impossible shape {list(spec.shape)}")

@@ -113,6 +113,7 @@ def test_a_manifest_with_an_impossible_field_is_refused(doc: object) -> None:
         [["a..b", [1], "BF16"]],
         [["a", [-1], "BF16"]],
         [["a", [1 << 30, 1 << 30], "BF16"]],
+        [["a", [0, 1 << 63], "BF16"]],
         [["a", [1] * 9, "BF16"]],
         [["a", [1.0], "BF16"]],
         [["a", [1], "I64"]],

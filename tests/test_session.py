@@ -247,6 +247,8 @@ def test_one_window_at_a_time(replica: Replica, trainer: Trainer) -> None:
     replica.session.open(position, "mine")
     with pytest.raises(ReplicaRefused, match=r"window to version 1 .* \(token mine\)"):
         replica.session.open(position, "yours")
+    with pytest.raises(ReplicaRefused, match="complete that one first"):
+        replica.session.open(trainer.positions[0], "mine")
     with pytest.raises(ReplicaRefused, match="another token"):
         replica.session.close("yours")
     assert replica.session.status()["window"]["committed"] is False

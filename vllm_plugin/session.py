@@ -189,9 +189,9 @@ class Session:
             self._submit(self._stage)
 
     def open(self, position: Position, token: str) -> None:
-        """A client begins a commit window. Refused while another one's is open."""
+        """A client begins a commit window. Refused while another one is open."""
         applier, window = self._require().applier, self._window
-        if window is not None and window.token != token:
+        if window is not None and (window.token, window.position) != (token, position):
             age = time.monotonic() - window.opened
             raise ReplicaRefused(
                 f"a commit window to {window.position} has been open for {age:.1f} s (token {window.token}); "

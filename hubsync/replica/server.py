@@ -111,7 +111,7 @@ class VLLMServer:
 
     def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:
         text = _message(answer)
-        if method in text and "not" in text:  # "... has no attribute", "method ... is not implemented"
+        if method in text and ("no attribute" in text or "not implemented" in text):
             raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
         raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
 

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     steps = (QUICK_STEPS if args.quick else STEPS) if args.steps is None else args.steps
     if steps < 1:
         raise ConfigError(f"--steps must be at least 1, not {steps}")
+    if args.server and not args.bucket:
+        raise ConfigError("--server needs --bucket: the address that the server was started with (HUBSYNC_BUCKET)")
     with ExitStack() as stack:
         workdir = args.workdir or Path(stack.enter_context(TemporaryDirectory(prefix="hubsync-demo-")))
         workdir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from hubsync.localhub import LocalHub
 
 @contextmanager
 def local_bucket(root: Path) -> Iterator[str]:
-    """Serve a Hub from the directory `root`, and yield the address of a run in it.
+    """Serve a Hub from the directory `root`, and yield the address of a new run in it.
 
     Sets where the Hub is for this process and its children. Enter this before anything imports `huggingface_hub`, which
     reads some of it only then. hf_xet remembers by URL what it has uploaded, and another Hub may have had this one's:
@@ -20,4 +21,4 @@ def local_bucket(root: Path) -> Iterator[str]:
     """
     with LocalHub(root) as hub:
         os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN="hf_local", HF_XET_CACHE=str(root / "xet-cache"))
-        yield "hf://buckets/me/demo/run"
+        yield f"hf://buckets/me/demo/run-{time.strftime('%Y%m%d-%H%M%S')}"

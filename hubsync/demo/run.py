@@ -151,7 +151,9 @@ class Demo:
         return greedy(url, prompts) == greedy(fresh, prompts)
 
     def _conclude(self, callback: HubSyncCallback, rows: list[dict[str, float]], equal: bool) -> dict[str, Any]:
-        deltas = [manifest for manifest in self._reader().manifests() if manifest.kind == "delta"]
+        manifests = self._reader().manifests()
+        # A bucket of the user's may hold older versions; this training's are those of the last epoch.
+        deltas = [delta for delta in manifests if delta.kind == "delta" and delta.epoch == manifests[-1].epoch]
         payload, changed = sum(delta.nbytes for delta in deltas), sum(delta.changed for delta in deltas)
         tenth = max(1, len(rows) // 10)
         rewards = [row["reward"] for row in rows]

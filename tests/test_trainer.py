@@ -185,6 +185,8 @@ def test_the_device_path_finds_the_same_as_the_cpu_path(dtype: torch.dtype, monk
     monkeypatch.setattr(detection, "_CHUNK", 64)
     old, new = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
     new[::3] = old[::3]
+    old[:4] = torch.tensor([0.0, -0.0, float("nan"), float("nan")])  # the last one, unlike -0, does not change
+    new[:4] = torch.tensor([-0.0, 0.0, 1.0, float("nan")])
     on_cpu, on_device = detection._changes(old, new), detection._changes_on_device(old, new)
     assert len(on_cpu.indices) > 100
     for field in ("indices", "old", "new"):
@@ -331,6 +333,24 @@ def test_nothing_changed_makes_no_version(model: Tiny, address: str) -> None:
         published = engine.publish(3).result()
         assert (published.version, published.changed, published.payload_bytes) == (0, 0, 0)
         assert published.position == engine.position
+
+
+def test_training_goes_on_while_an_upload_is_stuck_and_is_not_published_with_it(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, faulty: list[FaultyBucket]
+) -> None:
+    stuck = threading.Event()
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        faulty[0].before_commit = lambda path: None if stuck.wait(60) else pytest.fail("nobody trained on")
+        train(model, optimizer)
+        published = view_of(model)
+        ticket = engine.publish(1)
+        train(model, optimizer, steps=2)
+        assert not ticket.done()
+        stuck.set()
+        first = ticket.result()
+        assert same_bits(follow(address, tmp_path, first.version).tensors, published)
+        engine.publish(3)
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
 
 
 def test_a_publish_tells_what_it_cost(model: Tiny, optimizer: torch.optim.Optimizer, address: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.manifest import Position
 from hubsync.patch import TensorDelta, changed, compose
-from vllm_plugin.applier import Applier
+from vllm_plugin.applier import Applier, Edit
 
 from .toy import TABLE, Model, assert_same, loaded, memory, nudged, patch_between, position_of, view
 
@@ -182,6 +184,16 @@ def test_weights_changed_by_somebody_else_poison_the_commit(model: Model, applie
     for refused in (lambda: applier.commit(P1), applier.undo, applier.verify):
         with pytest.raises(ReplicaPoisoned):
             refused()
+
+
+def test_memory_that_does_not_hold_what_was_written_poisons(applier: Applier) -> None:
+    staged = applier.stage_patch(patch_between(V0, V1), P1)
+    number, edit = next(iter(staged.edits.items()))
+    twice = [torch.cat([part, part]) for part in (edit.offsets, edit.old, edit.new)]
+    twice[2][0] ^= 1  # two patterns for one element: only one of them can be there afterwards
+    applier.staged = replace(staged, edits={**staged.edits, number: Edit(*twice)})
+    with pytest.raises(ReplicaPoisoned, match="do not hold what was just written"):
+        applier.commit(P1)
 
 
 def test_a_wrong_digest_poisons(model: Model, applier: Applier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from hubsync.bucket import open_bucket
-from hubsync.chain import ChainWriter
+from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
+from vllm_plugin.applier import Applier
 from vllm_plugin.session import Host, Session
 
 from .toy import TABLE, Model, Tensors, assert_same, loaded, memory, nudged, patch_between, position_of, view
@@ -235,6 +237,36 @@ def test_undo_goes_back_one_commit(replica: Replica, trainer: Trainer) -> None:
     replica.assert_serves(0)
     replica.follow(trainer.positions[1])
     replica.assert_serves(1)
+
+
+def test_forward_passes_go_on_while_the_background_attaches_stages_and_verifies(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = trainer.publish(1)
+    replica = Replica(tmp_path, trainer.address)
+    go_on = threading.Event()
+
+    def hold_up(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, **kwargs: go_on.wait(10) and method(*args, **kwargs))
+
+    def assert_stuck_in(state: str, version: int) -> None:
+        replica.session.before_forward()
+        assert replica.session.status()["state"] == state
+        replica.assert_serves(version)
+        go_on.set()
+        replica.settled()
+        go_on.clear()
+
+    hold_up(Applier, "live_digest")
+    hold_up(ChainReader, "fetch")
+    replica.session.attach()
+    assert_stuck_in("attaching", 0)
+    replica.session.stage(position)
+    assert_stuck_in("staging", 0)
+    replica.session.commit(position)
+    assert_stuck_in("applied", 1)
+    assert replica.session.status()["state"] == "ready"
 
 
 # --- commit windows

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +31,11 @@ from hubsync.errors import (
     Fenced,
     ReplicaUnreachable,
     RunMismatch,
+    WrongParent,
 )
 from hubsync.trainer import detection
 from hubsync.trainer import engine as engine_module
+from hubsync.trainer import publisher as publisher_module
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 from tests.faults import FaultyBucket
 from tests.test_replica import ModelServer
@@ -270,13 +275,24 @@ def test_a_model_that_becomes_another_is_not_published(
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
 
 
-def test_publishing_from_several_threads_makes_one_chain(model: Tiny, address: str, tmp_path: Path) -> None:
+def test_publishing_from_several_threads_makes_one_chain(
+    model: Tiny, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect, detecting, overlaps = Snapshot.detect, threading.Lock(), []
+
+    def slowly(snapshot: Snapshot) -> detection.Detected:
+        overlaps.extend([1] if detecting.locked() else [])
+        with detecting:
+            time.sleep(0.005)
+            return detect(snapshot)
+
     def work() -> None:
-        for step in range(10):
+        for step in range(5):
             with torch.no_grad():
                 model.scale.add_(1)
             engine.publish(step)
 
+    monkeypatch.setattr(Snapshot, "detect", slowly)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -284,6 +300,7 @@ def test_publishing_from_several_threads_makes_one_chain(model: Tiny, address: s
         for thread in threads:
             thread.join()
         engine.publish().result()
+    assert not overlaps
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
 
 
@@ -351,6 +368,49 @@ def test_training_goes_on_while_an_upload_is_stuck_and_is_not_published_with_it(
         assert same_bits(follow(address, tmp_path, first.version).tensors, published)
         engine.publish(3)
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_the_training_thread_only_compares(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: dict[str, threading.Thread] = {}
+
+    def watch(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            workers[name] = threading.current_thread()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        for module, name in [
+            (detection, "find_changes"),
+            (detection, "difference"),
+            (detection, "digest_change"),
+            (publisher_module, "write_delta"),
+        ]:
+            watch(module, name)
+        train(model, optimizer)
+        engine.publish(1).result()
+    assert [name for name, thread in workers.items() if thread is threading.main_thread()] == ["find_changes"]
+    assert len(workers) == 4
+
+
+def test_a_delta_is_never_replayed_from_another_version(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        for step in range(2):
+            train(model, optimizer)
+            engine.publish(step)
+    view, reader = follow(address, tmp_path, to=0), ChainReader(LocalBucket(address), tmp_path / "cache")
+    before = {name: tensor.clone() for name, tensor in view.tensors.items()}
+    second = reader.manifest(2)
+    with pytest.raises(WrongParent, match=r"applies to version 1 .* not to version 0"):
+        view.apply(reader.patch(second), second)
+    assert same_bits(view.tensors, before)
 
 
 def test_a_publish_tells_what_it_cost(model: Tiny, optimizer: torch.optim.Optimizer, address: str) -> None:
@@ -625,6 +685,17 @@ def test_sync_brings_every_server_to_the_new_version(
             server.assert_whole()
             assert server.positions == [served.position]
     assert served.sync(3).published.changed == 0
+
+
+def test_servers_stage_a_version_before_they_are_asked_to_commit_it(
+    served: DeltaWeightTransferEngine, model: Tiny, optimizer: torch.optim.Optimizer, servers: dict[str, ModelServer]
+) -> None:
+    served.sync(0)  # from here on the servers are known
+    old = served.position
+    train(model, optimizer)
+    published = served.publish(1).result()
+    assert [server.staged for server in servers.values()] == [published.position] * 2
+    assert [server.positions for server in servers.values()] == [[old]] * 2
 
 
 def test_a_server_that_fails_keeps_no_other_from_the_version_and_catches_up(

@@ -4,13 +4,15 @@
 * a manifest is the immutable commit record of one delta or anchor; the version exists when its manifest does.
 * `head.json` is the one mutable file, and only a hint: readers keep a high-water mark.
 
-Every field is checked for type and range before use. No path is ever read from a document: object names
-are derived from (epoch, version, rank, hash) by `hubsync.chain.Layout`. Unknown *fields* are ignored, so
-that fields can be added; an unknown `format` is refused.
+Each is stored with a checksum of itself, because nothing below checks what is downloaded, and a flipped digit in a
+digest would look like another branch of the run. Every field is checked for type and range before use. No path is ever
+read from a document: object names are derived from (epoch, version, rank, hash) by `hubsync.chain.Layout`. Unknown
+*fields* are ignored, so that fields can be added; an unknown `format` is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -134,7 +136,7 @@ class Manifest:
         return asdict(self)
 
     def dumps(self) -> bytes:
-        return json.dumps(self.to_json(), indent=1).encode()
+        return seal(self.to_json())
 
     @classmethod
     def from_json(cls, doc: object) -> Manifest:
@@ -170,7 +172,7 @@ class Manifest:
 
     @classmethod
     def loads(cls, data: bytes) -> Manifest:
-        return cls.from_json(parse(data, "manifest"))
+        return cls.from_json(unseal(data, "manifest"))
 
 
 @dataclass(frozen=True)
@@ -213,12 +215,12 @@ class Run:
             "table_hash": self.table.hash,
             "table": self.table.to_json(),
         }
-        return json.dumps(doc).encode()
+        return seal(doc)
 
     @classmethod
     def loads(cls, data: bytes) -> Run:
         what = "run.json"
-        doc = _versioned(parse(data, what), what)
+        doc = unseal(data, what)
         table = TensorTable.from_json(doc.get("table"))
         if doc.get("table_hash") != table.hash:
             raise FormatError(f"{what}: the tensor table does not have the hash that it states")
@@ -246,24 +248,39 @@ class Head:
     format: str = FORMAT
 
     def dumps(self) -> bytes:
-        return json.dumps({"format": self.format, "serve": self.serve, "manifest": self.manifest.to_json()}).encode()
+        return seal({"format": self.format, "serve": self.serve, "manifest": self.manifest.to_json()})
 
     @classmethod
     def loads(cls, data: bytes) -> Head:
         what = "head.json"
-        doc = _versioned(parse(data, what), what)
+        doc = unseal(data, what)
         return cls(Manifest.from_json(doc.get("manifest")), _integer(doc, "serve", 0, MAX_VERSION, what))
 
 
 # --- checks -----------------------------------------------------------------------------------------
 
 
-def parse(data: bytes, what: str) -> object:
-    """JSON of at most a sane depth and size; FormatError otherwise."""
+def seal(doc: Mapping[str, Any]) -> bytes:
+    """A document as it is stored: JSON, with a checksum over everything else in it."""
+    return json.dumps({**doc, "checksum": _checksum(doc)}, indent=1).encode()
+
+
+def unseal(data: bytes, what: str) -> dict[str, Any]:
+    """Parse what `seal` wrote; FormatError if it is something else, of an unknown format, or damaged."""
     try:
-        return json.loads(data)
+        doc = _versioned(json.loads(data), what)
+        stated = doc.pop("checksum", None)
+        found = _checksum(doc)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what}: not valid JSON ({error})") from None
+    if stated != found:
+        raise FormatError(f"{what}: damaged, its content does not have the checksum that it states")
+    return doc
+
+
+def _checksum(doc: Mapping[str, Any]) -> str:
+    canonical = json.dumps(doc, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _versioned(doc: object, what: str) -> dict[str, Any]:

@@ -276,6 +276,9 @@ def test_the_high_water_mark_is_never_undercut(bucket: FaultyBucket, reader: Cha
     for unusable in (b"{", Head(dataclasses.replace(second, run_id=digest("another run")), 2).dumps()):
         bucket.commit(Layout.HEAD, unusable)
         assert reader.newest() == second.position
+    bucket.delete([Layout.delta(writer.epoch, 2)])
+    bucket.commit(Layout.HEAD, Head(first, 1).dumps())
+    assert reader.newest() == second.position
 
 
 def test_a_head_behind_the_mark_is_a_reason_to_look_for_a_newer_epoch(

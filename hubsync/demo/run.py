@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ LEARNING_RATE = 4e-6
 COMPLETIONS_PER_STEP = 64
 COMPLETIONS_PER_PROMPT = 8
 PROMPTS_TO_COMPARE = 8
+PHASES = ("detect", "encode", "upload", "stage", "commit", "pause")
 
 
 class Demo:
@@ -158,7 +159,7 @@ class Demo:
         tenth = max(1, len(rows) // 10)
         rewards = [row["reward"] for row in rows]
         table = self._reader().run().table
-        result = {
+        result: dict[str, Any] = {
             "steps": rows,
             "reward_first": fmean(rewards[:tenth]),
             "reward_last": fmean(rewards[-tenth:]),
@@ -171,12 +172,15 @@ class Demo:
             "payload_bytes": payload,
             "dense_bytes": len(deltas) * table.nbytes,
             "bits_per_change": 8 * payload / changed,
+            "median_s": {phase: _median(rows, f"weight_sync/{phase}_s") for phase in PHASES},
         }
         self._say(
             f"[bold]reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}[/] in {len(rows)} steps; "
             f"{result['changed_fraction']:.2%} of the weights changed per step, and {payload:,} bytes were uploaded "
             f"for them in place of {result['dense_bytes']:,} ({result['bits_per_change']:.2f} bits a changed element)"
         )
+        times = ", ".join(f"{phase} {1e3 * seconds:.1f} ms" for phase, seconds in result["median_s"].items())
+        self._say(f"median of a sync: {times}")
         self._say(f"{callback.digest_matches} of {callback.commits} commits were confirmed by a digest of live weights")
         same = "[green]exactly the same[/]" if equal else "[red]DIFFERENT[/]"
         self._say(f"a fresh server of the final anchor gives {same} tokens and log-probabilities")
@@ -184,3 +188,8 @@ class Demo:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _median(rows: list[dict[str, float]], metric: str) -> float:
+    """Over the rows of steps that were preceded by a sync with changes: all but the first."""
+    return median(row[metric] for row in rows[1:] if metric in row) if len(rows) > 1 else 0.0

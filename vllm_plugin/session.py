@@ -347,7 +347,8 @@ class Session:
 
     def _fail(self, what: str, error: Exception) -> None:
         self._error = error if isinstance(error, HubsyncError) else ReplicaRefused(f"{type(error).__name__}: {error}")
-        logger.error("hubsync: %s: %s", what, error, exc_info=not isinstance(error, HubsyncError))
+        expected = isinstance(error, HubsyncError) and self.state != "poisoned"
+        logger.log(logging.WARNING if expected else logging.ERROR, "hubsync: %s: %s", what, error, exc_info=not expected)
 
 
 def describe(error: Exception) -> dict[str, str]:

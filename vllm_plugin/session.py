@@ -347,8 +347,9 @@ class Session:
 
     def _fail(self, what: str, error: Exception) -> None:
         self._error = error if isinstance(error, HubsyncError) else ReplicaRefused(f"{type(error).__name__}: {error}")
-        expected = isinstance(error, HubsyncError) and self.state != "poisoned"
-        logger.log(logging.WARNING if expected else logging.ERROR, "hubsync: %s: %s", what, error, exc_info=not expected)
+        unexpected = not isinstance(error, HubsyncError)
+        level = logging.ERROR if unexpected or self.state == "poisoned" else logging.WARNING
+        logger.log(level, "hubsync: %s: %s", what, error, exc_info=unexpected)
 
 
 def describe(error: Exception) -> dict[str, str]:

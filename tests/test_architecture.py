@@ -93,3 +93,17 @@ def test_what_is_light_stays_light(statement: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_trainer_side_works_where_vllm_is_not_installed() -> None:
+    """TRL looks for vllm with `find_spec`; an environment without it is one in which nobody finds it."""
+    code = """
+import importlib.util, sys
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith("vllm") else find_spec(name, *rest)
+sys.modules["vllm"] = None
+from hubsync.integrations.trl import HubSyncCallback
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

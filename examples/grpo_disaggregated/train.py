@@ -12,19 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-# /// script
-# dependencies = [
-#     "hubsync[trl]",
-#     "math-verify",
-#     "trackio",
-# ]
-# ///
-
 """
 GRPO with the trainer and the inference server on different hosts, which share nothing but a Hugging Face bucket.
 
-pip install 'hubsync[trl]' math-verify trackio       # on the training host
-pip install 'hubsync[vllm]'                          # on the inference host
+In a clone of hubsync (the PyPI package of that name is another project):
+
+pip install '.[trl]' math-verify trackio       # on the training host
+pip install '.[vllm]'                          # on the inference host
 
 On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
 

@@ -78,9 +78,11 @@ class HubBucket(Bucket):
         endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
         self._api = HfApi(endpoint=endpoint, token=token, library_name="hubsync", library_version=__version__)
         if create:
-            self._patiently("create it", lambda: self._api.create_bucket(self._at.bucket, private=True, exist_ok=True))
+            self._patiently(
+                "create the run", lambda: self._api.create_bucket(self._at.bucket, private=True, exist_ok=True)
+            )
         else:
-            self._patiently("open it", lambda: self._api.bucket_info(self._at.bucket))
+            self._patiently("open the run", lambda: self._api.bucket_info(self._at.bucket))
 
     def put(self, uploads: Sequence[Upload]) -> None:
         if not uploads:

@@ -93,8 +93,8 @@ def _by_text(error: RuntimeError, failed: str) -> BucketError:
 
 def _missing(failed: str, address: HubAddress) -> BucketMissing:
     return BucketMissing(
-        f"{failed}: it does not exist, or the token cannot see it. Check the address, run `hf auth login` if it is "
-        f"private, or create it with `hf buckets create {address.bucket} --private`"
+        f"{failed}: the bucket does not exist, or the token cannot see it. Check the address, run `hf auth login` if "
+        f"it is private, or create it with `hf buckets create {address.bucket} --private`"
     )
 
 

@@ -31,8 +31,16 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default {STEPS})")
     parser.add_argument("--quick", action="store_true", help=f"only {QUICK_STEPS} steps: too few to see it learn")
-    parser.add_argument("--bucket", metavar="ADDRESS", help="hf://buckets/NAMESPACE/NAME/RUN or a directory to use")
-    parser.add_argument("--server", metavar="URL", help="a running vLLM server of WORKDIR/base to use")
+    parser.add_argument(
+        "--bucket",
+        metavar="ADDRESS",
+        help="hf://buckets/NAMESPACE/NAME/RUN, or a directory, to use in place of a local Hub",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="a running vLLM server of WORKDIR/base to use; the first call makes that model and prints how to serve it",
+    )
     parser.add_argument(
         "--workdir", type=Path, help="where everything goes, and stays (default: a temporary directory)"
     )
@@ -47,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--steps must be at least 1, not {steps}")
     if args.server and not args.bucket:
         raise ConfigError("--server needs --bucket: the address that the server was started with (HUBSYNC_BUCKET)")
+    if args.server and not args.workdir:
+        raise ConfigError(
+            "--server needs --workdir: the directory that keeps the starting policy, which the server serves"
+        )
     with ExitStack() as stack:
         workdir = args.workdir or Path(stack.enter_context(TemporaryDirectory(prefix="hubsync-demo-")))
         workdir.mkdir(parents=True, exist_ok=True)
@@ -64,5 +76,7 @@ def _demo() -> type[Demo]:
     try:
         from hubsync.demo.run import Demo
     except ImportError as error:
-        raise ConfigError(f"the demo needs TRL and vLLM ({error}): pip install 'hubsync[trl,vllm]'") from None
+        raise ConfigError(
+            f"the demo needs TRL and vLLM ({error}): install hubsync with them, from a clone: pip install '.[trl,vllm]'"
+        ) from None
     return Demo

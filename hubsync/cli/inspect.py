@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.bucket import open_bucket
-from hubsync.chain import ChainReader
+from hubsync.chain import ChainReader, Plan
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
-from hubsync.errors import ConfigError
+from hubsync.errors import ConfigError, NoPath
 from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest
 from hubsync.parts import open_anchor, write_anchor
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     ls.add_argument("--limit", type=int, metavar="N", help="only the newest N")
 
     show = _command(subparsers, "show", show_version, "print the manifest of a version")
-    show.add_argument("version", type=_version)
+    show.add_argument("version", type=_version, metavar="N", help="number of the version, as `hubsync ls` lists it")
 
     verify = _command(subparsers, "verify", verify_run, "download a run, replay it, and check every hash and digest")
     _add_base(verify)
@@ -49,13 +49,13 @@ def list_versions(args: argparse.Namespace) -> int:
         run, manifests = reader.run(), reader.manifests()
     if args.limit is not None:
         manifests = manifests[max(0, len(manifests) - args.limit) :]
-    base = "in the bucket (anchor of version 0)" if run.base.model is None else run.base.model
+    base = "an anchor in the bucket" if run.base.model is None else run.base.model
     if run.base.revision is not None:
         base += f"@{run.base.revision[:12]}"
     console = Console(markup=False, emoji=False, highlight=False)  # a name is text, whatever it looks like
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: leave the lines whole
-    console.print(f"run {run.run_id}: {len(run.table)} tensors, {_size(run.table.nbytes)} dense, version 0 {base}")
+    console.print(f"run {run.run_id}: {len(run.table)} tensors, {_size(run.table.nbytes)} dense, version 0 is {base}")
     table = Table(box=None, pad_edge=False)
     for heading in ("version", "kind", "parent", "changed", "of all", "size", "bits/change", "step"):
         table.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
@@ -105,7 +105,7 @@ def pull_version(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         reader = _reader(args, stack)
         base = _base(args, reader)
-        plan = reader.plan(None, args.version, base_available=base is not None)
+        plan = _plan(reader, args.version, base)
         view = replay(reader, plan, base)
         _write_checkpoint(args.out, view, _side_files(reader, args.base))
     print(f"wrote {view.position} to {args.out}")
@@ -128,15 +128,26 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 
 
 def _version(text: str) -> int:
-    version = int(text)
+    version = int(text) if text.isdecimal() else -1
     if not 0 <= version <= MAX_VERSION:
-        raise argparse.ArgumentTypeError(f"a version is a number from 0 to {MAX_VERSION}, not {version}")
+        raise argparse.ArgumentTypeError(f"a version is a number from 0 to {MAX_VERSION}, not {text}")
     return version
 
 
 def _reader(args: argparse.Namespace, stack: ExitStack) -> ChainReader:
     cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="hubsync-"))
     return ChainReader(open_bucket(args.address, token=args.token), cache)
+
+
+def _plan(reader: ChainReader, version: int | None, base: Mapping[str, torch.Tensor] | None) -> Plan:
+    try:
+        return reader.plan(None, version, base_available=base is not None)
+    except NoPath:
+        if base is None and reader.plan(None, version, base_available=True).base:
+            raise NoPath(
+                f"the base checkpoint is not at hand: name a local copy of {reader.run().base.model} with --base DIR"
+            ) from None
+        raise
 
 
 def _base(args: argparse.Namespace, reader: ChainReader) -> Mapping[str, torch.Tensor] | None:

@@ -131,7 +131,7 @@ class VLLMServer:
         except requests.exceptions.RequestException as error:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
         if answer.status_code in (401, 403):
-            raise ReplicaUnsuitable(f"{self.url} wants an API key: pass the one given to vllm serve --api-key")
+            raise ReplicaUnsuitable(f"{self.url} wants an API key, and hubsync sends none: start it without --api-key")
         if answer.status_code == 404 and path not in ("/health", "/version"):
             raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
         if answer.status_code in (502, 503, 504):

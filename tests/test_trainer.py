@@ -642,7 +642,9 @@ def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str,
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         reader = ChainReader(LocalBucket(address), tmp_path / "cache")
         directory = reader.fetch(engine.anchor())[0].parent
-    loaded = transformers.Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config.architectures == ["Qwen3ForCausalLM"]
     assert same_bits(view_of(loaded), view_of(model))
     with DeltaWeightTransferEngine(loaded, None, SyncConfig(bucket=str(tmp_path / "next"))) as engine:
         assert engine.run.base.model == str(directory.resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import operator
 import os
@@ -244,6 +245,19 @@ class DeltaWeightTransferEngine:
         for owner in owners:
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(directory)
+        self._describe_view(directory / "config.json")
+
+    def _describe_view(self, path: Path) -> None:
+        """A config tells of the model in training; let it tell of the view: its dtype, and the class that loads it."""
+        if not path.exists():
+            return
+        config = json.loads(path.read_text())
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for part in parts:
+            part.update({key: self.config.view_dtype for key in ("dtype", "torch_dtype") if key in part})
+        config["dtype"] = self.config.view_dtype
+        config["architectures"] = config.get("architectures") or [type(self._model).__name__]
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _count_step(self, *_: Any) -> None:
         self.steps += 1

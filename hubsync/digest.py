@@ -149,20 +149,16 @@ def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
     return (z >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
-# The two loops stay this plain so that LLVM turns them into vector code.
+# The two loops stay this plain so that LLVM inlines the mix and turns them into vector code.
 
 
 @njit(nogil=True, cache=True)
 def _sum_range(key: np.uint64, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
-        z = key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i])
-        z = (z ^ (z >> _30)) * _M1
-        z = (z ^ (z >> _27)) * _M2
-        z ^= z >> _31
-        a += z
-        z *= _M3
-        b += z ^ (z >> _33)
+        mixed_a, mixed_b = _mix(key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i]))
+        a += mixed_a
+        b += mixed_b
     return a, b
 
 
@@ -170,11 +166,17 @@ def _sum_range(key: np.uint64, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
 def _sum_at(seed: np.uint64, indices: np.ndarray, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
-        z = seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i])
-        z = (z ^ (z >> _30)) * _M1
-        z = (z ^ (z >> _27)) * _M2
-        z ^= z >> _31
-        a += z
-        z *= _M3
-        b += z ^ (z >> _33)
+        mixed_a, mixed_b = _mix(seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i]))
+        a += mixed_a
+        b += mixed_b
     return a, b
+
+
+@njit(nogil=True, cache=True)
+def _mix(z: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """What one element adds to the two lanes."""
+    z = (z ^ (z >> _30)) * _M1
+    z = (z ^ (z >> _27)) * _M2
+    a = z ^ (z >> _31)
+    z = a * _M3
+    return a, z ^ (z >> _33)

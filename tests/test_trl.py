@@ -14,6 +14,7 @@ from hubsync.trainer.config import SyncConfig
 from .models import save_checkpoint, save_tokenizer
 
 pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from hubsync.integrations.trl import HubSyncCallback, server_url
@@ -92,7 +93,6 @@ def test_continuous_batching_is_refused_because_it_casts_the_policy(
 
 
 def test_an_adapter_is_refused(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
-    peft = pytest.importorskip("peft")
     trainer = grpo(checkpoint, tmp_path)
     trainer.model = peft.get_peft_model(trainer.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="PEFT"):

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.integrations.trl import HubSyncCallback, server_url
 from hubsync.trainer.config import SyncConfig
 
 from .models import save_checkpoint, save_tokenizer
-
-pytest.importorskip("trl")
-peft = pytest.importorskip("peft")
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
-
-from hubsync.integrations.trl import HubSyncCallback, server_url
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 

@@ -6,7 +6,9 @@ import hashlib
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -49,12 +51,24 @@ def test_an_address_of_neither_form_is_explained(address: str) -> None:
         open_bucket(address)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_is_denied(tmp_path: Path) -> None:
-    bucket = LocalBucket(tmp_path / "run", create=True)
-    (tmp_path / "run").chmod(0o555)
+@pytest.fixture
+def read_only() -> Iterator[LocalBucket]:
+    """A bucket that this process may not write to. Root may write everywhere, so it is somebody else meanwhile."""
+    with TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        bucket = LocalBucket(Path(directory) / "run", create=True)
+        (Path(directory) / "run").chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield bucket
+        os.seteuid(user)
+        (Path(directory) / "run").chmod(0o755)
+
+
+def test_no_permission_is_denied(read_only: LocalBucket) -> None:
     with pytest.raises(BucketDenied, match="permissions"):
-        bucket.commit("head.json", b"1")
+        read_only.commit("head.json", b"1")
 
 
 def test_a_missing_source_is_an_error_and_writes_nothing(tmp_path: Path) -> None:

@@ -632,6 +632,20 @@ def test_an_anchor_that_the_local_disk_refuses_stops_nobody(model: Tiny, address
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
+def test_no_room_for_an_anchor_says_where_room_is_needed(
+    model: Tiny, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        with torch.no_grad():
+            model.scale += 1
+        engine.sync()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        with pytest.raises(ConfigError, match="TMPDIR"):
+            engine.anchor()
+        monkeypatch.undo()
+        assert engine.anchor().position == engine.position
+
+
 def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(

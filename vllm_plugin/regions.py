@@ -7,10 +7,12 @@ checkpoint indices live, and what are the region's elements, on either side, in 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import combinations, pairwise
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +37,11 @@ class Block:
     @property
     def numel(self) -> int:
         return math.prod(self.sizes)
+
+    @property
+    def source_key(self) -> tuple:
+        """Says which checkpoint elements it holds; equal for equal elements, also from another process."""
+        return self.source, self.sizes, self.source_strides
 
     @property
     def contiguous(self) -> bool:
@@ -122,7 +129,7 @@ class Block:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scatter:
     """Elements in no strided order: checkpoint index `sources[k]` (ascending) lands at live offset `targets[k]`.
 
@@ -136,6 +143,10 @@ class Scatter:
     @property
     def numel(self) -> int:
         return len(self.sources)
+
+    @property
+    def source_key(self) -> tuple:
+        return len(self.sources), hashlib.sha256(self.sources.tobytes()).hexdigest()
 
     @property
     def contiguous(self) -> bool:
@@ -172,6 +183,74 @@ class Scatter:
 
 
 Region: TypeAlias = Block | Scatter
+Side: TypeAlias = Literal["source", "target"]
+
+_PIECE = 1 << 22  # elements marked at a time
+
+
+# --- do regions share elements? ---------------------------------------------------------------------
+
+
+def overlap(regions: Sequence[Region], side: Side, length: int) -> bool:
+    """Do any two of these regions share an element of the tensor (or storage) of `length` elements?
+
+    Extents answer it for slices of rows, boxes for slices of columns and stacked experts, whatever their size; only
+    what is left is looked at element by element.
+    """
+    extents = sorted(region.source_extent if side == "source" else region.target_extent for region in regions)
+    if all(high <= low for (_, high), (low, _) in pairwise(extents)):
+        return False
+    boxes = _boxes(regions, side)
+    if boxes is not None:
+        return any(_boxes_meet(one, other) for one, other in combinations(boxes, 2))
+    seen = np.zeros(length, dtype=bool)
+    for region in regions:
+        for piece in region.pieces(_PIECE):
+            ranks = np.arange(piece.numel)
+            places = piece.indices(ranks) if side == "source" else piece.offsets(ranks)
+            if seen[places].any():
+                return True
+            seen[places] = True
+    return False
+
+
+_Box: TypeAlias = list[tuple[int, int]]  # a half-open interval for each digit of a position
+
+
+def _boxes(regions: Sequence[Region], side: Side) -> list[_Box] | None:
+    """Every block as a box: positions written in the mixed radix system of all strides. None where there is none."""
+    views = []
+    for region in regions:
+        if isinstance(region, Scatter):
+            return None
+        start, strides = region.source, region.source_strides
+        if side == "target":
+            start, strides = region.target, region.target_strides
+        views.append((start, dict(zip(strides, region.sizes, strict=True))))
+    radices = sorted({1}.union(*(dims for _, dims in views)), reverse=True)
+    if any(outer % inner for outer, inner in pairwise(radices)):
+        return None
+    boxes = [_box(start, dims, radices) for start, dims in views]
+    return None if any(box is None for box in boxes) else [box for box in boxes if box is not None]
+
+
+def _box(start: int, dims: dict[int, int], radices: Sequence[int]) -> _Box | None:
+    lows, lengths = [], [dims.get(stride, 1) for stride in radices]
+    for stride in radices:
+        digit, start = divmod(start, stride)
+        lows.append(digit)
+    for level in range(len(radices) - 1, 0, -1):
+        radix = radices[level - 1] // radices[level]
+        if lows[level] + lengths[level] <= radix:
+            continue
+        if lows[level] or lengths[level] % radix or lengths[level - 1] != 1:
+            return None  # it runs over the end of a row, and not by whole rows
+        lengths[level - 1], lengths[level] = lengths[level] // radix, radix
+    return [(low, low + length) for low, length in zip(lows, lengths, strict=True)]
+
+
+def _boxes_meet(one: _Box, other: _Box) -> bool:
+    return all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
 
 
 # --- strides ----------------------------------------------------------------------------------------

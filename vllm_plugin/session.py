@@ -4,6 +4,10 @@ Two threads meet here. The worker's *main* thread runs forward passes and answer
 heals, so a write never meets a forward pass. One *background* thread attaches, downloads, stages and verifies, one job
 after the other, and only reads weights. A verification queued by a commit therefore always ends before anything that is
 staged after it, and what is staged is always based on verified weights.
+
+With several ranks the main threads of all of them get the same requests in the same order. That is what the collectives
+in `attach`, `commit` and `undo` rest on: whether one is made depends only on requests that all ranks had (`_joined`),
+never on how far this rank's background thread is.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,12 +28,15 @@ import torch
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Plan
 from hubsync.checkpoint import Checkpoint, Patched
+from hubsync.digest import Digest
 from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch, compose
 
 from .applier import Applier
+from .live import Hints
+from .ranks import Alone, Census, Ranks, refusal
 
 logger = logging.getLogger("vllm.hubsync")
 
@@ -40,19 +48,25 @@ class Host:
     """What a session needs of the process that serves the model.
 
     Attributes:
-        model: the loaded module.
-        device: where its parameters are.
+        models: the loaded module, and a draft module whose weights are part of the same checkpoint.
+        device: where their parameters are.
         bucket: address of the run.
         cache: directory for downloads; several workers may share it.
         checkpoint: directory of the safetensors checkpoint that was loaded, if it is on this machine. Where it is the
             run's base model it can take an anchor's place.
+        ranks: the workers of this engine.
+        hints: what the server knows of its layout.
+        dense_fallback: may tensors that cannot be followed in place be loaded whole?
     """
 
-    model: torch.nn.Module
+    models: tuple[torch.nn.Module, ...]
     device: torch.device
     bucket: str
     cache: Path
     checkpoint: Path | None
+    ranks: Ranks = field(default_factory=Alone)
+    hints: Hints = field(default_factory=Hints)
+    dense_fallback: bool = False
 
 
 @dataclass
@@ -76,11 +90,12 @@ class Window:
 
 @dataclass(frozen=True)
 class _Attached:
-    """What exists once the live weights are mapped and their position is known."""
+    """What exists once the live weights are mapped."""
 
     host: Host
     reader: ChainReader
     applier: Applier
+    census: Census
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint on this machine. Whether it is the run's base is for the digest to say."""
@@ -118,14 +133,19 @@ class Session:
 
     Args:
         find_host: asked when attaching; raises a HubsyncError if this process cannot be served.
+        ranks: the workers of this engine.
 
     Methods raise HubsyncErrors. All but `status` must be called on the thread that runs the forward passes.
     """
 
-    def __init__(self, find_host: Callable[[], Host]):
+    def __init__(self, find_host: Callable[[], Host], ranks: Ranks | None = None):
         self._find_host = find_host
-        self._attached: _Attached | None = None
+        self._ranks = ranks or Alone()
+        self._mapped: _Attached | None = None  # this rank knows what it holds
+        self._joined: Digest | None = None  # all ranks know what all hold: the digest of the whole view
+        self._attached: _Attached | None = None  # and the position of that
         self._attaching = False
+        self._told = False  # all ranks have answered with the refusal that `_error` is
         self._wanted: Position | None = None  # being staged, or queued for it
         self._window: Window | None = None
         self._error: HubsyncError | None = None
@@ -138,11 +158,13 @@ class Session:
 
     @property
     def state(self) -> str:
-        """detached, attaching, refused, ready, staging, staged, applied or poisoned."""
+        """detached, attaching, mapped, refused, ready, staging, staged, applied or poisoned."""
         if self._attached is None:
             if self._attaching:
                 return "attaching"
-            return "refused" if self._error else "detached"
+            if self._error:
+                return "refused"
+            return "detached" if self._mapped is None else "mapped"
         applier = self._attached.applier
         if applier.poisoned is not None:
             return "poisoned"
@@ -168,12 +190,57 @@ class Session:
         answer["metrics"] = dict(self._metrics)
         return answer
 
+    def start(self) -> None:
+        """Start finding out what this rank holds, unless that is known or under way."""
+        if self._attached is None and not self._attaching and self._mapped is None and self._error is None:
+            self._begin(self._map)
+
     def attach(self) -> None:
-        """Start finding out where the live weights are, unless that is known or under way. A refusal is tried again."""
+        """Go on finding out where the live weights are, unless that is known. A refusal is tried again.
+
+        With several ranks a collective, until all have joined: to be called on all of them, again and again, until none
+        is attaching or mapped.
+        """
+        if self._ranks.size > 1 and self._joined is None:
+            self._try_to_join()
         if self._attached is not None or self._attaching:
             return
-        self._attaching, self._error = True, None
-        self._submit(self._attach)
+        if self._mapped is None:
+            self._begin(self._map)
+        elif self._joined is not None:
+            self._begin(self._find)
+
+    def _try_to_join(self) -> None:
+        """Once every rank has mapped its weights, or failed to, let all draw the same conclusion from that.
+
+        A refusal is told once, by all ranks; the next call finds it told, and all may try again.
+        """
+        error = None if self._attaching else self._error
+        mapped = None if self._attaching else self._mapped
+        if not all(self._ranks.gather(error is not None or mapped is not None)):
+            return
+        words = self._ranks.gather((describe(error) if error else None, mapped.census if mapped else None))
+        failed = [(rank, said) for rank, (said, _) in enumerate(words) if said is not None]
+        if failed and self._told:
+            self._told, self._mapped, self._error = False, None, None
+        elif failed:
+            rank, said = failed[0]
+            self._told = True
+            self._error = refusal(said["type"], said["message"] if error else f"rank {rank}: {said['message']}")
+            raise self._error
+        else:
+            assert mapped is not None
+            try:
+                self._joined = mapped.applier.join([census for _, census in words])
+            except HubsyncError as mismatch:
+                self._told, self._error = True, mismatch
+                raise
+
+    def layout(self) -> dict[str, Any]:
+        """Class of every tensor that this rank holds, and the parameters that are derived from others."""
+        if self._mapped is None:
+            raise ReplicaRefused(f"this worker is {self.state}: it has not mapped its model")
+        return {"tensors": self._mapped.applier.layout(), "derived": self._mapped.applier.derived}
 
     def stage(self, target: Position) -> None:
         """Start staging the way from the current position to `target`, which replaces any other target."""
@@ -208,8 +275,8 @@ class Session:
         self._window = None
 
     def commit(self, target: Position) -> int:
-        """Apply what is staged. Returns elements written. See `Applier.commit` for what it raises."""
-        applier = self._require().applier
+        """Apply what all ranks have staged. Returns elements written. See `Applier.commit` for what it raises."""
+        applier = self._require_joined()
         before, started = applier.position, time.perf_counter()
         changed = applier.commit(target)
         if applier.position != before:
@@ -221,7 +288,7 @@ class Session:
 
     def undo(self) -> None:
         """Take the last commit back."""
-        position = self._require().applier.undo()
+        position = self._require_joined().undo()
         self._submit(self._verify)
         self._mark_window(position)
 
@@ -277,26 +344,53 @@ class Session:
             with self._working:
                 job()
 
-    def _attach(self) -> None:
+    def _begin(self, job: Callable[[], None]) -> None:
+        self._attaching, self._error = True, None
+        self._submit(job)
+
+    def _map(self) -> None:
+        """Find out what this rank holds. Where it is the only one, that is all there is to know."""
         started = time.perf_counter()
         try:
             host = self._find_host()
             reader = ChainReader(open_bucket(host.bucket), host.cache)
             run = reader.run()
-            attached = _Attached(host, reader, Applier(host.model, run.table, host.device))
+            masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
+            applier = Applier(host.models, run.table, host.device, ranks=self._ranks, hints=host.hints, masters=masters)
             self._metrics["map_s"] = time.perf_counter() - started
-            digest = attached.applier.live_digest().hex
-            position = reader.find(digest)
-            if position is None:
-                raise RunMismatch(_explain_mismatch(attached, digest))
-            attached.applier.adopt(position)
+            self._mapped = _Attached(host, reader, applier, applier.census())
             self._metrics["attach_s"] = time.perf_counter() - started
-            self._attached = attached
-            logger.info("hubsync: attached to run %s at %s", run.run_id, position)
+            logger.info("hubsync: mapped the model: %s", _summary(applier))
+            if self._ranks.size == 1:
+                self._joined = applier.join([self._mapped.census])
+                self._locate()
         except Exception as error:
             self._fail("could not attach", error)
         finally:
             self._attaching = False
+
+    def _find(self) -> None:
+        try:
+            self._locate()
+        except Exception as error:
+            self._fail("could not attach", error)
+        finally:
+            self._attaching = False
+
+    def _locate(self) -> None:
+        """Find the version of the run that the live weights of all ranks are."""
+        attached, digest = self._mapped, self._joined
+        assert attached is not None
+        assert digest is not None
+        position = attached.reader.find(digest.hex)
+        if position is None:
+            mismatch = RunMismatch(_explain_mismatch(attached, digest.hex))
+            if self._ranks.size == 1:
+                self._mapped = self._joined = None  # another try looks again
+            raise mismatch
+        attached.applier.adopt(position)
+        self._attached = attached
+        logger.info("hubsync: attached to run %s at %s", attached.reader.run().run_id, position)
 
     def _stage(self) -> None:
         attached, target = self._attached, self._wanted
@@ -341,6 +435,12 @@ class Session:
             raise ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is ready")
         return self._attached
 
+    def _require_joined(self) -> Applier:
+        """The applier, for a collective. All ranks come to the same answer here, or one would wait for the others."""
+        if self._joined is None or self._mapped is None:
+            raise ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is ready")
+        return self._mapped.applier
+
     def _mark_window(self, position: Position) -> None:
         if self._window is not None:
             self._window.committed = self._window.position == position
@@ -361,6 +461,12 @@ def describe(error: Exception) -> dict[str, str]:
 
 def _position_json(position: Position | None) -> dict[str, Any]:
     return {} if position is None else {"version": position.version, "digest": position.digest}
+
+
+def _summary(applier: Applier) -> str:
+    """How many tensors of each class, for the log."""
+    classes = Counter(str(row["class"]) for row in applier.layout().values())
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(classes.items()))
 
 
 def _explain_mismatch(attached: _Attached, digest: str) -> str:

@@ -125,6 +125,7 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
     _refuse_unsupported(config)
     settings = _settings(config)
     models = _models(worker)
+    _refuse_packed(models)
     return Host(
         models=models,
         device=worker.device,
@@ -221,6 +222,16 @@ def _refuse_unsupported(config: Any) -> None:
         )
     if config.lora_config is not None:
         raise ReplicaRefused("this server runs with LoRA, which wraps the layers; start it without --enable-lora")
+
+
+def _refuse_packed(models: Iterable[torch.nn.Module]) -> None:
+    """Latent attention for AMX keeps nothing but packed copies of `kv_b_proj`, which no setting of ours prevents."""
+    for module in (module for model in models for module in model.modules()):
+        if getattr(module, "is_amx_bmm_enabled", False):
+            raise ReplicaRefused(
+                "this server packs the weights of latent attention (MLA) for AMX; start it with "
+                "--attention-backend CPU_MLA"
+            )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from .dryrun import DryRun
 from .live import Address, Hints, LiveStorage, class_of, find_addresses, find_relayout, find_storages, first_moved
 from .regions import Region, overlap
 
-_ATTEMPTS = 16  # tensors that may stop a loader before the whole model is refused
+_ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refused
 
 
 @dataclass

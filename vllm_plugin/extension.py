@@ -78,12 +78,21 @@ class DeltaWorkerExtension:
 
     @_answers
     def hubsync_attach(self) -> dict[str, Any]:
-        """Go on attaching: read the run, map the model, find the position of the live weights. Idempotent.
+        """Start attaching: read the run, map the model, find the position of the live weights. Idempotent.
 
-        To be called until no worker is `attaching` or `mapped`: with several workers one of these calls, once all of
-        them have mapped their parts, is where they meet.
+        The only worker of a server goes all the way to `ready`; one of several stops at `mapped`.
         """
         _session(self).attach()
+        return _done(self)
+
+    @_answers
+    def hubsync_join(self) -> dict[str, Any]:
+        """With all workers `mapped`: find out together what the whole is, and go on to `ready`.
+
+        A collective, so no worker may be in a forward pass that waits for another engine: where experts are spread over
+        data parallel engines, pause the server for this call.
+        """
+        _session(self).join()
         return _done(self)
 
     @_answers

@@ -6,7 +6,7 @@ after the other, and only reads weights. A verification queued by a commit there
 staged after it, and what is staged is always based on verified weights.
 
 With several ranks the main threads of all of them get the same requests in the same order. That is what the collectives
-in `attach`, `commit` and `undo` rest on: whether one is made depends only on requests that all ranks had (`_joined`),
+in `join`, `commit` and `undo` rest on: whether one is made depends only on requests that all ranks had (`_joined`),
 never on how far this rank's background thread is.
 """
 
@@ -145,7 +145,6 @@ class Session:
         self._joined: Digest | None = None  # all ranks know what all hold: the digest of the whole view
         self._attached: _Attached | None = None  # and the position of that
         self._attaching = False
-        self._told = False  # all ranks have answered with the refusal that `_error` is
         self._wanted: Position | None = None  # being staged, or queued for it
         self._window: Window | None = None
         self._error: HubsyncError | None = None
@@ -191,50 +190,45 @@ class Session:
         return answer
 
     def start(self) -> None:
-        """Start finding out what this rank holds, unless that is known or under way."""
-        if self._attached is None and not self._attaching and self._mapped is None and self._error is None:
+        """Start finding out what this rank holds, if nobody has asked for that yet."""
+        if self.state == "detached":
             self._begin(self._map)
 
     def attach(self) -> None:
-        """Go on finding out where the live weights are, unless that is known. A refusal is tried again.
+        """Start finding out where the live weights are, unless that is known or under way. A refusal is tried again.
 
-        With several ranks a collective, until all have joined: to be called on all of them, again and again, until none
-        is attaching or mapped.
+        A rank of several stops at `mapped`; `join` goes on.
         """
-        if self._ranks.size > 1 and self._joined is None:
-            self._try_to_join()
-        if self._attached is not None or self._attaching:
+        if self.state not in ("detached", "refused"):
             return
-        if self._mapped is None:
-            self._begin(self._map)
-        elif self._joined is not None:
-            self._begin(self._find)
+        if self._joined is None:
+            self._mapped = None
+        self._begin(self._map if self._joined is None else self._find)
 
-    def _try_to_join(self) -> None:
-        """Once every rank has mapped its weights, or failed to, let all draw the same conclusion from that.
+    def join(self) -> None:
+        """Let all ranks, which have mapped what they hold, find out together where the whole is. A collective.
 
-        A refusal is told once, by all ranks; the next call finds it told, and all may try again.
+        ReplicaRefused, on all ranks, if one has not mapped its part, or if the parts are no whole.
         """
+        if self._joined is not None:
+            return
         error = None if self._attaching else self._error
         mapped = None if self._attaching else self._mapped
-        if not all(self._ranks.gather(error is not None or mapped is not None)):
-            return
+        if mapped is None and error is None:
+            error = ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is mapped")
         words = self._ranks.gather((describe(error) if error else None, mapped.census if mapped else None))
-        failed = [(rank, said) for rank, (said, _) in enumerate(words) if said is not None]
-        if failed and self._told:
-            self._told, self._mapped, self._error = False, None, None
-        elif failed:
-            rank, said = failed[0]
-            self._told = True
-            self._error = refusal(said["type"], said["message"] if error else f"rank {rank}: {said['message']}")
-            raise self._error
-        else:
-            assert mapped is not None
-            try:
-                self._joined = mapped.applier.join([census for _, census in words])
-            except HubsyncError as mismatch:
-                self._told, self._error = True, mismatch
-                raise
+        for rank, (said, _) in enumerate(words):
+            if said is not None:
+                raise refusal(
+                    said["type"], said["message"] if self._ranks.size == 1 else f"rank {rank}: {said['message']}"
+                )
+        assert mapped is not None
+        try:
+            self._joined = mapped.applier.join([census for _, census in words])
+        except HubsyncError as mismatch:
+            self._error = mismatch
+            raise
+        self._begin(self._find)
 
     def layout(self) -> dict[str, Any]:
         """Class of every tensor that this rank holds, and the parameters that are derived from others."""

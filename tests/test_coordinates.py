@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hubsync.errors import ReplicaRefused
+from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.table import TensorSpec, TensorTable
 from vllm_plugin.applier import Applier
 from vllm_plugin.coordinates import CoordinateMap, build_map
-from vllm_plugin.regions import Block, Scatter, block
+from vllm_plugin.live import Derived, Hints
+from vllm_plugin.regions import Block, Scatter, block, overlap
+
+from .toy import assert_same, memory, nudged, patch_between, position_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -57,7 +60,7 @@ def read_back(coordinates: CoordinateMap, index: int) -> torch.Tensor:
     for region in coordinates.regions[index]:
         for piece in region.pieces(7):
             ranks = np.arange(piece.numel)
-            flat[torch.from_numpy(piece.indices(ranks))] = piece.gather_live(coordinates.storages[piece.storage].bits)
+            flat[torch.from_numpy(piece.indices(ranks))] = coordinates.storages[piece.storage].gather(piece)
     return flat
 
 
@@ -307,6 +310,214 @@ def test_a_parameter_that_moved_is_noticed() -> None:
     assert coordinates.moved() is None
     model.w = nn.Parameter(model.w.clone(), requires_grad=False)
     assert coordinates.moved() == "w"
+
+
+# --- what happened after loading
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """A kernel's layout: within each expert, 2 x 2 tiles, of 16-bit elements."""
+    experts, rows, columns = tensor.shape
+    tiles = tensor.reshape(experts, rows // 2, 2, columns // 2, 2)
+    return tiles.permute(0, 3, 1, 4, 2).contiguous().reshape(tensor.shape)
+
+
+def experts_model() -> tuple[Model, TensorTable]:
+    loaders = {
+        f"experts.{number}": lambda model, tensor, number=number: model.w.data[number].copy_(tensor)
+        for number in range(3)
+    }
+    return Model(loaders, w=(3, 4, 6)), table_of(*((f"experts.{number}", (4, 6)) for number in range(3)))
+
+
+def test_a_permutation_after_loading_is_followed() -> None:
+    model, table = experts_model()
+    coordinates = build_map([model], table, Hints(relayouts={"w": packed}))
+    weights = checkpoint(table)
+    model.load_weights(weights.items())
+    model.w.data.copy_(packed(model.w.data))
+    for index, spec in enumerate(table):
+        assert torch.equal(read_back(coordinates, index), weights[spec.name].reshape(-1).view(torch.int16))
+    assert {row["class"] for row in coordinates.layout().values()} == {"relayout"}
+
+
+@pytest.mark.parametrize("transform", [lambda t: t + 1, lambda t: t.flip(0), lambda t: t[:, :1].expand_as(t)])
+def test_a_transform_that_does_more_than_permute_an_expert_is_refused(
+    transform: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model, table = experts_model()
+    with pytest.raises(ReplicaRefused, match=r"^w: its elements are mixed or changed after loading"):
+        build_map([model], table, Hints(relayouts={"w": transform}))
+
+
+def test_padding_that_was_added_after_loading() -> None:
+    model = Model({"w": rows("w", 0, 3)}, w=(4, 6))
+    table = table_of(("w", (3, 6)))
+    model.w.data[3:] = 0
+    attach(model, table)
+    model.w.data[3, 5] = 1
+    with pytest.raises(ReplicaRefused, match=r"^w: the tensors of the run feed only 18 of 24 elements"):
+        attach(model, table)
+
+
+def test_derived_parameters_are_computed_again_unless_they_are_views() -> None:
+    model = Model({"w": rows("w", 0, 4)}, w=(4, 6), copy=(6, 4))
+    model.view = nn.Parameter(model.w.data[1:3], requires_grad=False)
+    table = table_of(("w", (4, 6)))
+    with pytest.raises(ReplicaRefused, match=r"^copy: the tensors of the run feed no element"):
+        build_map([model], table)
+
+    def refresh() -> None:
+        model.copy.data.copy_(model.w.data.t())
+
+    derived = Derived(("w",), refresh)
+    applier = Applier(
+        model, table, torch.device("cpu"), hints=Hints(derived={"copy": derived, "view": Derived(("w",), refresh)})
+    )
+    assert applier.derived == ["copy"]
+    before, after = checkpoint(table), {"w": torch.ones(4, 6, dtype=torch.bfloat16)}
+    model.load_weights(before.items())
+    refresh()
+    start, target = position_of(0, before, table), position_of(1, after, table)
+    assert applier.join([applier.census()]).hex == start.digest
+    applier.adopt(start)
+    applier.stage_patch(patch_between(before, after, table), target)
+    applier.commit(target)
+    assert torch.equal(model.copy, after["w"].t())
+    applier.undo()
+    assert torch.equal(model.copy.view(torch.int16), before["w"].t().view(torch.int16))
+
+
+# --- tensors that are loaded whole
+
+
+def test_tensors_that_cannot_be_followed_are_loaded_whole_where_that_is_allowed() -> None:
+    """A loader that computes: its tensor's values are kept aside, and go through it at every commit."""
+
+    def decay(model: Model, tensor: torch.Tensor) -> None:
+        model.decay.data.copy_(-torch.exp(tensor))
+
+    model = Model({"decay": decay, "w": rows("w", 0, 4)}, decay=(5,), w=(4, 6))
+    table = table_of(("decay", (5,)), ("w", (4, 6)))
+    generator = torch.Generator().manual_seed(0)
+    before = {spec.name: torch.randn(spec.shape, generator=generator).bfloat16() for spec in table}
+    after = {name: tensor * 2 for name, tensor in before.items()}
+    model.load_weights(before.items())
+    with pytest.raises(ReplicaRefused, match=r"^decay: the loader computes with it \(aten.exp"):
+        Applier(model, table, torch.device("cpu"))
+    applier = Applier(model, table, torch.device("cpu"), masters=before)
+    assert {name: row["class"] for name, row in applier.layout().items()} == {"decay": "dense", "w": "affine"}
+    start, target = position_of(0, before, table), position_of(1, after, table)
+    assert applier.join([applier.census()]).hex == start.digest
+    applier.adopt(start)
+    untouched = memory(model)
+    applier.stage_patch(patch_between(before, after, table), target)
+    assert_same(memory(model), untouched)
+    applier.commit(target)
+    assert torch.equal(model.decay, -torch.exp(after["decay"]))
+    assert torch.equal(model.w, after["w"])
+    assert applier.verify()
+    applier.undo()
+    assert_same(memory(model), untouched)
+    assert applier.verify()
+    model.decay.data[0] = 0
+    with pytest.raises(ReplicaPoisoned):
+        applier.verify()
+    applier.heal(after, target)
+    assert torch.equal(model.decay, -torch.exp(after["decay"]))
+
+
+def test_every_refused_tensor_has_its_own_reason() -> None:
+    loaders = {
+        "a": lambda model, tensor: model.a.data.copy_(tensor + 1),
+        "b": lambda model, tensor: model.b.data.copy_(tensor),
+        "c": lambda model, tensor: model.c.data.fill_(tensor.max().item()),
+    }
+    model = Model(loaders, a=(4,), b=(4,), c=(4,))
+    coordinates = build_map([model], table_of(("a", (4,)), ("b", (4,)), ("c", (4,))))
+    layout = coordinates.layout()
+    assert [layout[name]["class"] for name in "abc"] == ["refused", "affine", "refused"]
+    assert "computes with it" in str(layout["a"]["reason"])
+    assert "aten._local_scalar_dense" in str(layout["c"]["reason"]) or "aten.max" in str(layout["c"]["reason"])
+
+
+# --- a draft model of the same checkpoint
+
+
+class Draft(Model):
+    """Takes the layer that the served model ignores; shares its embedding, or has one of its own."""
+
+
+def drafted(shared: bool) -> tuple[Model, Draft, TensorTable]:
+    model = Model({"embed": rows("embed", 0, 6), "w": rows("w", 0, 4)}, embed=(6, 4), w=(4, 6))
+    draft = Draft({"embed": rows("embed", 0, 6), "mtp": rows("mtp", 0, 2)}, embed=(6, 4), mtp=(2, 4))
+    if shared:
+        draft.embed = model.embed
+    return model, draft, table_of(("embed", (6, 4)), ("w", (4, 6)), ("mtp", (2, 4)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_draft_model_follows_with_its_target(shared: bool) -> None:
+    model, draft, table = drafted(shared)
+    weights = checkpoint(table)
+    after = nudged(weights, 5)
+    for module in (model, draft):
+        module.load_weights(weights.items())
+    applier = Applier([model, draft], table, torch.device("cpu"))
+    start, target = position_of(0, weights, table), position_of(1, after, table)
+    assert applier.join([applier.census()]).hex == start.digest
+    applier.adopt(start)
+    applier.stage_patch(patch_between(weights, after, table), target)
+    applier.commit(target)
+    assert applier.verify()
+    for module, names in ((model, ("embed", "w")), (draft, ("embed", "mtp"))):
+        for name in names:
+            assert torch.equal(getattr(module, name).view(torch.int16), after[name].view(torch.int16)), name
+
+
+def test_without_its_draft_model_a_run_with_draft_layers_is_refused() -> None:
+    model, _, table = drafted(shared=True)
+    with pytest.raises(ReplicaRefused, match=r"^mtp: the model's load_weights ignores it"):
+        attach(model, table)
+
+
+def test_a_draft_copy_that_differs_is_refused() -> None:
+    model, draft, table = drafted(shared=False)
+    draft.embed.data[0] = 0
+    applier = Applier([model, draft], table, torch.device("cpu"))
+    with pytest.raises(ReplicaRefused, match=r"^embed: rank 0 holds two copies of it that differ"):
+        applier.join([applier.census()])
+
+
+# --- do regions share elements?
+
+
+@given(st.data())
+def test_overlap_agrees_with_marking_every_element(data: st.DataObject) -> None:
+    """Boxes of one tensor of up to 4 dimensions: row and column slices, stacked experts, and whatever else."""
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    whole = torch.arange(int(np.prod(shape))).reshape(shape)
+    regions, seen = [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        cut = []
+        for size in shape:
+            first = data.draw(st.integers(0, size - 1))
+            cut.append(slice(first, data.draw(st.integers(first + 1, size))))
+        part = whole[tuple(cut)]
+        region = block(0, part.shape, part.storage_offset(), part.stride(), part.storage_offset(), part.stride())
+        assert region is not None
+        regions.append(region)
+        seen += part.reshape(-1).tolist()
+    assert overlap(regions, "source", whole.numel()) == (len(set(seen)) < len(seen))
+    assert overlap(regions, "target", whole.numel()) == (len(set(seen)) < len(seen))
+
+
+def test_large_column_slices_are_compared_without_looking_at_their_elements() -> None:
+    rows, columns = 1 << 20, 1 << 20  # 2^40 elements
+    halves = [block(0, (rows, columns // 2), first, (columns, 1), first, (columns, 1)) for first in (0, columns // 2)]
+    assert None not in halves
+    assert not overlap(halves, "source", rows * columns)  # type: ignore[arg-type]
+    assert overlap([*halves, halves[0]], "source", rows * columns)  # type: ignore[list-item]
 
 
 # --- the algebra of strided blocks

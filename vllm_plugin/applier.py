@@ -431,11 +431,14 @@ class Applier:
     # --- may we write? ------------------------------------------------------------------------------
 
     def _ballot(self, find_share: Callable[[], Digest], target: Position | None) -> Ballot:
-        """What this rank says before a write."""
+        """What this rank says before a write. It always says something: the others wait for it."""
         try:
             return Ballot(None, self.position, target, find_share())
         except HubsyncError as error:
-            return Ballot((type(error).__name__, str(error)), self.position, target, Digest())
+            reason = type(error).__name__, str(error)
+        except Exception as error:
+            reason = "ReplicaError", f"{type(error).__name__}: {error}"
+        return Ballot(reason, self.position, target, Digest())
 
     def _check_commit(self, target: Position) -> Digest:
         """What this rank owns after the commit; raises why it cannot be made. O(changes)."""

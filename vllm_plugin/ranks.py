@@ -84,9 +84,8 @@ def join(table: TensorTable, censuses: Sequence[Census]) -> tuple[list[list[bool
             if owned[-1][-1]:
                 total += holding.digest
             elif owner[1].digest != holding.digest:
-                raise ReplicaRefused(
-                    f"{table[holding.index].name}: ranks {owner[0]} and {rank} hold different copies of it"
-                )
+                who = f"ranks {owner[0]} and {rank} hold" if owner[0] != rank else f"rank {rank} holds two"
+                raise ReplicaRefused(f"{table[holding.index].name}: {who} copies of it that differ")
     by_tensor: list[list[Region]] = [[] for _ in table]
     for _, holding in owners.values():
         by_tensor[holding.index].append(holding.region)

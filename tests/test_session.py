@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
-from hubsync.errors import ReplicaPoisoned, ReplicaRefused
+from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
 from vllm_plugin.applier import Applier
 from vllm_plugin.session import Host, Session
 
+from .sharded import SIZE, Meeting, Shard, random_view
+from .sharded import TABLE as SHARDED
 from .toy import TABLE, Model, Tensors, assert_same, loaded, memory, nudged, patch_between, position_of, view
 
 VIEWS = [view(0)]
@@ -361,3 +364,117 @@ def test_a_wrong_base_checkpoint_heals_nothing(tmp_path: Path, trainer: Trainer,
     poisoned_after_commit(replica, trainer)
     with pytest.raises(ReplicaPoisoned, match="not the checkpoint this run started from"):
         replica.session.before_forward()
+
+
+# --- several ranks: what each does by itself, and where they meet
+
+
+class Ranks:
+    """The sessions of an engine of two ranks. Requests reach both, as they do in vLLM."""
+
+    def __init__(self, directory: Path):
+        self.views = [random_view(0)]
+        self.views.append(nudged(self.views[0], 1))
+        self.positions = [position_of(version, tensors, SHARDED) for version, tensors in enumerate(self.views)]
+        self.address = str(directory / "bucket")
+        run = Run(RUN_ID, SHARDED, self.positions[0].digest, created=time.time())
+        writer = ChainWriter.create(open_bucket(self.address, create=True), run)
+        patch = patch_between(self.views[0], self.views[1], SHARDED)
+        part = write_delta(SHARDED, patch, run_id=RUN_ID, parent=self.positions[0], position=self.positions[1])
+        writer.commit_delta([part], digest=self.positions[1].digest, changed=1)
+        self.models = self.serving(self.views[0])
+        self.hosts = [
+            Host((model,), torch.device("cpu"), self.address, directory / f"cache{rank}", None)
+            for rank, model in enumerate(self.models)
+        ]
+        self.sessions = [
+            Session(lambda rank=rank: self.hosts[rank], seat)  # type: ignore[misc]
+            for rank, seat in enumerate(Meeting().ranks())
+        ]
+
+    @staticmethod
+    def serving(tensors: Tensors) -> list[Shard]:
+        models = [Shard(rank) for rank in range(SIZE)]
+        for model in models:
+            model.load_weights((name, tensor.clone()) for name, tensor in tensors.items())
+        return models
+
+    def all(self, method: str, *args: object) -> list[object]:
+        """What each rank answers; an error is an answer."""
+
+        def answer(session: Session) -> object:
+            try:
+                return getattr(session, method)(*args)
+            except HubsyncError as error:
+                return error
+
+        with ThreadPoolExecutor(SIZE) as pool:
+            return list(pool.map(answer, self.sessions))
+
+    def states(self) -> list[str]:
+        """The ranks' states once their background threads have nothing left to do."""
+        deadline = time.monotonic() + 30
+        while any(session.state in ("attaching", "staging", "applied") for session in self.sessions):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return [session.state for session in self.sessions]
+
+    def memory(self) -> list[dict[str, torch.Tensor]]:
+        return [memory(model) for model in self.models]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    return Ranks(tmp_path)
+
+
+def test_ranks_map_by_themselves_and_join_together(ranks: Ranks) -> None:
+    ranks.all("attach")
+    assert ranks.states() == ["mapped", "mapped"]
+    assert ranks.sessions[1].layout()["tensors"]["last"] == {"class": "affine", "elements": 15, "reason": None}
+    assert ranks.all("join") == [None, None]
+    assert ranks.states() == ["ready", "ready"]
+    assert ranks.all("join") == [None, None], "idempotent, and no longer a collective"
+    ranks.all("stage", ranks.positions[1])
+    assert ranks.states() == ["staged", "staged"]
+    assert all(isinstance(changed, int) for changed in ranks.all("commit", ranks.positions[1]))
+    assert ranks.states() == ["ready", "ready"]
+    for live, fresh in zip(ranks.memory(), map(memory, ranks.serving(ranks.views[1])), strict=True):
+        assert_same(live, fresh)
+
+
+def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: Ranks) -> None:
+    host = ranks.hosts[1]
+    ranks.hosts[1] = replace(host, bucket=str(Path(ranks.address).parent / "nowhere"))
+    ranks.all("attach")
+    assert ranks.states() == ["mapped", "refused"]
+    answers = ranks.all("join")
+    assert len({str(answer) for answer in answers}) == 1
+    assert str(answers[0]).startswith("rank 1: ")
+    assert all(isinstance(answer, ReplicaRefused) for answer in ranks.all("commit", ranks.positions[1]))
+    ranks.hosts[1] = host
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    assert ranks.states() == ["ready", "ready"]
+
+
+def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: Ranks) -> None:
+    ranks.sessions[0].attach()
+    ranks.states()
+    assert [str(answer) for answer in ranks.all("join")] == [
+        "rank 1: this worker is detached; call hubsync_attach and wait until it is mapped"
+    ] * SIZE
+
+
+def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: Ranks) -> None:
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    ranks.states()
+    ranks.sessions[0].stage(ranks.positions[1])
+    assert ranks.states() == ["staged", "ready"]
+    before = ranks.memory()
+    assert [str(answer).split(": ", 1)[0] for answer in ranks.all("commit", ranks.positions[1])] == ["rank 1"] * SIZE
+    for live, old in zip(ranks.memory(), before, strict=True):
+        assert_same(live, old)

@@ -5,14 +5,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# The older end of the supported vLLM range has an environment of its own.
+OLD       := .venv-0.27
+OLD_READY := $(OLD)/.ready
+
 # One thread per process: trainer, server and tests share few cores, and spinning OpenMP threads cost a factor of 40 here.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-fast lint bench clean
+# Tests that need vLLM and no TRL.
+ON_VLLM := tests/test_extension.py tests/test_end_to_end.py
+
+.PHONY: help setup demo test test-fast test-versions lint bench clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
 	@echo "make test-fast  linters, types and the tests that start no vLLM (under 5 minutes)"
+	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
 	@echo "make bench      the codec benchmark on synthetic weights"
 
 setup: $(READY)
@@ -20,13 +28,21 @@ setup: $(READY)
 $(READY): requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "The pinned CPU environment needs Python 3.11; found $$($(PYTHON) --version). Try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@# PyPI carries only the CUDA build under this version; the CPU build comes from a configured index, or from PyTorch's own.
-	$(BIN)/pip install -q --no-deps "torch==2.13.0+cpu" || \
-		$(BIN)/pip install -q --no-deps "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
-	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt -r requirements/dev.txt
-	$(BIN)/pip install -q --no-deps --editable .
+	$(call install,$(VENV),requirements/cpu.txt)
 	@touch $@
+
+$(OLD_READY): requirements/cpu-0.27.txt requirements/dev.txt pyproject.toml
+	$(call install,$(OLD),requirements/cpu-0.27.txt)
+	@touch $@
+
+# PyPI carries only the CUDA build of torch under this version; the CPU build comes from a configured index, or PyTorch's own.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install -q --no-deps "torch==2.13.0+cpu" || \
+		$(1)/bin/pip install -q --no-deps "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+	$(1)/bin/pip install -q --no-deps -r $(2) -r requirements/dev.txt
+	$(1)/bin/pip install -q --no-deps --editable .
+endef
 
 demo: $(READY)
 	$(BIN)/hubsync demo $(ARGS)
@@ -42,8 +58,13 @@ test: lint
 test-fast: lint
 	$(BIN)/pytest -m "not server" $(ARGS)
 
+# What talks to vLLM, on both ends of the supported range.
+test-versions: $(READY) $(OLD_READY)
+	$(OLD)/bin/pytest -m server $(ON_VLLM) $(ARGS)
+	$(BIN)/pytest -m server $(ON_VLLM) $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ Every one has a vocabulary that vLLM pads, and weights large enough for greedy o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def save(config: transformers.PretrainedConfig, directory: Path) -> Path:
         for parameter in model.parameters():  # norms and biases are all equal as initialised: no test could see a swap
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
     model.save_pretrained(directory)
+    return directory
+
+
+def save_with_draft_layer(directory: Path) -> Path:
+    """A Qwen2 checkpoint with one layer for multi-token prediction, named and served as MiMo has it."""
+    from safetensors.torch import load_file, save_file
+
+    save_checkpoint("qwen2", directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors, hidden = load_file(directory / "model.safetensors"), config["hidden_size"]
+    layer, draft = "model.layers.0.", "model.mtp_layers.0."
+    shapes = {draft + name.removeprefix(layer): tensors[name].shape for name in tensors if name.startswith(layer)}
+    shapes |= {f"{draft}{name}_layernorm.weight": torch.Size([hidden]) for name in ("token", "hidden")}
+    shapes[f"{draft}final_layernorm.weight"] = torch.Size([hidden])
+    shapes[f"{draft}input_proj.weight"] = torch.Size([hidden, 2 * hidden])
+    for name, shape in shapes.items():
+        tensors[name] = torch.randn(shape).to(torch.bfloat16) * 0.05
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 

@@ -336,6 +336,22 @@ def test_wrong_weights_never_run(tmp_path: Path, publisher: Publisher, start: Ca
         engine.generate()
 
 
+def test_weights_that_somebody_else_replaced_are_rebuilt(
+    tmp_path: Path, publisher: Publisher, start: Callable[..., Engine]
+) -> None:
+    """Sleeping at level 2 discards weights, on a GPU; reloading writes those of the first checkpoint."""
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    engine.attach()
+    engine.follow(publisher.publish(1, small_steps))
+    followed, output = engine.memory(), engine.generate()
+    for replace in (lambda worker: worker.sleep(2), lambda worker: worker.reload_weights()):
+        engine.call(replace)
+        assert engine.settled()["state"] == "poisoned"
+        assert engine.generate() == output
+        assert engine.settled()["state"] == "ready"
+        assert engine.memory() == followed
+
+
 def test_requests_never_raise(
     tmp_path: Path, publisher: Publisher, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,33 @@ def guard_forward(worker: Any, before: Callable[[], None]) -> None:
     runner.execute_model = guarded
 
 
+def guard_weights(worker: Any, lost: Callable[[str], None]) -> None:
+    """Call `lost` with the reason after anybody but hubsync has replaced this worker's weights.
+
+    Sleeping at level 2 throws them away, and leaves them where they were; reloading writes others.
+    """
+    sleep, reload = worker.sleep, getattr(worker, "reload_weights", None)
+
+    @functools.wraps(sleep)
+    def guarded_sleep(level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        answer = sleep(level, *args, **kwargs)
+        if level >= 2:
+            lost("the server slept at level 2, which discards weights")
+        return answer
+
+    worker.sleep = guarded_sleep
+    if reload is None:
+        return
+
+    @functools.wraps(reload)
+    def guarded_reload(*args: Any, **kwargs: Any) -> Any:
+        answer = reload(*args, **kwargs)
+        lost("the server has reloaded its weights")
+        return answer
+
+    worker.reload_weights = guarded_reload
+
+
 def _refuse_unsupported(config: Any) -> None:
     parallel = config.parallel_config
     if getattr(parallel, "enable_eplb", False) or getattr(parallel, "enable_elastic_ep", False):

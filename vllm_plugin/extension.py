@@ -147,6 +147,7 @@ def _session(worker: Any) -> Session:
         ranks = compat.find_ranks()
         session = Session(lambda: compat.host_of(worker, ranks), ranks)
         compat.guard_forward(worker, session.before_forward)
+        compat.guard_weights(worker, session.weights_lost)
         worker._hubsync = session
     return session
 

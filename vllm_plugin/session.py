@@ -306,6 +306,11 @@ class Session:
         self._metrics["heals"] = self._metrics.get("heals", 0) + 1
         logger.warning("hubsync: the weights are those of %s again; %d elements were wrong", target, written)
 
+    def weights_lost(self, reason: str) -> None:
+        """Somebody else has replaced the weights; they are rebuilt before the next forward pass."""
+        if self._attached is not None:
+            self._attached.applier.poison(reason)
+
     def before_forward(self) -> None:
         """Keep a model from running with weights that are not known to be right.
 

@@ -86,6 +86,19 @@ class ReplicaStatus:
     run_id: str | None
     ranks: tuple[dict[str, Any], ...]
 
+    @property
+    def atomic(self) -> bool:
+        """Do all ranks that run one forward pass together get a request between the same two passes?
+
+        Not where a pass is spread over pipeline stages, or over data parallel engines that share experts.
+        """
+        return all(int(rank.get("parallel", {}).get("pp", 1)) == 1 for rank in self.ranks) and not self.spans_engines
+
+    @property
+    def spans_engines(self) -> bool:
+        """Does a forward pass of one engine wait for another engine?"""
+        return any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in self.ranks)
+
 
 @dataclass(frozen=True)
 class CommitReport:
@@ -155,9 +168,10 @@ class Replica:
         """
         self.check()
         self.server.rpc("hubsync_attach")
-        status = self._until(
-            lambda status: status.state not in ("detached", "attaching"), timeout, "find out where its weights are"
-        )
+        status = self._settled(timeout)
+        if status.state == "mapped":
+            self._join(status)
+            status = self._settled(timeout)
         self._raise_if_lost(status)
         status = self._without_window()
         if status.position is not None:
@@ -236,6 +250,27 @@ class Replica:
         """
         self.server.rpc("hubsync_heal")
         self._reset_prefix_cache()
+
+    def _settled(self, timeout: float) -> ReplicaStatus:
+        """The status once no rank is still finding out where its weights are."""
+        return self._until(
+            lambda status: status.state not in ("detached", "attaching"), timeout, "find out where its weights are"
+        )
+
+    def _join(self, status: ReplicaStatus) -> None:
+        """Have the ranks, which know what each holds, agree on what they hold together.
+
+        They wait for each other, so where a forward pass of one engine waits for another engine (experts spread over
+        data parallel engines) the server is paused meanwhile.
+        """
+        if not status.spans_engines:
+            self.server.rpc("hubsync_join")
+            return
+        self.server.pause()
+        try:
+            self.server.rpc("hubsync_join")
+        finally:
+            self.server.resume()
 
     def _without_window(self) -> ReplicaStatus:
         """The status once no commit window is open: other clients are given time to close theirs."""
@@ -327,7 +362,7 @@ class Replica:
 
 
 # Furthest from ready first; of several ranks, the worst speaks for the server.
-_STATES = ("poisoned", "refused", "detached", "attaching", "staging", "applied", "ready", "staged")
+_STATES = ("poisoned", "refused", "detached", "attaching", "mapped", "staging", "applied", "ready", "staged")
 
 
 def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:

@@ -41,6 +41,9 @@ class ModelServer(VLLMServer):
         self.window: dict[str, Any] | None = None
         self.window_age_s = 3600.0
         self.state = "ready"
+        self.parallel = {"tp": ranks, "pp": 1, "dp": 1, "ep": False}
+        self.core = True  # is the plugin active around the workers?
+        self.refusing: set[int] = set()  # ranks whose engine refuses to commit
         self.paused = False
         self.label = "default"
         self.cached_by: Position | None = BASE  # whose keys and values the prefix cache holds
@@ -61,9 +64,11 @@ class ModelServer(VLLMServer):
     def world_size(self) -> int:
         return len(self.positions)
 
-    def pause(self) -> None:
+    def pause(self, clear_cache: bool = True) -> None:
         def change() -> None:
-            self.paused, self.cached_by = True, None
+            self.paused = True
+            if clear_cache:
+                self.cached_by = None
 
         self.reached("pause", change)
 
@@ -90,8 +95,14 @@ class ModelServer(VLLMServer):
     def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
         return self.reached(method, lambda: self._answer(method, *args))
 
+    def answers(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        return self.reached(method, lambda: self._ask(method, *args))
+
+    def _ask(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        return [getattr(self, method)(rank, *args) for rank in range(len(self.positions))]
+
     def _answer(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        results = [getattr(self, method)(rank, *args) for rank in range(len(self.positions))]
+        results = self._ask(method, *args)
         for rank, result in enumerate(results):
             if "error" in result and method != "hubsync_status":
                 raise worker_error(result["error"], f"rank {rank}")
@@ -101,6 +112,8 @@ class ModelServer(VLLMServer):
         position, staged = self.positions[rank], self.staged
         return {
             "protocol": PROTOCOL,
+            "core": self.core,
+            "parallel": self.parallel,
             "rank": rank,
             "state": self.state,
             "version": position.version,
@@ -122,12 +135,26 @@ class ModelServer(VLLMServer):
         self.window = {"version": version, "digest": digest, "token": token}
         return {}
 
-    def hubsync_commit(self, rank: int, version: int, digest: str) -> dict[str, Any]:
+    def hubsync_join(self, rank: int) -> dict[str, Any]:
+        assert self.paused or self.parallel["dp"] == 1, "engines would wait for each other"
+        self.state = "ready"
+        return {}
+
+    def hubsync_commit(self, rank: int, version: int, digest: str, kv_cache: str = "recompute") -> dict[str, Any]:
         target = Position(version, digest)
-        if target not in (self.staged, self.positions[rank]):
+        assert self.paused or self.parallel["pp"] == self.parallel["dp"] == 1, "a forward pass would mix versions"
+        if target not in (self.staged, self.positions[rank]) or rank in self.refusing:
             return {"error": {"type": "ReplicaRefused", "message": f"{target} is not staged"}}
         self.positions[rank] = target
+        if kv_cache == "keep":
+            self.label, self.cached_by = str(version), None
         return {"changed": 10}
+
+    def hubsync_undo(self, rank: int) -> dict[str, Any]:
+        if self.positions[rank] == BASE:
+            return {"error": {"type": "ReplicaRefused", "message": "there is no commit to undo"}}
+        self.positions[rank] = BASE
+        return {}
 
     def hubsync_close(self, rank: int, token: str) -> dict[str, Any]:
         if self.window is not None and self.window["token"] == token:
@@ -166,9 +193,46 @@ def test_a_commit_goes_through_the_documented_steps_in_order() -> None:
 def test_keep_commits_without_a_pause() -> None:
     server = staged_server()
     report = Replica(server, kv_cache="keep").commit(NEXT)
-    assert server.calls == ["hubsync_status", "hubsync_commit", "label"]
+    assert server.calls == ["hubsync_status", "hubsync_commit"], "label and cache are the engine core's"
     assert report.pause_s == 0
-    assert server.label == "1"
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("spread", ["pp", "dp"])
+def test_keep_pauses_where_a_forward_pass_is_not_everywhere_at_the_same_place(spread: str) -> None:
+    server = staged_server(ranks=2)
+    server.parallel[spread] = 2
+    Replica(server, kv_cache="keep").commit(NEXT)
+    assert server.calls == ["hubsync_status", *(step for step in WINDOW if step != "reset")]
+    server.assert_whole()
+
+
+def test_keep_needs_the_plugin_around_the_workers() -> None:
+    server = staged_server()
+    server.core = False
+    with pytest.raises(ReplicaUnsuitable, match="use kv_cache"):
+        Replica(server, kv_cache="keep").commit(NEXT)
+    assert server.calls == ["hubsync_status"]
+
+
+def test_engines_that_committed_take_it_back_if_another_refuses() -> None:
+    server = staged_server(ranks=2)
+    server.refusing = {1}
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        Replica(server).commit(NEXT)
+    assert server.positions == [BASE, BASE]
+    server.label = "0"
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_ranks_join_once_all_have_mapped_what_they_hold(dp: int) -> None:
+    server = ModelServer(ranks=2)
+    server.parallel["dp"], server.state = dp, "mapped"
+    Replica(server).attach()
+    assert server.calls.count("hubsync_join") == 1
+    assert ("pause" in server.calls) == (dp > 1)
+    assert not server.paused
 
 
 def test_committing_the_position_that_is_served_disturbs_nobody() -> None:

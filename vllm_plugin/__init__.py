@@ -6,6 +6,7 @@ point in every one of its processes, also in servers that do not use hubsync.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,11 +16,16 @@ __all__ = ["DeltaWorkerExtension", "register"]
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: makes this package known to vLLM, and changes nothing.
+    """Entry point of `vllm.general_plugins`, called in every process of vLLM; cheap and idempotent.
 
-    Everything hubsync does begins in the worker that names the extension class; see `vllm_plugin.compat` for the one
-    thing that must happen before a model is loaded.
+    Puts a thin layer around the engine core's calls to its workers (`core`), which acts on hubsync's calls only, and
+    makes the weight transfer backend "hubsync" known (`backend`).
     """
+    if "vllm" in sys.modules:
+        from . import compat, core
+
+        core.install()
+        compat.register_backend()
 
 
 def __getattr__(name: str) -> Any:

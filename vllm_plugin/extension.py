@@ -19,7 +19,8 @@ from hubsync.errors import FormatError, HubsyncError
 from hubsync.manifest import MAX_VERSION, Position
 
 from . import compat
-from .session import Session, describe
+from .session import describe
+from .worker import session_of
 
 # vLLM imports this module in the worker process because the extension class is named on its command line, and it does
 # so before it loads the model: the last moment at which packing can be avoided, and only in servers that use hubsync.
@@ -73,7 +74,7 @@ class DeltaWorkerExtension:
     @_answers
     def hubsync_status(self) -> dict[str, Any]:
         """Where this worker is. The first call also starts mapping its model."""
-        _session(self).start()
+        session_of(self).start()
         return _status(self)
 
     @_answers
@@ -82,7 +83,7 @@ class DeltaWorkerExtension:
 
         The only worker of a server goes all the way to `ready`; one of several stops at `mapped`.
         """
-        _session(self).attach()
+        session_of(self).attach()
         return _done(self)
 
     @_answers
@@ -92,24 +93,24 @@ class DeltaWorkerExtension:
         A collective, so no worker may be in a forward pass that waits for another engine: where experts are spread over
         data parallel engines, pause the server for this call.
         """
-        _session(self).join()
+        session_of(self).join()
         return _done(self)
 
     @_answers
     def hubsync_layout(self) -> dict[str, Any]:
         """How every tensor of the run lies in this worker's memory: `tensors`, name to class, elements and reason."""
-        return {"rank": int(self.rank), **_session(self).layout(), "error": None}  # type: ignore[attr-defined]
+        return {"rank": int(self.rank), **session_of(self).layout(), "error": None}  # type: ignore[attr-defined]
 
     @_answers
     def hubsync_stage(self, version: int, digest: str) -> dict[str, Any]:
         """Start staging this position. Idempotent; a new target replaces the old one."""
-        _session(self).stage(_position(version, digest))
+        session_of(self).stage(parse_position(version, digest))
         return _done(self)
 
     @_answers
     def hubsync_open(self, version: int, digest: str, token: str) -> dict[str, Any]:
         """A client is about to pause the server and commit this position."""
-        _session(self).open(_position(version, digest), _token(token))
+        session_of(self).open(parse_position(version, digest), _token(token))
         return _done(self)
 
     @_answers
@@ -118,38 +119,26 @@ class DeltaWorkerExtension:
 
         `kv_cache` is for the engine around the workers: see `vllm_plugin.core`.
         """
-        changed = _session(self).commit(_position(version, digest))
+        changed = session_of(self).commit(parse_position(version, digest))
         return {**_done(self), "changed": changed}
 
     @_answers
     def hubsync_close(self, token: str) -> dict[str, Any]:
         """The client has reset the caches and resumed the server."""
-        _session(self).close(_token(token))
+        session_of(self).close(_token(token))
         return _done(self)
 
     @_answers
     def hubsync_undo(self) -> dict[str, Any]:
         """Write the old values of the last commit back."""
-        _session(self).undo()
+        session_of(self).undo()
         return _done(self)
 
     @_answers
     def hubsync_heal(self) -> dict[str, Any]:
         """Rebuild poisoned weights now instead of before the next forward pass."""
-        _session(self).heal()
+        session_of(self).heal()
         return _done(self)
-
-
-def _session(worker: Any) -> Session:
-    """The worker's session, made at its first request; from then on every forward pass is guarded."""
-    session = getattr(worker, "_hubsync", None)
-    if session is None:
-        ranks = compat.find_ranks()
-        session = Session(lambda: compat.host_of(worker, ranks), ranks)
-        compat.guard_forward(worker, session.before_forward)
-        compat.guard_weights(worker, session.weights_lost)
-        worker._hubsync = session
-    return session
 
 
 def _status(worker: Any) -> dict[str, Any]:
@@ -157,7 +146,7 @@ def _status(worker: Any) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "rank": int(worker.rank),
         "parallel": compat.parallel_of(worker.vllm_config),
-        **_session(worker).status(),
+        **session_of(worker).status(),
         "vllm": compat.vllm_version(),
         "hubsync": hubsync.__version__,
     }
@@ -168,7 +157,8 @@ def _done(worker: Any) -> dict[str, Any]:
     return {**_status(worker), "error": None}
 
 
-def _position(version: object, digest: object) -> Position:
+def parse_position(version: object, digest: object) -> Position:
+    """FormatError unless both are what they should be."""
     if type(version) is not int or not 0 <= version <= MAX_VERSION:
         raise FormatError(f"version must be an integer from 0 to {MAX_VERSION}, not {version!r:.80}")
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{32}", digest):

@@ -140,7 +140,7 @@ class Session:
 
     def __init__(self, find_host: Callable[[], Host], ranks: Ranks | None = None):
         self._find_host = find_host
-        self._ranks = ranks or Alone()
+        self.ranks = ranks or Alone()
         self._mapped: _Attached | None = None  # this rank knows what it holds
         self._joined: Digest | None = None  # all ranks know what all hold: the digest of the whole view
         self._attached: _Attached | None = None  # and the position of that
@@ -154,6 +154,11 @@ class Session:
         self._thread: threading.Thread | None = None
 
     # --- what the requests do -----------------------------------------------------------------------
+
+    def raise_unless(self, *states: str) -> None:
+        """Raise why this session is in none of these states."""
+        if self.state not in states:
+            raise self._error or ReplicaRefused(f"this worker is {self.state}")
 
     @property
     def state(self) -> str:
@@ -216,11 +221,11 @@ class Session:
         mapped = None if self._attaching else self._mapped
         if mapped is None and error is None:
             error = ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is mapped")
-        words = self._ranks.gather((describe(error) if error else None, mapped.census if mapped else None))
+        words = self.ranks.gather((describe(error) if error else None, mapped.census if mapped else None))
         for rank, (said, _) in enumerate(words):
             if said is not None:
                 raise refusal(
-                    said["type"], said["message"] if self._ranks.size == 1 else f"rank {rank}: {said['message']}"
+                    said["type"], said["message"] if self.ranks.size == 1 else f"rank {rank}: {said['message']}"
                 )
         assert mapped is not None
         try:
@@ -355,12 +360,12 @@ class Session:
             reader = ChainReader(open_bucket(host.bucket), host.cache)
             run = reader.run()
             masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
-            applier = Applier(host.models, run.table, host.device, ranks=self._ranks, hints=host.hints, masters=masters)
+            applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)
             self._metrics["map_s"] = time.perf_counter() - started
             self._mapped = _Attached(host, reader, applier, applier.census())
             self._metrics["attach_s"] = time.perf_counter() - started
             logger.info("hubsync: mapped the model: %s", _summary(applier))
-            if self._ranks.size == 1:
+            if self.ranks.size == 1:
                 self._joined = applier.join([self._mapped.census])
                 self._locate()
         except Exception as error:
@@ -384,7 +389,7 @@ class Session:
         position = attached.reader.find(digest.hex)
         if position is None:
             mismatch = RunMismatch(_explain_mismatch(attached, digest.hex))
-            if self._ranks.size == 1:
+            if self.ranks.size == 1:
                 self._mapped = self._joined = None  # another try looks again
             raise mismatch
         attached.applier.adopt(position)

@@ -15,7 +15,8 @@ import requests
 from hubsync import errors
 from hubsync.errors import HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
-OLDEST = (0, 27)
+OLDEST = (0, 26)
+_LABELS_SINCE = (0, 27)
 PROTOCOL = 1  # of the worker methods `hubsync_*`
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
@@ -37,6 +38,7 @@ class VLLMServer:
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
         self.url = url.rstrip("/")
         self.timeout = timeout
+        self._labels = True
         self._session = new_session(url)
         if api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
@@ -53,7 +55,9 @@ class VLLMServer:
         version = str(self._get("/version").get("version", ""))
         found = _VERSION.match(version)
         # Source builds without tags call themselves 0.1.dev...; nothing can be read from those.
-        if found and "dev" not in version and (int(found[1]), int(found[2])) < OLDEST:
+        released = (int(found[1]), int(found[2])) if found and "dev" not in version else None
+        self._labels = released is None or released >= _LABELS_SINCE
+        if released is not None and released < OLDEST:
             raise ReplicaUnsuitable(
                 f"{self.url} runs vLLM {version}; hubsync needs vLLM >= {OLDEST[0]}.{OLDEST[1]}: upgrade the server"
             )
@@ -63,12 +67,13 @@ class VLLMServer:
         """Workers of the server: tensor x pipeline x data parallel."""
         return int(self._get("/get_world_size")["world_size"])
 
-    def pause(self) -> None:
-        """Freeze all requests between two forward passes and drop every cached key and value.
+    def pause(self, clear_cache: bool = True) -> None:
+        """Freeze all requests between two forward passes; they go on after `resume`.
 
-        Frozen requests go on after `resume`; what they had cached is recomputed then, with the weights of then.
+        Args:
+            clear_cache: drop every cached key and value; frozen requests recompute theirs with the weights of then.
         """
-        self._post("/pause", params={"mode": "keep", "clear_cache": "true"})
+        self._post("/pause", params={"mode": "keep", "clear_cache": "true" if clear_cache else "false"})
 
     def resume(self) -> None:
         self._post("/resume")
@@ -81,8 +86,9 @@ class VLLMServer:
         return bool(self._post("/reset_prefix_cache")["success"])
 
     def set_weight_version(self, version: str) -> None:
-        """Set what responses state as the weights that made them."""
-        self._post("/update_weight_version", json={"new_version": version})
+        """Set what responses state as the weights that made them. vLLM 0.26 states nothing."""
+        if self._labels:
+            self._post("/update_weight_version", json={"new_version": version})
 
     def weight_version(self) -> str:
         return str(self._get("/weight_info")["weight_version"])
@@ -97,6 +103,14 @@ class VLLMServer:
             the error that the first refusing rank names (a class of `hubsync.errors`; ReplicaRefused if it names
             none of them), ReplicaUnsuitable if the workers have no such method.
         """
+        results = self.answers(method, *args)
+        for rank, result in enumerate(results):
+            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
+                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
+        return results
+
+    def answers(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """The same, with refusals among the answers."""
         body = {"method": method, "args": list(args), "timeout": self.timeout}
         answer = self._send("POST", "/collective_rpc", json=body, refuse=False)
         if answer.status_code == 500:
@@ -104,9 +118,6 @@ class VLLMServer:
         results = self._json(answer, "/collective_rpc").get("results")
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
-        for rank, result in enumerate(results):
-            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
-                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
         return results
 
     def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:

@@ -4,14 +4,20 @@ Staging happens beside generation. The commit is a small state machine, and ever
 
     open      the workers record that a window opens, for which position and by whom
     pause     requests freeze between two forward passes; what they have cached is dropped
-    commit    every rank applies what it has staged
+    commit    all ranks apply what they have staged, or none does
     label     responses from here on state the new version
     reset     no cached prefix of the old weights is left
     resume    frozen requests go on, with the new weights
     close     the workers forget the window
 
 The next client finds the window in the workers' status and completes it (`recover`): from `label` on if the commit
-happened, from `resume` on if it did not. All steps are idempotent.
+happened, from `resume` on if it did not. If none comes, the engine core does so itself after a while. All steps are
+idempotent.
+
+With `kv_cache="keep"` the commit is one call, between two forward passes of a server that goes on: the engine core
+labels the weights and empties the prefix cache in the same call. Where one forward pass is not at the same place on
+all ranks (pipeline stages, experts spread over engines) there is a window all the same, in which requests keep their
+caches.
 """
 
 from __future__ import annotations
@@ -87,6 +93,11 @@ class ReplicaStatus:
     ranks: tuple[dict[str, Any], ...]
 
     @property
+    def core(self) -> bool:
+        """Is hubsync's plugin active in the engine core?"""
+        return all(bool(rank.get("core")) for rank in self.ranks)
+
+    @property
     def atomic(self) -> bool:
         """Do all ranks that run one forward pass together get a request between the same two passes?
 
@@ -129,8 +140,9 @@ class Replica:
     Args:
         server: how to reach it.
         kv_cache: what happens to the keys and values of running requests at a commit. `"recompute"`: requests freeze,
-            and go on with everything they have recomputed by the new weights. `"keep"`: no pause; requests and cached
-            prefixes mix old keys and values with new weights, until they end or are evicted.
+            and go on with everything they have recomputed by the new weights. `"keep"`: no pause; running requests go
+            on with the keys and values they have, and no later request shares those. What running requests add to
+            their caches after the commit may be shared, until they end.
     """
 
     def __init__(self, server: VLLMServer, kv_cache: str = "recompute"):
@@ -144,7 +156,7 @@ class Replica:
         """ReplicaUnsuitable unless the server is one that hubsync can drive."""
         self.server.version()
         ranks = self.server.rpc("hubsync_status")
-        protocol = ranks[0].get("protocol")
+        protocol = next((rank.get("protocol") for rank in ranks if rank.get("protocol") != PROTOCOL), PROTOCOL)
         if protocol != PROTOCOL:
             raise ReplicaUnsuitable(
                 f"{self.server.url} speaks protocol {protocol}, this side {PROTOCOL}: install the same hubsync on both"
@@ -152,8 +164,8 @@ class Replica:
         workers = self.server.world_size()
         if workers != len(ranks):
             raise ReplicaUnsuitable(
-                f"{self.server.url} has {workers} workers but only {len(ranks)} can be reached: data parallelism "
-                "inside one server is not supported; start one server per data parallel rank"
+                f"{self.server.url} has {workers} workers but only {len(ranks)} can be reached; with data parallel "
+                "engines hubsync's plugin must be active in the server (VLLM_PLUGINS): or start one server per engine"
             )
 
     def status(self) -> ReplicaStatus:
@@ -203,21 +215,27 @@ class Replica:
         the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, the
         next `commit`, `attach` or `recover` of any client finishes the window.
         """
-        if self._without_window().position == position:
+        status = self._without_window()
+        if status.position == position:
             self.server.set_weight_version(str(position.version))
             return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
-        if self.kv_cache == "keep":
-            applied = self.server.rpc("hubsync_commit", position.version, position.digest)
-            self.server.set_weight_version(str(position.version))
+        keep = self.kv_cache == "keep"
+        if keep and not status.core:
+            raise ReplicaUnsuitable(
+                f"{self.server.url} cannot empty its prefix cache while it runs: hubsync's plugin is not active in its "
+                'engine core (VLLM_PLUGINS, or a vLLM that has moved it); use kv_cache="recompute"'
+            )
+        if keep and status.atomic:
+            applied = self.server.rpc("hubsync_commit", position.version, position.digest, "keep")
             return self._report(position, applied, pause_s=0.0)
         window = Window(position, uuid.uuid4().hex)
         self._token = window.token
         self.server.rpc("hubsync_open", position.version, position.digest, window.token)
         started = time.perf_counter()
         try:
-            self.server.pause()
-            applied = self.server.rpc("hubsync_commit", position.version, position.digest)
-            resumed = self._complete(window)
+            self.server.pause(clear_cache=not keep)
+            applied = self.server.rpc("hubsync_commit", position.version, position.digest, self.kv_cache)
+            resumed = self._complete(window, reset=not keep)
         except BaseException:
             self._try_to_recover()
             raise
@@ -283,14 +301,15 @@ class Replica:
             else:
                 time.sleep(_PAUSE_S)
 
-    def _complete(self, window: Window) -> float:
+    def _complete(self, window: Window, reset: bool = True) -> float:
         """Everything after the commit. The server runs again afterwards even if something in here fails.
 
         Returns `time.perf_counter()` of when requests went on.
         """
         try:
             self.server.set_weight_version(str(window.position.version))
-            self._reset_prefix_cache()
+            if reset:
+                self._reset_prefix_cache()
         finally:
             self.server.resume()
         resumed = time.perf_counter()
@@ -313,9 +332,14 @@ class Replica:
             return False
         arrived = [_position(rank) == window.position for rank in status.ranks]
         if any(arrived) and not all(arrived):
-            # Some ranks have the new weights and some the old: running either way would mix them. Those that have
-            # not committed still hold it staged.
-            self.server.rpc("hubsync_commit", window.position.version, window.position.digest)
+            # The ranks of one engine commit together, but engines do so one by one. Those that have not may still hold
+            # it staged; if not, the others take it back.
+            try:
+                self.server.rpc("hubsync_commit", window.position.version, window.position.digest)
+            except ReplicaError as error:
+                logger.warning("taking back a commit that not every engine has made: %s", error)
+                self.server.answers("hubsync_undo")  # engines that have nothing to take back say so
+                arrived = [False]
         if any(arrived):
             self._complete(window)
         else:

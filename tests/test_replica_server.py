@@ -47,9 +47,9 @@ def serve() -> Iterator[Callable[[Answers], VLLMServer]]:
         server.server_close()
 
 
-@pytest.mark.parametrize("version", ["0.8.5", "0.26.4"])
+@pytest.mark.parametrize("version", ["0.8.5", "0.25.4"])
 def test_a_server_that_is_too_old_is_to_be_upgraded(serve: Callable[[Answers], VLLMServer], version: str) -> None:
-    with pytest.raises(ReplicaUnsuitable, match=rf"runs vLLM {version}; hubsync needs vLLM >= 0.27: upgrade"):
+    with pytest.raises(ReplicaUnsuitable, match=rf"runs vLLM {version}; hubsync needs vLLM >= 0.26: upgrade"):
         serve({"/version": (200, {"version": version})}).version()
 
 

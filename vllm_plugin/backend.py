@@ -105,7 +105,7 @@ class HubsyncWeightTransferEngine(WeightTransferEngine[HubsyncInitInfo, HubsyncU
         if session.ranks.size > 1:
             session.join()
             _wait(session, "attaching")
-        session.raise_unless("ready", "staged", "staging", "applied")
+        session.require_attached()
 
     def _stage(self, update_info: Any) -> None:
         if not isinstance(update_info, dict) or update_info.keys() != {"version", "digest"}:
@@ -116,7 +116,7 @@ class HubsyncWeightTransferEngine(WeightTransferEngine[HubsyncInitInfo, HubsyncU
         _wait(session, "applied")
         session.stage(self._target)
         _wait(session, "staging")
-        session.raise_unless("staged", "ready")
+        session.require_staged(self._target)
 
     def _commit(self) -> None:
         target, self._target = self._target, None

@@ -17,16 +17,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hubsync.checkpoint import is_checkpoint
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 
-from .live import Derived, Hints
-from .ranks import Alone, Ranks
-from .session import Host
+if TYPE_CHECKING:
+    from .live import Hints
+    from .ranks import Ranks
+    from .session import Host
+
+# This module is loaded in every process of vLLM, and imports numba in none: vLLM for CPUs walks over all modules when a
+# worker starts and asks each object for its `__dict__`, which numba's library handle answers with a function. What
+# workers need is imported when they ask for it.
 
 OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
 BACKEND = "hubsync"
@@ -161,6 +165,8 @@ def find_ranks() -> Ranks:
     """The workers of this process's engine."""
     from vllm.distributed.parallel_state import get_world_group
 
+    from .ranks import Alone
+
     group = get_world_group()
     return WorldRanks(group) if group.world_size > 1 else Alone()
 
@@ -187,6 +193,8 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
     require_supported_version(version)
     config = worker.vllm_config
     _refuse_unsupported(config)
+    from .session import Host
+
     settings = _settings(config)
     models = _models(worker)
     _refuse_packed(models)
@@ -221,6 +229,8 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
 
 def _hints(models: Iterable[torch.nn.Module]) -> Hints:
     """What vLLM did to parameters after loading them."""
+    from .live import Derived, Hints
+
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     derived: dict[str, Derived] = {}
     for model in models:
@@ -358,6 +368,8 @@ def _settings(config: Any) -> _Settings:
 
 def _checkpoint_directory(model_config: Any) -> Path | None:
     """The safetensors checkpoint that the server was started from, if it is on this machine."""
+    from hubsync.checkpoint import is_checkpoint
+
     directory = Path(model_config.model)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download

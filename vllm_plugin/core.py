@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import logging
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from . import compat, worker
+from . import compat
 
 logger = logging.getLogger("vllm.hubsync")
 
@@ -35,7 +36,9 @@ Answers = list[dict[str, Any]]
 
 
 def install() -> None:
-    """Put the layer around the classes of vLLM that this process has loaded. Idempotent."""
+    """Put the layer around the classes of vLLM that matter in this process. Idempotent."""
+    if "vllm.engine.arg_utils" in sys.modules and "vllm.v1.worker.worker_base" not in sys.modules:
+        importlib.import_module("vllm.v1.engine.core_client")  # a front end, which is about to load it anyway
     core = sys.modules.get("vllm.v1.engine.core")
     if core is not None:
         _wrap(core.EngineCore, "collective_rpc", _collective_rpc)
@@ -167,6 +170,8 @@ def _complete(core: Any, window: _Window) -> None:
 
 def _native(call: Callable[..., Any], run: Callable[[], Any]) -> Any:
     """One of vLLM's calls with our backend. Workers never raise, so that their answers stay in step; this does."""
+    from . import worker
+
     call(worker.session_of)
     answers = run()
     failures = [failure for failure in call(worker.take_native_failure) if failure is not None]

@@ -155,10 +155,16 @@ class Session:
 
     # --- what the requests do -----------------------------------------------------------------------
 
-    def raise_unless(self, *states: str) -> None:
-        """Raise why this session is in none of these states."""
-        if self.state not in states:
-            raise self._error or ReplicaRefused(f"this worker is {self.state}")
+    def require_attached(self) -> None:
+        """Raise why this session is not attached, or that its weights are poisoned."""
+        if self._require().applier.poisoned is not None:
+            raise ReplicaPoisoned(f"the weights are not known to be right: {self._require().applier.poisoned}")
+
+    def require_staged(self, target: Position) -> None:
+        """Raise why `target` is neither staged nor served."""
+        applier = self._require().applier
+        if target not in (applier.position, applier.staged.target if applier.staged else None):
+            raise self._error or ReplicaRefused(f"{target} is not staged: this worker is {self.state}")
 
     @property
     def state(self) -> str:
@@ -436,6 +442,8 @@ class Session:
 
     def _require(self) -> _Attached:
         if self._attached is None:
+            if self._error is not None:
+                raise self._error
             raise ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is ready")
         return self._attached
 

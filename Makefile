@@ -13,14 +13,15 @@ OLD_READY := $(OLD)/.ready
 export OMP_NUM_THREADS ?= 1
 
 # Tests that need vLLM and no TRL.
-ON_VLLM := tests/test_extension.py tests/test_end_to_end.py
+ON_VLLM := tests/test_extension.py tests/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions lint bench clean
+.PHONY: help setup demo test test-fast test-versions test-soak lint bench clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
 	@echo "make test-fast  linters, types and the tests that start no vLLM (under 5 minutes)"
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
+	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
 	@echo "make bench      the codec benchmark on synthetic weights"
 
 setup: $(READY)
@@ -62,6 +63,10 @@ test-fast: lint
 test-versions: $(READY) $(OLD_READY)
 	$(OLD)/bin/pytest -m server $(ON_VLLM) $(ARGS)
 	$(BIN)/pytest -m server $(ON_VLLM) $(ARGS)
+
+# 200 commits in a row under load, with clients that are killed anywhere.
+test-soak: $(READY)
+	HUBSYNC_TEST_COMMITS=200 $(BIN)/pytest -m server tests/test_commits.py -k many_commits $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)

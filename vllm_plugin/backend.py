@@ -93,6 +93,11 @@ class HubsyncWeightTransferEngine(WeightTransferEngine[HubsyncInitInfo, HubsyncU
     def finish_weight_update(self) -> None:
         self._guarded(self._commit)
 
+    @staticmethod
+    def trainer_send_weights(*_args: Any, **_kwargs: Any) -> None:
+        """vLLM 0.27 has the trainer's half here too."""
+        raise ReplicaRefused("the trainer sends nothing to a server: it publishes into a bucket, see the README")
+
     def shutdown(self) -> None:
         self._target = None
 

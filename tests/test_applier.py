@@ -12,7 +12,8 @@ from torch import nn
 from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.manifest import Position
 from hubsync.patch import TensorDelta, changed, compose
-from vllm_plugin.applier import Applier, Edit
+from vllm_plugin.applier import Applier
+from vllm_plugin.memory import Edit
 
 from .toy import TABLE, Model, assert_same, loaded, memory, nudged, patch_between, position_of, view
 
@@ -190,7 +191,7 @@ def test_weights_changed_by_somebody_else_poison_the_commit(model: Model, applie
 def test_memory_that_does_not_hold_what_was_written_poisons(applier: Applier) -> None:
     staged = applier.stage_patch(patch_between(V0, V1), P1)
     number, edit = next(iter(staged.edits.items()))
-    twice = [torch.cat([part, part]) for part in (edit.offsets, edit.old, edit.new)]
+    twice = [torch.cat([part, part]) for part in (edit.places, edit.old, edit.new)]
     twice[2][0] ^= 1  # two patterns for one element: only one of them can be there afterwards
     applier.staged = replace(staged, edits={**staged.edits, number: Edit(*twice)})
     with pytest.raises(ReplicaPoisoned, match="do not hold what was just written"):

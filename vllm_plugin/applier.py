@@ -35,28 +35,11 @@ from hubsync.table import TensorSpec, TensorTable
 
 from .coordinates import CoordinateMap, build_map
 from .live import INTEGERS, Hints
+from .memory import Edit, Memory, memory_of, merged
 from .ranks import Alone, Ballot, Census, Holding, Ranks, join, tally
 from .regions import Region, block
 
 _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New patterns for some elements of one live storage, all three on the model's device.
-
-    Attributes:
-        offsets: int32 (int64 for storages of 2^31 elements or more), unique.
-        old: patterns that must be there before, as integers of the element's width.
-        new: patterns to write.
-    """
-
-    offsets: torch.Tensor
-    old: torch.Tensor
-    new: torch.Tensor
-
-    def inverted(self) -> Edit:
-        return Edit(self.offsets, self.new, self.old)
 
 
 @dataclass(frozen=True)
@@ -77,7 +60,8 @@ class Staged:
     Attributes:
         start: what the live weights were when it was computed; it can be committed from there only.
         target: where it leads.
-        edits: by storage number of the coordinate map.
+        edits: by key of the memory.
+        touched: numbers of the storages that they change.
         sums: this rank's digests afterwards.
         changed: live elements that differ.
         seconds: what staging took.
@@ -87,6 +71,7 @@ class Staged:
     start: Position | None
     target: Position
     edits: dict[int, Edit]
+    touched: frozenset[int]
     sums: Sums
     changed: int
     seconds: float
@@ -100,6 +85,7 @@ class _Undo:
     start: Position
     target: Position
     edits: dict[int, Edit]
+    touched: frozenset[int]
     sums: Sums
     dense: dict[int, torch.Tensor]
 
@@ -150,6 +136,7 @@ class Applier:
         self._ranks = ranks or Alone()
         self._seeds = [tensor_seed(spec.name) for spec in table]
         self._map = build_map(self._models, table, hints)
+        self._memory = memory_of(self._map.storages, device)
         self._masters = self._find_masters(masters)
         self._held = _held(self._map, None)
         self._owned_masters: dict[int, bool] = {}
@@ -247,7 +234,7 @@ class Applier:
         if start is None:
             raise ReplicaRefused("a delta cannot be staged before the position of the live weights is known")
         check(self.table, patch)
-        sums, edits, dense = self._sums, _Edits(self._device), {}
+        sums, edits, dense = self._sums, _Edits(self._memory), {}
         with self._aside():
             for index, delta in patch.items():
                 if index in self._masters:
@@ -266,7 +253,7 @@ class Applier:
                     sums = sums.plus(change, part.owned)
                     edits.add(part.region.storage, places, old, torch.from_numpy(after.view(f"i{after.itemsize}")))
             edited = edits.finish()
-        staged = Staged(start, target, edited, sums, edits.changed, time.perf_counter() - started, dense)
+        staged = Staged(start, target, edited, edits.touched, sums, edits.changed, time.perf_counter() - started, dense)
         if self._ranks.size == 1 and sums.owned.hex != target.digest:
             raise WrongParent(
                 f"the delta does not lead from {start} to {target} but to digest {sums.owned.hex[:12]}; "
@@ -287,7 +274,7 @@ class Applier:
         """
         started = time.perf_counter()
         start, writes = self._base()
-        total, sums, edits, dense = Digest(), Sums(), _Edits(self._device), {}
+        total, sums, edits, dense = Digest(), Sums(), _Edits(self._memory), {}
         with self._aside():
             for index, spec in enumerate(self.table):
                 flat = _flat_bits(spec, tensors)
@@ -307,7 +294,7 @@ class Applier:
                 "it is damaged, or it is not the checkpoint this run started from"
             )
         seconds = time.perf_counter() - started
-        return self._publish(Staged(start, target, edited, sums, edits.changed, seconds, dense), writes)
+        return self._publish(Staged(start, target, edited, edits.touched, sums, edits.changed, seconds, dense), writes)
 
     def discard(self) -> None:
         """Forget what is staged."""
@@ -339,9 +326,10 @@ class Applier:
             undo = None
             if start is not None:
                 edits = {number: edit.inverted() for number, edit in staged.edits.items()}
-                undo = _Undo(start, target, edits, self._sums, {index: self._masters[index] for index in staged.dense})
+                dense = {index: self._masters[index] for index in staged.dense}
+                undo = _Undo(start, target, edits, staged.touched, self._sums, dense)
             self._arrive(target, staged.sums)
-            self._write(staged.edits, staged.dense)
+            self._write(staged)
             self._last = undo
             return staged.changed
 
@@ -359,7 +347,7 @@ class Applier:
             tally(self._ranks.gather(self._ballot(self._check_undo, target)))
             assert last is not None
             self._arrive(last.start, last.sums)
-            self._write(last.edits, last.dense)
+            self._write(last)
             return last.start
 
     def verify(self) -> bool:
@@ -411,7 +399,7 @@ class Applier:
                 self._rebuild_map()
             self._last = None
             staged = self.stage_view(tensors, target)
-            self._write(staged.edits, staged.dense)
+            self._write(staged)
             digest = self.live_digest()
             if digest != staged.sums.held:
                 self._poison(
@@ -468,7 +456,7 @@ class Applier:
         """Poison, and raise, unless all parameters are where they were and hold what the edits expect."""
         if (name := self._map.moved()) is not None:
             self._poison(f"{name} was replaced or moved in memory since hubsync attached")
-        if not _hold(self._pairs(edits), "old"):
+        if not self._memory.hold_old(edits):
             self._poison(f"somebody else changed weights since {self.position} was verified")
 
     # --- details ------------------------------------------------------------------------------------
@@ -492,6 +480,7 @@ class Applier:
             raise ReplicaRefused("the parameters of this server hold other elements than before; restart it")
         owned = [part.owned for held in self._held for part in held]
         self._map, self._held = rebuilt, _held(rebuilt, owned)
+        self._memory = memory_of(rebuilt.storages, self._device)
 
     def _base(self) -> tuple[Position | None, int]:
         with self._lock:
@@ -518,21 +507,15 @@ class Applier:
         self.poison(reason)
         raise ReplicaPoisoned(f"the weights are not known to be right: {reason}")
 
-    def _pairs(self, edits: Mapping[int, Edit]) -> list[tuple[torch.Tensor, Edit]]:
-        return [(self._map.storages[number].bits, edit) for number, edit in edits.items()]
-
-    def _write(self, edits: Mapping[int, Edit], dense: Mapping[int, torch.Tensor]) -> None:
+    def _write(self, change: Staged | _Undo) -> None:
         """Write the new patterns and check them; poison if that fails. O(changes), but for tensors loaded whole."""
-        pairs = self._pairs(edits)
         try:
-            with torch.inference_mode():  # also where the model was loaded in inference mode
-                for bits, edit in pairs:
-                    bits.scatter_(0, edit.offsets.long(), edit.new)
-                for name in dict.fromkeys(name for number in edits for name in self._map.refreshers.get(number, ())):
-                    self._map.hints.derived[name].refresh()
-                written = _hold(pairs, "new")
-            if dense:
-                self._load_dense(dense)
+            written = self._memory.write(change.edits)
+            stale = [name for number in sorted(change.touched) for name in self._map.refreshers.get(number, ())]
+            for name in dict.fromkeys(stale):
+                self._map.hints.derived[name].refresh()
+            if change.dense:
+                self._load_dense(change.dense)
         except Exception as error:
             self.poison(f"writing the weights failed: {type(error).__name__}: {error}")
             raise ReplicaPoisoned(f"the weights are not known to be right: {self.poisoned}") from error
@@ -559,11 +542,9 @@ class Applier:
         return total
 
     def _read(self, region: Region, offsets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """(offsets in live memory, patterns there) for offsets as the loader sees them, both on the device."""
-        storage = self._map.storages[region.storage]
-        width = torch.int32 if len(storage.bits) < 1 << 31 else torch.int64
-        places = torch.from_numpy(storage.live(offsets)).to(width).to(self._device)
-        return places, storage.bits.index_select(0, places)
+        """(places, patterns there) for offsets in the region's storage as the loader sees them, both on the device."""
+        places = self._memory.places(region.storage, self._map.storages[region.storage].live(offsets))
+        return places, self._memory.read(self._memory.key(region.storage), places)
 
     def _compare(
         self, index: int, flat: torch.Tensor
@@ -613,29 +594,25 @@ class Applier:
 
 
 class _Edits:
-    """Collects edits storage by storage."""
+    """Collects edits."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, memory: Memory):
         self.changed = 0
-        self._device = device
-        self._parts: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._memory = memory
+        self._touched: set[int] = set()
+        self._parts: dict[int, list[Edit]] = defaultdict(list)
 
-    def add(self, storage: int, offsets: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        self.changed += len(offsets)
-        self._parts[storage].append((offsets, old, new.to(old.dtype).to(self._device)))
+    def add(self, storage: int, places: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
+        self.changed += len(places)
+        self._touched.add(storage)
+        self._parts[self._memory.key(storage)].append(Edit(places, old, new.to(old.dtype).to(old.device)))
+
+    @property
+    def touched(self) -> frozenset[int]:
+        return frozenset(self._touched)
 
     def finish(self) -> dict[int, Edit]:
-        edits = {}
-        for storage, parts in self._parts.items():
-            offsets, old, new = (torch.cat(column) for column in zip(*parts, strict=True))
-            edits[storage] = Edit(offsets, old, new)
-        return edits
-
-
-def _hold(pairs: list[tuple[torch.Tensor, Edit]], which: str) -> bool:
-    """Are the old (or the new) patterns where they should be? One answer, and one wait for the device, for all."""
-    flags = [(bits.index_select(0, edit.offsets) == getattr(edit, which)).all() for bits, edit in pairs]
-    return not flags or bool(torch.stack(flags).all())
+        return {key: merged(parts) for key, parts in self._parts.items()}
 
 
 def _held(coordinates: CoordinateMap, owned: Sequence[bool] | None) -> list[list[_Held]]:

@@ -1,0 +1,178 @@
+"""Reading and writing scattered elements of live storages: the only code that touches weights.
+
+A commit spreads over every storage of a model, a few elements in each where little has changed, so what it must not do
+is work per storage. On a CPU all storages of one element width are one flat array to us: addresses are offsets from the
+lowest of them, and one compiled loop without the interpreter's lock handles a whole commit. On other devices there is
+one operation for each storage, on the stream of the forward passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numba import njit
+
+from .live import LiveStorage
+
+_BLOCK = 1 << 12  # elements written before they are read back: their cache lines fit the second level
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New patterns for some elements of one memory, all three on the model's device.
+
+    Attributes:
+        places: unique; int64, on other devices than CPUs int32 where that is enough.
+        old: patterns that must be there before, as integers of the element's width.
+        new: patterns to write.
+    """
+
+    places: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def inverted(self) -> Edit:
+        return Edit(self.places, self.new, self.old)
+
+
+class Memory(Protocol):
+    """The live storages of one map. Edits of storages with the same `key` are made together."""
+
+    def key(self, storage: int) -> int: ...
+
+    def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
+        """Offsets in a storage (int64) -> places for `read` and `Edit`, on the device."""
+        ...
+
+    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
+        """The patterns there."""
+        ...
+
+    def hold_old(self, edits: Mapping[int, Edit]) -> bool:
+        """Are the `old` patterns of all edits, by key, where they should be?"""
+        ...
+
+    def write(self, edits: Mapping[int, Edit]) -> bool:
+        """Write the `new` patterns. Are they there afterwards?"""
+        ...
+
+
+def memory_of(storages: Sequence[LiveStorage], device: torch.device) -> Memory:
+    return HostMemory(storages) if device.type == "cpu" else DeviceMemory(storages, device)
+
+
+class HostMemory:
+    """Storages in this process's own memory, as one array for each element width."""
+
+    def __init__(self, storages: Sequence[LiveStorage]):
+        self._storages = storages  # keeps the memory alive
+        self._bases: dict[int, int] = {}
+        self._arrays: dict[int, np.ndarray] = {}
+        for width in {storage.bits.element_size() for storage in storages}:
+            spans = [_span(storage.bits) for storage in storages if storage.bits.element_size() == width]
+            base, end = min(low for low, _ in spans), max(high for _, high in spans)
+            self._bases[width] = base
+            self._arrays[width] = _array(base, end, np.dtype(f"i{width}" if width > 1 else "u1"))
+        self._starts = [
+            (_span(storage.bits)[0] - self._bases[width]) // width
+            for storage in storages
+            for width in (storage.bits.element_size(),)
+        ]
+
+    def key(self, storage: int) -> int:
+        return self._storages[storage].bits.element_size()
+
+    def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(offsets + self._starts[storage])
+
+    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
+        out = np.empty(len(places), self._arrays[key].dtype)
+        _gather(self._arrays[key], places.numpy(), out)
+        return torch.from_numpy(out)
+
+    def hold_old(self, edits: Mapping[int, Edit]) -> bool:
+        return all(_equal(self._arrays[key], edit.places.numpy(), edit.old.numpy()) for key, edit in edits.items())
+
+    def write(self, edits: Mapping[int, Edit]) -> bool:
+        done = [_scatter(self._arrays[key], edit.places.numpy(), edit.new.numpy()) for key, edit in edits.items()]
+        return all(done)
+
+
+class DeviceMemory:
+    """Storages on an accelerator. The key of a storage is its number."""
+
+    def __init__(self, storages: Sequence[LiveStorage], device: torch.device):
+        self._storages = storages
+        self._device = device
+
+    def key(self, storage: int) -> int:
+        return storage
+
+    def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
+        width = torch.int32 if len(self._storages[storage].bits) < 1 << 31 else torch.int64
+        return torch.from_numpy(offsets).to(width).to(self._device)
+
+    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
+        return self._storages[key].bits.index_select(0, places)
+
+    def hold_old(self, edits: Mapping[int, Edit]) -> bool:
+        return self._hold((key, edit.places, edit.old) for key, edit in edits.items())
+
+    def write(self, edits: Mapping[int, Edit]) -> bool:
+        with torch.inference_mode():  # also where the model was loaded in inference mode
+            for key, edit in edits.items():
+                self._storages[key].bits.scatter_(0, edit.places.long(), edit.new)
+            return self._hold((key, edit.places, edit.new) for key, edit in edits.items())
+
+    def _hold(self, expected: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> bool:
+        """One answer, and one wait for the device, for all."""
+        flags = [(self.read(key, places) == bits).all() for key, places, bits in expected]
+        return not flags or bool(torch.stack(flags).all())
+
+
+def merged(parts: Iterable[Edit]) -> Edit:
+    """One edit of several of the same key."""
+    columns = zip(*((part.places, part.old, part.new) for part in parts), strict=True)
+    return Edit(*(torch.cat(column) for column in columns))
+
+
+def _span(bits: torch.Tensor) -> tuple[int, int]:
+    """First and last address of a flat tensor, half open."""
+    return bits.data_ptr(), bits.data_ptr() + bits.nbytes
+
+
+def _array(base: int, end: int, dtype: np.dtype) -> np.ndarray:
+    """The address range as an array. Most of it is no memory of ours, and never looked at."""
+    return np.frombuffer(memoryview((ctypes.c_uint8 * (end - base)).from_address(base)), dtype)
+
+
+@njit(nogil=True, cache=True)
+def _gather(memory: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(places)):
+        out[i] = memory[places[i]]
+
+
+@njit(nogil=True, cache=True)
+def _equal(memory: np.ndarray, places: np.ndarray, expected: np.ndarray) -> bool:
+    different = False  # no early return: almost always there is none, and this loop runs ahead of memory
+    for i in range(len(places)):
+        different |= memory[places[i]] != expected[i]
+    return not different
+
+
+@njit(nogil=True, cache=True)
+def _scatter(memory: np.ndarray, places: np.ndarray, new: np.ndarray) -> bool:
+    """Write, and read back what was written while it is in the cache."""
+    different = False
+    for first in range(0, len(places), _BLOCK):
+        last = min(first + _BLOCK, len(places))
+        for i in range(first, last):
+            memory[places[i]] = new[i]
+        for i in range(first, last):
+            different |= memory[places[i]] != new[i]
+    return not different

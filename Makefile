@@ -15,12 +15,13 @@ export OMP_NUM_THREADS ?= 1
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/test_extension.py tests/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions test-soak lint bench clean
+.PHONY: help setup demo test test-fast test-versions test-soak test-matrix lint bench clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
 	@echo "make test-fast  linters, types and the tests that start no vLLM (under 5 minutes)"
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
+	@echo "make test-matrix  every architecture in every layout (20 minutes)"
 	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
 	@echo "make bench      the codec benchmark on synthetic weights"
 
@@ -63,6 +64,10 @@ test-fast: lint
 test-versions: $(READY) $(OLD_READY)
 	$(OLD)/bin/pytest -m server $(ON_VLLM) $(ARGS)
 	$(BIN)/pytest -m server $(ON_VLLM) $(ARGS)
+
+# Every architecture that is promised, alone, tensor parallel and expert parallel.
+test-matrix: $(READY)
+	$(BIN)/pytest -m matrix $(ARGS)
 
 # 200 commits in a row under load, with clients that are killed anywhere.
 test-soak: $(READY)

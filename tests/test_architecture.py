@@ -23,7 +23,7 @@ FLOORS = [
     {"hubsync.replica", "vllm_plugin"},
     {"hubsync.trainer"},
     {"hubsync.integrations"},
-    {"hubsync.demo"},
+    {"hubsync.demo", "hubsync.doctor"},
     {"hubsync.cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,6 +32,7 @@ NEVER = {
     "hubsync.replica": {"torch", "vllm", "vllm_plugin", "trl", "transformers"},
     "hubsync.trainer": {"vllm", "vllm_plugin", "trl"},
     "hubsync.integrations": {"vllm", "vllm_plugin"},
+    "hubsync.doctor": {"vllm", "vllm_plugin", "trl"},
     "hubsync.chain": {"vllm", "trl", "transformers", "requests"},
     "vllm_plugin": {"trl", "transformers"},
 }

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import demo, hub, inspect
+from . import demo, doctor, hub, inspect
 
-COMMANDS = (demo, hub, inspect)
+COMMANDS = (demo, doctor, hub, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

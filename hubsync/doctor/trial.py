@@ -1,0 +1,133 @@
+"""A run of two versions, made from a checkpoint: the base, and a random hundredth of its elements changed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from hubsync.bits import advance, bits_of, difference
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainWriter
+from hubsync.checkpoint import Checkpoint, Patched, is_checkpoint
+from hubsync.digest import digest_view
+from hubsync.errors import ConfigError
+from hubsync.manifest import Position, Run
+from hubsync.parts import write_anchor, write_delta
+from hubsync.patch import Patch, TensorDelta
+from hubsync.table import WIDTHS, TensorSpec, TensorTable
+
+FRACTION = 0.01
+_SMALL_STEP = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A base checkpoint, the run that starts from it, and the checkpoint of its version 1.
+
+    Attributes:
+        base: directory of the checkpoint under examination.
+        patched: directory of the same model at version 1.
+        address: of the run, a directory.
+        target: version 1.
+        table: all tensors of the checkpoint.
+        changed: elements that differ.
+    """
+
+    base: Path
+    patched: Path
+    address: str
+    target: Position
+    table: TensorTable
+    changed: int
+
+
+def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
+    """Write run and patched checkpoint into `workdir`. ConfigError if `base` is no safetensors checkpoint."""
+    table = _table_of(base)
+    tensors = Checkpoint(base, table)
+    start = Position(0, digest_view(table, tensors).hex)
+    patch = random_patch(table, tensors, seed)
+    patched = Patched(tensors, table, patch)
+    target = Position(1, digest_view(table, patched).hex)
+    run_id = uuid.uuid4().hex
+    address = str(workdir / "bucket")
+    changed = sum(map(len, patch.values()))
+    writer = ChainWriter.create(
+        open_bucket(address, create=True), Run(run_id, table, start.digest, created=time.time())
+    )
+    part = write_delta(table, patch, run_id=run_id, parent=start, position=target)
+    writer.commit_delta([part], digest=target.digest, changed=changed)
+
+    directory = workdir / "patched"
+    directory.mkdir()
+    for file in base.iterdir():
+        if file.is_file() and not file.name.startswith("model") and file.suffix != ".safetensors":
+            shutil.copy(file, directory)
+    write_anchor(directory, table, patched)
+    return Trial(base, directory, address, target, table, changed)
+
+
+def random_patch(table: TensorTable, tensors: Mapping[str, torch.Tensor], seed: int) -> Patch:
+    """Changes of a hundredth of each tensor: half of them small steps, half any pattern, NaNs and -0 included."""
+    rng = np.random.default_rng(seed)
+    patch: Patch = {}
+    for index, spec in enumerate(table):
+        if spec.numel == 0:
+            continue
+        chosen = np.sort(rng.choice(spec.numel, max(1, int(spec.numel * FRACTION)), replace=False))
+        old = bits_of(tensors[spec.name].contiguous())[chosen]
+        steps = rng.integers(1, _SMALL_STEP + 1, len(chosen)) * rng.choice([-1, 1], len(chosen))
+        small = advance(old, steps.astype(f"i{old.itemsize}"))
+        wild = rng.integers(0, 1 << spec.width, len(chosen), dtype=np.uint64).astype(old.dtype)
+        new = np.where(rng.random(len(chosen)) < 0.5, small, wild)
+        differs = new != old
+        if differs.any():
+            patch[index] = TensorDelta(chosen[differs], difference(old, new)[differs])
+    return patch
+
+
+def make_random_checkpoint(source: Path, directory: Path) -> Path:
+    """A checkpoint with random weights, from a `config.json` or a directory that holds one."""
+    import transformers
+
+    config_dir = source if source.is_dir() else source.parent
+    try:
+        config = transformers.AutoConfig.from_pretrained(config_dir)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"transformers cannot make a causal language model of {source}: {error}") from None
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases are all equal as initialised: no swap could be seen
+            parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
+    model.save_pretrained(directory)
+    return directory
+
+
+def _table_of(directory: Path) -> TensorTable:
+    """All tensors of a checkpoint, in the order of their names."""
+    if not is_checkpoint(directory):
+        raise ConfigError(
+            f"{directory} holds no safetensors checkpoint; download the model first "
+            "(hf download MODEL --local-dir DIR), or give a directory with a config.json and --random"
+        )
+    specs = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                view = opened.get_slice(name)
+                dtype = view.get_dtype()
+                if dtype not in WIDTHS:
+                    raise ConfigError(
+                        f"{name} is {dtype}, which hubsync cannot carry; quantised checkpoints are not supported"
+                    )
+                specs[name] = TensorSpec(name, tuple(view.get_shape()), dtype)
+    return TensorTable([specs[name] for name in sorted(specs)])

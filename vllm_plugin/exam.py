@@ -1,0 +1,120 @@
+"""One vLLM engine in a process of its own, for `hubsync doctor`: load a checkpoint, perhaps follow one version, report.
+
+    python -m vllm_plugin.exam SPEC.json REPORT.json
+
+SPEC: `checkpoint` (directory), `options` (of vLLM's `LLM`) and `target` (`version` and `digest` to go to, or null).
+REPORT: `memory`, a hash of every parameter and buffer, for each rank by name; `error`, or null. With a target also
+`layout` (of each rank, as `hubsync_layout` answers), `followed` and `undone` (`memory` after the commit and after it
+was taken back), and `seconds` of the phases. Bucket and cache come from the environment, as in a server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_BUSY = ("attaching", "staging", "applied")
+_TIMEOUT_S = 3600.0
+
+
+def memory_of(worker: Any) -> dict[str, str]:
+    """Hash of every parameter and buffer of the worker's model, and of its draft model."""
+    import torch
+
+    runner = worker.model_runner
+    draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
+    models = {"": runner.get_model(), **({"draft.": draft} if draft is not None else {})}
+    hashes = {}
+    for prefix, model in models.items():
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            hashes[prefix + name] = hashlib.blake2b(flat.cpu().numpy(), digest_size=16).hexdigest()
+    return hashes
+
+
+class _Refused(Exception):
+    """A worker has answered with an error."""
+
+
+class _Engine:
+    def __init__(self, checkpoint: str, options: dict[str, Any]):
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=checkpoint,
+            worker_extension_cls="vllm_plugin.DeltaWorkerExtension",
+            skip_tokenizer_init=True,
+            **options,
+        )
+
+    def ask(self, method: Any, *args: Any) -> list[Any]:
+        """What every worker answers; _Refused with the first error."""
+        answers = self._llm.collective_rpc(method, args=args)
+        errors = [answer["error"] for answer in answers if isinstance(answer.get("error"), dict)]
+        if errors:
+            raise _Refused(errors[0])
+        return answers
+
+    def settled(self, *expected: str) -> None:
+        """Wait until no worker is busy; _Refused unless all are in one of the expected states."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while True:
+            statuses = self.ask("hubsync_status")
+            if not any(status["state"] in _BUSY for status in statuses):
+                break
+            if time.monotonic() > deadline:
+                raise _Refused({"type": "ReplicaUnsuitable", "message": f"still {statuses[0]['state']}; see the log"})
+            time.sleep(0.01)
+        for status in statuses:
+            if status["state"] not in expected:
+                raise _Refused({"type": "ReplicaRefused", "message": f"a worker is {status['state']}; see the log"})
+
+    def attach(self, report: dict[str, Any]) -> None:
+        self.ask("hubsync_attach")
+        self.settled("mapped", "ready")
+        report["layout"] = self.ask("hubsync_layout")
+        if len(report["layout"]) > 1:
+            self.ask("hubsync_join")
+        self.settled("ready")
+
+    def follow(self, version: int, digest: str, report: dict[str, Any]) -> None:
+        seconds = report["seconds"] = {}
+        started = time.perf_counter()
+        self.attach(report)
+        seconds["attach"], started = time.perf_counter() - started, time.perf_counter()
+        self.ask("hubsync_stage", version, digest)
+        self.settled("staged")
+        seconds["stage"], started = time.perf_counter() - started, time.perf_counter()
+        self.ask("hubsync_commit", version, digest)
+        seconds["commit"] = time.perf_counter() - started
+        self.settled("ready")  # the digest of all live weights is right
+        report["followed"] = self.ask(memory_of)
+        self.ask("hubsync_undo")
+        self.settled("ready")
+        report["undone"] = self.ask(memory_of)
+
+
+def main(spec_file: str, report_file: str) -> None:
+    spec = json.loads(Path(spec_file).read_text())
+    report: dict[str, Any] = {"error": None}
+    started = time.perf_counter()
+    engine = _Engine(spec["checkpoint"], spec["options"])
+    report["load_s"] = time.perf_counter() - started
+    report["memory"] = engine.ask(memory_of)
+    try:
+        if spec["target"] is not None:
+            engine.follow(spec["target"]["version"], spec["target"]["digest"], report)
+    except _Refused as refused:
+        report["error"] = refused.args[0]
+        if "layout" not in report:
+            report["layout"] = engine._llm.collective_rpc("hubsync_layout")
+    Path(report_file).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

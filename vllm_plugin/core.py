@@ -305,14 +305,16 @@ class Core:
 
     @staticmethod
     def _is_staged(ranks: Answers) -> bool:
+        waiting = [
+            rank
+            for rank in ranks
+            if rank["target"] not in (rank["staged"], {"version": rank["version"], "digest": rank["digest"]})
+        ]
         for rank in ranks:
-            if rank["state"] in ("poisoned", "refused"):
+            failed = rank in waiting and rank["error"] is not None and rank["state"] != "staging"
+            if failed or rank["state"] in ("poisoned", "refused"):
                 raise _recorded(ranks, rank["state"])
-            if rank["target"] not in (rank["staged"], {"version": rank["version"], "digest": rank["digest"]}):
-                if rank["error"] is not None and rank["state"] != "staging":
-                    raise _recorded(ranks, rank["state"])
-                return False
-        return True
+        return not waiting
 
     def _about(self) -> dict[str, Any]:
         engine = self._engine

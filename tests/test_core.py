@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hubsync.errors import NoPath, ReplicaError, ReplicaRefused
+from hubsync.errors import NoPath, ReplicaRefused
 from vllm_plugin import hooks
 from vllm_plugin.core import Core
 
@@ -273,7 +273,7 @@ def test_what_goes_wrong_while_staging_is_raised(core: Core, engine: ModelEngine
         core.handle_native("update_weights")
     assert engine.log[-1] == "abandon"
     engine.workers[0]["state"] = "refused"
-    with pytest.raises(ReplicaError):
+    with pytest.raises(NoPath):
         core.handle_native("init_weight_transfer_engine")
 
 

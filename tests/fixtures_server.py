@@ -21,6 +21,8 @@ from hubsync.trainer.engine import DeltaWeightTransferEngine
 
 from .fixtures_hub import TOKEN
 
+WINDOW_TIMEOUT_S = 4.0  # of `served`: short enough to be waited for, long enough for another client to come first
+
 
 @dataclass
 class Served:
@@ -94,7 +96,12 @@ def served(
     base = save_checkpoint("qwen3_tied", tmp_path_factory.mktemp("base"))
     save_tokenizer(base)
     address = "hf://buckets/me/end-to-end/run"
-    url = start_server(base, bucket=address, arguments=["--enable-scale-out"])
+    url = start_server(
+        base,
+        bucket=address,
+        environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S)},
+        arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
         engine.sync()  # the server finds its place

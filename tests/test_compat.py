@@ -132,13 +132,6 @@ def test_whoever_replaces_the_weights_is_noticed() -> None:
     assert lost == ["the server slept at level 2, which discards weights", "the server has reloaded its weights"]
 
 
-@pytest.mark.parametrize(("value", "seconds"), [(None, 15.0), ("2.5", 2.5), ("soon", 15.0), ("-1", 0.1)])
-def test_the_watchdogs_patience(value: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    if value is not None:
-        monkeypatch.setenv("HUBSYNC_WINDOW_TIMEOUT", value)
-    assert compat.window_timeout(worker().vllm_config) == seconds
-
-
 def test_a_draft_of_another_checkpoint_is_left_alone() -> None:
     model, draft = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     subject = worker()

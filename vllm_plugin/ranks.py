@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hubsync import errors
 from hubsync.digest import Digest
-from hubsync.errors import HubsyncError, ReplicaRefused, WrongParent
+from hubsync.errors import ReplicaRefused, WrongParent
 from hubsync.manifest import Position
 from hubsync.table import TensorTable
 
+from .answers import refusal
 from .regions import Region, overlap
 
 
@@ -153,9 +153,3 @@ def tally(ballots: Sequence[Ballot]) -> None:
             f"the delta does not lead to {target} but to digest {total.hex[:12]}; "
             "its bytes are wrong, or it belongs to other weights"
         )
-
-
-def refusal(kind: str, message: str) -> HubsyncError:
-    """The error that a rank named; never any class but those of `hubsync.errors`."""
-    found = getattr(errors, kind, None)
-    return found(message) if isinstance(found, type) and issubclass(found, HubsyncError) else ReplicaRefused(message)

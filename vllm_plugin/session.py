@@ -34,9 +34,10 @@ from hubsync.manifest import Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch, compose
 
+from .answers import describe, refusal
 from .applier import Applier
 from .live import Hints
-from .ranks import Alone, Census, Ranks, refusal
+from .ranks import Alone, Census, Ranks
 
 logger = logging.getLogger("vllm.hubsync")
 
@@ -154,17 +155,6 @@ class Session:
         self._thread: threading.Thread | None = None
 
     # --- what the requests do -----------------------------------------------------------------------
-
-    def require_attached(self) -> None:
-        """Raise why this session is not attached, or that its weights are poisoned."""
-        if self._require().applier.poisoned is not None:
-            raise ReplicaPoisoned(f"the weights are not known to be right: {self._require().applier.poisoned}")
-
-    def require_staged(self, target: Position) -> None:
-        """Raise why `target` is neither staged nor served."""
-        applier = self._require().applier
-        if target not in (applier.position, applier.staged.target if applier.staged else None):
-            raise self._error or ReplicaRefused(f"{target} is not staged: this worker is {self.state}")
 
     @property
     def state(self) -> str:
@@ -462,13 +452,6 @@ class Session:
         unexpected = not isinstance(error, HubsyncError)
         level = logging.ERROR if unexpected or self.state == "poisoned" else logging.WARNING
         logger.log(level, "hubsync: %s: %s", what, error, exc_info=unexpected)
-
-
-def describe(error: Exception) -> dict[str, str]:
-    """An error as it travels: its class in `hubsync.errors`, and its message."""
-    if isinstance(error, HubsyncError):
-        return {"type": type(error).__name__, "message": str(error)}
-    return {"type": "ReplicaError", "message": f"{type(error).__name__}: {error}"}
 
 
 def _position_json(position: Position | None) -> dict[str, Any]:

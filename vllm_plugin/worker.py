@@ -1,19 +1,28 @@
-"""One session for each vLLM worker, whichever of the two adapters asks first."""
+"""What both adapters share in a worker: its one session, and vLLM's weight transfer methods without exceptions.
+
+The functions here take the worker. `vllm_plugin.extension` calls them in its methods, `vllm_plugin.core` sends them to
+the workers.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
-from weakref import WeakKeyDictionary
+
+import hubsync
+from hubsync.errors import FormatError
+from hubsync.manifest import MAX_VERSION, Position
 
 from . import compat
+from .answers import answering
 from .session import Session
 
-_sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()  # by served module
+PROTOCOL = 1
 
 
 def session_of(worker: Any) -> Session:
     """The worker's session, made at its first request; from then on every forward pass is guarded."""
-    worker = getattr(worker, "worker", worker)  # the engine core hands us vLLM's wrapper of it
+    worker = compat.unwrap(worker)
     session: Session | None = getattr(worker, "_hubsync", None)
     if session is None:
         ranks = compat.find_ranks()
@@ -21,16 +30,61 @@ def session_of(worker: Any) -> Session:
         compat.guard_forward(worker, session.before_forward)
         compat.guard_weights(worker, session.weights_lost)
         worker._hubsync = session
-        _sessions[worker.model_runner.get_model()] = session
     return session
 
 
-def session_of_model(model: Any) -> Session | None:
-    """The session of the worker that serves this module, if it has one."""
-    return _sessions.get(model)
+def status_of(worker: Any) -> dict[str, Any]:
+    """What `hubsync_status` answers."""
+    return {
+        "protocol": PROTOCOL,
+        "rank": int(worker.rank),
+        "parallel": compat.parallel_of(worker.vllm_config),
+        **session_of(worker).status(),
+        "vllm": compat.vllm_version(),
+        "hubsync": hubsync.__version__,
+    }
 
 
-def take_native_failure(worker: Any) -> str | None:
-    """What went wrong in the last call of vLLM's own to our weight transfer engine, once; see `backend`."""
-    failure: str | None = worker.weight_transfer_engine.take_failure()
-    return failure
+def position_of(version: object, digest: object) -> Position:
+    """The position that a request names, or FormatError."""
+    if type(version) is not int or not 0 <= version <= MAX_VERSION:
+        raise FormatError(f"version must be an integer from 0 to {MAX_VERSION}, not {version!r:.80}")
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{32}", digest):
+        raise FormatError(f"digest must be 32 hex digits, not {digest!r:.80}")
+    return Position(version, digest)
+
+
+# --- sent by the engine core ------------------------------------------------------------------------
+
+
+@answering
+def status(worker: Any) -> dict[str, Any]:
+    """The status, and `target`: the position that the native backend has been told to stage, if any."""
+    target = getattr(compat.transfer_engine(worker), "target", None)
+    return {
+        **status_of(worker),
+        "target": None if target is None else {"version": target.version, "digest": target.digest},
+    }
+
+
+@answering
+def call(worker: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """One of vLLM's weight transfer methods."""
+    compat.transfer_engine(worker).session = session_of(worker)
+    getattr(worker, method)(*args, **kwargs)
+    return {**status(worker), "error": None}
+
+
+@answering
+def join(worker: Any) -> dict[str, Any]:
+    """`hubsync_join`, also where the extension is not loaded."""
+    session_of(worker).join()
+    return {**status(worker), "error": None}
+
+
+@answering
+def abandon(worker: Any) -> dict[str, Any]:
+    """The weight update under way has failed: a new one may start."""
+    compat.transfer_engine(worker).target = None
+    compat.end_weight_update(worker)
+    return {"error": None}

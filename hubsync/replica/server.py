@@ -67,13 +67,9 @@ class VLLMServer:
         """Workers of the server: tensor x pipeline x data parallel."""
         return int(self._get("/get_world_size")["world_size"])
 
-    def pause(self, clear_cache: bool = True) -> None:
-        """Freeze all requests between two forward passes; they go on after `resume`.
-
-        Args:
-            clear_cache: drop every cached key and value; frozen requests recompute theirs with the weights of then.
-        """
-        self._post("/pause", params={"mode": "keep", "clear_cache": "true" if clear_cache else "false"})
+    def pause(self) -> None:
+        """Freeze all requests between two forward passes; they go on after `resume`."""
+        self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
 
     def resume(self) -> None:
         self._post("/resume")
@@ -103,14 +99,6 @@ class VLLMServer:
             the error that the first refusing rank names (a class of `hubsync.errors`; ReplicaRefused if it names
             none of them), ReplicaUnsuitable if the workers have no such method.
         """
-        results = self.answers(method, *args)
-        for rank, result in enumerate(results):
-            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
-                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
-        return results
-
-    def answers(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """The same, with refusals among the answers."""
         body = {"method": method, "args": list(args), "timeout": self.timeout}
         answer = self._send("POST", "/collective_rpc", json=body, refuse=False)
         if answer.status_code == 500:
@@ -118,6 +106,9 @@ class VLLMServer:
         results = self._json(answer, "/collective_rpc").get("results")
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
+        for rank, result in enumerate(results):
+            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
+                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
         return results
 
     def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:

@@ -1,23 +1,20 @@
 """Bringing one inference server from version to version, whatever dies on the way.
 
-Staging happens beside generation. The commit is a small state machine, and every step of it may be a client's last:
+Staging happens beside generation. The commit is one request: in one turn of the engine's loop, between two forward
+passes, caches of the old weights are cut off, all ranks vote and write, and responses from there on state the new
+version (`vllm_plugin.core`). It happens or it does not, so a client can die at any moment.
+
+Where one request does not reach all ranks between the same two forward passes (pipeline stages; experts spread over
+data parallel engines) the server must be paused around it, and a client can die in between:
 
     open      the workers record that a window opens, for which position and by whom
-    pause     requests freeze between two forward passes; what they have cached is dropped
-    commit    all ranks apply what they have staged, or none does
-    label     responses from here on state the new version
-    reset     no cached prefix of the old weights is left
-    resume    frozen requests go on, with the new weights
+    pause     requests freeze between two forward passes
+    commit    as above
+    resume    frozen requests go on
     close     the workers forget the window
 
-The next client finds the window in the workers' status and completes it (`recover`): from `label` on if the commit
-happened, from `resume` on if it did not. If none comes, the engine core does so itself after a while. All steps are
-idempotent.
-
-With `kv_cache="keep"` the commit is one call, between two forward passes of a server that goes on: the engine core
-labels the weights and empties the prefix cache in the same call. Where one forward pass is not at the same place on
-all ranks (pipeline stages, experts spread over engines) there is a window all the same, in which requests keep their
-caches.
+The server itself ends a window that is not closed in time (setting `window_timeout`), and so does the next client that
+finds one (`recover`). All steps are idempotent.
 """
 
 from __future__ import annotations
@@ -46,13 +43,10 @@ logger = logging.getLogger(__name__)
 
 KV_CACHE = ("recompute", "keep")
 
-# A window that is older than this has lost its client: a commit takes well under a second.
-_ABANDONED_S = 15.0
-
-# The reset after a commit can only fail while blocks are held, and nothing holds any while requests are frozen with
-# their caches dropped; a transfer of cached blocks to other storage may still be ending.
-_RESET_ATTEMPTS = 20
 _PAUSE_S = 0.05
+
+# For engines of a data parallel server that did not commit when others did, to stage again.
+_CATCH_UP_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +56,12 @@ class Window:
     Attributes:
         position: where it was going.
         token: what closes it.
-        age_s: seconds for which it has been open.
+        abandoned: has it been open for so long that its client must be gone?
     """
 
     position: Position
     token: str
-    age_s: float = 0.0
+    abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,17 +87,20 @@ class ReplicaStatus:
     ranks: tuple[dict[str, Any], ...]
 
     @property
-    def core(self) -> bool:
-        """Is hubsync's plugin active in the engine core?"""
-        return all(bool(rank.get("core")) for rank in self.ranks)
-
-    @property
     def atomic(self) -> bool:
         """Do all ranks that run one forward pass together get a request between the same two passes?
 
         Not where a pass is spread over pipeline stages, or over data parallel engines that share experts.
         """
-        return all(int(rank.get("parallel", {}).get("pp", 1)) == 1 for rank in self.ranks) and not self.spans_engines
+        return all(rank["engine"]["atomic"] for rank in self.ranks)
+
+    def all_at(self, position: Position) -> bool:
+        """Do all ranks serve this position?"""
+        return all(_position(rank) == position for rank in self.ranks)
+
+    def all_ready_for(self, position: Position) -> bool:
+        """Does every rank serve this position, or have it staged?"""
+        return all(position in (_position(rank), _position(rank.get("staged") or {})) for rank in self.ranks)
 
     @property
     def spans_engines(self) -> bool:
@@ -117,7 +114,8 @@ class CommitReport:
 
     Attributes:
         position: where the server is now.
-        pause_s: seconds in which no request could make progress (0 with `kv_cache="keep"`).
+        pause_s: seconds in which no request could make progress: of the turn in which the slowest engine committed, or
+            from pause to resume where it had to be paused.
         commit_s: seconds the slowest rank says it needed to apply.
         stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
         changed: elements written, over all ranks' shards; None if the workers do not say.
@@ -139,23 +137,25 @@ class Replica:
 
     Args:
         server: how to reach it.
-        kv_cache: what happens to the keys and values of running requests at a commit. `"recompute"`: requests freeze,
-            and go on with everything they have recomputed by the new weights. `"keep"`: no pause; running requests go
-            on with the keys and values they have, and no later request shares those. What running requests add to
-            their caches after the commit may be shared, until they end.
+        kv_cache: what happens at a commit to keys and values that old weights have computed. `"recompute"`: none is
+            used again; running requests go on with the tokens that they have, once the new weights have recomputed
+            theirs. `"keep"`: running requests go on at once with those that they have, so they mix; requests that come
+            later never see any of it.
+        pause: pause the server around every commit? None: only if it has to be.
     """
 
-    def __init__(self, server: VLLMServer, kv_cache: str = "recompute"):
+    def __init__(self, server: VLLMServer, kv_cache: str = "recompute", *, pause: bool | None = None):
         if kv_cache not in KV_CACHE:
             raise ConfigError(f"kv_cache must be one of {', '.join(KV_CACHE)}, not {kv_cache!r}")
         self.server = server
         self.kv_cache = kv_cache
+        self._pause = pause
         self._token: str | None = None  # of the window that we opened last; it may still be open
 
     def check(self) -> None:
         """ReplicaUnsuitable unless the server is one that hubsync can drive."""
         self.server.version()
-        ranks = self.server.rpc("hubsync_status")
+        ranks = self.status().ranks
         protocol = next((rank.get("protocol") for rank in ranks if rank.get("protocol") != PROTOCOL), PROTOCOL)
         if protocol != PROTOCOL:
             raise ReplicaUnsuitable(
@@ -164,12 +164,18 @@ class Replica:
         workers = self.server.world_size()
         if workers != len(ranks):
             raise ReplicaUnsuitable(
-                f"{self.server.url} has {workers} workers but only {len(ranks)} can be reached; with data parallel "
-                "engines hubsync's plugin must be active in the server (VLLM_PLUGINS): or start one server per engine"
+                f"{self.server.url} has {workers} workers, but only {len(ranks)} are within its reach: address each of "
+                "its API servers (without data parallel load balancing outside of vLLM there is only one)"
             )
 
     def status(self) -> ReplicaStatus:
-        return _merge(self.server.url, self.server.rpc("hubsync_status"))
+        ranks = self.server.rpc("hubsync_status")
+        if not all("engine" in rank for rank in ranks):
+            raise ReplicaUnsuitable(
+                f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
+                "VLLM_PLUGINS keeps hubsync from being loaded"
+            )
+        return _merge(self.server.url, ranks)
 
     def attach(self, timeout: float = 600.0) -> ReplicaStatus:
         """Have the workers find out where their weights are, and finish what a dead client left open.
@@ -200,7 +206,7 @@ class Replica:
 
         def staged(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
-            if position in (status.staged, status.position):
+            if status.all_ready_for(position):
                 return True
             if status.error is not None and status.state != "staging":
                 raise status.error
@@ -212,30 +218,26 @@ class Replica:
         """Make all ranks serve the staged `position`; see the top of this file.
 
         An error means that the old weights are still served, or, where the commit had happened before the error, that
-        the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, the
-        next `commit`, `attach` or `recover` of any client finishes the window.
+        the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, it ends
+        the window by itself.
         """
         status = self._without_window()
-        if status.position == position:
+        if status.all_at(position):
             self.server.set_weight_version(str(position.version))
             return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
-        keep = self.kv_cache == "keep"
-        if keep and not status.core:
-            raise ReplicaUnsuitable(
-                f"{self.server.url} cannot empty its prefix cache while it runs: hubsync's plugin is not active in its "
-                'engine core (VLLM_PLUGINS, or a vLLM that has moved it); use kv_cache="recompute"'
-            )
-        if keep and status.atomic:
-            applied = self.server.rpc("hubsync_commit", position.version, position.digest, "keep")
-            return self._report(position, applied, pause_s=0.0)
+        pause = not status.atomic if self._pause is None else self._pause
+        if not pause:
+            applied = self._commit(position)
+            turns = [float(rank["engine"]["turn_s"]) for rank in applied]
+            return self._report(position, applied, pause_s=max(turns))
         window = Window(position, uuid.uuid4().hex)
         self._token = window.token
         self.server.rpc("hubsync_open", position.version, position.digest, window.token)
         started = time.perf_counter()
         try:
-            self.server.pause(clear_cache=not keep)
-            applied = self.server.rpc("hubsync_commit", position.version, position.digest, self.kv_cache)
-            resumed = self._complete(window, reset=not keep)
+            self.server.pause()
+            applied = self._commit(position)
+            resumed = self._end(window)
         except BaseException:
             self._try_to_recover()
             raise
@@ -262,12 +264,11 @@ class Replica:
         self._until(verified, timeout, f"verify {position}")
 
     def heal(self) -> None:
-        """Rebuild poisoned weights from the run, and drop what wrong weights have cached.
+        """Rebuild poisoned weights from the run; what wrong weights have cached is dropped.
 
         ReplicaRefused if they are not poisoned; NoPath or a BucketError if it was not possible.
         """
         self.server.rpc("hubsync_heal")
-        self._reset_prefix_cache()
 
     def _settled(self, timeout: float) -> ReplicaStatus:
         """The status once no rank is still finding out where its weights are."""
@@ -284,11 +285,14 @@ class Replica:
         if not status.spans_engines:
             self.server.rpc("hubsync_join")
             return
+        token = uuid.uuid4().hex
+        self.server.rpc("hubsync_hold", token)
         self.server.pause()
         try:
             self.server.rpc("hubsync_join")
         finally:
             self.server.resume()
+            self.server.rpc("hubsync_close", token)
 
     def _without_window(self) -> ReplicaStatus:
         """The status once no commit window is open: other clients are given time to close theirs."""
@@ -296,62 +300,48 @@ class Replica:
             status = self.status()
             if status.window is None:
                 return status
-            if status.window.token == self._token or status.window.age_s > _ABANDONED_S:
+            if status.window.token == self._token or status.window.abandoned:
                 self._recover(status)
             else:
                 time.sleep(_PAUSE_S)
 
-    def _complete(self, window: Window, reset: bool = True) -> float:
-        """Everything after the commit. The server runs again afterwards even if something in here fails.
-
-        Returns `time.perf_counter()` of when requests went on.
-        """
+    def _commit(self, position: Position) -> list[dict[str, Any]]:
+        """The commit itself. Data parallel engines each vote for themselves; none of them is left behind."""
+        commit = "hubsync_commit", position.version, position.digest, self.kv_cache
         try:
-            self.server.set_weight_version(str(window.position.version))
-            if reset:
-                self._reset_prefix_cache()
-        finally:
-            self.server.resume()
+            return self.server.rpc(*commit)
+        except HubsyncError:
+            status = self.status()
+            if status.all_at(position) or not any(_position(rank) == position for rank in status.ranks):
+                raise
+            logger.warning("only some engines of %s are at %s; trying again with the others", self.server.url, position)
+        try:
+            self.wait_staged(position, _CATCH_UP_S)
+            return self.server.rpc(*commit)
+        except HubsyncError as error:
+            raise ReplicaRefused(
+                f"some engines of {self.server.url} are at {position} and some are not (each serves one version, and "
+                f"says which): {error}; commit again, or restart the server"
+            ) from error
+
+    def _end(self, window: Window) -> float:
+        """What comes after the commit, or instead of it. Returns `time.perf_counter()` of when requests went on."""
+        self.server.resume()
         resumed = time.perf_counter()
         self.server.rpc("hubsync_close", window.token)
         return resumed
 
-    def _reset_prefix_cache(self) -> None:
-        for _ in range(_RESET_ATTEMPTS):
-            if self.server.reset_prefix_cache():
-                return
-            time.sleep(_PAUSE_S)
-        raise ReplicaRefused(
-            f"{self.server.url} would not reset its prefix cache: it may hold keys and values of older weights; "
-            "try `recover` again, or restart the server"
-        )
-
     def _recover(self, status: ReplicaStatus) -> bool:
-        window = status.window
-        if window is None:
+        if status.window is None:
             return False
-        arrived = [_position(rank) == window.position for rank in status.ranks]
-        if any(arrived) and not all(arrived):
-            # The ranks of one engine commit together, but engines do so one by one. Those that have not may still hold
-            # it staged; if not, the others take it back.
-            try:
-                self.server.rpc("hubsync_commit", window.position.version, window.position.digest)
-            except ReplicaError as error:
-                logger.warning("taking back a commit that not every engine has made: %s", error)
-                self.server.answers("hubsync_undo")  # engines that have nothing to take back say so
-                arrived = [False]
-        if any(arrived):
-            self._complete(window)
-        else:
-            self.server.resume()
-            self.server.rpc("hubsync_close", window.token)
+        self._end(status.window)
         return True
 
     def _try_to_recover(self) -> None:
         try:
             self.recover()
         except ReplicaError as error:
-            logger.warning("a commit window stays open until the next commit, of any client: %s", error)
+            logger.warning("a commit window stays open until the server or the next client ends it: %s", error)
 
     def _report(self, position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
         changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
@@ -392,22 +382,23 @@ _STATES = ("poisoned", "refused", "detached", "attaching", "mapped", "staging", 
 def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
     positions = {_position(rank) for rank in ranks}
     staged = {_position(rank.get("staged") or {}) for rank in ranks}
-    windows = [rank["window"] for rank in ranks if rank.get("window")]
+    windows = [_window(rank) for rank in ranks if rank.get("window")]
     failures = [rank["error"] for rank in ranks if rank.get("error")]
     return ReplicaStatus(
         state=min((str(rank.get("state")) for rank in ranks), key=_badness),
         position=positions.pop() if len(positions) == 1 else None,
         staged=staged.pop() if len(staged) == 1 else None,
-        window=_window(windows[0]) if windows else None,
+        window=windows[0] if windows else None,
         error=worker_error(failures[0], url) if failures else None,
         run_id=ranks[0].get("run_id"),
         ranks=tuple(ranks),
     )
 
 
-def _window(document: dict[str, Any]) -> Window:
-    position = Position(int(document["version"]), str(document["digest"]))
-    return Window(position, str(document["token"]), float(document.get("age_s", 0.0)))
+def _window(rank: dict[str, Any]) -> Window:
+    window, timeout = rank["window"], float(rank["engine"]["window_timeout_s"])
+    position = Position(int(window["version"]), str(window["digest"]))
+    return Window(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
 
 
 def _badness(state: str) -> int:

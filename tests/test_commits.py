@@ -293,7 +293,11 @@ def two_engines(start_server: Callable[..., str], tmp_path_factory: pytest.TempP
     return make_site(
         root,
         start_server,
-        environment={"HUBSYNC_CACHE": str(root / "cache"), "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"},
+        environment={
+            "HUBSYNC_WINDOW_TIMEOUT": str(PATIENCE_S),
+            "HUBSYNC_CACHE": str(root / "cache"),
+            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        },
         arguments=["--data-parallel-size", "2"],
     )
 

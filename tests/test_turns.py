@@ -14,14 +14,10 @@ import pytest
 import requests
 
 from hubsync.replica.sync import Replica
-from vllm_plugin import compat
 
-from .test_commits import Site, make_site
+from .test_commits import VERSIONS, Site, make_site
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(compat.vllm_version().startswith("0.27"), reason="its responses do not tell which weights"),
-]
+pytestmark = pytest.mark.server
 
 BLOCK = 128
 
@@ -30,7 +26,8 @@ BLOCK = 128
 def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
     root = tmp_path_factory.mktemp("turns")
     environment = {"HUBSYNC_CACHE": str(root / "cache")}
-    return make_site(root, start_server, environment=environment, arguments=["--enable-scale-out"])
+    arguments = ["--enable-scale-out"] if VERSIONS else []
+    return make_site(root, start_server, environment=environment, arguments=arguments)
 
 
 @pytest.fixture
@@ -43,9 +40,15 @@ def staged(site: Site) -> Iterator[Callable[[str], None]]:
 
 
 def greedy(site: Site, prompt: list[int], tokens: int) -> dict[str, Any]:
-    sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0, "logprobs": 1}
-    request = {"token_ids": prompt, "sampling_params": sampling}
-    answer = requests.post(f"{site.url}/inference/v1/generate", json=request, timeout=300)
+    """A continuation of exactly `tokens` tokens, with the versions that made it where vLLM tells them."""
+    sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+    if VERSIONS:
+        request: dict[str, Any] = {"token_ids": prompt, "sampling_params": sampling}
+        answer = requests.post(f"{site.url}/inference/v1/generate", json=request, timeout=300)
+    else:
+        request = {"prompt": prompt, "return_token_ids": True, **sampling}
+        request["model"] = requests.get(f"{site.url}/v1/models", timeout=60).json()["data"][0]["id"]
+        answer = requests.post(f"{site.url}/v1/completions", json=request, timeout=300)
     answer.raise_for_status()
     return answer.json()["choices"][0]
 
@@ -73,6 +76,7 @@ def running(site: Site, prompt: list[int], tokens: int) -> tuple[ThreadPoolExecu
     return pool, future
 
 
+@pytest.mark.skipif(not VERSIONS, reason="vLLM 0.27 does not tell where the new weights begin")
 def test_recomputed_requests_go_on_as_if_the_new_weights_had_read_all_of_it(site: Site, staged: Callable) -> None:
     prompt = list(range(10, 210))
     preempted = counter(site, "num_preemptions")
@@ -99,7 +103,8 @@ def test_kept_requests_go_on_at_once_and_share_nothing(site: Site, staged: Calla
         assert cached_tokens(site, prompt) == 0, "nothing of before the commit is there"
         assert cached_tokens(site, prompt) == BLOCK, "that is of the new weights, and may be shared"
         answer = request.result()
-    assert len(answer["weight_versions"]) == 2
+    if VERSIONS:
+        assert len(answer["weight_versions"]) == 2
     assert counter(site, "num_preemptions") == preempted, "it was not interrupted"
     assert cached_tokens(site, prompt + answer["token_ids"]) == BLOCK, "nothing of what it mixed is there"
 

@@ -83,7 +83,8 @@ class SyncConfig:
             may follow the bucket by themselves.
         kv_cache (`str`, *optional*, defaults to `"recompute"`):
             What happens to the keys and values of running requests when weights change: `"recompute"` them with the
-            new weights, or `"keep"` them (no pause, but requests mix old keys and values with new weights).
+            new weights, or `"keep"` them (these requests mix old and new to their end). Requests that come later never
+            see keys and values of old weights, with either.
         stage_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds a server may take to find its place in the run, or to download and prepare a version.
         commit_timeout (`float`, *optional*, defaults to `120.0`):

@@ -310,7 +310,8 @@ class Stream(threading.Thread):
 
 
 def under_load(repeats: int) -> dict[str, float]:
-    """Longest gap between tokens of two streams: without commits, with unpaused ones, and with pause and resume."""
+    """Longest gap between tokens of two streams: without commits, with commits that keep caches, with ones after which
+    running requests recompute theirs, and with such ones between vLLM's pause and resume."""
     from safetensors.torch import load_file
 
     from hubsync.demo.serving import ServerProcess
@@ -337,8 +338,13 @@ def under_load(repeats: int) -> dict[str, float]:
                 stream.start()
             while not all(len(stream.times) > 50 for stream in streams):
                 time.sleep(0.05)
-            gaps: dict[str, list[float]] = {"baseline": [], "unpaused": [], "paused": []}
-            for version in range(1, 2 * repeats + 1):
+            clients = {
+                "unpaused": Replica(server, "keep"),
+                "recompute": Replica(server, "recompute"),
+                "paused": Replica(server, "recompute", pause=True),
+            }
+            gaps: dict[str, list[float]] = {"baseline": [], **{kind: [] for kind in clients}}
+            for version in range(1, len(clients) * repeats + 1):
                 began = time.perf_counter()
                 time.sleep(0.3)
                 gaps["baseline"].append(max(stream.longest_gap(began, time.perf_counter()) for stream in streams))
@@ -350,8 +356,7 @@ def under_load(repeats: int) -> dict[str, float]:
                 position = Position(version, digest.hex)
                 part = write_delta(table, patch, run_id=RUN_ID, parent=parent, position=position)
                 writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
-                kind = "unpaused" if version % 2 else "paused"
-                replica = Replica(server, "keep" if version % 2 else "recompute")
+                kind, replica = list(clients.items())[version % len(clients)]
                 replica.wait_staged(position)
                 began = time.perf_counter()
                 replica.commit(position)

@@ -404,7 +404,7 @@ def test_tensors_that_cannot_be_followed_are_loaded_whole_where_that_is_allowed(
     after = {name: tensor * 2 for name, tensor in before.items()}
     model.load_weights(before.items())
     with pytest.raises(ReplicaRefused, match=r"^decay: the loader computes with it \(aten.exp"):
-        Applier(model, table, torch.device("cpu"))
+        Applier(model, table, torch.device("cpu")).census()
     applier = Applier(model, table, torch.device("cpu"), masters=before)
     assert {name: row["class"] for name, row in applier.layout().items()} == {"decay": "dense", "w": "affine"}
     start, target = position_of(0, before, table), position_of(1, after, table)

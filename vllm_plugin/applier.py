@@ -107,10 +107,11 @@ class Applier:
         device: where the parameters are.
         ranks: the other workers of this engine. `commit` and `undo` are collectives over them.
         hints: what the server knows of its layout; see `live.Hints`.
-        masters: where tensors that cannot be followed in place may be loaded whole instead, their values now, by name
-            (asked for those only). Without it such tensors are refused.
+        masters: where tensors that cannot be followed in place may be loaded whole instead, by the model's own loader:
+            their values now, by name (asked for those only). Without it such tensors are refused.
 
-    ReplicaRefused, naming the tensor and the reason, if the layout cannot be mapped exactly (see `coordinates`).
+    ReplicaRefused, naming the reason, if the model as a whole cannot be mapped (see `coordinates`); if some tensors
+    cannot, `layout` says which, and `census` refuses.
 
     `commit`, `undo` and `heal` write, and must be called while no forward pass runs. Everything else may run beside
     forward passes; stage and verify from one thread at a time. Before anything else, `join` and `adopt`.
@@ -137,7 +138,10 @@ class Applier:
         self._seeds = [tensor_seed(spec.name) for spec in table]
         self._map = build_map(self._models, table, hints)
         self._memory = memory_of(self._map.storages, device)
-        self._masters = self._find_masters(masters)
+        self._masters: dict[int, torch.Tensor] = {}
+        if masters is not None:
+            loadable = self._map.refused.keys() - self._map.unloadable
+            self._masters = {index: masters[table[index].name].contiguous() for index in sorted(loadable)}
         self._held = _held(self._map, None)
         self._owned_masters: dict[int, bool] = {}
         self._sums = Sums()
@@ -162,7 +166,15 @@ class Applier:
     # --- reading the live weights -------------------------------------------------------------------
 
     def census(self) -> Census:
-        """What this rank holds, with the digest of each region of live memory as it is now."""
+        """What this rank holds, with the digest of each region of live memory as it is now.
+
+        ReplicaRefused, naming the first, if there are tensors that cannot be followed exactly.
+        """
+        refused = self._map.refused.keys() - self._masters.keys()
+        if refused:
+            index = min(refused)
+            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            raise ReplicaRefused(f"{self.table[index].name}: {self._map.refused[index]}{others}")
         holdings = []
         with self._aside():
             for index, regions in enumerate(self._map.regions):
@@ -460,17 +472,6 @@ class Applier:
             self._poison(f"somebody else changed weights since {self.position} was verified")
 
     # --- details ------------------------------------------------------------------------------------
-
-    def _find_masters(self, masters: Mapping[str, torch.Tensor] | None) -> dict[int, torch.Tensor]:
-        """The values of all refused tensors, or ReplicaRefused."""
-        refused = self._map.refused
-        if not refused:
-            return {}
-        if masters is None:
-            index, reason = next(iter(refused.items()))
-            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-            raise ReplicaRefused(f"{self.table[index].name}: {reason}{others}")
-        return {index: masters[self.table[index].name].contiguous() for index in refused}
 
     def _rebuild_map(self) -> None:
         """Parameters were moved: find them again. What this rank owns stays as it was agreed."""

@@ -36,6 +36,7 @@ class CoordinateMap:
         storages: live memory, by `Region.storage`.
         regions: by table index; empty where this rank holds nothing of a tensor.
         refused: table index -> why the tensor's elements cannot be followed in place; it has no regions.
+        unloadable: those of them that the model's loader does not take any more, as the model is now.
         refreshers: storage number -> what must be computed again after a write to it (indices into `hints.derived`).
         hints: as given to `build_map`.
     """
@@ -44,6 +45,7 @@ class CoordinateMap:
     storages: list[LiveStorage]
     regions: list[tuple[Region, ...]]
     refused: dict[int, str]
+    unloadable: frozenset[int]
     refreshers: dict[int, tuple[str, ...]]
     hints: Hints
     addresses: list[Address] = field(repr=False)
@@ -76,9 +78,10 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Hint
     hints = hints or Hints()
     addresses, storages = find_addresses(models), find_storages(models)
     samples = [storage.sample() for storage in storages]
-    run = DryRun(table, storages)
+    run, unloadable = DryRun(table, storages), set()
     for model in models:
-        run = _load(model, run, table, storages)
+        run, skipped = _load(model, run, table, storages)
+        unloadable |= skipped
     if (name := first_moved(addresses)) is not None:
         raise ReplicaRefused(f"{name}: the model's load_weights replaces this parameter instead of filling it")
     for storage, sample in zip(storages, samples, strict=True):
@@ -95,6 +98,7 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Hint
         storages,
         regions,
         run.refused,
+        frozenset(unloadable),
         _refreshers(storages, hints),
         hints,
         [address for address in addresses if address.name in fed],
@@ -104,8 +108,14 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Hint
     return coordinates
 
 
-def _load(model: torch.nn.Module, before: DryRun, table: TensorTable, storages: list[LiveStorage]) -> DryRun:
-    """Run the loader of one more model. A tensor that stops it is refused, and the others are tried without it."""
+def _load(
+    model: torch.nn.Module, before: DryRun, table: TensorTable, storages: list[LiveStorage]
+) -> tuple[DryRun, set[int]]:
+    """Run the loader of one more model. A tensor that stops it is refused, and the others are tried without it.
+
+    Returns:
+        (what is known now, the tensors that stopped it).
+    """
     skipped: dict[str, str] = {}
     for _ in range(_ATTEMPTS):
         run = DryRun(table, storages)
@@ -123,13 +133,14 @@ def _load(model: torch.nn.Module, before: DryRun, table: TensorTable, storages: 
             continue
         for name, reason in skipped.items():
             run.refused.setdefault(table.index_of(name), reason)
-        return run
+        return run, {table.index_of(name) for name in skipped}
     name, reason = next(iter(skipped.items()))
     raise ReplicaRefused(f"{name}: {reason}")
 
 
 def _explain(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}; is this the model that the run was trained on?"
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{what} (another model than the run's, or a layout that was changed after loading)"
 
 
 def _distinct(regions: Sequence[Region]) -> tuple[Region, ...]:

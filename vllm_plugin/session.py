@@ -149,6 +149,7 @@ class Session:
         self._wanted: Position | None = None  # being staged, or queued for it
         self._window: Window | None = None
         self._error: HubsyncError | None = None
+        self._layout: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._working = threading.Lock()  # the reader serves one job, or healing, at a time
@@ -232,10 +233,13 @@ class Session:
         self._begin(self._find)
 
     def layout(self) -> dict[str, Any]:
-        """Class of every tensor that this rank holds, and the parameters that are derived from others."""
-        if self._mapped is None:
+        """Class of every tensor that this rank holds, and the parameters that are derived from others.
+
+        Also where tensors were refused.
+        """
+        if self._layout is None:
             raise ReplicaRefused(f"this worker is {self.state}: it has not mapped its model")
-        return {"tensors": self._mapped.applier.layout(), "derived": self._mapped.applier.derived}
+        return self._layout
 
     def stage(self, target: Position) -> None:
         """Start staging the way from the current position to `target`, which replaces any other target."""
@@ -358,6 +362,7 @@ class Session:
             masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
             applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)
             self._metrics["map_s"] = time.perf_counter() - started
+            self._layout = {"tensors": applier.layout(), "derived": applier.derived}
             self._mapped = _Attached(host, reader, applier, applier.census())
             self._metrics["attach_s"] = time.perf_counter() - started
             logger.info("hubsync: mapped the model: %s", _summary(applier))

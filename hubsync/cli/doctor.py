@@ -24,7 +24,7 @@ _EXPLAINED = {
     "relayout": "permuted by vLLM after loading; followed",
     "dense": "loaded whole at each commit",
     "refused": "cannot be followed exactly",
-    "missing": "in the checkpoint, but not in the served model",
+    "missing": "held by no worker",
 }
 
 

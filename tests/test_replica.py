@@ -38,6 +38,7 @@ class ModelServer(VLLMServer):
         super().__init__("http://model")
         self.positions = [[BASE] * ranks for _ in range(engines)]
         self.atomic = atomic
+        self.spans_engines = False
         self.staged: Position | None = None
         self.window: dict[str, Any] | None = None
         self.window_age_s = 3600.0
@@ -92,6 +93,7 @@ class ModelServer(VLLMServer):
                 "protocol": PROTOCOL,
                 "rank": rank,
                 "state": self.state,
+                "parallel": {"dp": len(self.positions) if self.spans_engines else 1},
                 "version": position.version,
                 "digest": position.digest,
                 "staged": self.staged and {"version": self.staged.version, "digest": self.staged.digest},
@@ -101,6 +103,15 @@ class ModelServer(VLLMServer):
         ]
 
     def hubsync_attach(self, engine: int) -> list[dict[str, Any]]:
+        return [{} for _ in self.positions[engine]]
+
+    def hubsync_hold(self, engine: int, token: str) -> list[dict[str, Any]]:
+        self.watched = token
+        return [{}]
+
+    def hubsync_join(self, engine: int) -> list[dict[str, Any]]:
+        assert self.paused or not self.spans_engines, "engines would wait for each other"
+        self.state = "ready"
         return [{} for _ in self.positions[engine]]
 
     def hubsync_stage(self, engine: int, version: int, digest: str) -> list[dict[str, Any]]:
@@ -176,6 +187,19 @@ def test_a_pause_can_be_asked_for() -> None:
     server = staged_server()
     Replica(server, pause=True).commit(NEXT)
     assert server.calls == ["hubsync_status", *WINDOW]
+
+
+@pytest.mark.parametrize("spans_engines", [False, True])
+def test_ranks_join_once_all_have_mapped_what_they_hold(spans_engines: bool) -> None:
+    server = ModelServer(ranks=2, engines=2)
+    server.state, server.spans_engines = "mapped", spans_engines
+    watched: list[str | None] = []
+    server.fault = lambda call, before: watched.append(server.watched) if call == "pause" else None
+    Replica(server).attach()
+    assert server.calls.count("hubsync_join") == 1
+    assert ("pause" in server.calls) == spans_engines
+    assert all(watched), "a client that dies here leaves no server paused"
+    assert (server.paused, server.watched) == (False, None)
 
 
 def test_committing_the_position_that_is_served_disturbs_nobody() -> None:

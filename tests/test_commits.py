@@ -284,7 +284,38 @@ def test_a_failed_update_is_an_error_and_labels_nothing(site: Site) -> None:
     site.assert_whole(old)
 
 
-# --- several engines behind one server
+# --- several stages, several engines
+
+
+@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+def test_batches_on_their_way_through_pipeline_stages_are_waited_for(two_stages: Site, kv_cache: str) -> None:
+    with Load(two_stages.url) as load:
+        for _ in range(5):
+            position, replica = two_stages.publish(), Replica(two_stages.server, kv_cache)
+            replica.wait_staged(position)
+            replica.commit(position)
+            replica.wait_verified(position)
+    two_stages.assert_whole(position)
+    after = greedy(two_stages.url, [LONG])
+    assert two_stages.server.reset_prefix_cache()
+    assert greedy(two_stages.url, [LONG]) == after
+    for answer in load.answers:
+        versions = [int(span["version"]) for span in answer["weight_versions"]]
+        assert versions == sorted(set(versions))
+
+
+@pytest.fixture(scope="module")
+def two_stages(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
+    root, cores = tmp_path_factory.mktemp("stages"), sorted(os.sched_getaffinity(0))
+    return make_site(
+        root,
+        start_server,
+        environment={
+            "HUBSYNC_CACHE": str(root / "cache"),
+            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        },
+        arguments=["--pipeline-parallel-size", "2", *(["--enable-scale-out"] if VERSIONS else [])],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ class ModelEngine:
 
     def __init__(self) -> None:
         self.index = 0
-        self.atomic = self.still = True
+        self.alone = self.still = True
         self.paused = False
         self.label = "1"
         self.log: list[str] = []
@@ -63,6 +63,9 @@ class ModelEngine:
 
     def _join(self, worker: dict[str, Any]) -> None:
         worker["state"] = "ready"
+
+    def settle(self) -> None:
+        self.log.append("settle")
 
     def recompute(self) -> None:
         self.log.append("recompute")
@@ -124,7 +127,7 @@ def test_caches_weights_and_label_change_in_one_turn(
     core: Core, engine: ModelEngine, policy: tuple, caches: str
 ) -> None:
     answers = core.handle("hubsync_commit", *NEW, *policy)
-    assert engine.log == [caches, "hubsync_commit", "label 2"]
+    assert engine.log == ["settle", caches, "hubsync_commit", "label 2"]
     assert [answer["version"] for answer in answers] == [2, 2]
     about = answers[0]["engine"]
     assert (about["index"], about["atomic"], about["label"], about["window_timeout_s"]) == (0, True, "2", 15.0)
@@ -141,7 +144,7 @@ def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: Core, 
     engine.cache_error = RuntimeError("requests wait for remote blocks")
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "remote blocks" in answer["error"]["message"]
-    assert engine.log == ["recompute"]
+    assert engine.log == ["settle", "recompute"]
 
 
 def test_what_the_workers_refuse_changes_no_label(core: Core, engine: ModelEngine) -> None:
@@ -163,11 +166,11 @@ def test_undoing_and_healing_drop_caches_and_label_too(core: Core, engine: Model
     for method in ("hubsync_undo", "hubsync_heal"):
         engine.log.clear()
         core.handle(method)
-        assert engine.log == ["recompute", method, "label 1"]
+        assert engine.log == ["settle", "recompute", method, "label 1"]
 
 
-def test_where_a_forward_pass_may_be_under_way_a_commit_needs_a_pause(core: Core, engine: ModelEngine) -> None:
-    engine.atomic = engine.still = False
+def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: Core, engine: ModelEngine) -> None:
+    engine.alone = engine.still = False
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "pause it first" in answer["error"]["message"]
     assert engine.log == []
@@ -251,7 +254,7 @@ def test_vllms_calls_attach_stage_and_commit(core: Core, engine: ModelEngine) ->
     core.handle_native("update_weights", update_info={})
     core.handle_native("finish_weight_update")
     calls = ["init_weight_transfer_engine", "join", "start_weight_update", "update_weights"]
-    assert engine.log == [*calls, "isolate", "hubsync_commit", "label 2"]
+    assert engine.log == [*calls, "settle", "isolate", "hubsync_commit", "label 2"]
 
 
 @pytest.mark.parametrize("method", ["update_weights", "finish_weight_update"])
@@ -278,7 +281,7 @@ def test_what_goes_wrong_while_staging_is_raised(core: Core, engine: ModelEngine
 
 
 def test_joining_needs_a_pause_where_engines_wait_for_each_other(core: Core, engine: ModelEngine) -> None:
-    engine.atomic = engine.still = False
+    engine.alone = engine.still = False
     for worker in engine.workers:
         worker["state"] = "mapped"
     with pytest.raises(ReplicaRefused, match="pause it first"):

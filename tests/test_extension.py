@@ -308,11 +308,11 @@ def test_requests_never_raise(
     assert status["protocol"] == 1
     digest = publisher.positions[0].digest
     for method, arguments, error in [
-        ("hubsync_stage", (1, digest), "ReplicaRefused"),
+        ("hubsync_stage", (1, digest), "ConfigError"),
         ("hubsync_commit", (1, digest), "ReplicaRefused"),
-        ("hubsync_open", (1, digest, "token"), "ReplicaRefused"),
+        ("hubsync_open", (1, digest, "token"), "ConfigError"),
         ("hubsync_undo", (), "ReplicaRefused"),
-        ("hubsync_heal", (), "ReplicaRefused"),
+        ("hubsync_heal", (), "ConfigError"),
         ("hubsync_stage", ("1", digest), "FormatError"),
         ("hubsync_stage", (1, "../../etc/passwd"), "FormatError"),
         ("hubsync_open", (1, digest, "a token\n"), "FormatError"),

@@ -699,7 +699,7 @@ def test_sync_brings_every_server_to_the_new_version(
         assert [commit.position for commit in report.commits] == [served.position] * 2
         for server in servers.values():
             server.assert_whole()
-            assert server.positions == [served.position]
+            assert server.positions == [[served.position]]
     assert served.sync(3).published.changed == 0
 
 
@@ -711,7 +711,7 @@ def test_servers_stage_a_version_before_they_are_asked_to_commit_it(
     train(model, optimizer)
     published = served.publish(1).result()
     assert [server.staged for server in servers.values()] == [published.position] * 2
-    assert [server.positions for server in servers.values()] == [[old]] * 2
+    assert [server.positions for server in servers.values()] == [[[old]]] * 2
 
 
 def test_a_server_that_fails_keeps_no_other_from_the_version_and_catches_up(
@@ -726,10 +726,10 @@ def test_a_server_that_fails_keeps_no_other_from_the_version_and_catches_up(
     with pytest.raises(ReplicaUnreachable):
         served.sync(1)
     assert served.position.version == 1
-    assert servers["http://two"].positions == [served.position] != servers["http://one"].positions
+    assert servers["http://two"].positions == [[served.position]] != servers["http://one"].positions
     servers["http://one"].fault = lambda call, before: None
     assert served.sync(1).published.version == 1
-    assert servers["http://one"].positions == [served.position]
+    assert servers["http://one"].positions == [[served.position]]
 
 
 def test_a_server_without_a_way_to_the_version_gets_an_anchor(

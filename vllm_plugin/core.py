@@ -8,8 +8,9 @@ it. A commit is one such request, and everything that belongs to it happens with
     label       outputs of later forward passes state the new version
 
 So there is nothing that a client could leave half done, and nobody can schedule a forward pass in between. Where a
-forward pass is not over when the next turn begins (pipeline stages), or waits for other engines (experts spread over
-data parallel engines), the client must have paused the engine. It says so beforehand (`hubsync_open`), and from then on
+forward pass may still be on its way through pipeline stages when the next turn begins, the turn waits for it. Where
+forward passes wait for those of other engines (experts spread over data parallel engines), the client must have paused
+the engines. It says so beforehand (`hubsync_open`), and from then on
 a *watchdog* runs: if the client has not closed its window in time, it is taken for dead, and the engine resumes itself.
 
 This module imports neither vLLM nor torch. `vllm_plugin.hooks` connects it to vLLM.
@@ -70,13 +71,17 @@ class Engine(Protocol):
     """Of the engine among the data parallel ones of its server."""
 
     @property
-    def atomic(self) -> bool:
-        """Do all workers get a request between the same two forward passes?"""
+    def alone(self) -> bool:
+        """Can this engine's forward passes end without those of other engines?"""
         ...
 
     @property
     def still(self) -> bool:
-        """Is no forward pass under way in any worker that this engine's workers wait for, and can none begin?"""
+        """Is this engine paused, with all others that it shares forward passes with, and none under way?"""
+        ...
+
+    def settle(self) -> None:
+        """Return when no worker is in a forward pass, or when all will get the next request between the same two."""
         ...
 
     @property
@@ -173,17 +178,18 @@ class Core:
         if policy not in KV_POLICIES:
             raise ConfigError(f"kv_cache must be one of {', '.join(KV_POLICIES)}, not {policy!r:.40}")
         engine, started = self._engine, time.perf_counter()
-        if not (engine.atomic or engine.still or anytime):
+        if not (engine.alone or engine.still or anytime):
             raise ReplicaRefused(
-                "this server spreads forward passes over pipeline stages or data parallel engines, so its weights can "
-                "only change while it is paused, and it is running: open a window and pause it first (a window that is "
-                "not closed in time is ended)"
+                "the data parallel engines of this server share forward passes, so its weights can only change while "
+                "all are paused, and it is running: open a window and pause it first (a window that is not closed in "
+                "time is ended)"
             )
         try:
+            engine.settle()
             engine.recompute() if policy == "recompute" else engine.isolate()
         except Exception as error:
             raise ReplicaRefused(
-                f"the caches of this server could not be cleared ({type(error).__name__}: {error}); "
+                f"the caches of this server could not be cut off ({type(error).__name__}: {error}); "
                 "its weights were not touched"
             ) from error
         found = write()
@@ -297,7 +303,7 @@ class Core:
         if "refused" in states:
             raise _recorded(ranks, "refused")
         if states <= {"mapped"}:
-            if not self._engine.atomic and not self._engine.still:
+            if not (self._engine.alone or self._engine.still):
                 raise ReplicaRefused("this server must be paused while its workers join: pause it first")
             self._native("join")
             return False
@@ -320,7 +326,7 @@ class Core:
         engine = self._engine
         return {
             "index": engine.index,
-            "atomic": engine.atomic,
+            "atomic": engine.alone,
             "paused": engine.paused,
             "label": engine.label,
             "window_timeout_s": self._timeout,

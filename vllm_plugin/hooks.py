@@ -142,19 +142,19 @@ class VLLMEngine:
         self._stages = parallel.pipeline_parallel_size > 1
 
     @property
-    def atomic(self) -> bool:
-        return not (self._spans_engines or self._stages)
+    def alone(self) -> bool:
+        return not self._spans_engines
 
     @property
     def still(self) -> bool:
         core = self._core
-        if core.batch_queue:
-            return False
-        if not hasattr(core, "input_queue"):
-            return True  # in this process; it steps when its owner, who is calling us, says so
-        if self.paused:
-            return not (getattr(core, "pending_pause", False) or core.engines_running)
-        return not self._spans_engines and not core.scheduler.has_requests()
+        pausing = getattr(core, "pending_pause", False) or core.engines_running
+        return self.paused and not pausing and not core.batch_queue
+
+    def settle(self) -> None:
+        if self._stages:
+            for answer, *_ in self._core.batch_queue or ():
+                answer.result()  # the core gets the same when it comes to it
 
     @property
     def paused(self) -> bool:

@@ -4,8 +4,8 @@ Staging happens beside generation. The commit is one request: in one turn of the
 passes, caches of the old weights are cut off, all ranks vote and write, and responses from there on state the new
 version (`vllm_plugin.core`). It happens or it does not, so a client can die at any moment.
 
-Where data parallel engines share forward passes (experts spread over them), one request does not reach all ranks between
-the same two, so the server must be paused around it, and a client can die in between:
+Where data parallel engines share forward passes (experts spread over them), one request does not reach all ranks
+between the same two, so the server must be paused around it, and a client can die in between:
 
     open      the workers record that a window opens, for which position and by whom
     pause     requests freeze between two forward passes

@@ -43,27 +43,34 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 _SPARSE = {**SIZES, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 
+_LATENT = {
+    **_SPARSE,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "moe_intermediate_size": 96,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
 # Mixtures of experts; vLLM for CPUs permutes the weights of experts after loading.
 EXPERTS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_SPARSE, moe_intermediate_size=96, num_experts=8),
     "mixtral": lambda: transformers.MixtralConfig(**_SPARSE, num_local_experts=4),
-    "deepseek_v2": lambda: transformers.DeepseekV2Config(
-        **{**_SPARSE, "num_key_value_heads": 4, "head_dim": 32},
-        moe_intermediate_size=96,
-        n_shared_experts=1,
-        n_routed_experts=8,
-        kv_lora_rank=64,
-        q_lora_rank=None,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
-        v_head_dim=32,
-        first_k_dense_replace=1,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-    ),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(**_LATENT, q_lora_rank=None, topk_method="greedy"),
     "gpt_oss": lambda: transformers.GptOssConfig(**{**_SPARSE, "intermediate_size": 128}, num_local_experts=4),
 }
+
+
+def with_float32_router() -> transformers.PretrainedConfig:
+    """A DeepSeek-V3: vLLM serves one of its tensors in float32, whatever the checkpoint has."""
+    return transformers.DeepseekV3Config(**_LATENT, q_lora_rank=32, topk_method="noaux_tc", scoring_func="sigmoid")
 
 
 def save_checkpoint(architecture: str, directory: Path) -> Path:

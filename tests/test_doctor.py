@@ -21,7 +21,7 @@ from hubsync.doctor.exam import TensorReport
 from hubsync.doctor.trial import make_trial, random_patch
 from hubsync.parts import open_anchor
 
-from .models import CONFIGS, EXPERTS, save_checkpoint
+from .models import CONFIGS, EXPERTS, save_checkpoint, with_float32_router
 from .toy import TABLE, view
 
 # vLLM for CPUs keeps nothing but packed weights of latent attention where it finds AMX, unless told not to.
@@ -204,6 +204,17 @@ def test_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     EXPERTS["gpt_oss"]().save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exact"]
+
+
+@pytest.mark.server
+def test_a_tensor_that_is_served_in_another_dtype_is_loaded_whole_if_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_float32_router().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--random", "--json", "--dense-fallback", *LATENT]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    dense = [report["name"] for report in answer["tensors"] if report["kind"] == "dense"]
+    assert dense == ["model.layers.1.mlp.gate.e_score_correction_bias"]
 
 
 SPLIT = ["--tensor-parallel-size", "2"]

@@ -140,6 +140,16 @@ def test_an_unknown_policy_is_an_answer(core: Core, engine: ModelEngine) -> None
     assert engine.log == []
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("hubsync_commit", (1,)), ("hubsync_open", ()), ("hubsync_close", ()), ("hubsync_hold", ())],
+)
+def test_wrong_arguments_are_an_answer(core: Core, engine: ModelEngine, method: str, arguments: tuple) -> None:
+    (answer,) = core.handle(method, *arguments)
+    assert "argument" in answer["error"]["message"]
+    assert engine.log == []
+
+
 def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: Core, engine: ModelEngine) -> None:
     engine.cache_error = RuntimeError("requests wait for remote blocks")
     (answer,) = core.handle("hubsync_commit", *NEW)

@@ -10,8 +10,8 @@ it. A commit is one such request, and everything that belongs to it happens with
 So there is nothing that a client could leave half done, and nobody can schedule a forward pass in between. Where a
 forward pass may still be on its way through pipeline stages when the next turn begins, the turn waits for it. Where
 forward passes wait for those of other engines (experts spread over data parallel engines), the client must have paused
-the engines. It says so beforehand (`hubsync_open`), and from then on
-a *watchdog* runs: if the client has not closed its window in time, it is taken for dead, and the engine resumes itself.
+the engines. It says so beforehand (`hubsync_open`), and from then on a *watchdog* runs: if the client has not closed
+its window in time, it is taken for dead, and the engine resumes itself.
 
 This module imports neither vLLM nor torch. `vllm_plugin.hooks` connects it to vLLM.
 """
@@ -151,7 +151,7 @@ class Core:
                 found = self._close(*args, **kwargs)
             else:
                 found = self._engine.call(method, *args, **kwargs)
-        except HubsyncError as error:
+        except (HubsyncError, TypeError) as error:  # of the second kind are requests with wrong arguments
             logger.warning("hubsync: %s", error)
             found = [{"error": describe(error)}]
         about = self._about()

@@ -384,7 +384,7 @@ def print_table(rows: Sequence[Row], gaps: dict[str, float] | None) -> None:
             f"{row.density:.2%}", f"{row.changed:,}", f"{1e3 * row.stage_s:.2f} ms", f"{1e3 * row.commit_s:.2f} ms",
             native, ratio, grown, f"{row.scatter_gb_s:.1f} GB/s",
         )  # fmt: skip
-    console = Console()
+    console = Console(width=120)
     console.print(table)
     if gaps is not None:
         text = ", ".join(f"{key.removeprefix('gap_ms_')} {value:.1f} ms" for key, value in gaps.items())

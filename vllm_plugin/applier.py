@@ -36,6 +36,7 @@ from hubsync.table import TensorSpec, TensorTable
 from .coordinates import CoordinateMap, build_map
 from .live import INTEGERS, Hints
 from .memory import Edit, Memory, memory_of, merged
+from .old import HeldBits
 from .ranks import Alone, Ballot, Census, Holding, Ranks, join, tally
 from .regions import Region, block
 
@@ -201,6 +202,11 @@ class Applier:
             self._sums = self._sums.plus(holding.digest, own, held=holding.index not in self._masters)
         self._fingerprint = self._dense_fingerprint()
         return total
+
+    def old_bits(self) -> HeldBits:
+        """What compact deltas from the current position are decoded against."""
+        regions = [[part.region for part in held] for held in self._held]
+        return HeldBits(self.table, self._map.storages, regions, self._masters)
 
     def live_digest(self) -> Digest:
         """Digest of everything mapped that is in live memory now, copies included."""

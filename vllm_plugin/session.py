@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from hubsync.digest import Digest
 from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
-from hubsync.patch import Patch, compose
+from hubsync.patch import Patch
+from hubsync.weights import ViewBits
 
 from .answers import describe, refusal
 from .applier import Applier
@@ -114,19 +114,18 @@ class _Attached:
         return plan
 
     def patch(self, plan: Plan) -> Patch:
-        """All deltas of a plan as one."""
-        empty: Patch = {}
-        return reduce(compose, map(self.reader.patch, plan.deltas), empty)
+        """All deltas of a plan from the live weights, as one; of compact ones what this rank holds."""
+        return self.reader.merged(plan.deltas, self.applier.old_bits())
 
     def view(self, plan: Plan) -> Mapping[str, torch.Tensor]:
         """The whole view that a plan leads to, from its anchor or the base checkpoint."""
         table = self.applier.table
+        start: Mapping[str, torch.Tensor] | None = self.checkpoint()
         if plan.anchor is not None:
-            return Patched(open_anchor(self.reader.fetch(plan.anchor), table), table, self.patch(plan))
-        checkpoint = self.checkpoint()
-        if checkpoint is None:
+            start = open_anchor(self.reader.fetch(plan.anchor), table)
+        if start is None:
             raise NoPath(f"{plan.target} can only be reached from the base checkpoint, which is not on this machine")
-        return Patched(checkpoint, table, self.patch(plan))
+        return Patched(start, table, self.reader.merged(plan.deltas, ViewBits(table, start)))
 
 
 class Session:

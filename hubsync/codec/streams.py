@@ -1,16 +1,16 @@
-"""The bit streams of coded chunks, compiled: separate, measure, write, read. Specified in docs/FORMAT.md.
+"""The bit streams of one chunk, compiled: separate, measure, write, read. Specified in docs/FORMAT.md.
 
-A chunk is one string of bits, in this order (n changes, m exceptions = changes that are not +-1):
+A chunk holds changes in *class order*: those of class 0 by ascending rank, then those of class 1, ... The rank of an
+element is its number among the elements of its class in the chunk; with one class that is its position. In each class
+whichever are fewer are listed by their gaps, the changed or the unchanged elements. Sections (n changes):
 
-    n x k_gap   low bits of the gaps between changed places
+    ...         low bits of the gaps of all classes
     n           signs, 1 = negative
-    m x k_exc   low bits of the gaps between exceptions
-    ...         remainders of the exceptions' magnitudes less 2, Exp-Golomb of order k_mag
-    ...         all unary numbers, each as zeros and a final 1: n gap quotients, m exception quotients, m exponents
+    ...         quotients of the gaps, unary: zeros and a final 1
+    ...         magnitudes
 
-Everything but the magnitude remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
-Bits are counted from the least significant bit of the first byte. The functions here work on uint64 words with one
-spare word at the end, and on *places* (see `grid`).
+Magnitudes are coded as their distance from the usual one of the class, plane after plane: plane j tells of the changes
+that are left which have distance j, as a list of gaps; what no plane has ended is coded number by number.
 """
 
 from __future__ import annotations
@@ -18,285 +18,428 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hubsync.bits import leading_zeros, trailing_zeros
+from .bitio import exponent_of, get, next_one, put, put_unary
+from .book import GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, PLANES, RICE, TAIL, USUAL
 
-CHANGES, EXCEPTIONS, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
-CHUNK_COLUMNS = 4
+MAX_GAP_K = 24  # no chunk has more elements than 2^24
+DISTANCES = 256  # distances that `distance_counts` tells apart
 
-MAX_K = 31
-
-# What `lay_out` and `read` find wrong.
-FINE = 0
-COUNTS, PAYLOAD_SHORT = 1, 2
-GAP_OUTSIDE, EXCEPTION_OUTSIDE, TOO_LARGE = 3, 4, 5
-UNARY_SHORT, UNARY_LONG, MAGNITUDE_SHORT, MAGNITUDE_LONG, PADDING = 6, 7, 8, 9, 10
-
-_1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
-
-
-@njit(nogil=True, cache=True)
-def separate(
-    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers to code. Chunk c holds the changes `bounds[c] .. bounds[c + 1]` and its places begin at `starts[c]`.
-
-    Returns:
-        (rows, gaps, exception_gaps, magnitudes): int64[chunks, CHUNK_COLUMNS] with the two counts, int64[n], and two
-        int64[m] of the exceptions.
-    """
-    rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
-    gaps = np.empty(len(places), np.int64)
-    exception_gaps, magnitudes = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
-    m = 0
-    for c in range(len(rows)):
-        previous, previous_exception, first = starts[c] - 1, bounds[c] - 1, m
-        for i in range(bounds[c], bounds[c + 1]):
-            gaps[i] = places[i] - previous - 1
-            previous = places[i]
-            magnitude = abs(np.int64(diffs[i]))
-            if magnitude != 1:
-                exception_gaps[m], magnitudes[m] = i - previous_exception - 1, magnitude - 2
-                previous_exception = i
-                m += 1
-        rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], m - first
-    return rows, gaps, exception_gaps[:m], magnitudes[:m]
+# What `read` finds wrong.
+FINE, COUNTS, TOO_SHORT, TOO_LONG, GAP_OUTSIDE, TOO_LARGE, PADDING = range(7)
+PROBLEMS = {
+    COUNTS: "impossible counts",
+    TOO_SHORT: "its bits end too early",
+    TOO_LONG: "it has bits left over",
+    GAP_OUTSIDE: "a position lies outside its class",
+    TOO_LARGE: "a difference does not fit the width of an element",
+    PADDING: "the padding bits are not zero",
+}
 
 
 @njit(nogil=True, cache=True)
-def rice_cost(values: np.ndarray) -> np.ndarray:
-    """Bits that non-negative `values` need in a Rice code, int64[MAX_K + 1], for every parameter k."""
-    cost = np.zeros(MAX_K + 1, np.int64)
-    for first in range(0, len(values), 256):  # a block stays in cache for all k
-        block = values[first : first + 256]
-        for k in range(MAX_K + 1):
-            quotients = 0
-            for i in range(len(block)):  # over indices: iterating over values is not vectorised
-                quotients += block[i] >> k
-            cost[k] += quotients + len(block) * (k + 1)
+def separate(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The gaps to code: (int64[classes] how many of each class, int32[sum] the gaps in class order)."""
+    listed = np.zeros(len(counts), np.int64)
+    for c in range(len(counts)):
+        listed[c] = _listed(counts[c], sizes[c])
+    gaps = np.empty(listed.sum(), np.int32)
+    g, i = 0, 0
+    for c in range(len(counts)):
+        stop = i + counts[c]
+        previous = -1
+        if 2 * counts[c] <= sizes[c]:
+            while i < stop:
+                gaps[g] = ranks[i] - previous - 1
+                previous = ranks[i]
+                i += 1
+                g += 1
+        elif listed[c]:
+            run = 0  # changed elements since the last unchanged one
+            while i <= stop:
+                rank = ranks[i] if i < stop else sizes[c]
+                for _ in range(rank - previous - 1):
+                    gaps[g] = run
+                    run = 0
+                    g += 1
+                run += 1
+                previous = rank
+                i += 1
+        i = stop
+    return listed, gaps
+
+
+@njit(nogil=True, cache=True)
+def gap_cost(listed: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """Bits of the gaps of each class in a Rice code, int64[classes, MAX_GAP_K], for every parameter."""
+    cost = np.zeros((len(listed), MAX_GAP_K), np.int64)
+    first = 0
+    for c in range(len(listed)):
+        last = first + listed[c]
+        for start in range(first, last, 512):  # a block stays in cache for all k
+            block = gaps[start : min(start + 512, last)]
+            for k in range(MAX_GAP_K):
+                quotients = np.int32(0)
+                for i in range(len(block)):  # over indices: iterating over values is not vectorised
+                    quotients += block[i] >> k
+                cost[c, k] += quotients + len(block) * (k + 1)
+        first = last
     return cost
+
+
+@njit(nogil=True, cache=True)
+def best_shift(counts: np.ndarray, sizes: np.ndarray, cost: np.ndarray, codes: np.ndarray) -> int:
+    """What to add to the Rice parameters of a chunk whose gaps have this `gap_cost`; 0 unless another saves bits."""
+    best, fewest = 0, 1 << 62
+    for shift in range(-MAX_GAP_K, MAX_GAP_K):
+        bits = 2 * abs(shift)  # about what the row takes to say it
+        for c in range(len(counts)):
+            bits += cost[c, min(_gap_k(codes[c, GAP], shift, counts[c], sizes[c]), MAX_GAP_K - 1)]
+        if bits < fewest or (bits == fewest and abs(shift) < abs(best)):
+            best, fewest = shift, bits
+    for c in range(len(counts)):  # costs are known up to here
+        best = min(best, MAX_GAP_K - 1 - int(codes[c, GAP]))
+    return best
 
 
 @njit(nogil=True, cache=True)
 def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
-    """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order k."""
+    """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order."""
     cost = np.zeros(MAX_K + 1, np.int64)
-    for value in values:
+    for i in range(len(values)):
         for k in range(MAX_K + 1):
-            cost[k] += 2 * _exponent(value, k) + k + 1
+            cost[k] += 2 * exponent_of(values[i], k) + k + 1
     return cost
 
 
 @njit(nogil=True, cache=True)
-def measure(
-    rows: np.ndarray, gaps: np.ndarray, exception_gaps: np.ndarray, magnitudes: np.ndarray, ks: tuple[int, int, int]
-) -> None:
-    """Fill in the two bit counts of every row that `separate` returned."""
-    k_gap, k_exception, k_magnitude = ks
-    i, m = 0, 0
-    for c in range(len(rows)):
-        magnitude_bits, unary_bits = 0, rows[c, CHANGES] + 2 * rows[c, EXCEPTIONS]
-        for _ in range(rows[c, CHANGES]):
-            unary_bits += gaps[i] >> k_gap
+def magnitude_counts(counts: np.ndarray, diffs: np.ndarray) -> np.ndarray:
+    """How often each class has each magnitude, int64[classes, 256]; larger ones are left out."""
+    found = np.zeros((len(counts), 256), np.int64)
+    i = 0
+    for c in range(len(counts)):
+        for _ in range(counts[c]):
+            magnitude = abs(np.int64(diffs[i]))
+            if magnitude < 256:
+                found[c, magnitude] += 1
             i += 1
-        for _ in range(rows[c, EXCEPTIONS]):
-            exponent = _exponent(magnitudes[m], k_magnitude)
-            magnitude_bits += exponent + k_magnitude
-            unary_bits += (exception_gaps[m] >> k_exception) + exponent
-            m += 1
-        rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
+    return found
+
+
+@njit(nogil=True, cache=True)
+def distance_counts(counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often each class has each distance, int64[classes, DISTANCES]; and what larger ones cost.
+
+    Returns:
+        (found, cost): cost is int64[2, classes, MAX_K + 1], bits in an Exp-Golomb and in a Rice code, by parameter.
+    """
+    found = np.zeros((len(counts), DISTANCES), np.int64)
+    cost = np.zeros((2, len(counts), MAX_K + 1), np.int64)
+    i = 0
+    for c in range(len(counts)):
+        for _ in range(counts[c]):
+            value = _fold(abs(np.int64(diffs[i])), usual[c])
+            i += 1
+            if value < DISTANCES:
+                found[c, value] += 1
+                continue
+            for k in range(MAX_K + 1):
+                cost[0, c, k] += 2 * exponent_of(value, k) + k + 1
+                cost[1, c, k] += (value >> k) + k + 1
+    return found, cost
+
+
+@njit(nogil=True, cache=True)
+def measure(
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    listed: np.ndarray,
+    gaps: np.ndarray,
+    diffs: np.ndarray,
+    codes: np.ndarray,
+    shift: int,
+) -> int:
+    """Bytes of the chunk."""
+    bits, g = len(diffs), 0
+    for c in range(len(counts)):
+        k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+        for _ in range(listed[c]):
+            bits += (gaps[g] >> k) + k + 1
+            g += 1
+    bits = _put_magnitudes(counts, diffs, codes, np.zeros(2, np.uint64), bits, False)
+    return (bits + 7) >> 3
 
 
 @njit(nogil=True, cache=True)
 def write(
-    rows: np.ndarray,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    listed: np.ndarray,
     gaps: np.ndarray,
     diffs: np.ndarray,
-    exception_gaps: np.ndarray,
-    magnitudes: np.ndarray,
-    offsets: np.ndarray,
-    ks: tuple[int, int, int],
+    codes: np.ndarray,
+    shift: int,
     words: np.ndarray,
 ) -> None:
-    """Write chunk c at byte `offsets[c]` of the zeroed `words`."""
-    k_gap, k_exception, k_magnitude = ks
-    first, first_exception = 0, 0
-    for c in range(len(rows)):
-        last, last_exception = first + rows[c, CHANGES], first_exception + rows[c, EXCEPTIONS]
-        low = offsets[c] * 8
-        sign = low + rows[c, CHANGES] * k_gap
-        exception_low = sign + rows[c, CHANGES]
-        magnitude_low = exception_low + rows[c, EXCEPTIONS] * k_exception
-        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
-        for i in range(first, last):
-            _put(words, low, gaps[i] & ((1 << k_gap) - 1))
-            _put(words, sign, np.int64(diffs[i] < 0))
-            unary = _put_unary(words, unary, gaps[i] >> k_gap)
-            low += k_gap
-            sign += 1
-        for i in range(first_exception, last_exception):
-            _put(words, exception_low, exception_gaps[i] & ((1 << k_exception) - 1))
-            unary = _put_unary(words, unary, exception_gaps[i] >> k_exception)
-            exception_low += k_exception
-        for i in range(first_exception, last_exception):
-            exponent = _exponent(magnitudes[i], k_magnitude)
-            bits = exponent + k_magnitude
-            _put(words, magnitude_low, magnitudes[i] + (1 << k_magnitude) - (1 << bits))
-            unary = _put_unary(words, unary, exponent)
-            magnitude_low += bits
-        first, first_exception = last, last_exception
+    """Write the chunk at the beginning of the zeroed `words`."""
+    sign = 0
+    for c in range(len(counts)):
+        sign += listed[c] * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+    unary = sign + len(diffs)
+    low, g = 0, 0
+    for c in range(len(counts)):
+        k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+        for _ in range(listed[c]):
+            gap = int(gaps[g])
+            put(words, low, gap & ((1 << k) - 1))
+            unary = put_unary(words, unary, gap >> k)
+            low += k
+            g += 1
+    for i in range(len(diffs)):
+        put(words, sign, np.int64(diffs[i] < 0))
+        sign += 1
+    _put_magnitudes(counts, diffs, codes, words, unary, True)
 
 
 @njit(nogil=True, cache=True)
-def lay_out(
-    rows: np.ndarray, starts: np.ndarray, ks: tuple[int, int, int], available: int
-) -> tuple[int, int, np.ndarray]:
-    """Check every row against its chunk and the bytes available, before anything is decoded or allocated.
+def _put_magnitudes(
+    counts: np.ndarray, diffs: np.ndarray, codes: np.ndarray, words: np.ndarray, position: int, writing: bool
+) -> int:
+    """Write the magnitudes from `position` on, or only find where they end."""
+    left = np.empty(len(diffs), np.int64)
+    i = 0
+    for c in range(len(counts)):
+        count, usual = counts[c], int(codes[c, USUAL])
+        for j in range(count):
+            left[j] = _fold(abs(np.int64(diffs[i])), usual)
+            i += 1
+        planes = 0
+        while planes < MAX_PLANES and codes[c, PLANES + planes] != NO_PLANE and count:
+            code = int(codes[c, PLANES + planes])
+            k, list_rest = code & ~LIST_REST, code & LIST_REST != 0
+            gap, listed, rest = 0, 0, 0
+            for j in range(count):
+                goes_on = left[j] > planes
+                if goes_on == list_rest:
+                    if listed == 0:
+                        position = _put_flag(words, position, writing)
+                    position = _put_rice(words, position, gap, k, writing)
+                    listed += 1
+                    gap = -1
+                gap += 1
+                left[rest] = left[j]
+                rest += goes_on
+            if listed:
+                position = _put_rice(words, position, gap, k, writing)
+            else:
+                position += 1
+            count = rest
+            planes += 1
+        k, rice = int(codes[c, TAIL]) & ~RICE, codes[c, TAIL] & RICE != 0
+        for j in range(count):
+            value = left[j] - planes
+            if rice:
+                position = _put_rice(words, position, value, k, writing)
+                continue
+            exponent = exponent_of(value, k)
+            if writing:
+                put_unary(words, position, exponent)
+                put(words, position + exponent + 1, value + (1 << k) - (1 << (exponent + k)))
+            position += 2 * exponent + 1 + k
+    return position
 
-    Returns:
-        (FINE, 0, offsets) or (what is wrong, chunk, ...); chunk c holds the bytes `offsets[c] .. offsets[c + 1]`.
-    """
-    k_gap, k_exception, _ = ks
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    for c in range(len(rows)):
-        n, exceptions, unary_bits = rows[c, CHANGES], rows[c, EXCEPTIONS], rows[c, UNARY_BITS]
-        if n > starts[c + 1] - starts[c] or exceptions > n or unary_bits < n + 2 * exceptions:
-            return COUNTS, c, offsets
-        bits = n * (k_gap + 1) + exceptions * k_exception + rows[c, MAGNITUDE_BITS] + unary_bits
-        offsets[c + 1] = offsets[c] + ((bits + 7) >> 3)
-        if offsets[c + 1] > available:
-            return PAYLOAD_SHORT, c, offsets
-    return FINE, 0, offsets
+
+@njit(nogil=True, cache=True)
+def _put_flag(words: np.ndarray, position: int, writing: bool) -> int:
+    if writing:
+        put(words, position, 1)
+    return position + 1
+
+
+@njit(nogil=True, cache=True)
+def _put_rice(words: np.ndarray, position: int, value: int, k: int, writing: bool) -> int:
+    if writing:
+        put_unary(words, position, value >> k)
+        put(words, position + (value >> k) + 1, value & ((1 << k) - 1))
+    return position + (value >> k) + 1 + k
 
 
 @njit(nogil=True, cache=True)
 def read(
     words: np.ndarray,
-    rows: np.ndarray,
-    offsets: np.ndarray,
-    starts: np.ndarray,
-    ks: tuple[int, int, int],
-    places: np.ndarray,
+    start: int,
+    nbytes: int,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    shift: int,
+    codes: np.ndarray,
+    ranks: np.ndarray,
     diffs: np.ndarray,
-) -> tuple[int, int]:
-    """Decode every chunk into `places` and `diffs`. Returns (FINE, 0) or (what is wrong, chunk).
+) -> int:
+    """Decode the chunk in the bytes `start .. start + nbytes` of `words`. Returns what is wrong with it, or FINE.
 
-    `lay_out` has checked the rows; everything that depends on the bits themselves is checked here, before it is used.
+    Args:
+        counts, sizes: changes and elements of each class; the counts add up to len(ranks) == len(diffs).
+        ranks: int32[n] and `diffs`: signed[n], filled in class order.
     """
-    k_gap, k_exception, k_magnitude = ks
-    width = 8 * diffs.itemsize
-    largest = 1 << (width - 1)
-    done = 0
-    for c in range(len(rows)):
-        n, exceptions = rows[c, CHANGES], rows[c, EXCEPTIONS]
-        low = offsets[c] * 8
-        sign = low + n * k_gap
-        exception_low = sign + n
-        magnitude_low = exception_low + exceptions * k_exception
-        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
-        magnitude_end, end = unary, unary + rows[c, UNARY_BITS]
+    largest = 1 << (8 * diffs.itemsize - 1)
+    end = (start + nbytes) * 8
+    sign = start * 8
+    for c in range(len(counts)):
+        if counts[c] > sizes[c]:
+            return COUNTS
+        if codes[c, USUAL] >= largest:
+            return TOO_LARGE
+        sign += _listed(counts[c], sizes[c]) * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+    unary, low = sign + len(ranks), start * 8
+    if unary > end:
+        return TOO_SHORT
 
-        place = starts[c] - 1
-        for i in range(done, done + n):
-            stop = _next_one(words, unary, end)
-            if stop < 0:
-                return UNARY_SHORT, c
-            quotient, room = stop - unary, starts[c + 1] - place - 2
-            unary = stop + 1
-            if quotient > room >> k_gap:
-                return GAP_OUTSIDE, c
-            gap = (quotient << k_gap) | _get(words, low, k_gap)
+    i = 0
+    for c in range(len(counts)):
+        n, size = counts[c], sizes[c]
+        k = _gap_k(codes[c, GAP], shift, n, size)
+        usual = int(codes[c, USUAL])
+        stop = i + n
+        changed_are_listed = 2 * n <= size
+        rank = -1
+        for _ in range(_listed(n, size)):
+            one = next_one(words, unary, end)
+            if one < 0:
+                return TOO_SHORT
+            quotient, room = one - unary, size - rank - 2
+            unary = one + 1
+            if quotient > room >> k:
+                return GAP_OUTSIDE
+            gap = (quotient << k) | get(words, low, k)
             if gap > room:
-                return GAP_OUTSIDE, c
-            low += k_gap
-            place += gap + 1
-            places[i] = place
-            diffs[i] = 1 - 2 * _get(words, sign, 1)
-            sign += 1
+                return GAP_OUTSIDE
+            low += k
+            if changed_are_listed:
+                rank += gap + 1
+                ranks[i] = rank
+                diffs[i] = usual - 2 * usual * get(words, sign, 1)
+                sign += 1
+                i += 1
+            else:
+                if i + gap > stop:
+                    return GAP_OUTSIDE
+                for _ in range(gap):
+                    rank += 1
+                    ranks[i] = rank
+                    i += 1
+                rank += 1
+        if not changed_are_listed:
+            while i < stop:
+                rank += 1
+                ranks[i] = rank
+                i += 1
+            for j in range(stop - n, stop):
+                diffs[j] = usual - 2 * usual * get(words, sign, 1)
+                sign += 1
 
-        # The exponents follow the quotients of all exceptions: find where they begin, then read both side by side.
-        exponents = unary
-        for _ in range(exceptions):
-            exponents = _next_one(words, exponents, end) + 1
-            if exponents == 0:
-                return UNARY_SHORT, c
-        at = done - 1
-        for _ in range(exceptions):
-            stop = _next_one(words, unary, end)
-            quotient, room = stop - unary, done + n - at - 2
-            unary = stop + 1
-            if quotient > room >> k_exception:
-                return EXCEPTION_OUTSIDE, c
-            gap = (quotient << k_exception) | _get(words, exception_low, k_exception)
-            if gap > room:
-                return EXCEPTION_OUTSIDE, c
-            exception_low += k_exception
-            at += gap + 1
-
-            stop = _next_one(words, exponents, end)
-            if stop < 0:
-                return UNARY_SHORT, c
-            bits = stop - exponents + k_magnitude
-            exponents = stop + 1
-            if bits > width:
-                return TOO_LARGE, c
-            if magnitude_low + bits > magnitude_end:
-                return MAGNITUDE_SHORT, c
-            magnitude = ((1 << bits) | _get(words, magnitude_low, bits)) - (1 << k_magnitude) + 2
-            magnitude_low += bits
-            if magnitude > largest or (magnitude == largest and diffs[at] > 0):
-                return TOO_LARGE, c
-            diffs[at] *= magnitude
-        if exponents != end:
-            return UNARY_LONG, c
-        if magnitude_low != magnitude_end:
-            return MAGNITUDE_LONG, c
-        if end & 7 and _get(words, end, 8 - (end & 7)) != 0:
-            return PADDING, c
-        done += n
-    return FINE, 0
+    left = np.empty(len(diffs), np.int64)  # the changes of a class that no plane has ended yet
+    following = np.empty(len(diffs), np.int64)
+    position, first = unary, 0
+    for c in range(len(counts)):
+        count, planes, usual = counts[c], 0, int(codes[c, USUAL])
+        while planes < MAX_PLANES and codes[c, PLANES + planes] != NO_PLANE and count:
+            code = int(codes[c, PLANES + planes])
+            k, list_rest = code & ~LIST_REST, code & LIST_REST != 0
+            if position >= end:
+                return TOO_SHORT
+            some, at, rest = get(words, position, 1), -1, 0
+            position += 1
+            while at < count:
+                previous = at
+                at = count
+                if some:
+                    one = next_one(words, position, end)
+                    quotient, room = one - position, count - previous - 1
+                    if one < 0 or one + 1 + k > end:
+                        return TOO_SHORT
+                    if quotient > room >> k:
+                        return GAP_OUTSIDE
+                    gap = (quotient << k) | get(words, one + 1, k)
+                    if gap > room:
+                        return GAP_OUTSIDE
+                    at = previous + 1 + gap
+                    position = one + 1 + k
+                if not list_rest:  # those between the listed ones go on
+                    for j in range(previous + 1, at):
+                        following[rest] = left[j] if planes else j
+                        rest += 1
+                elif at < count:
+                    following[rest] = left[at] if planes else at
+                    rest += 1
+                if planes == 0:  # what ends here has the usual magnitude already
+                    continue
+                if not list_rest:
+                    if at < count and not _set(diffs, first + left[at], _unfold(planes, usual)):
+                        return TOO_LARGE
+                    continue
+                for j in range(previous + 1, at):  # those between the listed ones end here
+                    if not _set(diffs, first + left[j], _unfold(planes, usual)):
+                        return TOO_LARGE
+            left, following = following, left
+            count = rest
+            planes += 1
+        k, rice = int(codes[c, TAIL]) & ~RICE, codes[c, TAIL] & RICE != 0
+        for j in range(count):
+            one = next_one(words, position, end)
+            if one < 0:
+                return TOO_SHORT
+            quotient = one - position
+            bits = k if rice else quotient + k
+            if bits > MAX_K + 2 or (rice and quotient > 2 * largest >> k):  # distances reach twice as far
+                return TOO_LARGE
+            if one + 1 + bits > end:
+                return TOO_SHORT
+            value = get(words, one + 1, bits)
+            position = one + 1 + bits
+            value = value | (quotient << k) if rice else value + (1 << bits) - (1 << k)
+            if not _set(diffs, first + (left[j] if planes else j), _unfold(value + planes, usual)):
+                return TOO_LARGE
+        first += counts[c]
+    if end - position >= 8:
+        return TOO_LONG
+    if position < end and get(words, position, end - position) != 0:
+        return PADDING
+    return FINE
 
 
 @njit(nogil=True, cache=True)
-def _exponent(value: int, k: int) -> int:
-    """Exponent of an Exp-Golomb code of order k: position of the leading one of value + 2^k, less k."""
-    return 63 - int(np.int64(leading_zeros(np.uint64(value + (1 << k))))) - k
+def _set(diffs: np.ndarray, index: int, magnitude: int) -> bool:
+    """Give a difference another magnitude and keep its sign. False if it does not fit."""
+    largest = 1 << (8 * diffs.itemsize - 1)
+    negative = diffs[index] < 0
+    diffs[index] = -magnitude if negative else magnitude
+    return magnitude < largest or (magnitude == largest and negative)
 
 
 @njit(nogil=True, cache=True)
-def _put(words: np.ndarray, position: int, value: int) -> None:
-    """Or `value` into the zeroed bits from `position` on."""
-    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
-    words[word] |= np.uint64(value) << shift
-    words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
+def _listed(count: int, size: int) -> int:
+    """How many elements of a class are listed: the changed or the unchanged ones; none where all of them changed."""
+    return min(count, size - count)
 
 
 @njit(nogil=True, cache=True)
-def _put_unary(words: np.ndarray, position: int, value: int) -> int:
-    """`value` zeros and a one. Returns the position behind it."""
-    _put(words, position + value, 1)
-    return position + value + 1
+def _gap_k(k: int, shift: int, count: int, size: int) -> int:
+    """The Rice parameter of a class: the shift is for chunks with more or fewer changes than others."""
+    if 2 * count > size:
+        return int(k)
+    return int(min(max(int(k) + shift, 0), MAX_K))
 
 
 @njit(nogil=True, cache=True)
-def _window(words: np.ndarray, position: int) -> np.uint64:
-    """The 64 bits from `position` on."""
-    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
-    return (words[word] >> shift) | ((words[word + _1] << _1) << (_63 - shift))
+def _fold(magnitude: int, center: int) -> int:
+    """Magnitudes by their distance from the usual one: center -> 0, center + 1 -> 1, center - 1 -> 2, ..."""
+    if magnitude >= 2 * center:
+        return magnitude - 1
+    return 2 * (magnitude - center) - 1 if magnitude > center else 2 * (center - magnitude)
 
 
 @njit(nogil=True, cache=True)
-def _get(words: np.ndarray, position: int, count: int) -> int:
-    """`count` < 64 bits from `position` on."""
-    return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
-
-
-@njit(nogil=True, cache=True)
-def _next_one(words: np.ndarray, position: int, end: int) -> int:
-    """Position of the first set bit in `position .. end`, -1 if there is none."""
-    while position < end:
-        window = _window(words, position)
-        if window != 0:
-            position += int(np.int64(trailing_zeros(window)))
-            return position if position < end else -1
-        position += 64
-    return -1
+def _unfold(value: int, center: int) -> int:
+    if value > 2 * center - 2:
+        return value + 1
+    return center + ((value + 1) >> 1) if value & 1 else center - (value >> 1)

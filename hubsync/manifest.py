@@ -105,7 +105,7 @@ class Manifest:
         created: seconds since 1970, the publisher's clock; information only.
         step: the trainer's step, if it told.
         name: free text of the user, shown by `hubsync ls`.
-        encoding: codec level of the parts ("fast"); "dense" for an anchor.
+        encoding: codec level of the parts, "fast" or "compact"; "dense" for an anchor.
     """
 
     kind: str

@@ -1,7 +1,8 @@
 """Delta parts and anchors as safetensors files.
 
-A delta part holds three tensors (docs/FORMAT.md): `tensors`, one record for each changed tensor; `chunks`, one row for
-each chunk of the coded ones; `payload`, the bits. An anchor is an ordinary checkpoint that `from_pretrained` loads.
+A delta part holds four tensors (docs/FORMAT.md): `tensors`, one record for each changed tensor; `books`, the code
+parameters; `chunks`, a row for each chunk of the coded tensors; `payload`, the bits. An anchor is an ordinary
+checkpoint that `from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -16,72 +17,74 @@ import safetensors.torch
 import torch
 
 from .bits import TORCH_DTYPES
-from .codec import CHUNK_COLUMNS, RECORD_COLUMNS, TENSOR, decode_tensor, encode_tensor
-from .errors import FormatError
+from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .errors import ConfigError, FormatError
 from .manifest import Manifest, Position
 from .patch import Patch, check
 from .table import TensorTable
 
 FORMAT = "hubsync-delta/1"
-ENCODING = "fast"
 
-_LAYOUT = {"tensors": ("U32", RECORD_COLUMNS), "chunks": ("U32", CHUNK_COLUMNS), "payload": ("U8", None)}
+_DTYPES = {"tensors": ("U32", "<u4"), "books": ("U8", "u1"), "chunks": ("U8", "u1"), "payload": ("U8", "u1")}
+_DIMENSIONS = {"tensors": 2, "books": 2, "chunks": 1, "payload": 1}
 
 
 def write_delta(
-    table: TensorTable, patch: Patch, *, run_id: str, parent: Position, position: Position, rank: int = 0
+    table: TensorTable,
+    patch: Patch,
+    *,
+    run_id: str,
+    parent: Position,
+    position: Position,
+    rank: int = 0,
+    old: OldBits | None = None,
 ) -> bytes:
     """The bytes of one delta part that leads from `parent` to `position`; the same arguments give the same bytes.
 
     Args:
         patch: what this rank changes; may be empty. FormatError if it is not a sound patch of views of `table`.
         rank: the publisher rank; information only.
+        old: the view of `parent`, at least all of every tensor that changes. With it the part is *compact*: a third
+            smaller or less, but only who holds the same weights can read it.
     """
     check(table, patch)
-    records, chunks, payload = [], [], []
-    for index in sorted(patch):
-        coded = encode_tensor(table[index], patch[index])
-        record = coded.record.copy()
-        record[TENSOR] = index
-        records.append(record)
-        chunks.append(coded.chunks)
-        payload.append(coded.payload)
-    tensors = {
-        "tensors": np.array(records, np.uint32).reshape(-1, RECORD_COLUMNS),
-        "chunks": np.concatenate([np.zeros((0, CHUNK_COLUMNS), np.uint32), *chunks]),
-        "payload": np.concatenate([np.zeros(0, np.uint8), *payload]),
-    }
-    metadata = {**_identity(run_id, table, parent, position), "rank": str(rank)}
-    return _serialize(tensors, metadata)
+    encoding = "fast" if old is None else "compact"
+    metadata = {**_identity(run_id, table, parent, position), "encoding": encoding, "rank": str(rank)}
+    return _serialize(encode(table, patch, old), metadata)
 
 
-def read_delta(source: Path | bytes, table: TensorTable, manifest: Manifest | None) -> Patch:
+def read_delta(
+    source: Path | bytes, table: TensorTable, manifest: Manifest | None, old: OldBits | None = None
+) -> Patch:
     """Decode one delta part; FormatError unless every byte of it makes sense for `table`.
 
     Args:
         source: the file or its bytes.
         manifest: what the part must belong to (run, table, parent and position); None checks the table only.
+        old: the weights that the delta applies to, which a compact part is coded against (ConfigError without
+            them). Chunks of which it holds nothing are left out. Other weights than the right ones give a patch that
+            is sound but wrong, or a FormatError: compare digests.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     arrays, metadata = _parse(data)
     _check_identity(metadata, table, manifest)
-    records, chunks, payload = arrays["tensors"], arrays["chunks"], arrays["payload"]
-    patch: Patch = {}
-    for record in records:
-        index = int(record[TENSOR])
-        if index >= len(table) or index in patch:
-            raise FormatError(f"delta part: tensor {index} is listed twice or is not in the table")
-        patch[index], used_chunks, used_bytes = decode_tensor(table[index], record, chunks, payload)
-        chunks, payload = chunks[used_chunks:], payload[used_bytes:]
-    if len(chunks) or len(payload):
-        raise FormatError(f"delta part: {len(chunks)} chunk rows and {len(payload)} payload bytes are left over")
-    return patch
+    classes = CLASSES_OF[metadata["encoding"]]
+    if classes > 1 and old is None:
+        raise ConfigError(
+            "delta part: it is compact, coded against the weights that it applies to: give them as `old` "
+            "(`weights.ViewBits`), or publish with encoding='fast'"
+        )
+    if arrays["books"].shape[1] != columns(classes):
+        raise FormatError(f"delta part: code books have {columns(classes)} bytes, not {arrays['books'].shape[1]}")
+    try:
+        return decode(table, **arrays, classes=classes, old=old)
+    except FormatError as error:
+        raise FormatError(f"delta part: {error}") from None
 
 
 def _identity(run_id: str, table: TensorTable, parent: Position, position: Position) -> dict[str, str]:
     return {
         "format": FORMAT,
-        "encoding": ENCODING,
         "run_id": run_id,
         "table_hash": table.hash,
         "from": f"{parent.version}:{parent.digest}",
@@ -90,10 +93,10 @@ def _identity(run_id: str, table: TensorTable, parent: Position, position: Posit
 
 
 def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: Manifest | None) -> None:
-    for key, known in (("format", FORMAT), ("encoding", ENCODING)):
-        if metadata.get(key) != known:
+    for key, known in (("format", [FORMAT]), ("encoding", list(CLASSES_OF))):
+        if metadata.get(key) not in known:
             raise FormatError(
-                f"delta part: {key} {metadata.get(key)!r:.80} is not {known!r}; upgrade hubsync to read it"
+                f"delta part: {key} {metadata.get(key)!r:.80} is not {' or '.join(known)}; upgrade hubsync to read it"
             )
     expected = {"table_hash": table.hash}
     if manifest is not None:
@@ -105,39 +108,38 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
             raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")
 
 
-def _serialize(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> bytes:
     """A safetensors file. Written here because the library's writer gives other bytes each time (metadata order)."""
     header: dict[str, object] = {"__metadata__": metadata}
     buffers, end = [], 0
-    for name, (dtype, _) in _LAYOUT.items():
-        buffers.append(arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False).tobytes())
+    for name, (code, dtype) in _DTYPES.items():
+        array: np.ndarray = getattr(encoded, name)
+        buffers.append(array.astype(dtype, copy=False).tobytes())
         start, end = end, end + len(buffers[-1])
-        header[name] = {"dtype": dtype, "shape": list(arrays[name].shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *buffers])
 
 
 def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """The three tensors as arrays, and the metadata. safetensors' own parser checks the header and all offsets."""
+    """The four tensors as arrays, and the metadata. safetensors' own parser checks the header and all offsets."""
     try:
         views = dict(safetensors.deserialize(data))
     except (safetensors.SafetensorError, ValueError) as error:
         raise FormatError(f"delta part: not a safetensors file, or a damaged one ({error})") from None
-    if views.keys() != _LAYOUT.keys():
-        raise FormatError(f"delta part: holds {sorted(views)!r:.200} instead of {sorted(_LAYOUT)}")
+    if views.keys() != _DTYPES.keys():
+        raise FormatError(f"delta part: holds {sorted(views)!r:.200} instead of {sorted(_DTYPES)}")
     arrays = {}
-    for name, (dtype, columns) in _LAYOUT.items():
+    for name, (code, dtype) in _DTYPES.items():
         view = views[name]
         shape = list(view["shape"])
-        if (
-            view["dtype"] != dtype
-            or len(shape) != (1 if columns is None else 2)
-            or shape[1:] != [columns][: len(shape) - 1]
-        ):
+        if view["dtype"] != code or len(shape) != _DIMENSIONS[name]:
             raise FormatError(f"delta part: {name} is {view['dtype']}{shape}")
-        raw = np.frombuffer(view["data"], "<u4" if dtype == "U32" else np.uint8)
+        raw = np.frombuffer(view["data"], dtype)
         arrays[name] = raw.astype(raw.dtype.newbyteorder("="), copy=False).reshape(shape)
+    if arrays["tensors"].shape[1] != RECORD_COLUMNS:
+        raise FormatError(f"delta part: records have {RECORD_COLUMNS} columns, not {arrays['tensors'].shape[1]}")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return arrays, header.get("__metadata__") or {}
 

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"hubsync.errors"},
     {"hubsync.table", "hubsync.bits"},
+    {"hubsync.kernels"},
     {"hubsync.digest", "hubsync.patch", "hubsync.manifest"},
     {"hubsync.codec", "hubsync.checkpoint", "hubsync.bucket", "hubsync.localhub"},
-    {"hubsync.parts"},
+    {"hubsync.parts", "hubsync.weights"},
     {"hubsync.chain"},
     {"hubsync.replica", "vllm_plugin"},
     {"hubsync.trainer"},

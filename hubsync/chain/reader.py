@@ -8,15 +8,18 @@ head is older than what it has seen, and when a version asked for is not there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 from hubsync.bucket.base import Bucket, Download
+from hubsync.codec import OldBits
 from hubsync.errors import FormatError, NoPath, ObjectMissing
 from hubsync.manifest import Head, Manifest, Position, Run
 from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose
+from hubsync.weights import Advanced
 
 from .index import ChainIndex
 from .layout import Layout
@@ -180,13 +183,29 @@ class ChainReader:
         self._fetched = set(paths)
         return paths
 
-    def patch(self, manifest: Manifest) -> Patch:
-        """The decoded delta of a manifest: its parts (one a publisher rank, on disjoint elements) together."""
+    def patch(self, manifest: Manifest, old: OldBits | None = None) -> Patch:
+        """The decoded delta of a manifest: its parts (one a publisher rank, on disjoint elements) together.
+
+        Args:
+            old: the weights at the manifest's parent, which compact deltas are coded against; what it does not hold
+                is left out. ConfigError if it is needed and not given.
+        """
         if manifest.kind != "delta":
             raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
         table = self.run().table
-        parts = [read_delta(path, table, manifest) for path in self.fetch(manifest)]
+        parts = [read_delta(path, table, manifest, old) for path in self.fetch(manifest)]
         return reduce(compose, parts, {})
+
+    def merged(self, manifests: Sequence[Manifest], old: OldBits | None = None) -> Patch:
+        """Several deltas, each of which starts where the one before ends, as one patch of `old`.
+
+        Each is decoded against the weights that those before it lead to; memory is O(changes).
+        """
+        table = self.run().table
+        patch: Patch = {}
+        for manifest in manifests:
+            patch = compose(patch, self.patch(manifest, None if old is None else Advanced(table, old, patch)))
+        return patch
 
     def trim(self, keep_bytes: int) -> None:
         """Delete cached files of this run, the longest unused first, until at most `keep_bytes` are left.

@@ -13,6 +13,7 @@ from hubsync.manifest import Manifest, Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch
 from hubsync.table import TensorTable
+from hubsync.weights import ViewBits
 
 from .reader import ChainReader, Plan
 
@@ -23,6 +24,7 @@ class View:
     Attributes:
         tensors: name -> contiguous CPU tensor in checkpoint shape.
         position: version and digest; the digest is the one of the tensors, always.
+        bits: what compact deltas from here are decoded against.
     """
 
     def __init__(self, table: TensorTable, tensors: Mapping[str, torch.Tensor], position: Position):
@@ -32,6 +34,7 @@ class View:
             spec.name: tensors[spec.name].detach().to("cpu", TORCH_DTYPES[spec.dtype], copy=True).contiguous()
             for spec in table
         }
+        self.bits = ViewBits(table, self.tensors)
         self._digest = digest_view(table, self.tensors)
         self._move(position)
 
@@ -81,6 +84,6 @@ def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | N
     else:
         view = View(run.table, base, run.origin if plan.base else plan.start or run.origin)
     for manifest in plan.deltas:
-        view.apply(reader.patch(manifest), manifest)
+        view.apply(reader.patch(manifest, view.bits), manifest)
     view.verify()
     return view

@@ -122,6 +122,7 @@ class ChainWriter:
         changed: int,
         step: int | None = None,
         name: str | None = None,
+        encoding: str = "fast",
     ) -> Manifest:
         """Make version `next_version` durable: one file (or its bytes) per publisher rank, made by `write_delta`.
 
@@ -129,7 +130,7 @@ class ChainWriter:
         outcome is unknown (`settle` finds out); any other BucketError means that nothing was committed.
         """
         parts = tuple(Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files))
-        manifest = self._manifest("delta", Position(self._next_version, digest), parts, changed, step, name)
+        manifest = self._manifest("delta", Position(self._next_version, digest), parts, changed, step, name, encoding)
         self._commit(manifest, files)
         return manifest
 
@@ -147,14 +148,21 @@ class ChainWriter:
             )
         files = sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
         parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in files)
-        manifest = self._manifest("anchor", at, parts, 0, step, name)
+        manifest = self._manifest("anchor", at, parts, 0, step, name, "dense")
         self._commit(manifest, files)
         return manifest
 
     # --- commit -------------------------------------------------------------------------------------
 
     def _manifest(
-        self, kind: str, position: Position, parts: tuple[Part, ...], changed: int, step: int | None, name: str | None
+        self,
+        kind: str,
+        position: Position,
+        parts: tuple[Part, ...],
+        changed: int,
+        step: int | None,
+        name: str | None,
+        encoding: str,
     ) -> Manifest:
         if position.version > MAX_VERSION:
             raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
@@ -172,7 +180,7 @@ class ChainWriter:
             created=time.time(),
             step=step,
             name=name,
-            encoding="fast" if delta else "dense",
+            encoding=encoding,
         )
 
     def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> None:

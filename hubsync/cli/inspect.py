@@ -171,7 +171,7 @@ def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View 
         return view
     if view is None or view.position != manifest.parent:
         return None
-    view.apply(reader.patch(manifest), manifest)
+    view.apply(reader.patch(manifest, view.bits), manifest)
     return view
 
 

@@ -1,7 +1,9 @@
-"""The codec: the changes of one tensor as an integer table row, chunk rows and a payload of bits."""
+"""The codec: a patch as records, code books, chunk rows and a payload of bits. docs/FORMAT.md is the specification."""
 
+from .book import CLASSES_OF, columns
+from .decode import decode
+from .encode import Encoded, encode
 from .grid import Grid
-from .streams import CHUNK_COLUMNS
-from .tensor import RECORD_COLUMNS, TENSOR, EncodedTensor, decode_tensor, encode_tensor
+from .layout import RECORD_COLUMNS, OldBits
 
-__all__ = ["CHUNK_COLUMNS", "RECORD_COLUMNS", "TENSOR", "EncodedTensor", "Grid", "decode_tensor", "encode_tensor"]
+__all__ = ["CLASSES_OF", "RECORD_COLUMNS", "Encoded", "Grid", "OldBits", "columns", "decode", "encode"]

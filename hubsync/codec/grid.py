@@ -1,19 +1,19 @@
 """How a tensor is cut into chunks: a grid of rectangles over the tensor seen as 2-D (`TensorSpec.matrix`).
 
-Chunks are numbered row-major over the grid, elements row-major inside a chunk. The *place* of an element is its number
-in that order, chunk after chunk. In a contiguous grid (full-width row blocks, or pieces of single rows) places are the
-flat indices of the tensor; any other grid only permutes them.
+Chunks are numbered row-major over the grid, elements row-major inside a chunk (their *position*).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numba import njit
 
-CHUNK_ELEMENTS = 1 << 20  # large enough that a chunk's header costs nothing, small enough to decode in cache
+MAX_ELEMENTS = 1 << 24  # of a chunk: bounds what a decoder must hold beside its output
+_USUAL = 1 << 20  # large enough that a chunk's row costs nothing, small enough to decode in cache
+_SMALL = 1 << 17  # smaller chunks would cost more than they help (benchmarks/README.md)
+_PARTS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -26,57 +26,110 @@ class Grid:
     chunk_cols: int
 
     @classmethod
-    def default(cls, rows: int, cols: int) -> Grid:
+    def contiguous(cls, rows: int, cols: int) -> Grid:
         """Chunks of about a million elements: full-width row blocks, or pieces of a row where rows are longer."""
-        chunk_cols = max(1, min(cols, CHUNK_ELEMENTS))
-        chunk_rows = max(1, min(rows, CHUNK_ELEMENTS // chunk_cols)) if chunk_cols == cols else 1
+        chunk_cols = max(1, min(cols, _USUAL))
+        chunk_rows = max(1, min(rows, _USUAL // chunk_cols)) if chunk_cols == cols else 1
         return cls(rows, cols, chunk_rows, chunk_cols)
+
+    @classmethod
+    def tiles(cls, rows: int, cols: int) -> Grid:
+        """Tiles that the row and column slices of 2, 4 or 8 tensor parallel ranks consist of.
+
+        Both dimensions are cut, as nobody tells which of them the ranks slice: into 8 where that leaves chunks of at
+        least 2^17 elements, else into 4, 2 or not at all.
+        """
+        parts = next((p for p in _PARTS if rows * cols >= _SMALL * p * p), 1)
+        chunk_rows, chunk_cols = _part(rows, parts), _part(cols, parts)
+        if chunk_rows > 1:
+            chunk_rows = _smaller(chunk_rows, max(1, _USUAL // chunk_cols))
+        return cls(rows, cols, chunk_rows, chunk_cols if chunk_rows > 1 else _smaller(chunk_cols, _USUAL))
+
+    @property
+    def across(self) -> int:
+        """Chunks side by side."""
+        return -(-self.cols // self.chunk_cols)
 
     @property
     def count(self) -> int:
         """Number of chunks."""
-        return -(-self.rows // self.chunk_rows) * -(-self.cols // self.chunk_cols)
+        return -(-self.rows // self.chunk_rows) * self.across
 
     @property
-    def contiguous(self) -> bool:
+    def ascends(self) -> bool:
+        """Whether elements chunk by chunk are those of the tensor in order."""
         return self.chunk_cols == self.cols or self.chunk_rows == 1
 
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """int64[count + 1]: place of each chunk's first element, then the number of elements."""
-        return _starts(self.rows, self.cols, self.chunk_rows, self.chunk_cols, self.count)
+    def slices(self, number: int) -> tuple[slice, slice]:
+        """Rows and columns of a chunk."""
+        down, across = divmod(number, self.across)
+        top, left = down * self.chunk_rows, across * self.chunk_cols
+        return (
+            slice(top, min(top + self.chunk_rows, self.rows)),
+            slice(left, min(left + self.chunk_cols, self.cols)),
+        )
 
-    def places(self, indices: np.ndarray) -> np.ndarray:
-        """Flat indices (int64) -> places, in the same order."""
-        if self.contiguous:
-            return indices
-        row, col = np.divmod(indices, self.cols)
-        grid_row, grid_col = row // self.chunk_rows, col // self.chunk_cols
-        top, left = grid_row * self.chunk_rows, grid_col * self.chunk_cols
-        height = np.minimum(self.chunk_rows, self.rows - top)
-        width = np.minimum(self.chunk_cols, self.cols - left)
-        return top * self.cols + height * left + (row - top) * width + (col - left)
+    def elements(self, number: int) -> int:
+        rows, cols = self.slices(number)
+        return (rows.stop - rows.start) * (cols.stop - cols.start)
 
-    def indices(self, places: np.ndarray) -> np.ndarray:
-        """Places (int64) -> flat indices, in the same order; inverse of `places`."""
-        if self.contiguous:
-            return places
-        top = places // (self.chunk_rows * self.cols) * self.chunk_rows
-        height = np.minimum(self.chunk_rows, self.rows - top)
-        inside = places - top * self.cols
-        left = inside // (height * self.chunk_cols) * self.chunk_cols
-        width = np.minimum(self.chunk_cols, self.cols - left)
-        row, col = np.divmod(inside - height * left, width)
-        return (top + row) * self.cols + left + col
+    def split(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Sort flat indices (int64, ascending) by chunk.
+
+        Returns:
+            (numbers, bounds, order, positions): int64[m] the chunks that hold any, ascending; chunk numbers[i] holds
+            `bounds[i] .. bounds[i + 1]` of the other two: int64[n] which of `indices`, int32[n] positions, ascending.
+        """
+        chunk_of, positions = np.empty(len(indices), np.int64), np.empty(len(indices), np.int32)
+        _split(indices, self.rows, self.cols, self.chunk_rows, self.chunk_cols, chunk_of, positions)
+        order = np.arange(len(indices)) if self.ascends else np.argsort(chunk_of, kind="stable")
+        chunk_of, positions = chunk_of[order], positions[order]
+        starts = np.flatnonzero(np.diff(chunk_of, prepend=-1))
+        return chunk_of[starts], np.append(starts, len(indices)), order, positions
+
+    def indices(self, number: int, positions: np.ndarray) -> np.ndarray:
+        """Flat indices (int64) of positions in a chunk."""
+        rows, cols = self.slices(number)
+        width = cols.stop - cols.start
+        if self.ascends:
+            return positions + (rows.start * self.cols + cols.start)
+        row, col = np.divmod(positions, np.int32(width))
+        return (row + np.int64(rows.start)) * self.cols + (col + cols.start)
+
+
+def _part(size: int, parts: int) -> int:
+    """Size of a part, of the largest number of equal parts that `parts` is a multiple of."""
+    while size % parts:
+        parts //= 2
+    return size // parts
+
+
+def _smaller(size: int, limit: int) -> int:
+    """The largest part of `size` within the limit that divides it; the limit if there is none near it."""
+    fewest = -(-size // limit)
+    divisor = next((d for d in range(fewest, 4 * fewest + 1) if size % d == 0), None)
+    return limit if divisor is None else size // divisor
 
 
 @njit(nogil=True, cache=True)
-def _starts(rows: int, cols: int, chunk_rows: int, chunk_cols: int, count: int) -> np.ndarray:
-    starts = np.zeros(count + 1, np.int64)
-    chunk = 0
-    for top in range(0, rows, chunk_rows):
-        for left in range(0, cols, chunk_cols):
-            elements = min(chunk_rows, rows - top) * min(chunk_cols, cols - left)
-            starts[chunk + 1] = starts[chunk] + elements
-            chunk += 1
-    return starts
+def _split(
+    indices: np.ndarray,
+    rows: int,
+    cols: int,
+    chunk_rows: int,
+    chunk_cols: int,
+    chunk_of: np.ndarray,
+    positions: np.ndarray,
+) -> None:
+    across = -(-cols // chunk_cols)
+    row, row_start = 0, 0
+    for i in range(len(indices)):
+        if indices[i] >= row_start + cols:
+            row = indices[i] // cols
+            row_start = row * cols
+        col = indices[i] - row_start
+        down, right = row // chunk_rows, col // chunk_cols
+        left = right * chunk_cols
+        width = min(chunk_cols, cols - left)
+        chunk_of[i] = down * across + right
+        positions[i] = (row - down * chunk_rows) * width + col - left

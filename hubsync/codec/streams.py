@@ -1,16 +1,17 @@
-"""The bit streams of coded chunks, compiled: separate, measure, write, read. Specified in docs/FORMAT.md.
+"""The bit streams of one chunk, compiled: separate, measure, write, read. Specified in docs/FORMAT.md.
 
-A chunk is one string of bits, in this order (n changes, m exceptions = changes that are not +-1):
+A chunk holds changes in *class order*: those of class 0 by ascending rank, then those of class 1, ... The rank of an
+element is its number among the elements of its class in the chunk; with one class that is its position. In each class
+whichever are fewer are listed by their gaps, the changed or the unchanged elements. Sections (n changes, m listed
+exceptions = changes whose magnitude is not the usual one of their class):
 
-    n x k_gap   low bits of the gaps between changed places
+    ...         low bits of the gaps of all classes
     n           signs, 1 = negative
-    m x k_exc   low bits of the gaps between exceptions
-    ...         remainders of the exceptions' magnitudes less 2, Exp-Golomb of order k_mag
-    ...         all unary numbers, each as zeros and a final 1: n gap quotients, m exception quotients, m exponents
+    m x k       low bits of the gaps between listed exceptions
+    ...         remainders of magnitudes
+    ...         all unary numbers, each as zeros and a final 1: gap quotients, exception quotients, magnitudes
 
-Everything but the magnitude remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
-Bits are counted from the least significant bit of the first byte. The functions here work on uint64 words with one
-spare word at the end, and on *places* (see `grid`).
+Everything but the remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
 """
 
 from __future__ import annotations
@@ -18,285 +19,431 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hubsync.bits import leading_zeros, trailing_zeros
+from .bitio import exponent_of, get, next_one, put, put_unary
+from .book import CENTER, EXP_GOLOMB, GAP, LISTED, MAGNITUDE, MAX_K, MODE, RICE
 
-CHANGES, EXCEPTIONS, MAGNITUDE_BITS, UNARY_BITS = range(4)  # columns of a chunk's row
-CHUNK_COLUMNS = 4
+MAX_GAP_K = 24  # no chunk has more elements than 2^24
 
-MAX_K = 31
-
-# What `lay_out` and `read` find wrong.
-FINE = 0
-COUNTS, PAYLOAD_SHORT = 1, 2
-GAP_OUTSIDE, EXCEPTION_OUTSIDE, TOO_LARGE = 3, 4, 5
-UNARY_SHORT, UNARY_LONG, MAGNITUDE_SHORT, MAGNITUDE_LONG, PADDING = 6, 7, 8, 9, 10
-
-_1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
+# What `read` finds wrong.
+FINE, COUNTS, TOO_SHORT, TOO_LONG, GAP_OUTSIDE, EXCEPTION_OUTSIDE, TOO_LARGE, MAGNITUDES, PADDING = range(9)
+PROBLEMS = {
+    COUNTS: "impossible counts",
+    TOO_SHORT: "its bits end too early",
+    TOO_LONG: "it has bits left over",
+    GAP_OUTSIDE: "a position lies outside its class",
+    EXCEPTION_OUTSIDE: "an exception lies behind the last change",
+    TOO_LARGE: "a difference does not fit the width of an element",
+    MAGNITUDES: "the magnitudes do not fill their section",
+    PADDING: "the padding bits are not zero",
+}
 
 
 @njit(nogil=True, cache=True)
-def separate(
-    places: np.ndarray, diffs: np.ndarray, bounds: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The numbers to code. Chunk c holds the changes `bounds[c] .. bounds[c + 1]` and its places begin at `starts[c]`.
+def separate(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The gaps to code: (int64[classes] how many of each class, int32[sum] the gaps in class order)."""
+    listed = np.zeros(len(counts), np.int64)
+    for c in range(len(counts)):
+        listed[c] = _listed(counts[c], sizes[c])
+    gaps = np.empty(listed.sum(), np.int32)
+    g, i = 0, 0
+    for c in range(len(counts)):
+        stop = i + counts[c]
+        previous = -1
+        if 2 * counts[c] <= sizes[c]:
+            while i < stop:
+                gaps[g] = ranks[i] - previous - 1
+                previous = ranks[i]
+                i += 1
+                g += 1
+        elif listed[c]:
+            run = 0  # changed elements since the last unchanged one
+            while i <= stop:
+                rank = ranks[i] if i < stop else sizes[c]
+                for _ in range(rank - previous - 1):
+                    gaps[g] = run
+                    run = 0
+                    g += 1
+                run += 1
+                previous = rank
+                i += 1
+        i = stop
+    return listed, gaps
 
-    Returns:
-        (rows, gaps, exception_gaps, magnitudes): int64[chunks, CHUNK_COLUMNS] with the two counts, int64[n], and two
-        int64[m] of the exceptions.
-    """
-    rows = np.zeros((len(bounds) - 1, CHUNK_COLUMNS), np.int64)
-    gaps = np.empty(len(places), np.int64)
-    exception_gaps, magnitudes = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
-    m = 0
-    for c in range(len(rows)):
-        previous, previous_exception, first = starts[c] - 1, bounds[c] - 1, m
-        for i in range(bounds[c], bounds[c + 1]):
-            gaps[i] = places[i] - previous - 1
-            previous = places[i]
-            magnitude = abs(np.int64(diffs[i]))
-            if magnitude != 1:
-                exception_gaps[m], magnitudes[m] = i - previous_exception - 1, magnitude - 2
-                previous_exception = i
-                m += 1
-        rows[c, CHANGES], rows[c, EXCEPTIONS] = bounds[c + 1] - bounds[c], m - first
-    return rows, gaps, exception_gaps[:m], magnitudes[:m]
+
+@njit(nogil=True, cache=True)
+def gap_cost(listed: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """Bits of the gaps of each class in a Rice code, int64[classes, MAX_GAP_K], for every parameter."""
+    cost = np.zeros((len(listed), MAX_GAP_K), np.int64)
+    first = 0
+    for c in range(len(listed)):
+        last = first + listed[c]
+        for start in range(first, last, 512):  # a block stays in cache for all k
+            block = gaps[start : min(start + 512, last)]
+            for k in range(MAX_GAP_K):
+                quotients = np.int32(0)
+                for i in range(len(block)):  # over indices: iterating over values is not vectorised
+                    quotients += block[i] >> k
+                cost[c, k] += quotients + len(block) * (k + 1)
+        first = last
+    return cost
+
+
+@njit(nogil=True, cache=True)
+def best_shift(counts: np.ndarray, sizes: np.ndarray, cost: np.ndarray, codes: np.ndarray) -> int:
+    """What to add to the Rice parameters of a chunk whose gaps have this `gap_cost`; 0 unless another saves bits."""
+    best, fewest = 0, 1 << 62
+    for shift in range(-MAX_GAP_K, MAX_GAP_K):
+        bits = 2 * abs(shift)  # about what the row takes to say it
+        for c in range(len(counts)):
+            bits += cost[c, min(_gap_k(codes[c, GAP], shift, counts[c], sizes[c]), MAX_GAP_K - 1)]
+        if bits < fewest or (bits == fewest and abs(shift) < abs(best)):
+            best, fewest = shift, bits
+    for c in range(len(counts)):  # costs are known up to here
+        best = min(best, MAX_GAP_K - 1 - int(codes[c, GAP]))
+    return best
 
 
 @njit(nogil=True, cache=True)
 def rice_cost(values: np.ndarray) -> np.ndarray:
-    """Bits that non-negative `values` need in a Rice code, int64[MAX_K + 1], for every parameter k."""
+    """Bits that non-negative `values` need in a Rice code, int64[MAX_K + 1], for every parameter."""
     cost = np.zeros(MAX_K + 1, np.int64)
-    for first in range(0, len(values), 256):  # a block stays in cache for all k
-        block = values[first : first + 256]
+    for i in range(len(values)):
         for k in range(MAX_K + 1):
-            quotients = 0
-            for i in range(len(block)):  # over indices: iterating over values is not vectorised
-                quotients += block[i] >> k
-            cost[k] += quotients + len(block) * (k + 1)
+            cost[k] += (values[i] >> k) + k + 1
     return cost
 
 
 @njit(nogil=True, cache=True)
 def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
-    """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order k."""
+    """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order."""
     cost = np.zeros(MAX_K + 1, np.int64)
-    for value in values:
+    for i in range(len(values)):
         for k in range(MAX_K + 1):
-            cost[k] += 2 * _exponent(value, k) + k + 1
+            cost[k] += 2 * exponent_of(values[i], k) + k + 1
     return cost
 
 
 @njit(nogil=True, cache=True)
-def measure(
-    rows: np.ndarray, gaps: np.ndarray, exception_gaps: np.ndarray, magnitudes: np.ndarray, ks: tuple[int, int, int]
-) -> None:
-    """Fill in the two bit counts of every row that `separate` returned."""
-    k_gap, k_exception, k_magnitude = ks
-    i, m = 0, 0
-    for c in range(len(rows)):
-        magnitude_bits, unary_bits = 0, rows[c, CHANGES] + 2 * rows[c, EXCEPTIONS]
-        for _ in range(rows[c, CHANGES]):
-            unary_bits += gaps[i] >> k_gap
+def magnitude_counts(counts: np.ndarray, diffs: np.ndarray) -> np.ndarray:
+    """How often each class has each magnitude, int64[classes, 256]; larger ones are left out."""
+    found = np.zeros((len(counts), 256), np.int64)
+    i = 0
+    for c in range(len(counts)):
+        for _ in range(counts[c]):
+            magnitude = abs(np.int64(diffs[i]))
+            if magnitude < 256:
+                found[c, magnitude] += 1
             i += 1
-        for _ in range(rows[c, EXCEPTIONS]):
-            exponent = _exponent(magnitudes[m], k_magnitude)
-            magnitude_bits += exponent + k_magnitude
-            unary_bits += (exception_gaps[m] >> k_exception) + exponent
-            m += 1
-        rows[c, MAGNITUDE_BITS], rows[c, UNARY_BITS] = magnitude_bits, unary_bits
+    return found
+
+
+@njit(nogil=True, cache=True)
+def magnitude_cost(counts: np.ndarray, diffs: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of the magnitudes of each class in each code: int64[3, classes, MAX_K + 1], and int64[classes] exceptions.
+
+    The cost of saying which changes are exceptions (LISTED) is left out.
+    """
+    cost = np.zeros((3, len(counts), MAX_K + 1), np.int64)
+    exceptions = np.zeros(len(counts), np.int64)
+    i = 0
+    for c in range(len(counts)):
+        for _ in range(counts[c]):
+            value = _fold(abs(np.int64(diffs[i])), centers[c])
+            i += 1
+            if value == 0:
+                continue
+            exceptions[c] += 1
+            for k in range(MAX_K + 1):
+                cost[LISTED, c, k] += 2 * exponent_of(value - 1, k) + k + 1
+                cost[EXP_GOLOMB, c, k] += 2 * exponent_of(value, k) + k + 1
+                cost[RICE, c, k] += (value >> k) + k + 1
+        for k in range(MAX_K + 1):
+            usual = (counts[c] - exceptions[c]) * (k + 1)
+            cost[EXP_GOLOMB, c, k] += usual
+            cost[RICE, c, k] += usual
+    return cost, exceptions
+
+
+@njit(nogil=True, cache=True)
+def exception_gaps(counts: np.ndarray, diffs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """int64[m]: gaps between the exceptions in the list of all changes of classes whose exceptions are listed."""
+    gaps = np.empty(len(diffs), np.int64)
+    m, gap, i = 0, 0, 0
+    for c in range(len(counts)):
+        for _ in range(counts[c]):
+            if codes[c, MODE] == LISTED:
+                if abs(np.int64(diffs[i])) != codes[c, CENTER]:
+                    gaps[m] = gap
+                    m += 1
+                    gap = -1
+                gap += 1
+            i += 1
+    return gaps[:m].copy()
+
+
+@njit(nogil=True, cache=True)
+def measure(
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    listed: np.ndarray,
+    gaps: np.ndarray,
+    diffs: np.ndarray,
+    listed_gaps: np.ndarray,
+    codes: np.ndarray,
+    k_listed: int,
+    shift: int,
+) -> tuple[int, int]:
+    """(bits of the section of remainders, bytes of the chunk)"""
+    remainders, bits = 0, len(diffs)
+    g, i = 0, 0
+    for c in range(len(counts)):
+        k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+        for _ in range(listed[c]):
+            bits += (gaps[g] >> k) + k + 1
+            g += 1
+        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
+        for _ in range(counts[c]):
+            value = _fold(abs(np.int64(diffs[i])), center)
+            i += 1
+            if mode == RICE:
+                remainders += k
+                bits += (value >> k) + 1
+            elif mode == EXP_GOLOMB or value:
+                exponent = exponent_of(value if mode == EXP_GOLOMB else value - 1, k)
+                remainders += exponent + k
+                bits += exponent + 1
+    for i in range(len(listed_gaps)):
+        bits += (listed_gaps[i] >> k_listed) + k_listed + 1
+    return remainders, (bits + remainders + 7) >> 3
 
 
 @njit(nogil=True, cache=True)
 def write(
-    rows: np.ndarray,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    listed: np.ndarray,
     gaps: np.ndarray,
     diffs: np.ndarray,
-    exception_gaps: np.ndarray,
-    magnitudes: np.ndarray,
-    offsets: np.ndarray,
-    ks: tuple[int, int, int],
+    listed_gaps: np.ndarray,
+    codes: np.ndarray,
+    k_listed: int,
+    shift: int,
+    remainder_bits: int,
     words: np.ndarray,
 ) -> None:
-    """Write chunk c at byte `offsets[c]` of the zeroed `words`."""
-    k_gap, k_exception, k_magnitude = ks
-    first, first_exception = 0, 0
-    for c in range(len(rows)):
-        last, last_exception = first + rows[c, CHANGES], first_exception + rows[c, EXCEPTIONS]
-        low = offsets[c] * 8
-        sign = low + rows[c, CHANGES] * k_gap
-        exception_low = sign + rows[c, CHANGES]
-        magnitude_low = exception_low + rows[c, EXCEPTIONS] * k_exception
-        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
-        for i in range(first, last):
-            _put(words, low, gaps[i] & ((1 << k_gap) - 1))
-            _put(words, sign, np.int64(diffs[i] < 0))
-            unary = _put_unary(words, unary, gaps[i] >> k_gap)
-            low += k_gap
-            sign += 1
-        for i in range(first_exception, last_exception):
-            _put(words, exception_low, exception_gaps[i] & ((1 << k_exception) - 1))
-            unary = _put_unary(words, unary, exception_gaps[i] >> k_exception)
-            exception_low += k_exception
-        for i in range(first_exception, last_exception):
-            exponent = _exponent(magnitudes[i], k_magnitude)
-            bits = exponent + k_magnitude
-            _put(words, magnitude_low, magnitudes[i] + (1 << k_magnitude) - (1 << bits))
-            unary = _put_unary(words, unary, exponent)
-            magnitude_low += bits
-        first, first_exception = last, last_exception
-
-
-@njit(nogil=True, cache=True)
-def lay_out(
-    rows: np.ndarray, starts: np.ndarray, ks: tuple[int, int, int], available: int
-) -> tuple[int, int, np.ndarray]:
-    """Check every row against its chunk and the bytes available, before anything is decoded or allocated.
-
-    Returns:
-        (FINE, 0, offsets) or (what is wrong, chunk, ...); chunk c holds the bytes `offsets[c] .. offsets[c + 1]`.
-    """
-    k_gap, k_exception, _ = ks
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    for c in range(len(rows)):
-        n, exceptions, unary_bits = rows[c, CHANGES], rows[c, EXCEPTIONS], rows[c, UNARY_BITS]
-        if n > starts[c + 1] - starts[c] or exceptions > n or unary_bits < n + 2 * exceptions:
-            return COUNTS, c, offsets
-        bits = n * (k_gap + 1) + exceptions * k_exception + rows[c, MAGNITUDE_BITS] + unary_bits
-        offsets[c + 1] = offsets[c] + ((bits + 7) >> 3)
-        if offsets[c + 1] > available:
-            return PAYLOAD_SHORT, c, offsets
-    return FINE, 0, offsets
+    """Write the chunk at the beginning of the zeroed `words`."""
+    sign = 0
+    for c in range(len(counts)):
+        sign += listed[c] * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+    listed_low = sign + len(diffs)
+    remainder = listed_low + len(listed_gaps) * k_listed
+    unary = remainder + remainder_bits
+    low, g = 0, 0
+    for c in range(len(counts)):
+        k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+        for _ in range(listed[c]):
+            gap = int(gaps[g])
+            put(words, low, gap & ((1 << k) - 1))
+            unary = put_unary(words, unary, gap >> k)
+            low += k
+            g += 1
+    for i in range(len(diffs)):
+        put(words, sign, np.int64(diffs[i] < 0))
+        sign += 1
+    for i in range(len(listed_gaps)):
+        put(words, listed_low, listed_gaps[i] & ((1 << k_listed) - 1))
+        unary = put_unary(words, unary, listed_gaps[i] >> k_listed)
+        listed_low += k_listed
+    i = 0
+    for c in range(len(counts)):
+        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
+        for _ in range(counts[c]):
+            value = _fold(abs(np.int64(diffs[i])), center)
+            i += 1
+            if mode == RICE:
+                put(words, remainder, value & ((1 << k) - 1))
+                unary = put_unary(words, unary, value >> k)
+                remainder += k
+            elif mode == EXP_GOLOMB or value:
+                value -= mode == LISTED
+                exponent = exponent_of(value, k)
+                put(words, remainder, value + (1 << k) - (1 << (exponent + k)))
+                unary = put_unary(words, unary, exponent)
+                remainder += exponent + k
 
 
 @njit(nogil=True, cache=True)
 def read(
     words: np.ndarray,
-    rows: np.ndarray,
-    offsets: np.ndarray,
-    starts: np.ndarray,
-    ks: tuple[int, int, int],
-    places: np.ndarray,
+    start: int,
+    nbytes: int,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    exceptions: int,
+    shift: int,
+    remainder_bits: int,
+    codes: np.ndarray,
+    k_listed: int,
+    ranks: np.ndarray,
     diffs: np.ndarray,
-) -> tuple[int, int]:
-    """Decode every chunk into `places` and `diffs`. Returns (FINE, 0) or (what is wrong, chunk).
+) -> int:
+    """Decode the chunk in the bytes `start .. start + nbytes` of `words`. Returns what is wrong with it, or FINE.
 
-    `lay_out` has checked the rows; everything that depends on the bits themselves is checked here, before it is used.
+    Args:
+        counts, sizes: changes and elements of each class; the counts add up to len(ranks) == len(diffs).
+        ranks: int32[n] and `diffs`: signed[n], filled in class order.
     """
-    k_gap, k_exception, k_magnitude = ks
     width = 8 * diffs.itemsize
     largest = 1 << (width - 1)
-    done = 0
-    for c in range(len(rows)):
-        n, exceptions = rows[c, CHANGES], rows[c, EXCEPTIONS]
-        low = offsets[c] * 8
-        sign = low + n * k_gap
-        exception_low = sign + n
-        magnitude_low = exception_low + exceptions * k_exception
-        unary = magnitude_low + rows[c, MAGNITUDE_BITS]
-        magnitude_end, end = unary, unary + rows[c, UNARY_BITS]
+    end = (start + nbytes) * 8
+    sign, list_length = start * 8, 0
+    for c in range(len(counts)):
+        if counts[c] > sizes[c]:
+            return COUNTS
+        if codes[c, CENTER] >= largest:
+            return TOO_LARGE
+        sign += _listed(counts[c], sizes[c]) * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
+        if codes[c, MODE] == LISTED:
+            list_length += counts[c]
+    if exceptions > list_length:
+        return COUNTS
+    listed_low = sign + len(ranks)
+    remainder = listed_low + exceptions * k_listed
+    remainder_end = remainder + remainder_bits
+    unary, low = remainder_end, start * 8
+    if unary > end:
+        return TOO_SHORT
 
-        place = starts[c] - 1
-        for i in range(done, done + n):
-            stop = _next_one(words, unary, end)
-            if stop < 0:
-                return UNARY_SHORT, c
-            quotient, room = stop - unary, starts[c + 1] - place - 2
-            unary = stop + 1
-            if quotient > room >> k_gap:
-                return GAP_OUTSIDE, c
-            gap = (quotient << k_gap) | _get(words, low, k_gap)
+    i = 0
+    for c in range(len(counts)):
+        n, size = counts[c], sizes[c]
+        k = _gap_k(codes[c, GAP], shift, n, size)
+        center = int(codes[c, CENTER])
+        stop = i + n
+        changed_are_listed = 2 * n <= size
+        rank = -1
+        for _ in range(_listed(n, size)):
+            one = next_one(words, unary, end)
+            if one < 0:
+                return TOO_SHORT
+            quotient, room = one - unary, size - rank - 2
+            unary = one + 1
+            if quotient > room >> k:
+                return GAP_OUTSIDE
+            gap = (quotient << k) | get(words, low, k)
             if gap > room:
-                return GAP_OUTSIDE, c
-            low += k_gap
-            place += gap + 1
-            places[i] = place
-            diffs[i] = 1 - 2 * _get(words, sign, 1)
-            sign += 1
+                return GAP_OUTSIDE
+            low += k
+            if changed_are_listed:
+                rank += gap + 1
+                ranks[i] = rank
+                diffs[i] = center - 2 * center * get(words, sign, 1)
+                sign += 1
+                i += 1
+            else:
+                if i + gap > stop:
+                    return GAP_OUTSIDE
+                for _ in range(gap):
+                    rank += 1
+                    ranks[i] = rank
+                    i += 1
+                rank += 1
+        if not changed_are_listed:
+            while i < stop:
+                rank += 1
+                ranks[i] = rank
+                i += 1
+            for j in range(stop - n, stop):
+                diffs[j] = center - 2 * center * get(words, sign, 1)
+                sign += 1
 
-        # The exponents follow the quotients of all exceptions: find where they begin, then read both side by side.
-        exponents = unary
-        for _ in range(exceptions):
-            exponents = _next_one(words, exponents, end) + 1
-            if exponents == 0:
-                return UNARY_SHORT, c
-        at = done - 1
-        for _ in range(exceptions):
-            stop = _next_one(words, unary, end)
-            quotient, room = stop - unary, done + n - at - 2
-            unary = stop + 1
-            if quotient > room >> k_exception:
-                return EXCEPTION_OUTSIDE, c
-            gap = (quotient << k_exception) | _get(words, exception_low, k_exception)
-            if gap > room:
-                return EXCEPTION_OUTSIDE, c
-            exception_low += k_exception
-            at += gap + 1
+    exception = np.empty(exceptions, np.int64)
+    at = -1
+    for j in range(exceptions):
+        one = next_one(words, unary, end)
+        if one < 0:
+            return TOO_SHORT
+        quotient, room = one - unary, list_length - at - 2
+        unary = one + 1
+        if quotient > room >> k_listed:
+            return EXCEPTION_OUTSIDE
+        gap = (quotient << k_listed) | get(words, listed_low, k_listed)
+        if gap > room:
+            return EXCEPTION_OUTSIDE
+        listed_low += k_listed
+        at += gap + 1
+        exception[j] = at
 
-            stop = _next_one(words, exponents, end)
-            if stop < 0:
-                return UNARY_SHORT, c
-            bits = stop - exponents + k_magnitude
-            exponents = stop + 1
-            if bits > width:
-                return TOO_LARGE, c
-            if magnitude_low + bits > magnitude_end:
-                return MAGNITUDE_SHORT, c
-            magnitude = ((1 << bits) | _get(words, magnitude_low, bits)) - (1 << k_magnitude) + 2
-            magnitude_low += bits
-            if magnitude > largest or (magnitude == largest and diffs[at] > 0):
-                return TOO_LARGE, c
-            diffs[at] *= magnitude
-        if exponents != end:
-            return UNARY_LONG, c
-        if magnitude_low != magnitude_end:
-            return MAGNITUDE_LONG, c
-        if end & 7 and _get(words, end, 8 - (end & 7)) != 0:
-            return PADDING, c
-        done += n
-    return FINE, 0
+    # Magnitudes, in class order: of the listed exceptions of a class, or of all its changes.
+    j, first, first_in_list = 0, 0, 0
+    for c in range(len(counts)):
+        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
+        i, last = first, first + counts[c]
+        while True:
+            if mode == LISTED:
+                if j == exceptions or exception[j] >= first_in_list + counts[c]:
+                    break
+                i = first + exception[j] - first_in_list
+                j += 1
+            elif i == last:
+                break
+            one = next_one(words, unary, end)
+            if one < 0:
+                return TOO_SHORT
+            quotient = one - unary
+            unary = one + 1
+            bits = k if mode == RICE else quotient + k
+            if bits > width or (mode == RICE and quotient > largest >> k):
+                return TOO_LARGE
+            if remainder + bits > remainder_end:
+                return MAGNITUDES
+            value = get(words, remainder, bits)
+            remainder += bits
+            if mode == RICE:
+                value |= quotient << k
+            else:
+                value += (1 << bits) - (1 << k) + (mode == LISTED)
+            magnitude = _unfold(value, center)
+            if magnitude > largest or (magnitude == largest and diffs[i] > 0):
+                return TOO_LARGE
+            diffs[i] = -magnitude if diffs[i] < 0 else magnitude
+            i += 1
+        if mode == LISTED:
+            first_in_list += counts[c]
+        first = last
+    if remainder != remainder_end:
+        return MAGNITUDES
+    if end - unary >= 8:
+        return TOO_LONG
+    if unary < end and get(words, unary, end - unary) != 0:
+        return PADDING
+    return FINE
 
 
 @njit(nogil=True, cache=True)
-def _exponent(value: int, k: int) -> int:
-    """Exponent of an Exp-Golomb code of order k: position of the leading one of value + 2^k, less k."""
-    return 63 - int(np.int64(leading_zeros(np.uint64(value + (1 << k))))) - k
+def _listed(count: int, size: int) -> int:
+    """How many elements of a class are listed: the changed or the unchanged ones; none where all of them changed."""
+    return min(count, size - count)
 
 
 @njit(nogil=True, cache=True)
-def _put(words: np.ndarray, position: int, value: int) -> None:
-    """Or `value` into the zeroed bits from `position` on."""
-    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
-    words[word] |= np.uint64(value) << shift
-    words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
+def _gap_k(k: int, shift: int, count: int, size: int) -> int:
+    """The Rice parameter of a class: the shift is for chunks with more or fewer changes than others."""
+    if 2 * count > size:
+        return int(k)
+    return int(min(max(int(k) + shift, 0), MAX_K))
 
 
 @njit(nogil=True, cache=True)
-def _put_unary(words: np.ndarray, position: int, value: int) -> int:
-    """`value` zeros and a one. Returns the position behind it."""
-    _put(words, position + value, 1)
-    return position + value + 1
+def _fold(magnitude: int, center: int) -> int:
+    """Magnitudes by their distance from the usual one: center -> 0, center + 1 -> 1, center - 1 -> 2, ..."""
+    if magnitude >= 2 * center:
+        return magnitude - 1
+    return 2 * (magnitude - center) - 1 if magnitude > center else 2 * (center - magnitude)
 
 
 @njit(nogil=True, cache=True)
-def _window(words: np.ndarray, position: int) -> np.uint64:
-    """The 64 bits from `position` on."""
-    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
-    return (words[word] >> shift) | ((words[word + _1] << _1) << (_63 - shift))
-
-
-@njit(nogil=True, cache=True)
-def _get(words: np.ndarray, position: int, count: int) -> int:
-    """`count` < 64 bits from `position` on."""
-    return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
-
-
-@njit(nogil=True, cache=True)
-def _next_one(words: np.ndarray, position: int, end: int) -> int:
-    """Position of the first set bit in `position .. end`, -1 if there is none."""
-    while position < end:
-        window = _window(words, position)
-        if window != 0:
-            position += int(np.int64(trailing_zeros(window)))
-            return position if position < end else -1
-        position += 64
-    return -1
+def _unfold(value: int, center: int) -> int:
+    if value > 2 * center - 2:
+        return value + 1
+    return center + ((value + 1) >> 1) if value & 1 else center - (value >> 1)

@@ -48,7 +48,7 @@ class HubSyncCallback(TrainerCallback):
     The callback adds itself to the trainer.
 
     Metrics, beside the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`, `bits_per_change`,
-    `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
+    `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
 
     Attributes:
         engine: the publisher; None before training, and after it.
@@ -220,6 +220,7 @@ class HubSyncCallback(TrainerCallback):
             changed_fraction=published.changed / published.total,
             payload_bytes=published.payload_bytes,
             bits_per_change=published.bits_per_change,
+            compact=published.encoding == "compact",
             detect_s=published.detect_s,
             encode_s=published.encode_s,
             upload_s=published.upload_s,

@@ -58,7 +58,9 @@ class SyncConfig:
             Dtype that the inference servers hold the weights in: `"bfloat16"`, `"float16"` or `"float32"`. Parameters
             are cast to it before they are compared.
         encoding (`str`, *optional*, defaults to `"fast"`):
-            Level of the codec. `"fast"` is the only one.
+            Level of the codec: `"fast"`; `"compact"`, a third smaller or less, but readable only for who holds the
+            weights before it, and with a pass over all of them to encode and to decode; or `"auto"`, whichever takes
+            less time to encode and upload, as measured.
         base_model (`str`, *optional*):
             Hub repository or directory of the checkpoint that the model was loaded from, which the servers load too.
             Defaults to what the model's config says; if that is nothing, the whole model is uploaded once.
@@ -117,7 +119,14 @@ class SyncConfig:
             "choices": list(VIEW_DTYPES),
         },
     )
-    encoding: str = field(default="fast", metadata={"help": "Level of the codec.", "choices": ["fast"]})
+    encoding: str = field(
+        default="fast",
+        metadata={
+            "help": "Level of the codec: `fast`; `compact`, a third smaller but with passes over all weights to encode "
+            "and decode; or `auto`, whichever takes less time to encode and upload, as measured.",
+            "choices": ["fast", "compact", "auto"],
+        },
+    )
     base_model: str | None = field(
         default=None,
         metadata={
@@ -182,7 +191,7 @@ class SyncConfig:
                 "SyncConfig needs a bucket: hf://buckets/<namespace>/<name>/<run>, or a directory such as ./runs/first"
             )
         self._require_choice("view_dtype", *VIEW_DTYPES)
-        self._require_choice("encoding", "fast")
+        self._require_choice("encoding", "fast", "compact", "auto")
         self._require_choice("snapshot_device", "model", "cpu")
         self._require_choice("kv_cache", "recompute", "keep")
         if self.anchor_every < 0:

@@ -27,6 +27,7 @@ from hubsync.manifest import Base, Manifest, Position, Run
 
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Snapshot, live_tensors, published_tensors, table_of
+from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ class DeltaWeightTransferEngine:
         return publisher
 
     def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        return Publisher(writer, snapshot, self._write_side_files, self.config.anchor_every, self._announce)
+        level = LevelChooser(self.config.encoding)
+        return Publisher(writer, snapshot, self._write_side_files, level, self.config.anchor_every, self._announce)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model

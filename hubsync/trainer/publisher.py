@@ -18,8 +18,10 @@ from hubsync.chain import ChainWriter
 from hubsync.errors import ChainError, ConfigError
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import write_anchor, write_delta
+from hubsync.weights import ViewBits
 
 from .detection import Detected, Snapshot
+from .level import LevelChooser
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Published:
         total: elements of the view.
         payload_bytes: bytes uploaded for this version (without manifest and head).
         dense_bytes: bytes of the whole view.
+        encoding: codec level of the version, "fast" or "compact"; empty if none was made.
         detect_s: seconds of the training thread.
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
@@ -46,6 +49,7 @@ class Published:
     total: int
     payload_bytes: int
     dense_bytes: int
+    encoding: str
     detect_s: float
     encode_s: float = 0.0
     upload_s: float = 0.0
@@ -94,6 +98,7 @@ class Publisher:
 
     Args:
         side_files: writes the files that an anchor holds beside its weights into a directory.
+        level: says how versions are encoded.
         anchor_every: commit an anchor after each so many versions; 0 for never.
         announce: called in the background with every version that has become durable.
     """
@@ -103,12 +108,15 @@ class Publisher:
         writer: ChainWriter,
         snapshot: Snapshot,
         side_files: Callable[[Path], None],
+        level: LevelChooser,
         anchor_every: int = 0,
         announce: Callable[[Position], None] = lambda position: None,
     ):
         self.writer = writer
         self.snapshot = snapshot
         self._side_files = side_files
+        self._level = level
+        self._old = ViewBits(snapshot.table, snapshot.tensors())  # the snapshot moves in place, after a commit
         self._anchor_every = anchor_every
         self._announce = announce
         self._anchored: Manifest | None = None
@@ -146,7 +154,7 @@ class Publisher:
     def unchanged(self, step: int | None, detect_s: float) -> Ticket:
         """The ticket of a publish that found nothing to do."""
         future: Future[Published] = Future()
-        future.set_result(self._published(self.writer.position, step, 0, 0, detect_s))
+        future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
         return Ticket(future)
 
     def anchor(self, at: Position | None = None, *, step: int | None = None, name: str | None = None) -> Manifest:
@@ -183,19 +191,28 @@ class Publisher:
             raise ChainError(f"these changes are not ones of {writer.position}: publish again")
         started = time.perf_counter()
         position = Position(writer.next_version, detected.digest.hex)
+        level = self._level.choose()
         part = write_delta(
-            self.snapshot.table, detected.patch, run_id=writer.run.run_id, parent=writer.position, position=position
+            self.snapshot.table,
+            detected.patch,
+            run_id=writer.run.run_id,
+            parent=writer.position,
+            position=position,
+            old=self._old if level == "compact" else None,
         )
         encoded = time.perf_counter()
         self._committing = position, detected
-        writer.commit_delta([part], digest=position.digest, changed=detected.changed, step=step, name=name)
+        writer.commit_delta(
+            [part], digest=position.digest, changed=detected.changed, step=step, name=name, encoding=level
+        )
         self.snapshot.advance(detected)
         self._committing = None
         self._versions_since_anchor += 1
         durable = time.perf_counter()
+        self._level.learn(level, detected.changed, len(part), encoded - started, durable - encoded)
         self._announce(position)
         return self._published(
-            position, step, detected.changed, len(part), detect_s, encoded - started, durable - encoded
+            position, step, detected.changed, len(part), level, detect_s, encoded - started, durable - encoded
         )
 
     def _anchor_if_due(self, step: int | None, name: str | None) -> None:
@@ -212,11 +229,12 @@ class Publisher:
         step: int | None,
         changed: int,
         payload_bytes: int,
+        encoding: str,
         detect_s: float,
         encode_s: float = 0.0,
         upload_s: float = 0.0,
     ) -> Published:
         table = self.snapshot.table
         return Published(
-            position, step, changed, table.numel, payload_bytes, table.nbytes, detect_s, encode_s, upload_s
+            position, step, changed, table.numel, payload_bytes, table.nbytes, encoding, detect_s, encode_s, upload_s
         )

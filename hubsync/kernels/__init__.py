@@ -1,0 +1,82 @@
+"""The passes over whole weights, each where the weights are: numba (`cpu`) in main memory, Triton (`triton`) on a GPU.
+
+Weights never leave their device for these: only what concerns single changes does. Both give the same values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import cpu
+from .classes import ClassMap
+
+Bits = np.ndarray | torch.Tensor
+"""Patterns: an unsigned array, or an integer tensor (uint8, int16, int32) on a device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """How many elements of each class a rectangle has.
+
+    Attributes:
+        sizes: int64[CLASSES].
+    """
+
+    sizes: np.ndarray
+    _bits: Any
+    _blocks: Any
+    _classes: ClassMap
+
+    def place(self, ranks: np.ndarray, diffs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (int32, ascending) of elements given by class and rank, and their differences in that order.
+
+        Args:
+            ranks: int32[n] in class order, ascending in each class and below its size.
+            diffs: signed[n].
+            counts: int64[CLASSES], how many of each class.
+        """
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        return _backend(self._bits).place(self._bits, self._blocks, ranks, diffs, bounds, self._classes)
+
+
+def count(bits: Bits, classes: ClassMap) -> Counted:
+    """Count the classes of a rectangle's elements, in row-major order."""
+    flat = _flat(bits)
+    sizes, blocks = _backend(flat).count(flat, classes)
+    return Counted(sizes, flat, blocks, classes)
+
+
+def rank(bits: Bits, positions: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the elements at `positions` (int32, ascending) stand among those of their class.
+
+    Returns:
+        (sizes, class_of, ranks): int64[CLASSES] elements of each class, uint8[n] and int32[n].
+    """
+    flat = _flat(bits)
+    return _backend(flat).rank(flat, positions, classes)
+
+
+def gather(bits: Bits, positions: np.ndarray) -> np.ndarray:
+    """Patterns at row-major `positions` of a rectangle, unsigned[n]."""
+    if isinstance(bits, np.ndarray):
+        row, col = np.divmod(positions, bits.shape[1])
+        return bits[row, col]
+    at = torch.from_numpy(positions.astype(np.int64)).to(bits.device)
+    found = bits.reshape(-1)[at].cpu().numpy()
+    return found.view(f"u{found.itemsize}")
+
+
+def _flat(bits: Bits) -> Any:
+    return np.ascontiguousarray(bits).reshape(-1) if isinstance(bits, np.ndarray) else bits.contiguous().view(-1)
+
+
+def _backend(bits: Bits) -> Any:
+    if isinstance(bits, np.ndarray):
+        return cpu
+    from . import triton  # needs a package that only machines with a GPU have
+
+    return triton

@@ -103,6 +103,7 @@ def test_any_delta_round_trips_in_any_grid_at_any_level(case):
     spec, delta, bits, grid = case
     coded = coded_with(spec, delta, bits, grid)
     assert decoded(spec, coded, bits) == {0: delta}
+    assert decoded(spec, coded, bits)[0].indices.dtype == np.int64
     assert len(coded.payload) <= spec.nbytes
 
 

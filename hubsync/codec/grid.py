@@ -92,7 +92,7 @@ class Grid:
         rows, cols = self.slices(number)
         width = cols.stop - cols.start
         if self.ascends:
-            return positions + (rows.start * self.cols + cols.start)
+            return positions.astype(np.int64) + (rows.start * self.cols + cols.start)
         row, col = np.divmod(positions, np.int32(width))
         return (row + np.int64(rows.start)) * self.cols + (col + cols.start)
 

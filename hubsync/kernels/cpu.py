@@ -213,9 +213,9 @@ def _place(
             while hits != 0:
                 lane = trailing_zeros(hits) - _U(15)
                 hits &= hits - _U(1)
-                k = np.int64(lane >> _U(2)) + j
+                k = int(np.int64(lane >> _U(2))) + j
                 inside = np.int64((held >> lane) & _U(0xFFFF))
-                ahead = np.int64((lanes >> lane) & _U(0xFFFF)) + beyond[k]
+                ahead = int(np.int64((lanes >> lane) & _U(0xFFFF))) + beyond[k]
                 at, seen = b * _BLOCK, 0
                 while ahead < inside:
                     while True:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from . import kernels
 from .bits import UNSIGNED, bits_of
 from .errors import FormatError
 from .table import TensorTable
@@ -102,6 +103,12 @@ def digest_torch(
     flat = tensor_bits.reshape(-1)
     if indices is not None and indices.numel() != flat.numel():
         raise ValueError(f"{indices.numel()} indices do not go with {flat.numel()} patterns")
+    if kernels.on_gpu(flat):
+        key = seed + (1 if indices is not None else start + 1) * _STRIDE
+        at = None if indices is None else indices.reshape(-1)
+        constants = _signed(key), _signed(_STRIDE), tuple(map(_signed, _MULTIPLIERS))
+        a, b = kernels.gpu().digest_sums(flat, *constants, at)
+        return Digest(a & _MASK, b & _MASK)
     if flat.device.type != "cpu":
         return _torch_sums(seed, flat, start, indices)
     bits = flat.numpy().view(UNSIGNED[8 * flat.element_size()])

@@ -31,11 +31,14 @@ def test_a_digest_does_not_depend_on_the_device(width: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("snapshot_device", ["model", "cpu"])
-def test_training_on_a_gpu_is_replayed_bit_for_bit(tmp_path: Path, snapshot_device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("encoding", ["fast", "compact"])
+def test_training_on_a_gpu_is_replayed_bit_for_bit(
+    tmp_path: Path, encoding: str, snapshot_device: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     model = Tiny(64, dtype).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    config = SyncConfig(bucket=str(tmp_path / "bucket"), snapshot_device=snapshot_device)
+    config = SyncConfig(bucket=str(tmp_path / "bucket"), snapshot_device=snapshot_device, encoding=encoding)
     with DeltaWeightTransferEngine(model, optimizer, config) as engine:
         for _ in range(5):
             tokens = torch.randint(0, 11, (2, 5), device="cuda")

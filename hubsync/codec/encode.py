@@ -144,7 +144,7 @@ def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
     histogram = np.sum(each(exponents, chunks), axis=0)
     shares = np.cumsum(histogram[::-1])[::-1] / histogram.sum()
     top = int(np.flatnonzero(shares > 0.002)[-1])
-    return max(0, top + (shares[top] > 0.05) - CLASSES + 1)
+    return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
 def _look(classes: ClassMap | None, old: OldBits | None, chunk: _Chunk) -> None:

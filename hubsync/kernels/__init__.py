@@ -6,10 +6,14 @@ Weights never leave their device for these: only what concerns single changes do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
+
+from hubsync.errors import ConfigError
 
 from . import cpu
 from .classes import ClassMap
@@ -74,9 +78,21 @@ def _flat(bits: Bits) -> Any:
     return np.ascontiguousarray(bits).reshape(-1) if isinstance(bits, np.ndarray) else bits.contiguous().view(-1)
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels are for this tensor."""
+    return tensor.device.type == "cuda" and find_spec("triton") is not None
+
+
+def gpu() -> Any:
+    """The module of Triton kernels. Needs a package that only machines with a GPU have."""
+    return import_module("hubsync.kernels.triton")
+
+
 def _backend(bits: Bits) -> Any:
     if isinstance(bits, np.ndarray):
         return cpu
-    from . import triton  # needs a package that only machines with a GPU have
-
-    return triton
+    if not on_gpu(bits):
+        raise ConfigError(
+            f"compact deltas of weights on {bits.device} need CUDA (or ROCm) and triton: use encoding='fast'"
+        )
+    return gpu()

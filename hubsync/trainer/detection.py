@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hubsync import kernels
 from hubsync.bits import TORCH_DTYPES, UNSIGNED, bits_of, difference, dtype_code, find_changes
 from hubsync.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.errors import ConfigError
@@ -198,7 +199,10 @@ def _changes(old: torch.Tensor, new: torch.Tensor) -> Change:
 
 
 def _changes_on_device(old: torch.Tensor, new: torch.Tensor) -> Change:
-    """`_changes` in torch operations, for any device."""
+    """`_changes` for any device: in Triton, or torch operations."""
+    if kernels.on_gpu(old):
+        indices, before, after = kernels.gpu().changes(_integers(old), _integers(new))
+        return Change(indices.cpu().numpy(), _unsigned(before), _unsigned(after))
     at = torch.cat(list(_unequal(_integers(old), _integers(new))))
     return Change(at.cpu().numpy(), _unsigned(_integers(old)[at]), _unsigned(_integers(new)[at]))
 

@@ -1,112 +1,37 @@
 """Size and speed of delta formats on pairs of bf16 snapshots; benchmarks/README.md says what each row is.
 
     python -m benchmarks.codec                                   a synthetic pair, made here
-    python -m benchmarks.codec --old A.safetensors --new B.safetensors
+    python -m benchmarks.codec --old A --new B                   two checkpoints: safetensors files or directories
     python -m benchmarks.codec --trace DIR --steps 10-18         base.safetensors and step-NN.safetensors
 
-One thread, thread CPU time, best of a few; every row is decoded and compared before it is printed.
+One thread, thread CPU time (wall time with --threads); every row is decoded and compared before it is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import groupby
-from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import zstandard
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
-from hubsync.bits import advance, bits_of, find_changes
+from hubsync.bits import advance, difference, find_changes
+from hubsync.digest import digest_change, digest_range
 from hubsync.manifest import Position
 from hubsync.parts import read_delta, write_delta
-from hubsync.patch import TensorDelta
-from hubsync.table import TensorSpec, TensorTable
+from hubsync.patch import Patch, TensorDelta
+from hubsync.weights import ViewBits
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-# --- pairs of snapshots -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two snapshots: every tensor of `table`, one after the other, as flat uint16 patterns."""
-
-    name: str
-    table: TensorTable
-    old: np.ndarray
-    new: np.ndarray
-
-    @cached_property
-    def slices(self) -> list[slice]:
-        ends = np.cumsum([spec.numel for spec in self.table]).tolist()
-        return [slice(end - spec.numel, end) for spec, end in zip(self.table, ends, strict=True)]
-
-
-def synthetic_pair(layers: int = 4, width: int = 1024, update: float = 3e-7) -> Pair:
-    """fp32 master weights, N(0, 0.02^2), and one step of N(0, update^2) on all of them; both rounded to bf16."""
-    rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (8 * width, width)}
-    for layer in range(layers):
-        shapes[f"layers.{layer}.norm.weight"] = (width,)
-        shapes[f"layers.{layer}.attention.weight"] = (2 * width, width)
-        shapes[f"layers.{layer}.mlp.weight"] = (2 * width, width)
-    table = TensorTable([TensorSpec(name, shape, "BF16") for name, shape in shapes.items()])
-    master = rng.standard_normal(table.numel, np.float32) * np.float32(0.02)
-    moved = master + rng.standard_normal(table.numel, np.float32) * np.float32(update)
-    old, new = (bits_of(torch.from_numpy(weights).bfloat16()) for weights in (master, moved))
-    return Pair("synthetic", table, old, new)
-
-
-def file_pair(old: Path, new: Path) -> Pair:
-    """Two safetensors files with the same bf16 tensors."""
-    table = _table_of(old)
-    if _table_of(new).hash != table.hash:
-        raise SystemExit(f"{old} and {new} do not hold the same tensors")
-    names = [spec.name for spec in table]
-    return Pair(f"{old.name} -> {new.name}", table, _flat(old, names), _flat(new, names))
-
-
-def trace_pairs(directory: Path, first: int, last: int) -> Iterator[Pair]:
-    """Steps `first .. last` of a trace: a base and, for each step, flat `indices` and the new `values` there."""
-    with safe_open(directory / "step-01.safetensors", "pt") as file:
-        shapes = json.loads(file.metadata()["tensors"])
-    table = TensorTable([TensorSpec(name, tuple(shape), "BF16") for name, shape in shapes])
-    old = _flat(directory / "base.safetensors", [spec.name for spec in table])
-    for step in range(1, last + 1):
-        new = old.copy()
-        with safe_open(directory / f"step-{step:02d}.safetensors", "pt") as file:
-            new[file.get_tensor("indices").numpy()] = bits_of(file.get_tensor("values"))
-        if step >= first:
-            yield Pair(f"step {step}", table, old, new)
-        old = new
-
-
-def _table_of(path: Path) -> TensorTable:
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return TensorTable([TensorSpec(n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()])
-
-
-def _flat(path: Path, names: Sequence[str]) -> np.ndarray:
-    with safe_open(path, "pt") as file:
-        tensors = [file.get_tensor(name) for name in names]
-    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
-        raise SystemExit(f"{path} holds tensors that are not bf16")
-    return np.concatenate([bits_of(tensor) for tensor in tensors])
-
+from .floors import floors
+from .measuring import Spread, repeated, timed
+from .snapshots import Pair, add_arguments, chosen, first_step_pair
 
 # --- formats ------------------------------------------------------------------------------------------
 
@@ -125,7 +50,7 @@ class Format(ABC):
 
 
 class Raw(Format):
-    name = "raw int32 + bf16"
+    name = "TRL-like"
 
     def encode(self, pair: Pair) -> bytes:
         indices, _ = find_changes(pair.old, pair.new)
@@ -137,37 +62,51 @@ class Raw(Format):
 
 
 class Gaps(Format):
-    """uint16 gaps (65535 = the gap stands in a list of uint32), then the new values."""
+    """Gaps in a byte (255: it stands in a list of uint32), then something for each change; all through zstd level 1."""
 
-    name = "gaps16 + bf16"
+    name = "PULSE-like"
 
     def encode(self, pair: Pair) -> bytes:
-        indices, _ = find_changes(pair.old, pair.new)
+        indices, diffs = find_changes(pair.old, pair.new)
         gaps = np.diff(indices, prepend=-1) - 1
-        long = gaps[gaps >= 0xFFFF].astype(np.uint32)
+        long = gaps[gaps >= 255].astype(np.uint32)
         counts = np.array([len(indices), len(long)], np.uint32)
-        short = np.minimum(gaps, 0xFFFF).astype(np.uint16)
-        return b"".join([counts.tobytes(), long.tobytes(), short.tobytes(), pair.new[indices].tobytes()])
+        short = np.minimum(gaps, 255).astype(np.uint8)
+        streams = [counts.tobytes(), long.tobytes(), short.tobytes(), self.pack(pair.new[indices], diffs)]
+        return zstandard.ZstdCompressor(level=1).compress(b"".join(streams))
 
     def apply(self, data: bytes, weights: np.ndarray, pair: Pair) -> None:
+        data = zstandard.ZstdDecompressor().decompress(data)
         n, n_long = map(int, np.frombuffer(data, np.uint32, 2))
-        gaps = np.frombuffer(data, np.uint16, n, 8 + 4 * n_long).astype(np.int64)
-        gaps[gaps == 0xFFFF] = np.frombuffer(data, np.uint32, n_long, 8)
-        weights[np.cumsum(gaps + 1) - 1] = np.frombuffer(data, np.uint16, n, 8 + 4 * n_long + 2 * n)
+        gaps = np.frombuffer(data, np.uint8, n, 8 + 4 * n_long).astype(np.int64)
+        gaps[gaps == 255] = np.frombuffer(data, np.uint32, n_long, 8)
+        at = np.cumsum(gaps + 1) - 1
+        weights[at] = self.unpack(data[8 + 4 * n_long + n :], weights[at])
+
+    def pack(self, new: np.ndarray, diffs: np.ndarray) -> bytes:
+        return new.tobytes()
+
+    def unpack(self, data: bytes, old: np.ndarray) -> np.ndarray:
+        return np.frombuffer(data, np.uint16)
 
 
-class GapsZstd(Gaps):
-    name = "gaps16 + bf16 + zstd-1"
+class GapsAndSteps(Gaps):
+    name = "gap8 + ulp8 + zstd-1"
 
-    def encode(self, pair: Pair) -> bytes:
-        return zstandard.ZstdCompressor(level=1).compress(super().encode(pair))
+    def pack(self, new: np.ndarray, diffs: np.ndarray) -> bytes:
+        steps = diffs.astype(np.int32)
+        zigzag = (steps << 1) ^ (steps >> 31)
+        return np.minimum(zigzag, 255).astype(np.uint8).tobytes() + diffs[zigzag >= 255].tobytes()
 
-    def apply(self, data: bytes, weights: np.ndarray, pair: Pair) -> None:
-        super().apply(zstandard.ZstdDecompressor().decompress(data), weights, pair)
+    def unpack(self, data: bytes, old: np.ndarray) -> np.ndarray:
+        zigzag = np.frombuffer(data, np.uint8, len(old)).astype(np.int32)
+        steps = ((zigzag >> 1) ^ -(zigzag & 1)).astype(np.int16)
+        steps[zigzag == 255] = np.frombuffer(data, np.int16, offset=len(old))
+        return advance(old, steps)
 
 
 class DenseXor(Format):
-    name = "dense XOR + zstd-1"
+    name = "XOR-like"
 
     def encode(self, pair: Pair) -> bytes:
         return zstandard.ZstdCompressor(level=1).compress(memoryview(pair.old ^ pair.new).cast("B"))
@@ -177,24 +116,41 @@ class DenseXor(Format):
 
 
 class Hubsync(Format):
-    name = "hubsync-fast"
+    def __init__(self, level: str):
+        self.name = f"hubsync-{level}"
+        self._compact = level == "compact"
 
     def encode(self, pair: Pair) -> bytes:
-        patch = {}
-        for index, at in enumerate(pair.slices):
-            delta = TensorDelta(*find_changes(pair.old[at], pair.new[at]))
-            if len(delta):
-                patch[index] = delta
         parent, position = Position(17, "0" * 32), Position(18, "1" * 32)
-        return write_delta(pair.table, patch, run_id="0" * 32, parent=parent, position=position)
+        old = bits_view(pair, pair.old) if self._compact else None
+        return write_delta(pair.table, patch_of(pair), run_id="0" * 32, parent=parent, position=position, old=old)
 
     def apply(self, data: bytes, weights: np.ndarray, pair: Pair) -> None:
-        for index, delta in read_delta(data, pair.table, None).items():
-            tensor = weights[pair.slices[index]]
-            tensor[delta.indices] = advance(tensor[delta.indices], delta.diffs)
+        old = bits_view(pair, weights) if self._compact else None
+        apply_patch(weights, read_delta(data, pair.table, None, old), pair)
 
 
-FORMATS: list[Format] = [Raw(), Gaps(), GapsZstd(), DenseXor(), Hubsync()]
+FORMATS: list[Format] = [Raw(), Gaps(), GapsAndSteps(), DenseXor(), Hubsync("fast"), Hubsync("compact")]
+
+
+def patch_of(pair: Pair) -> Patch:
+    patch = {}
+    for index, at in enumerate(pair.slices):
+        delta = TensorDelta(*find_changes(pair.old[at], pair.new[at]))
+        if len(delta):
+            patch[index] = delta
+    return patch
+
+
+def apply_patch(weights: np.ndarray, patch: Patch, pair: Pair) -> None:
+    for index, delta in patch.items():
+        tensor = weights[pair.slices[index]]
+        tensor[delta.indices] = advance(tensor[delta.indices], delta.diffs)
+
+
+def bits_view(pair: Pair, weights: np.ndarray) -> ViewBits:
+    flat = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
+    return ViewBits(pair.table, {spec.name: flat[at] for spec, at in zip(pair.table, pair.slices, strict=True)})
 
 
 # --- measuring ----------------------------------------------------------------------------------------
@@ -202,16 +158,26 @@ FORMATS: list[Format] = [Raw(), Gaps(), GapsZstd(), DenseXor(), Hubsync()]
 
 @dataclass(frozen=True)
 class Row:
-    """One format on one pair. Speeds are GB of one dense bf16 snapshot per second of CPU time on one core."""
+    """One format on one pair. Speeds are GB of one dense bf16 snapshot per second: the best, and beside it the spread.
+
+    The floors are bits per changed element (`benchmarks.floors`); `ratio` is that of `bits_per_change` to the floor
+    that the format could reach: given the old exponent for hubsync-compact, else without it.
+    """
 
     pair: str
     codec: str
     changed: int
     total: int
     bits_per_change: float
+    floor_unconditional: float
+    floor_conditional: float
+    ratio: float
     encode_gbps: float
     decode_gbps: float
     memcpy_gbps: float
+    encode_spread: Spread
+    decode_spread: Spread
+    memcpy_spread: Spread
 
 
 def measure(pair: Pair, repeats: int) -> list[Row]:
@@ -219,96 +185,112 @@ def measure(pair: Pair, repeats: int) -> list[Row]:
     changed, gigabytes = int(np.count_nonzero(pair.old != pair.new)), pair.old.nbytes / 1e9
     if not changed:
         raise SystemExit(f"{pair.name}: nothing changed, so there are no bits per change")
+    floor = floors(pair)
     weights = np.empty_like(pair.old)
     rows = []
     for form in FORMATS:
-        data, encode_seconds = _best(repeats, form.encode, pair)
+        data, encode_seconds = repeated(repeats, form.encode, pair)
         copy_seconds, apply_seconds = [], []
         for _ in range(repeats + 1):  # the first round compiles and warms up
-            copy_seconds.append(_timed(np.copyto, weights, pair.old)[1])
-            apply_seconds.append(_timed(form.apply, data, weights, pair)[1])
+            copy_seconds.append(timed(np.copyto, weights, pair.old)[1])
+            apply_seconds.append(timed(form.apply, data, weights, pair)[1])
             if not np.array_equal(weights, pair.new):
                 raise SystemExit(f"{form.name}: {pair.name} did not round-trip")
+        encode, decode, memcpy = (
+            Spread.of(gigabytes, seconds) for seconds in (encode_seconds, apply_seconds[1:], copy_seconds[1:])
+        )
+        bits = 8 * len(data) / changed
         rows.append(
             Row(
                 pair=pair.name,
                 codec=form.name,
                 changed=changed,
                 total=len(pair.old),
-                bits_per_change=8 * len(data) / changed,
-                encode_gbps=gigabytes / encode_seconds,
-                decode_gbps=gigabytes / min(apply_seconds),
-                memcpy_gbps=gigabytes / min(copy_seconds),
+                bits_per_change=bits,
+                floor_unconditional=floor.unconditional,
+                floor_conditional=floor.conditional,
+                ratio=bits / (floor.conditional if form.name == "hubsync-compact" else floor.unconditional),
+                encode_gbps=encode.fastest,
+                decode_gbps=decode.fastest,
+                memcpy_gbps=memcpy.fastest,
+                encode_spread=encode,
+                decode_spread=decode,
+                memcpy_spread=memcpy,
             )
         )
     return rows
 
 
-def _best(repeats: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-    """The result and the least CPU seconds of `repeats` calls, after one that compiles and warms up."""
-    work(*args, **kwargs)
-    runs = [_timed(work, *args, **kwargs) for _ in range(repeats)]
-    return runs[-1][0], min(seconds for _, seconds in runs)
-
-
-def _timed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-    start = time.thread_time()
-    result = work(*args, **kwargs)
-    return result, time.thread_time() - start
-
-
 def _show(rows: Sequence[Row]) -> None:
-    console = Console()
+    console = Console(width=120)
     for pair, group in groupby(rows, key=lambda row: row.pair):
+        own = list(group)
         table = Table("codec")
-        for heading in ("bits/change", "encode", "decode", "memcpy"):
+        for heading in ("bits/change", "x floor", "encode/copy", "decode/copy", "encode GB/s", "decode GB/s"):
             table.add_column(heading, justify="right")
-        for row in group:
-            speeds = (row.encode_gbps, row.decode_gbps, row.memcpy_gbps)
-            table.add_row(row.codec, f"{row.bits_per_change:.2f}", *(f"{speed:.2f}" for speed in speeds))
-        console.print(f"{pair}: {row.changed} of {row.total} elements changed ({row.changed / row.total:.2%})")
+        for row in own:
+            ratios = (f"{speed / row.memcpy_gbps:.3f}" for speed in (row.encode_gbps, row.decode_gbps))
+            speeds = (str(row.encode_spread), str(row.decode_spread))
+            table.add_row(row.codec, f"{row.bits_per_change:.2f}", f"{row.ratio:.3f}", *ratios, *speeds)
+        first = own[0]
+        console.print(
+            f"{pair}: {first.changed} of {first.total} elements changed ({first.changed / first.total:.2%}); floors "
+            f"{first.floor_unconditional:.2f} bits, {first.floor_conditional:.2f} given the old exponent; "
+            f"memcpy {first.memcpy_spread} GB/s"
+        )
         console.print(table)
-    console.print("Speeds are GB of dense bf16 weights per second of CPU time on one core.")
+    console.print(
+        "Speeds: GB of dense bf16 weights per second, slowest/median/best run; ratios are of the best ones. "
+        "hubsync-compact is compared with the floor given the old exponent, the others with the other one."
+    )
 
 
-def _steps(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("-")
-    try:
-        steps = int(first), int(last or first)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a step or a range like 10-18") from None
-    if not 1 <= steps[0] <= steps[1]:
-        raise argparse.ArgumentTypeError("steps count from 1, and a range ascends")
-    return steps
+def _show_passes(pair: Pair, repeats: int) -> None:
+    """Finding changes and digests: the passes beside the codec."""
+    gigabytes = pair.old.nbytes / 1e9
+    weights = np.empty_like(pair.old)
+    _, copying = repeated(repeats, np.copyto, weights, pair.old)
+    (indices, _), comparing = repeated(repeats, find_changes, pair.old, pair.new)
+    _, comparing_equal = repeated(repeats, find_changes, pair.old, weights)
+    _, digesting = repeated(repeats, digest_range, 1, pair.old)
+    _, updating = repeated(repeats, digest_change, 1, indices, pair.old[indices], pair.new[indices])
+    assert np.array_equal(difference(pair.old[indices], pair.new[indices]), find_changes(pair.old, pair.new)[1])
+    table = Table("pass over a snapshot")
+    for heading in ("GB/s", "/ memcpy"):
+        table.add_column(heading, justify="right")
+    for name, seconds in (
+        ("memcpy", copying),
+        ("compare", comparing),
+        ("compare, nothing changed", comparing_equal),
+        ("digest, whole", digesting),
+    ):
+        table.add_row(name, str(Spread.of(gigabytes, seconds)), f"{min(copying) / min(seconds):.2f}")
+    Console(width=120).print(table)
+    print(f"digest, updated from a delta: {len(indices) / min(updating) / 1e6:.0f} million changes per second")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__.split("\n")[0])
-    parser.add_argument("--trace", type=Path, help="directory with base.safetensors and step-NN.safetensors")
-    parser.add_argument("--steps", type=_steps, default=(10, 18), help="steps of the trace, default 10-18")
-    parser.add_argument("--old", type=Path, help="a safetensors file of bf16 tensors ...")
-    parser.add_argument("--new", type=Path, help="... and the same tensors some steps later")
+    add_arguments(parser)
+    parser.add_argument("--first-step", action="store_true", help="also the first step from each old snapshot")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts, default 5")
+    parser.add_argument("--threads", type=int, default=1, help="threads that may be used, default 1")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     options = parser.parse_args(arguments)
-    if (options.old is None) != (options.new is None):
-        parser.error("--old and --new go together")
-    if options.trace and options.old:
-        parser.error("give either --trace or --old and --new")
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
-
-    if options.trace:
-        pairs: Iterator[Pair] = trace_pairs(options.trace, *options.steps)
-    elif options.old:
-        pairs = iter([file_pair(options.old, options.new)])
-    else:
-        pairs = iter([synthetic_pair()])
-    rows = [row for pair in pairs for row in measure(pair, options.repeats)]
+    if options.repeats < 1 or options.threads < 1:
+        parser.error("--repeats and --threads must be at least 1")
+    torch.set_num_threads(options.threads)
+    rows, last = [], None
+    for pair in chosen(parser, options):
+        for measured in [pair, first_step_pair(pair)] if options.first_step else [pair]:
+            rows += measure(measured, options.repeats)
+        last = pair
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        _show(rows)
+        return
+    _show(rows)
+    if last is not None:
+        _show_passes(last, options.repeats)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self._directory = directory
         self._table = table
         self._files: dict[str, Path] = {}
-        for path in _shards(directory):
+        for path in shards_of(directory):
             try:
                 with safe_open(path, framework="pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
@@ -97,10 +97,10 @@ class Patched(Mapping[str, torch.Tensor]):
 
 def is_checkpoint(directory: Path) -> bool:
     """Does it hold safetensors weights?"""
-    return directory.is_dir() and bool(_shards(directory))
+    return directory.is_dir() and bool(shards_of(directory))
 
 
-def _shards(directory: Path) -> list[Path]:
+def shards_of(directory: Path) -> list[Path]:
     """The files of the checkpoint. Where an index exists only it counts: some directories hold the weights twice."""
     index = directory / _INDEX
     if index.is_file():

@@ -1,0 +1,129 @@
+"""Bytes and seconds to bring a replica several versions ahead: one merged delta, or the single ones in a row.
+
+    python -m benchmarks.spans --trace DIR
+    python -m benchmarks.spans                     a synthetic run, made here
+
+A trace that is shorter than a span is followed by synthetic steps: fp32 masters inside the rounding of its last
+snapshot, moved by momentum-like updates of about the density of the trace's last steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hubsync.bits import bits_of
+from hubsync.manifest import Position
+from hubsync.parts import read_delta, write_delta
+from hubsync.patch import Patch, compose
+from hubsync.weights import Advanced
+
+from .codec import apply_patch, bits_view, patch_of
+from .measuring import timed
+from .snapshots import Pair, synthetic_pair, trace_pairs
+
+SPANS = (1, 4, 16, 64)
+_MOMENTUM = 0.9
+
+
+def _steps(trace: Path | None, count: int) -> Iterator[Pair]:
+    """`count` pairs, each of which starts where the one before ends."""
+    last = 0
+    if trace is None:
+        pair = synthetic_pair()
+    else:
+        last = min(count, len(list(trace.glob("step-*.safetensors"))))
+        for pair in trace_pairs(trace, 1, last):
+            yield pair
+        pair = replace(pair, old=pair.new, new=pair.new)
+    yield from _made(pair, count - last)
+
+
+def _made(pair: Pair, count: int, update: float = 3e-7) -> Iterator[Pair]:
+    rng = np.random.default_rng(0)
+    weights = (pair.old.astype(np.uint32) << 16).view(np.float32)
+    spacing = np.spacing(weights) * np.float32(1 << 16)  # of bf16
+    master = weights + spacing * (rng.random(len(weights), np.float32) - np.float32(0.5)) * np.float32(0.98)
+    momentum = np.zeros_like(master)
+    old = pair.old
+    for number in range(count):
+        momentum *= np.float32(_MOMENTUM)
+        momentum += rng.standard_normal(len(master), np.float32) * np.float32(update * (1 - _MOMENTUM**2) ** 0.5)
+        master += momentum
+        new = bits_of(torch.from_numpy(master).bfloat16())
+        yield Pair(f"made {number}", pair.table, old, new)
+        old = new
+
+
+def _part(pair: Pair, compact: bool) -> bytes:
+    old = bits_view(pair, pair.old) if compact else None
+    positions = Position(0, "0" * 32), Position(1, "1" * 32)
+    return write_delta(pair.table, patch_of(pair), run_id="0" * 32, parent=positions[0], position=positions[1], old=old)
+
+
+def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, compact: bool) -> None:
+    """Decode all parts, compose them and apply the whole once, as a replica does."""
+    old = bits_view(pair, weights)
+    if compact:
+        patch: Patch = {}
+        for part in parts:
+            patch = compose(patch, read_delta(part, pair.table, None, Advanced(pair.table, old, patch)))
+    else:
+        patch = reduce(compose, (read_delta(part, pair.table, None) for part in parts))
+    apply_patch(weights, patch, pair)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.spans", description=__doc__.split("\n")[0])
+    parser.add_argument("--trace", type=Path, help="directory with base.safetensors and step-NN.safetensors")
+    parser.add_argument("--spans", type=int, nargs="+", default=SPANS, help="versions to go ahead, default 1 4 16 64")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    levels = ("fast", "compact")
+    singles: dict[str, list[bytes]] = {level: [] for level in levels}
+    table = Table("span")
+    for heading in ("level", "merged kB", "chain kB", "of chain", "merge s", "merged s", "chain s", "merged b/change"):
+        table.add_column(heading, justify="right")
+    start: np.ndarray | None = None
+    for number, pair in enumerate(_steps(options.trace, max(options.spans)), 1):
+        start = pair.old if start is None else start
+        for level in levels:
+            singles[level].append(_part(pair, level == "compact"))
+        if number not in options.spans:
+            continue
+        whole = Pair(f"{number} versions", pair.table, start, pair.new)
+        for level in levels:
+            compact = level == "compact"
+            merged, merge_s = timed(_part, whole, compact)
+            seconds = []
+            for parts in ([merged], singles[level]):
+                best = np.inf
+                for _ in range(2):
+                    weights = start.copy()
+                    best = min(best, timed(_follow, parts, whole, weights, compact)[1])
+                    if not np.array_equal(weights, whole.new):
+                        raise SystemExit(f"{level}, {number} versions: did not round-trip")
+                seconds.append(best)
+            chain = sum(map(len, singles[level]))
+            bits = 8 * len(merged) / np.count_nonzero(whole.old != whole.new)
+            table.add_row(
+                str(number), level, f"{len(merged) / 1e3:.0f}", f"{chain / 1e3:.0f}", f"{len(merged) / chain:.2f}",
+                f"{merge_s:.3f}", f"{seconds[0]:.3f}", f"{seconds[1]:.3f}", f"{bits:.2f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+    print(
+        "Spans begin at the first step. 'merged s' and 'chain s': CPU seconds of one core to decode, compose and "
+        "apply; 'merge s': to encode the merged delta once."
+    )
+
+
+if __name__ == "__main__":
+    main()

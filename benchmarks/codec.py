@@ -149,8 +149,13 @@ def apply_patch(weights: np.ndarray, patch: Patch, pair: Pair) -> None:
 
 
 def bits_view(pair: Pair, weights: np.ndarray) -> ViewBits:
+    return ViewBits(pair.table, tensors_of(pair, weights))
+
+
+def tensors_of(pair: Pair, weights: np.ndarray) -> dict[str, torch.Tensor]:
+    """The tensors of a snapshot in their shapes; they share its memory."""
     flat = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
-    return ViewBits(pair.table, {spec.name: flat[at] for spec, at in zip(pair.table, pair.slices, strict=True)})
+    return {spec.name: flat[at].view(spec.shape) for spec, at in zip(pair.table, pair.slices, strict=True)}
 
 
 # --- measuring ----------------------------------------------------------------------------------------

@@ -33,13 +33,13 @@ class Grid:
         return cls(rows, cols, chunk_rows, chunk_cols)
 
     @classmethod
-    def tiles(cls, rows: int, cols: int) -> Grid:
+    def tiles(cls, rows: int, cols: int, smallest: int = _SMALL) -> Grid:
         """Tiles that the row and column slices of 2, 4 or 8 tensor parallel ranks consist of.
 
         Both dimensions are cut, as nobody tells which of them the ranks slice: into 8 where that leaves chunks of at
-        least 2^17 elements, else into 4, 2 or not at all.
+        least `smallest` elements, else into 4, 2 or not at all.
         """
-        parts = next((p for p in _PARTS if rows * cols >= _SMALL * p * p), 1)
+        parts = next((p for p in _PARTS if rows * cols >= smallest * p * p), 1)
         chunk_rows, chunk_cols = _part(rows, parts), _part(cols, parts)
         if chunk_rows > 1:
             chunk_rows = _smaller(chunk_rows, max(1, _USUAL // chunk_cols))

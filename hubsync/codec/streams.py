@@ -393,7 +393,7 @@ def read(
             quotient = one - unary
             unary = one + 1
             bits = k if mode == RICE else quotient + k
-            if bits > width or (mode == RICE and quotient > largest >> k):
+            if bits > width or (mode == RICE and quotient > 2 * largest >> k):  # distances reach twice as far
                 return TOO_LARGE
             if remainder + bits > remainder_end:
                 return MAGNITUDES

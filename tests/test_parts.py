@@ -160,8 +160,8 @@ def test_a_part_is_not_read_for_an_anchor():
     [
         pytest.param({"format": "hubsync-delta/2"}, "upgrade hubsync", id="newer format"),
         pytest.param({"encoding": "denser"}, "upgrade hubsync", id="newer encoding"),
-        pytest.param({"books": np.zeros((1, 12), np.uint8)}, "code books have 11 bytes", id="books of another level"),
-        pytest.param({"books": np.zeros((0, 11), np.uint8)}, "code book 0 of 0", id="no books"),
+        pytest.param({"books": np.zeros((1, 11), np.uint8)}, "code books have 12 bytes", id="books of another level"),
+        pytest.param({"books": np.zeros((0, 12), np.uint8)}, "code book 0 of 0", id="no books"),
         pytest.param({"format": None}, "upgrade hubsync", id="no format"),
         pytest.param({"chunks": None}, "instead of", id="missing tensor"),
         pytest.param({"extra": np.zeros(1, np.uint8)}, "instead of", id="unknown tensor"),

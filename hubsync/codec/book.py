@@ -13,24 +13,25 @@ import numpy as np
 from hubsync.errors import FormatError
 from hubsync.kernels.classes import CLASSES, ClassMap
 
-LISTED, EXP_GOLOMB, RICE = range(3)  # how the magnitudes of a class are coded
-GAP, MODE, CENTER, MAGNITUDE = range(4)  # columns of `Book.codes`
+GAP, USUAL, TAIL, PLANES = range(4)  # columns of `Book.codes`; the planes are the last ones
+MAX_PLANES = 5
 MAX_K = 31
-FIELDS = 4  # columns of a chunk row behind the counts of the classes
+RICE = 128  # flag in TAIL: a Rice code, else Exp-Golomb
+LIST_REST = 128  # flag in a plane: those that go on are listed, else those that end here
+NO_PLANE = 255
+FIELDS = 2  # columns of a chunk row behind the counts of the classes
 
 
 @dataclass(frozen=True, eq=False)
 class Book:
     """Attributes:
     low: exponent field of class 0; class = exponent - low, clipped to 0 .. classes - 1.
-    k_listed: Rice parameter of the gaps between listed exceptions.
     orders: uint8[classes + FIELDS], Exp-Golomb orders of the columns of a chunk row.
-    codes: uint8[classes, 4]: Rice parameter of the gaps, how magnitudes are coded, the usual magnitude (1..255), and
-        the parameter of the magnitudes.
+    codes: uint8[classes, 3 + MAX_PLANES]: Rice parameter of the gaps, the usual magnitude (1..255), parameter of the
+        magnitudes that no plane ends, and of each plane.
     """
 
     low: int
-    k_listed: int
     orders: np.ndarray
     codes: np.ndarray
 
@@ -44,23 +45,24 @@ class Book:
 
     def pack(self) -> np.ndarray:
         """uint8[columns(classes)]"""
-        head = np.array([self.low, self.k_listed], np.uint8)
-        return np.concatenate([head, self.orders, self.codes.reshape(-1)])
+        return np.concatenate([np.array([self.low], np.uint8), self.orders, self.codes.reshape(-1)])
 
     @classmethod
     def unpack(cls, row: np.ndarray, classes: int) -> Book:
         """Inverse of `pack`; FormatError for parameters that no writer uses."""
-        orders, codes = row[2 : 2 + classes + FIELDS], row[2 + classes + FIELDS :].reshape(classes, 4)
-        if row[1] > MAX_K or orders.max() > MAX_K or codes[:, [GAP, MAGNITUDE]].max() > MAX_K:
+        orders, codes = row[1 : 1 + classes + FIELDS], row[1 + classes + FIELDS :].reshape(classes, -1)
+        planes = codes[:, PLANES:]
+        ks = np.where(planes == NO_PLANE, 0, planes & ~np.uint8(LIST_REST))
+        if max(orders.max(), codes[:, GAP].max(), (codes[:, TAIL] & ~np.uint8(RICE)).max(), ks.max()) > MAX_K:
             raise FormatError(f"code book: a parameter is above {MAX_K}")
-        if codes[:, MODE].max() > RICE or codes[:, CENTER].min() == 0:
-            raise FormatError("code book: an unknown code, or a usual magnitude of 0")
-        return cls(int(row[0]), int(row[1]), orders, codes)
+        if codes[:, USUAL].min() == 0:
+            raise FormatError("code book: a usual magnitude of 0")
+        return cls(int(row[0]), orders, codes)
 
 
 def columns(classes: int) -> int:
     """Bytes of a book."""
-    return 2 + classes + FIELDS + 4 * classes
+    return 1 + classes + FIELDS + (3 + MAX_PLANES) * classes
 
 
 CLASSES_OF = {"fast": 1, "compact": CLASSES}  # the levels

@@ -22,7 +22,7 @@ from .book import Book
 from .grid import MAX_ELEMENTS, Grid
 from .layout import CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
 from .parallel import each
-from .rows import BYTES, EXCEPTIONS, REMAINDERS, SHIFT, RowReader
+from .rows import BYTES, SHIFT, RowReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +93,9 @@ def _jobs(
     for number, row in zip(numbers.tolist(), rows, strict=True):
         counts, rest = row[: book.classes], row[book.classes :]
         changes, nbytes = int(counts.sum()), int(rest[BYTES])
-        if not 0 < changes <= grid.elements(number) or rest[EXCEPTIONS] > changes or changes > 8 * nbytes:
+        if not 0 < changes <= grid.elements(number) or changes > 8 * nbytes:
             raise FormatError(f"{spec.name}, chunk {number}: {streams.PROBLEMS[streams.COUNTS]}")
-        if nbytes > available - start or rest[REMAINDERS] > 8 * nbytes:
+        if nbytes > available - start:
             raise FormatError(f"{spec.name}, chunk {number}: its payload is missing")
         jobs.append(_Job(index, spec, book, grid, number, counts, rest, start))
         start += nbytes
@@ -119,10 +119,8 @@ def _decode_chunk(job: _Job, words: np.ndarray, old: OldBits | None) -> tuple[np
     ranks, diffs = np.empty(changes, np.int32), np.empty(changes, SIGNED[job.spec.width])
     shift = int(job.rest[SHIFT])
     shift = -(shift + 1) // 2 if shift & 1 else shift // 2
-    problem = streams.read(
-        words, job.start, int(job.rest[BYTES]), job.counts, sizes, int(job.rest[EXCEPTIONS]), shift,
-        int(job.rest[REMAINDERS]), job.book.codes, job.book.k_listed, ranks, diffs,
-    )  # fmt: skip
+    start, nbytes = job.start, int(job.rest[BYTES])
+    problem = streams.read(words, start, nbytes, job.counts, sizes, shift, job.book.codes, ranks, diffs)
     if problem != streams.FINE:
         raise FormatError(f"{job.spec.name}, chunk {job.number}: {streams.PROBLEMS[problem]}")
     if counted is not None:

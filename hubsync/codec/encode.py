@@ -19,11 +19,12 @@ from hubsync.table import TensorSpec, TensorTable
 
 from . import streams
 from .bitio import words_of
-from .book import CENTER, FIELDS, GAP, LISTED, MAGNITUDE, MODE, Book, columns
+from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns
 from .grid import Grid
 from .layout import CODED, RECORD_COLUMNS, OldBits
 from .parallel import each
-from .rows import RowWriter, zigzag
+from .rows import SHIFT, RowWriter, zigzag
+from .streams import MAX_GAP_K
 
 _SAMPLE = 4096  # changes of a chunk whose old exponents are looked at
 
@@ -57,9 +58,7 @@ class _Chunk:
     listed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     gaps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     gap_cost: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    listed_gaps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     shift: int = 0
-    remainder_bits: int = 0
     nbytes: int = 0
 
 
@@ -164,49 +163,80 @@ def _look(classes: ClassMap | None, old: OldBits | None, chunk: _Chunk) -> None:
 def _fit(low: int, chunks: Sequence[_Chunk], width: int) -> Book:
     """The code parameters with the fewest bits; orders of the row columns are fitted later."""
     count = len(chunks[0].counts)
-    codes = np.zeros((count, 4), np.uint8)
+    codes = np.full((count, 3 + MAX_PLANES), NO_PLANE, np.uint8)
     codes[:, GAP] = np.argmin(np.sum([chunk.gap_cost for chunk in chunks], axis=0), axis=1)
-    usual = np.sum(each(lambda chunk: streams.magnitude_counts(chunk.counts, chunk.diffs), chunks), axis=0)
-    codes[:, CENTER] = np.maximum(1, np.argmax(usual[:, : 1 << (width - 1)], axis=1))
-
-    costs = each(lambda chunk: streams.magnitude_cost(chunk.counts, chunk.diffs, codes[:, CENTER]), chunks)
-    cost, exceptions = np.sum([c for c, _ in costs], axis=0), np.sum([e for _, e in costs], axis=0)
-    changes = np.sum([chunk.counts for chunk in chunks], axis=0)
-    best = np.min(cost[:, :, :width], axis=2)  # larger parameters would not fit the width
-    best[LISTED] += _cost_of_listing(changes, exceptions)
-    codes[:, MODE] = np.argmin(best, axis=0)
-    codes[:, MAGNITUDE] = np.argmin(cost[codes[:, MODE], np.arange(count), :width], axis=1)
-
-    def list_cost(chunk: _Chunk) -> np.ndarray:
-        chunk.listed_gaps = streams.exception_gaps(chunk.counts, chunk.diffs, codes)
-        return streams.rice_cost(chunk.listed_gaps)
-
-    k_listed = int(np.argmin(np.sum(each(list_cost, chunks), axis=0)))
-    return Book(low, k_listed, np.zeros(count + FIELDS, np.uint8), codes)
+    magnitudes = np.sum(each(lambda chunk: streams.magnitude_counts(chunk.counts, chunk.diffs), chunks), axis=0)
+    codes[:, USUAL] = np.maximum(1, np.argmax(magnitudes[:, : 1 << (width - 1)], axis=1))
+    seen = each(lambda chunk: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL]), chunks)
+    found, beyond = np.sum([f for f, _ in seen], axis=0), np.sum([b for _, b in seen], axis=0)
+    lists = np.sum([chunk.counts > 0 for chunk in chunks], axis=0)
+    for c in range(count):
+        codes[c, TAIL:] = _fit_magnitudes(found[c], beyond[:, c], int(lists[c]), width)
+    return Book(low, np.zeros(count + FIELDS, np.uint8), codes)
 
 
-def _cost_of_listing(changes: np.ndarray, exceptions: np.ndarray) -> np.ndarray:
-    """About what it takes to say which changes are exceptions: their entropy, and 3 % for the code."""
-    share = exceptions / np.maximum(changes, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -share * np.log2(share) - (1 - share) * np.log2(1 - share)
-    return (1.03 * changes * np.nan_to_num(entropy)).astype(np.int64)
+def _fit_magnitudes(found: np.ndarray, beyond: np.ndarray, lists: int, width: int) -> np.ndarray:
+    """How to code the distances of one class: uint8[1 + MAX_PLANES], the tail and the planes.
+
+    Args:
+        found: how often each distance occurs.
+        beyond: int64[2, MAX_K + 1], what larger distances cost in an Exp-Golomb or Rice code.
+        lists: number of chunks, each of which has a list in every plane.
+    """
+    code = np.full(1 + MAX_PLANES, NO_PLANE, np.uint8)
+    best, spent, chosen = np.inf, 0.0, 0
+    left = int(found.sum()) + int(beyond[0, 0] > 0)
+    for planes in range(MAX_PLANES + 1):
+        tail_cost, tail = _best_tail(found[planes:], beyond, width)
+        if spent + tail_cost < best:
+            best, chosen, code[0] = spent + tail_cost, planes, tail
+        if planes == MAX_PLANES or left <= 0:
+            break
+        ending = int(found[planes])
+        list_cost, code[1 + planes] = _best_list(ending, left, lists)
+        spent += list_cost
+        left -= ending
+    code[1 + chosen :] = NO_PLANE
+    return code
+
+
+def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
+    """(bits, code) of a plane in which `ending` of `left` changes end: these are listed, or the others."""
+    options = []
+    for listed, flag in ((left - ending, LIST_REST), (ending, 0)):
+        share = listed / left
+        k = np.arange(MAX_GAP_K)
+        with np.errstate(divide="ignore"):
+            quotients = 1 / -np.expm1(np.exp2(k) * np.log1p(-share)) if 0 < share < 1 else np.ones(len(k))
+        last = min(left / lists, 1 / share if share else np.inf) / np.exp2(k) + k + 1  # of a list, up to its end
+        cost = listed * (k + quotients) + lists + min(lists, listed) * last
+        options.append((float(cost.min()), flag | int(np.argmin(cost))))
+    return min(options)
+
+
+def _best_tail(found: np.ndarray, beyond: np.ndarray, width: int) -> tuple[float, int]:
+    """(bits, code) of distances, counted from the first that no plane ends."""
+    values = np.arange(len(found))
+    costs = beyond[:, : min(width, MAX_K) + 1].copy()
+    for k in range(costs.shape[1]):
+        costs[0, k] += (found * (2 * np.floor(np.log2(values + (1 << k))).astype(np.int64) - k + 1)).sum()
+        costs[1, k] += (found * ((values >> k) + k + 1)).sum()
+    kind, k = divmod(int(np.argmin(costs)), costs.shape[1])
+    return float(costs[kind, k]), k | (RICE if kind else 0)
 
 
 def _finish(book: Book, chunk: _Chunk) -> None:
     """Choose the shift of a chunk, and measure it."""
     chunk.shift = streams.best_shift(chunk.counts, chunk.sizes, chunk.gap_cost, book.codes)
-    chunk.remainder_bits, chunk.nbytes = streams.measure(
-        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, chunk.listed_gaps, book.codes,
-        book.k_listed, chunk.shift,
-    )  # fmt: skip
+    chunk.nbytes = streams.measure(
+        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, book.codes, chunk.shift
+    )
 
 
 def _rows(chunks: Sequence[_Chunk]) -> np.ndarray:
     """int64[chunks, classes + FIELDS]: the columns of their rows."""
-    fields = [[len(c.listed_gaps), c.shift, c.remainder_bits, c.nbytes] for c in chunks]
-    rest = np.array(fields, np.int64).reshape(-1, FIELDS)
-    rest[:, 1] = zigzag(rest[:, 1])
+    rest = np.array([[c.shift, c.nbytes] for c in chunks], np.int64).reshape(-1, FIELDS)
+    rest[:, SHIFT] = zigzag(rest[:, SHIFT])
     return np.concatenate([np.array([c.counts for c in chunks], np.int64), rest], axis=1)
 
 
@@ -223,10 +253,7 @@ def _is_larger_than_dense(chunks: Sequence[_Chunk], spec: TensorSpec) -> bool:
 
 def _write(book: Book, chunk: _Chunk) -> np.ndarray:
     words = words_of(chunk.nbytes)
-    streams.write(
-        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, chunk.listed_gaps, book.codes,
-        book.k_listed, chunk.shift, chunk.remainder_bits, words,
-    )  # fmt: skip
+    streams.write(chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, book.codes, chunk.shift, words)
     return words.view(np.uint8)[: chunk.nbytes]
 
 

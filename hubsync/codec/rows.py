@@ -1,7 +1,7 @@
 """The chunk table: a row for each chunk, as one string of bits. Specified in docs/FORMAT.md.
 
 A chunk without changes is a single 0. Any other is a 1, then the columns of its row as Exp-Golomb numbers of the orders
-that the code book states: for each class how many of its elements changed, then EXCEPTIONS, SHIFT, REMAINDERS, BYTES.
+that the code book states: for each class how many of its elements changed, then SHIFT and BYTES.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hubsync.errors import FormatError
 from .bitio import exponent_of, get, next_one, put, put_unary, words_from, words_of
 from .book import FIELDS, Book
 
-EXCEPTIONS, SHIFT, REMAINDERS, BYTES = range(FIELDS)  # columns of a row, behind the counts of the classes
+SHIFT, BYTES = range(FIELDS)  # columns of a row, behind the counts of the classes
 _LARGEST = 40  # bits of a column
 
 

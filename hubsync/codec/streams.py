@@ -2,16 +2,15 @@
 
 A chunk holds changes in *class order*: those of class 0 by ascending rank, then those of class 1, ... The rank of an
 element is its number among the elements of its class in the chunk; with one class that is its position. In each class
-whichever are fewer are listed by their gaps, the changed or the unchanged elements. Sections (n changes, m listed
-exceptions = changes whose magnitude is not the usual one of their class):
+whichever are fewer are listed by their gaps, the changed or the unchanged elements. Sections (n changes):
 
     ...         low bits of the gaps of all classes
     n           signs, 1 = negative
-    m x k       low bits of the gaps between listed exceptions
-    ...         remainders of magnitudes
-    ...         all unary numbers, each as zeros and a final 1: gap quotients, exception quotients, magnitudes
+    ...         quotients of the gaps, unary: zeros and a final 1
+    ...         magnitudes
 
-Everything but the remainders has a fixed width or is unary, so a parallel decoder needs only prefix sums.
+Magnitudes are coded as their distance from the usual one of the class, plane after plane: plane j tells of the changes
+that are left which have distance j, as a list of gaps; what no plane has ended is coded number by number.
 """
 
 from __future__ import annotations
@@ -20,20 +19,19 @@ import numpy as np
 from numba import njit
 
 from .bitio import exponent_of, get, next_one, put, put_unary
-from .book import CENTER, EXP_GOLOMB, GAP, LISTED, MAGNITUDE, MAX_K, MODE, RICE
+from .book import GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, PLANES, RICE, TAIL, USUAL
 
 MAX_GAP_K = 24  # no chunk has more elements than 2^24
+DISTANCES = 256  # distances that `distance_counts` tells apart
 
 # What `read` finds wrong.
-FINE, COUNTS, TOO_SHORT, TOO_LONG, GAP_OUTSIDE, EXCEPTION_OUTSIDE, TOO_LARGE, MAGNITUDES, PADDING = range(9)
+FINE, COUNTS, TOO_SHORT, TOO_LONG, GAP_OUTSIDE, TOO_LARGE, PADDING = range(7)
 PROBLEMS = {
     COUNTS: "impossible counts",
     TOO_SHORT: "its bits end too early",
     TOO_LONG: "it has bits left over",
     GAP_OUTSIDE: "a position lies outside its class",
-    EXCEPTION_OUTSIDE: "an exception lies behind the last change",
     TOO_LARGE: "a difference does not fit the width of an element",
-    MAGNITUDES: "the magnitudes do not fill their section",
     PADDING: "the padding bits are not zero",
 }
 
@@ -104,16 +102,6 @@ def best_shift(counts: np.ndarray, sizes: np.ndarray, cost: np.ndarray, codes: n
 
 
 @njit(nogil=True, cache=True)
-def rice_cost(values: np.ndarray) -> np.ndarray:
-    """Bits that non-negative `values` need in a Rice code, int64[MAX_K + 1], for every parameter."""
-    cost = np.zeros(MAX_K + 1, np.int64)
-    for i in range(len(values)):
-        for k in range(MAX_K + 1):
-            cost[k] += (values[i] >> k) + k + 1
-    return cost
-
-
-@njit(nogil=True, cache=True)
 def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
     """Bits that non-negative `values` need in an Exp-Golomb code, int64[MAX_K + 1], for every order."""
     cost = np.zeros(MAX_K + 1, np.int64)
@@ -138,47 +126,26 @@ def magnitude_counts(counts: np.ndarray, diffs: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def magnitude_cost(counts: np.ndarray, diffs: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of the magnitudes of each class in each code: int64[3, classes, MAX_K + 1], and int64[classes] exceptions.
+def distance_counts(counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How often each class has each distance, int64[classes, DISTANCES]; and what larger ones cost.
 
-    The cost of saying which changes are exceptions (LISTED) is left out.
+    Returns:
+        (found, cost): cost is int64[2, classes, MAX_K + 1], bits in an Exp-Golomb and in a Rice code, by parameter.
     """
-    cost = np.zeros((3, len(counts), MAX_K + 1), np.int64)
-    exceptions = np.zeros(len(counts), np.int64)
+    found = np.zeros((len(counts), DISTANCES), np.int64)
+    cost = np.zeros((2, len(counts), MAX_K + 1), np.int64)
     i = 0
     for c in range(len(counts)):
         for _ in range(counts[c]):
-            value = _fold(abs(np.int64(diffs[i])), centers[c])
+            value = _fold(abs(np.int64(diffs[i])), usual[c])
             i += 1
-            if value == 0:
+            if value < DISTANCES:
+                found[c, value] += 1
                 continue
-            exceptions[c] += 1
             for k in range(MAX_K + 1):
-                cost[LISTED, c, k] += 2 * exponent_of(value - 1, k) + k + 1
-                cost[EXP_GOLOMB, c, k] += 2 * exponent_of(value, k) + k + 1
-                cost[RICE, c, k] += (value >> k) + k + 1
-        for k in range(MAX_K + 1):
-            usual = (counts[c] - exceptions[c]) * (k + 1)
-            cost[EXP_GOLOMB, c, k] += usual
-            cost[RICE, c, k] += usual
-    return cost, exceptions
-
-
-@njit(nogil=True, cache=True)
-def exception_gaps(counts: np.ndarray, diffs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """int64[m]: gaps between the exceptions in the list of all changes of classes whose exceptions are listed."""
-    gaps = np.empty(len(diffs), np.int64)
-    m, gap, i = 0, 0, 0
-    for c in range(len(counts)):
-        for _ in range(counts[c]):
-            if codes[c, MODE] == LISTED:
-                if abs(np.int64(diffs[i])) != codes[c, CENTER]:
-                    gaps[m] = gap
-                    m += 1
-                    gap = -1
-                gap += 1
-            i += 1
-    return gaps[:m].copy()
+                cost[0, c, k] += 2 * exponent_of(value, k) + k + 1
+                cost[1, c, k] += (value >> k) + k + 1
+    return found, cost
 
 
 @njit(nogil=True, cache=True)
@@ -188,33 +155,18 @@ def measure(
     listed: np.ndarray,
     gaps: np.ndarray,
     diffs: np.ndarray,
-    listed_gaps: np.ndarray,
     codes: np.ndarray,
-    k_listed: int,
     shift: int,
-) -> tuple[int, int]:
-    """(bits of the section of remainders, bytes of the chunk)"""
-    remainders, bits = 0, len(diffs)
-    g, i = 0, 0
+) -> int:
+    """Bytes of the chunk."""
+    bits, g = len(diffs), 0
     for c in range(len(counts)):
         k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
         for _ in range(listed[c]):
             bits += (gaps[g] >> k) + k + 1
             g += 1
-        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
-        for _ in range(counts[c]):
-            value = _fold(abs(np.int64(diffs[i])), center)
-            i += 1
-            if mode == RICE:
-                remainders += k
-                bits += (value >> k) + 1
-            elif mode == EXP_GOLOMB or value:
-                exponent = exponent_of(value if mode == EXP_GOLOMB else value - 1, k)
-                remainders += exponent + k
-                bits += exponent + 1
-    for i in range(len(listed_gaps)):
-        bits += (listed_gaps[i] >> k_listed) + k_listed + 1
-    return remainders, (bits + remainders + 7) >> 3
+    bits = _put_magnitudes(counts, diffs, codes, np.zeros(2, np.uint64), bits, False)
+    return (bits + 7) >> 3
 
 
 @njit(nogil=True, cache=True)
@@ -224,20 +176,15 @@ def write(
     listed: np.ndarray,
     gaps: np.ndarray,
     diffs: np.ndarray,
-    listed_gaps: np.ndarray,
     codes: np.ndarray,
-    k_listed: int,
     shift: int,
-    remainder_bits: int,
     words: np.ndarray,
 ) -> None:
     """Write the chunk at the beginning of the zeroed `words`."""
     sign = 0
     for c in range(len(counts)):
         sign += listed[c] * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
-    listed_low = sign + len(diffs)
-    remainder = listed_low + len(listed_gaps) * k_listed
-    unary = remainder + remainder_bits
+    unary = sign + len(diffs)
     low, g = 0, 0
     for c in range(len(counts)):
         k = _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
@@ -250,26 +197,70 @@ def write(
     for i in range(len(diffs)):
         put(words, sign, np.int64(diffs[i] < 0))
         sign += 1
-    for i in range(len(listed_gaps)):
-        put(words, listed_low, listed_gaps[i] & ((1 << k_listed) - 1))
-        unary = put_unary(words, unary, listed_gaps[i] >> k_listed)
-        listed_low += k_listed
+    _put_magnitudes(counts, diffs, codes, words, unary, True)
+
+
+@njit(nogil=True, cache=True)
+def _put_magnitudes(
+    counts: np.ndarray, diffs: np.ndarray, codes: np.ndarray, words: np.ndarray, position: int, writing: bool
+) -> int:
+    """Write the magnitudes from `position` on, or only find where they end."""
+    left = np.empty(len(diffs), np.int64)
     i = 0
     for c in range(len(counts)):
-        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
-        for _ in range(counts[c]):
-            value = _fold(abs(np.int64(diffs[i])), center)
+        count, usual = counts[c], int(codes[c, USUAL])
+        for j in range(count):
+            left[j] = _fold(abs(np.int64(diffs[i])), usual)
             i += 1
-            if mode == RICE:
-                put(words, remainder, value & ((1 << k) - 1))
-                unary = put_unary(words, unary, value >> k)
-                remainder += k
-            elif mode == EXP_GOLOMB or value:
-                value -= mode == LISTED
-                exponent = exponent_of(value, k)
-                put(words, remainder, value + (1 << k) - (1 << (exponent + k)))
-                unary = put_unary(words, unary, exponent)
-                remainder += exponent + k
+        planes = 0
+        while planes < MAX_PLANES and codes[c, PLANES + planes] != NO_PLANE and count:
+            code = int(codes[c, PLANES + planes])
+            k, list_rest = code & ~LIST_REST, code & LIST_REST != 0
+            gap, listed, rest = 0, 0, 0
+            for j in range(count):
+                goes_on = left[j] > planes
+                if goes_on == list_rest:
+                    if listed == 0:
+                        position = _put_flag(words, position, writing)
+                    position = _put_rice(words, position, gap, k, writing)
+                    listed += 1
+                    gap = -1
+                gap += 1
+                left[rest] = left[j]
+                rest += goes_on
+            if listed:
+                position = _put_rice(words, position, gap, k, writing)
+            else:
+                position += 1
+            count = rest
+            planes += 1
+        k, rice = int(codes[c, TAIL]) & ~RICE, codes[c, TAIL] & RICE != 0
+        for j in range(count):
+            value = left[j] - planes
+            if rice:
+                position = _put_rice(words, position, value, k, writing)
+                continue
+            exponent = exponent_of(value, k)
+            if writing:
+                put_unary(words, position, exponent)
+                put(words, position + exponent + 1, value + (1 << k) - (1 << (exponent + k)))
+            position += 2 * exponent + 1 + k
+    return position
+
+
+@njit(nogil=True, cache=True)
+def _put_flag(words: np.ndarray, position: int, writing: bool) -> int:
+    if writing:
+        put(words, position, 1)
+    return position + 1
+
+
+@njit(nogil=True, cache=True)
+def _put_rice(words: np.ndarray, position: int, value: int, k: int, writing: bool) -> int:
+    if writing:
+        put_unary(words, position, value >> k)
+        put(words, position + (value >> k) + 1, value & ((1 << k) - 1))
+    return position + (value >> k) + 1 + k
 
 
 @njit(nogil=True, cache=True)
@@ -279,11 +270,8 @@ def read(
     nbytes: int,
     counts: np.ndarray,
     sizes: np.ndarray,
-    exceptions: int,
     shift: int,
-    remainder_bits: int,
     codes: np.ndarray,
-    k_listed: int,
     ranks: np.ndarray,
     diffs: np.ndarray,
 ) -> int:
@@ -293,24 +281,16 @@ def read(
         counts, sizes: changes and elements of each class; the counts add up to len(ranks) == len(diffs).
         ranks: int32[n] and `diffs`: signed[n], filled in class order.
     """
-    width = 8 * diffs.itemsize
-    largest = 1 << (width - 1)
+    largest = 1 << (8 * diffs.itemsize - 1)
     end = (start + nbytes) * 8
-    sign, list_length = start * 8, 0
+    sign = start * 8
     for c in range(len(counts)):
         if counts[c] > sizes[c]:
             return COUNTS
-        if codes[c, CENTER] >= largest:
+        if codes[c, USUAL] >= largest:
             return TOO_LARGE
         sign += _listed(counts[c], sizes[c]) * _gap_k(codes[c, GAP], shift, counts[c], sizes[c])
-        if codes[c, MODE] == LISTED:
-            list_length += counts[c]
-    if exceptions > list_length:
-        return COUNTS
-    listed_low = sign + len(ranks)
-    remainder = listed_low + exceptions * k_listed
-    remainder_end = remainder + remainder_bits
-    unary, low = remainder_end, start * 8
+    unary, low = sign + len(ranks), start * 8
     if unary > end:
         return TOO_SHORT
 
@@ -318,7 +298,7 @@ def read(
     for c in range(len(counts)):
         n, size = counts[c], sizes[c]
         k = _gap_k(codes[c, GAP], shift, n, size)
-        center = int(codes[c, CENTER])
+        usual = int(codes[c, USUAL])
         stop = i + n
         changed_are_listed = 2 * n <= size
         rank = -1
@@ -337,7 +317,7 @@ def read(
             if changed_are_listed:
                 rank += gap + 1
                 ranks[i] = rank
-                diffs[i] = center - 2 * center * get(words, sign, 1)
+                diffs[i] = usual - 2 * usual * get(words, sign, 1)
                 sign += 1
                 i += 1
             else:
@@ -354,70 +334,86 @@ def read(
                 ranks[i] = rank
                 i += 1
             for j in range(stop - n, stop):
-                diffs[j] = center - 2 * center * get(words, sign, 1)
+                diffs[j] = usual - 2 * usual * get(words, sign, 1)
                 sign += 1
 
-    exception = np.empty(exceptions, np.int64)
-    at = -1
-    for j in range(exceptions):
-        one = next_one(words, unary, end)
-        if one < 0:
-            return TOO_SHORT
-        quotient, room = one - unary, list_length - at - 2
-        unary = one + 1
-        if quotient > room >> k_listed:
-            return EXCEPTION_OUTSIDE
-        gap = (quotient << k_listed) | get(words, listed_low, k_listed)
-        if gap > room:
-            return EXCEPTION_OUTSIDE
-        listed_low += k_listed
-        at += gap + 1
-        exception[j] = at
-
-    # Magnitudes, in class order: of the listed exceptions of a class, or of all its changes.
-    j, first, first_in_list = 0, 0, 0
+    left = np.empty(len(diffs), np.int64)  # the changes of a class that no plane has ended yet
+    following = np.empty(len(diffs), np.int64)
+    position, first = unary, 0
     for c in range(len(counts)):
-        mode, k, center = codes[c, MODE], int(codes[c, MAGNITUDE]), int(codes[c, CENTER])
-        i, last = first, first + counts[c]
-        while True:
-            if mode == LISTED:
-                if j == exceptions or exception[j] >= first_in_list + counts[c]:
-                    break
-                i = first + exception[j] - first_in_list
-                j += 1
-            elif i == last:
-                break
-            one = next_one(words, unary, end)
+        count, planes, usual = counts[c], 0, int(codes[c, USUAL])
+        while planes < MAX_PLANES and codes[c, PLANES + planes] != NO_PLANE and count:
+            code = int(codes[c, PLANES + planes])
+            k, list_rest = code & ~LIST_REST, code & LIST_REST != 0
+            if position >= end:
+                return TOO_SHORT
+            some, at, rest = get(words, position, 1), -1, 0
+            position += 1
+            while at < count:
+                previous = at
+                at = count
+                if some:
+                    one = next_one(words, position, end)
+                    quotient, room = one - position, count - previous - 1
+                    if one < 0 or one + 1 + k > end:
+                        return TOO_SHORT
+                    if quotient > room >> k:
+                        return GAP_OUTSIDE
+                    gap = (quotient << k) | get(words, one + 1, k)
+                    if gap > room:
+                        return GAP_OUTSIDE
+                    at = previous + 1 + gap
+                    position = one + 1 + k
+                if not list_rest:  # those between the listed ones go on
+                    for j in range(previous + 1, at):
+                        following[rest] = left[j] if planes else j
+                        rest += 1
+                elif at < count:
+                    following[rest] = left[at] if planes else at
+                    rest += 1
+                if planes == 0:  # what ends here has the usual magnitude already
+                    continue
+                if not list_rest:
+                    if at < count and not _set(diffs, first + left[at], _unfold(planes, usual)):
+                        return TOO_LARGE
+                    continue
+                for j in range(previous + 1, at):  # those between the listed ones end here
+                    if not _set(diffs, first + left[j], _unfold(planes, usual)):
+                        return TOO_LARGE
+            left, following = following, left
+            count = rest
+            planes += 1
+        k, rice = int(codes[c, TAIL]) & ~RICE, codes[c, TAIL] & RICE != 0
+        for j in range(count):
+            one = next_one(words, position, end)
             if one < 0:
                 return TOO_SHORT
-            quotient = one - unary
-            unary = one + 1
-            bits = k if mode == RICE else quotient + k
-            if bits > width or (mode == RICE and quotient > 2 * largest >> k):  # distances reach twice as far
+            quotient = one - position
+            bits = k if rice else quotient + k
+            if bits > MAX_K + 2 or (rice and quotient > 2 * largest >> k):  # distances reach twice as far
                 return TOO_LARGE
-            if remainder + bits > remainder_end:
-                return MAGNITUDES
-            value = get(words, remainder, bits)
-            remainder += bits
-            if mode == RICE:
-                value |= quotient << k
-            else:
-                value += (1 << bits) - (1 << k) + (mode == LISTED)
-            magnitude = _unfold(value, center)
-            if magnitude > largest or (magnitude == largest and diffs[i] > 0):
+            if one + 1 + bits > end:
+                return TOO_SHORT
+            value = get(words, one + 1, bits)
+            position = one + 1 + bits
+            value = value | (quotient << k) if rice else value + (1 << bits) - (1 << k)
+            if not _set(diffs, first + (left[j] if planes else j), _unfold(value + planes, usual)):
                 return TOO_LARGE
-            diffs[i] = -magnitude if diffs[i] < 0 else magnitude
-            i += 1
-        if mode == LISTED:
-            first_in_list += counts[c]
-        first = last
-    if remainder != remainder_end:
-        return MAGNITUDES
-    if end - unary >= 8:
+        first += counts[c]
+    if end - position >= 8:
         return TOO_LONG
-    if unary < end and get(words, unary, end - unary) != 0:
+    if position < end and get(words, position, end - position) != 0:
         return PADDING
     return FINE
+
+
+@njit(nogil=True, cache=True)
+def _set(diffs: np.ndarray, index: int, magnitude: int) -> bool:
+    """Give a difference another magnitude and keep its sign. False if it does not fit."""
+    largest = 1 << (8 * diffs.itemsize - 1)
+    negative = diffs[index] < 0
+    diffs[index] = -magnitude if negative else magnitude
+    return magnitude < largest or (magnitude == largest and negative)
 
 
 @njit(nogil=True, cache=True)

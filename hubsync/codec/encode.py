@@ -26,7 +26,7 @@ from .parallel import each
 from .rows import SHIFT, RowWriter, zigzag
 from .streams import MAX_GAP_K
 
-_SAMPLE = 4096  # changes of a chunk whose old exponents are looked at
+_SAMPLE = 1024  # changes of a chunk whose old exponents are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +200,16 @@ def _fit_magnitudes(found: np.ndarray, beyond: np.ndarray, lists: int, width: in
     return code
 
 
+def _tail_bits() -> np.ndarray:
+    """int64[2, MAX_K + 1, DISTANCES]: bits of a number in an Exp-Golomb and in a Rice code of every parameter."""
+    k, values = np.arange(MAX_K + 1)[:, None], np.arange(streams.DISTANCES)
+    exp_golomb = 2 * np.floor(np.log2(values + (1 << k))).astype(np.int64) - k + 1
+    return np.stack([exp_golomb, (values >> k) + k + 1])
+
+
+_TAIL_BITS = _tail_bits()
+
+
 def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
     """(bits, code) of a plane in which `ending` of `left` changes end: these are listed, or the others."""
     options = []
@@ -216,11 +226,8 @@ def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
 
 def _best_tail(found: np.ndarray, beyond: np.ndarray, width: int) -> tuple[float, int]:
     """(bits, code) of distances, counted from the first that no plane ends."""
-    values = np.arange(len(found))
-    costs = beyond[:, : min(width, MAX_K) + 1].copy()
-    for k in range(costs.shape[1]):
-        costs[0, k] += (found * (2 * np.floor(np.log2(values + (1 << k))).astype(np.int64) - k + 1)).sum()
-        costs[1, k] += (found * ((values >> k) + k + 1)).sum()
+    orders = min(width, MAX_K) + 1
+    costs = beyond[:, :orders] + _TAIL_BITS[:, :orders, : len(found)] @ found
     kind, k = divmod(int(np.argmin(costs)), costs.shape[1])
     return float(costs[kind, k]), k | (RICE if kind else 0)
 

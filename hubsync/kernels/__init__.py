@@ -67,8 +67,9 @@ def rank(bits: Bits, positions: np.ndarray, classes: ClassMap) -> tuple[np.ndarr
 def gather(bits: Bits, positions: np.ndarray) -> np.ndarray:
     """Patterns at row-major `positions` of a rectangle, unsigned[n]."""
     if isinstance(bits, np.ndarray):
-        row, col = np.divmod(positions, bits.shape[1])
-        return bits[row, col]
+        if bits.flags.c_contiguous:
+            return bits.reshape(-1)[positions]
+        return bits[np.divmod(positions, bits.shape[1])]
     at = torch.from_numpy(positions.astype(np.int64)).to(bits.device)
     found = bits.reshape(-1)[at].cpu().numpy()
     return found.view(f"u{found.itemsize}")

@@ -148,8 +148,13 @@ def _rank(
             rank = before[k]
             lanes = (a, b, c, d)
             rank += np.int64((lanes[k & 3] >> (_U(k >> 2) << _U(4))) & _U(0xFFFF))
-            for j in range(block * _BLOCK, position):
-                rank += table[(_U(bits[_U(j)]) >> s) & m] == k
+            if position - block * _BLOCK < _BLOCK // 2:
+                for j in range(block * _BLOCK, position):
+                    rank += table[(_U(bits[_U(j)]) >> s) & m] == k
+            else:  # less to look at from the other end
+                rank += np.int64((blocks[block, k & 1] >> (_U(k >> 1) << _U(3))) & _U(0xFF))
+                for j in range(position, min(len(bits), (block + 1) * _BLOCK)):
+                    rank -= table[(_U(bits[_U(j)]) >> s) & m] == k
             class_of[i], ranks[i] = k, rank
             i += 1
         if i == len(positions):

@@ -16,6 +16,7 @@ from hubsync.digest import digest_view
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
 from hubsync.table import TensorSpec, TensorTable
+from hubsync.weights import ViewBits
 
 from .toy import patch_between
 
@@ -37,7 +38,9 @@ class Publisher:
         run = Run(RUN_ID, self.table, self.positions[0].digest, created=time.time())
         self.writer = ChainWriter.create(open_bucket(self.address, create=True), run)
 
-    def publish(self, version: int, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Position:
+    def publish(
+        self, version: int, change: Callable[[np.ndarray, np.ndarray], np.ndarray], *, compact: bool = False
+    ) -> Position:
         """`change(bits, random 16-bit patterns) -> new bits` of the elements chosen."""
         generator = np.random.default_rng(version)
         new = {name: tensor.clone() for name, tensor in self.views[-1].items()}
@@ -47,7 +50,8 @@ class Publisher:
             bits[chosen] = change(bits[chosen], generator.integers(0, 1 << 16, len(chosen), dtype=np.uint16))
         position = Position(version, digest_view(self.table, new).hex)
         patch = patch_between(self.views[-1], new, self.table)
-        part = write_delta(self.table, patch, run_id=RUN_ID, parent=self.positions[-1], position=position)
+        old = ViewBits(self.table, self.views[-1]) if compact else None
+        part = write_delta(self.table, patch, run_id=RUN_ID, parent=self.positions[-1], position=position, old=old)
         self.writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
         self.views.append(new)
         self.positions.append(position)

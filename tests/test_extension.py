@@ -189,7 +189,8 @@ def assert_exact(root: Path, base: Path, start: Callable[..., Engine], **options
     assert (status["state"], status["version"]) == ("ready", 0), status
     original, original_output = engine.memory(), engine.generate()
 
-    engine.follow(publisher.publish(1, small_steps))
+    # Of a model as small as this one the ranks hold parts of what a compact delta does not cut.
+    engine.follow(publisher.publish(1, small_steps, compact=not options))
     followed, output = engine.memory(), engine.generate()
     assert output != original_output
     engine.follow(publisher.publish(2, any_bits))

@@ -17,6 +17,7 @@ from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
+from hubsync.weights import ViewBits
 from vllm_plugin.applier import Applier
 from vllm_plugin.session import Host, Session
 
@@ -39,10 +40,11 @@ class Trainer:
         run = Run(RUN_ID, TABLE, self.positions[0].digest, created=time.time())
         self.writer = ChainWriter.create(open_bucket(self.address, create=True), run)
 
-    def publish(self, version: int) -> Position:
+    def publish(self, version: int, compact: bool = False) -> Position:
         parent, position = self.writer.position, position_of(version, VIEWS[version])
         patch = patch_between(VIEWS[parent.version], VIEWS[version])
-        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position)
+        old = ViewBits(TABLE, VIEWS[parent.version]) if compact else None
+        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, old=old)
         self.writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
         self.positions.append(position)
         return position
@@ -364,6 +366,22 @@ def test_a_wrong_base_checkpoint_heals_nothing(tmp_path: Path, trainer: Trainer,
     poisoned_after_commit(replica, trainer)
     with pytest.raises(ReplicaPoisoned, match="not the checkpoint this run started from"):
         replica.session.before_forward()
+
+
+def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None:
+    """One, then two at once, mixed with a fast one; and after damage from the base checkpoint."""
+    trainer = Trainer(tmp_path)
+    save_file(VIEWS[0], tmp_path / "model.safetensors")
+    replica = Replica(tmp_path, trainer.address, checkpoint=tmp_path).attached()
+    replica.follow(trainer.publish(1, compact=True))
+    assert_same(memory(replica.model), memory(loaded(VIEWS[1])))
+    trainer.publish(2)
+    replica.follow(trainer.publish(3, compact=True))
+    assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
+    replica.model.qkv.data[0] = 0
+    replica.session.weights_lost("a test")
+    replica.session.before_forward()
+    assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
 
 
 # --- several ranks: what each does by itself, and where they meet

@@ -40,8 +40,9 @@ class Book:
         return len(self.codes)
 
     def class_map(self, dtype: str) -> ClassMap | None:
-        """How to tell the classes of this dtype's elements apart; None where there is one."""
-        return None if self.classes == 1 else ClassMap.of(dtype, self.low)
+        """How to tell the classes of this dtype's elements apart; None where all are of class 0."""
+        classes = ClassMap.of(dtype, self.low)
+        return None if self.classes == 1 or self.low >= classes.mask else classes
 
     def pack(self) -> np.ndarray:
         """uint8[columns(classes)]"""
@@ -58,6 +59,13 @@ class Book:
         if codes[:, USUAL].min() == 0:
             raise FormatError("code book: a usual magnitude of 0")
         return cls(int(row[0]), orders, codes)
+
+
+def one_class(classes: int, elements: int) -> np.ndarray:
+    """int64[classes]: all elements in class 0."""
+    counts = np.zeros(classes, np.int64)
+    counts[0] = elements
+    return counts
 
 
 def columns(classes: int) -> int:

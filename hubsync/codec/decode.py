@@ -18,7 +18,7 @@ from hubsync.table import TensorSpec, TensorTable
 
 from . import streams
 from .bitio import words_from
-from .book import Book
+from .book import Book, one_class
 from .grid import MAX_ELEMENTS, Grid
 from .layout import CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
 from .parallel import each
@@ -108,7 +108,7 @@ def _decode_chunk(job: _Job, words: np.ndarray, old: OldBits | None) -> tuple[np
     """(flat indices, differences) of a chunk; None if its old weights are not held here."""
     classes = job.book.class_map(job.spec.dtype)
     if classes is None or old is None:
-        sizes, counted = np.array([job.grid.elements(job.number)]), None
+        sizes, counted = one_class(job.book.classes, job.grid.elements(job.number)), None
     else:
         bits = old.rectangle(job.index, *job.grid.slices(job.number))
         if bits is None:

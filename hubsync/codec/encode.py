@@ -19,7 +19,7 @@ from hubsync.table import TensorSpec, TensorTable
 
 from . import streams
 from .bitio import words_of
-from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns
+from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
 from .grid import Grid
 from .layout import CODED, RECORD_COLUMNS, OldBits
 from .parallel import each
@@ -78,10 +78,15 @@ def encode(
     books: list[np.ndarray] = []
     records: list[tuple[int, int, int, int]] = []
     payload: list[np.ndarray] = []
-    for dtype in dict.fromkeys(table[index].dtype for index in grids):
-        own = {index: grid for index, grid in grids.items() if table[index].dtype == dtype}
+    # Vectors are too small to be cut, and a rank may hold a part of one (a bias): theirs are not coded by class.
+    kinds = {index: (table[index].dtype, old is None or grid.rows == 1) for index, grid in grids.items()}
+    for kind in dict.fromkeys(kinds.values()):
+        own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
         chunks = {index: list(_cut(index, patch[index], grid)) for index, grid in own.items()}
-        book = _choose_book(dtype, [chunk for some in chunks.values() for chunk in some], table, old)
+        dtype, alike = kind
+        count = 1 if old is None else CLASSES
+        flat = [chunk for some in chunks.values() for chunk in some]
+        book = _choose_book(dtype, flat, table, None if alike else old, count)
         coded = {index: some for index, some in chunks.items() if not _is_larger_than_dense(some, table[index])}
         _fit_orders(book, [chunk for some in coded.values() for chunk in some])
         for index, grid in own.items():
@@ -103,11 +108,17 @@ def encode(
     )
 
 
-def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: OldBits | None) -> Book:
-    """The code parameters for these chunks; afterwards each is in class order, and measured."""
-    low = 0 if old is None else _lowest_class(dtype, chunks, old)
+def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: OldBits | None, count: int) -> Book:
+    """The code parameters for these chunks; afterwards each is in class order, and measured.
+
+    Args:
+        old: without it all elements are of class 0, the highest exponent and all below it.
+        count: classes of the book.
+    """
+    highest = 0 if count == 1 else ClassMap.of(dtype, 0).mask
+    low = highest if old is None else _lowest_class(dtype, chunks, old)
     classes = None if old is None else ClassMap.of(dtype, low)
-    each(partial(_look, classes, old), chunks)
+    each(partial(_look, classes, old, count), chunks)
     book = _fit(low, chunks, table[chunks[0].index].width)
     each(partial(_finish, book), chunks)
     return book
@@ -146,11 +157,11 @@ def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
-def _look(classes: ClassMap | None, old: OldBits | None, chunk: _Chunk) -> None:
+def _look(classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk) -> None:
     """Bring the changes into class order, and find what their gaps cost."""
     if classes is None or old is None:
-        chunk.counts = np.array([len(chunk.positions)])
-        chunk.sizes = np.array([(chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start)])
+        chunk.counts = one_class(count, len(chunk.positions))
+        chunk.sizes = one_class(count, (chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start))
     else:
         chunk.sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, classes)
         order = np.argsort(class_of, kind="stable")

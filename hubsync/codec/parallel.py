@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,5 +18,14 @@ def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1:
         return [job(item) for item in items]
+
+    numbers = itertools.count()  # threads take the next item as they become free: a core may be busy with others
+    results: dict[int, R] = {}
+
+    def work(_: int) -> None:
+        while (number := next(numbers)) < len(items):
+            results[number] = job(items[number])
+
     with ThreadPoolExecutor(threads, thread_name_prefix="hubsync-codec") as pool:
-        return list(pool.map(job, items))
+        list(pool.map(work, range(threads)))
+    return [results[number] for number in range(len(items))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,7 +150,8 @@ class _StoppingBucket(FaultyBucket):
             if self._stop[1] in path:
                 self._stop = None
                 self._messages.send(("stopping", path))
-                os.kill(os.getpid(), signal.SIGSTOP)
+                # To this very thread: sent to the process, another one may take it, and this one run on meanwhile.
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return super()._call(verb, *args, **kwargs)
 
 

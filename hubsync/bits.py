@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -26,8 +27,9 @@ SIGNED: dict[int, type[np.signedinteger]] = {8: np.int8, 16: np.int16, 32: np.in
 
 _CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 _TORCH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_FLAGS = 1 << 11  # words compared as a whole: they fit the nearest caches
-_BLOCK = 1 << 17  # 8-byte words compared at a time: 1 MiB of each side, so that the second look finds them in cache
+_COMPARED = 64  # elements compared at once: a bit of a word for each
+_STRETCH = 32 * _COMPARED  # elements read before their changes are listed; they fit the nearest cache
+_ROOM = 1 << 14  # changes to begin with
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -78,30 +80,27 @@ def find_changes(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray
         raise ValueError(
             f"cannot compare {old_bits.dtype}{list(old_bits.shape)} with {new_bits.dtype}{list(new_bits.shape)}"
         )
-    lanes = 8 // old_bits.itemsize
-    whole = len(old_bits) // lanes
-    old_words = old_bits[: whole * lanes].view(np.uint64)
-    new_words = new_bits[: whole * lanes].view(np.uint64)
-    touched = np.empty(min(_BLOCK, whole), np.int64)
-    flags = np.empty(_FLAGS, np.uint8)
-    indices = np.empty(_BLOCK // 64, np.int64)
-    diffs = np.empty(_BLOCK // 64, SIGNED[8 * old_bits.itemsize])
-    found = 0
-    for start in range(0, whole, _BLOCK):
-        stop = min(start + _BLOCK, whole)
-        count = _unequal_words(old_words, new_words, start, stop, flags, flags.view(np.uint64), touched)
-        if found + count * lanes > len(indices):
-            capacity = max(2 * len(indices), found + count * lanes)
+    old_bits, new_bits = np.ascontiguousarray(old_bits), np.ascontiguousarray(new_bits)
+    whole = len(old_bits) // _COMPARED * _COMPARED
+    indices = np.empty(_ROOM, np.int64)
+    diffs = np.empty(_ROOM, SIGNED[8 * old_bits.itemsize])
+    start, found = 0, 0
+    while start < whole:
+        start, found = _unequal(old_bits, new_bits, start, whole, indices, diffs, found)
+        if start < whole:  # there may not be room for what comes next
+            likely = int(1.05 * found * whole / max(start, 1)) + _STRETCH
+            capacity = min(max(likely, found + _ROOM), 8 * len(indices))
             indices, diffs = _resized(indices, found, capacity), _resized(diffs, found, capacity)
-        found = _unequal_lanes(old_words, new_words, touched[:count], indices, diffs, found)
-    indices, diffs = _resized(indices, found, found), _resized(diffs, found, found)
-    return _with_tail(old_bits, new_bits, whole * lanes, indices, diffs)
+    if len(indices) > found + found // 4:
+        indices, diffs = _resized(indices, found, found), _resized(diffs, found, found)
+    indices, diffs = indices[:found], diffs[:found]
+    return _with_tail(old_bits, new_bits, whole, indices, diffs)
 
 
 def _with_tail(
     old_bits: np.ndarray, new_bits: np.ndarray, start: int, indices: np.ndarray, diffs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Append the changes among the last few elements, which do not fill an 8-byte word."""
+    """Append the changes among the last few elements, which are too few to be compared together."""
     old_tail, new_tail = old_bits[start:], new_bits[start:]
     at = np.flatnonzero(old_tail != new_tail)
     if at.size == 0:
@@ -135,66 +134,85 @@ def leading_zeros(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), codegen
 
 
-@njit(nogil=True, cache=True)
-def _unequal_words(
-    old: np.ndarray,
-    new: np.ndarray,
-    start: int,
-    stop: int,
-    flags: np.ndarray,
-    flag_words: np.ndarray,
-    touched: np.ndarray,
-) -> int:
-    """List the words of `start..stop` that differ. Almost all are equal, so this loop is the cost of a comparison.
+@intrinsic
+def unequal_mask(typing_context, old, new, start):  # type: ignore[no-untyped-def]
+    """Which of the 64 elements from `start` on differ, as bits of a uint64; for compiled code only.
 
-    A block is first compared as a whole, which is as fast as memory can be read and leaves it in cache; then word by
-    word, into a byte each (`flags`, also seen as `flag_words`), of which eight are looked at together.
+    Args:
+        old, new: contiguous arrays of one unsigned type; nobody checks that they are long enough.
+
+    LLVM makes a few vector comparisons of it, which no loop in Python becomes: it would not collect their results.
     """
-    count = 0
-    size = len(flags)
-    for first in range(start, stop, size):
-        a, b = old[first : min(first + size, stop)], new[first : min(first + size, stop)]
-        unequal = np.uint64(0)
-        for i in range(len(a)):
-            unequal |= a[i] ^ b[i]
-        if unequal == 0:
-            continue
-        for i in range(len(a)):
-            flags[i] = a[i] != b[i]
-        flags[len(a) :] = 0
-        for i in range(len(flag_words)):
-            eight = flag_words[i]
-            while eight != 0:
-                touched[count] = first + 8 * i + np.int64(trailing_zeros(eight) >> np.uint64(3))
-                count += 1
-                eight &= eight - np.uint64(1)
-    return count
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        element = context.get_value_type(signature.args[0].dtype)
+        sides = []
+        for kind, array in zip(signature.args[:2], args[:2], strict=True):
+            data = context.make_array(kind)(context, builder, value=array).data
+            address = builder.gep(data, [args[2]])
+            vector = builder.bitcast(address, ir.VectorType(element, _COMPARED).as_pointer())
+            sides.append(builder.load(vector, align=element.width // 8))
+        return builder.bitcast(builder.icmp_unsigned("!=", *sides), ir.IntType(_COMPARED))
+
+    return types.uint64(old, new, types.int64), codegen
+
+
+@intrinsic
+def ones(typing_context, word):  # type: ignore[no-untyped-def]
+    """Number of set bits of a uint64; for compiled code only."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), codegen
 
 
 @njit(nogil=True, cache=True)
-def _unequal_lanes(
-    old: np.ndarray, new: np.ndarray, touched: np.ndarray, indices: np.ndarray, diffs: np.ndarray, found: int
-) -> int:
-    """Split the differing words into elements (little-endian lanes as wide as `diffs`) and append those that differ."""
+def _unequal(
+    old: np.ndarray, new: np.ndarray, start: int, stop: int, indices: np.ndarray, diffs: np.ndarray, found: int
+) -> tuple[int, int]:
+    """Append the changes of `start .. stop`, multiples of 64, while there is room for a stretch of changes more.
+
+    A stretch is first read, as fast as memory can be; then its changes are listed. Two changes of 64 elements are
+    written down before it is known whether there are any: more are rare, and a branch that cannot be foretold costs
+    more than both (as simdjson flattens its bits).
+
+    Returns:
+        (start, found): where to go on, and how many there are.
+    """
     width = np.uint64(8 * diffs.itemsize)
-    log_width = trailing_zeros(width)
-    log_lanes = np.uint64(6) - log_width
     top = width - np.uint64(1)
     sign = np.uint64(1) << top
     mask = sign | (sign - np.uint64(1))
-    for i in range(len(touched)):
-        word = np.uint64(touched[i])
-        a, b = old[word], new[word]
-        unequal = a ^ b
-        while unequal != 0:
-            lane = trailing_zeros(unequal) >> log_width
-            shift = lane << log_width
-            unequal &= ~(mask << shift)
-            indices[found] = (word << log_lanes) | lane
+    unequal = np.empty(_STRETCH // _COMPARED, np.uint64)
+    while start < stop and found + _STRETCH <= len(indices):
+        end, first, any_unequal = min(start + _STRETCH, stop), found, np.uint64(0)
+        count = (end - start) // _COMPARED
+        for i in range(count):
+            unequal[i] = unequal_mask(old, new, start + i * _COMPARED)
+            any_unequal |= unequal[i]
+        if any_unequal == 0:
+            start = end
+            continue
+        for i in range(count):
+            base, left, slot = np.uint64(start + i * _COMPARED), unequal[i], np.uint64(found)
+            found += np.int64(ones(left))
+            indices[slot] = base + trailing_zeros(left)
+            left &= left - np.uint64(1)
+            indices[slot + np.uint64(1)] = base + trailing_zeros(left)
+            left &= left - np.uint64(1)
+            slot += np.uint64(2)
+            while left != 0:
+                indices[slot] = base + trailing_zeros(left)
+                left &= left - np.uint64(1)
+                slot += np.uint64(1)
+        for i in range(first, found):
+            index = np.uint64(indices[i])
             # The store keeps the low `width` bits: the difference modulo 2^width.
-            diffs[found] = _rank((b >> shift) & mask, top, sign, mask) - _rank((a >> shift) & mask, top, sign, mask)
-            found += 1
-    return found
+            a, b = np.uint64(old[index]), np.uint64(new[index])
+            diffs[i] = _rank(b, top, sign, mask) - _rank(a, top, sign, mask)
+        start = end
+    return start, found
 
 
 @njit(nogil=True, cache=True)

@@ -1,14 +1,21 @@
 """The digest of a published view: a 128-bit sum over elements of mix(tensor, flat index, bits).
 
 Two sums modulo 2^64 (lanes A and B) that do not depend on order, so they add up over shards, threads and devices, and
-follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane the mix of an element
-is injective in its pattern for a given tensor and index, so one changed element always changes both sums; any other
-accidental change goes unseen with a chance of about 2^-64 or less. The digest is linear, hence no defence against
-somebody who chooses weights on purpose: that is what the SHA-256 of parts and signed manifests are for.
+follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane element i adds
+
+    (pattern + 1) * place[i mod 2048] * block(tensor, i div 2048)        modulo 2^64
+
+where `place` is a table of odd pseudo-random numbers and `block` an odd one made of the tensor's seed. Odd factors make
+it injective in the pattern, so one changed element always changes both sums; + 1 makes zeros count. Any other
+accidental change goes unseen with a chance of about 2^-64 in each lane, as with the multilinear hash (Carter and
+Wegman) that this is. It costs one multiplication for each lane and element: factors of blocks come once for 2048.
+The digest is linear, hence no defence against somebody who chooses weights on purpose: that is what the SHA-256 of
+parts and signed manifests are for.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -26,15 +33,17 @@ from .table import TensorTable
 _MASK = (1 << 64) - 1
 _HEX = re.compile(r"[0-9a-f]{32}")
 
-# splitmix64: a Weyl increment (2^64 / golden ratio, so that keys of different elements stay far apart) and two rounds,
-# whose result is lane A; one round more, with a multiplier of murmur3, makes lane B. After one round only, sums of
-# opposite +-1 steps would still show a pattern in their high bits.
+# splitmix64: a Weyl increment (2^64 / golden ratio) and two rounds; one round more, with a multiplier of murmur3, makes
+# lane B.
 _STRIDE = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xFF51AFD7ED558CCD)
 
 _NP_STRIDE = np.uint64(_STRIDE)
 _M1, _M2, _M3 = (np.uint64(multiplier) for multiplier in _MULTIPLIERS)
 _1, _27, _30, _31, _33 = (np.uint64(count) for count in (1, 27, 30, 31, 33))
+
+_LOG_BLOCK = 11
+_BLOCK = 1 << _LOG_BLOCK  # elements with one factor of their block: those of places fit a core's nearest cache
 
 _TORCH_CHUNK = 1 << 20  # elements; bounds the int64 temporaries of `digest_torch` to a few times 8 MiB
 
@@ -75,14 +84,14 @@ def tensor_seed(name: str) -> int:
 
 def digest_range(seed: int, bits: np.ndarray, start: int = 0) -> Digest:
     """Digest of elements `start .. start + len(bits)` of a tensor, given as a flat unsigned array."""
-    return Digest(*map(int, _sum_range(np.uint64((seed + (start + 1) * _STRIDE) & _MASK), bits)))
+    return Digest(*map(int, _sum_range(np.uint64(seed), start, bits, *_PLACES)))
 
 
 def digest_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> Digest:
     """Digest of the elements at `indices` (int64[n], flat in the tensor) with patterns `bits` (unsigned[n])."""
     if indices.shape != bits.shape:
         raise ValueError(f"{len(indices)} indices do not go with {len(bits)} patterns")
-    return Digest(*map(int, _sum_at(np.uint64(seed), indices, bits)))
+    return Digest(*map(int, _sum_at(np.uint64(seed), indices, bits, *_PLACES)))
 
 
 def digest_change(seed: int, indices: np.ndarray, old_bits: np.ndarray, new_bits: np.ndarray) -> Digest:
@@ -104,10 +113,8 @@ def digest_torch(
     if indices is not None and indices.numel() != flat.numel():
         raise ValueError(f"{indices.numel()} indices do not go with {flat.numel()} patterns")
     if kernels.on_gpu(flat):
-        key = seed + (1 if indices is not None else start + 1) * _STRIDE
         at = None if indices is None else indices.reshape(-1)
-        constants = _signed(key), _signed(_STRIDE), tuple(map(_signed, _MULTIPLIERS))
-        a, b = kernels.gpu().digest_sums(flat, *constants, at)
+        a, b = kernels.gpu().digest_sums(flat, _places_on(flat.device), _keys(seed), start, at)
         return Digest(a & _MASK, b & _MASK)
     if flat.device.type != "cpu":
         return _torch_sums(seed, flat, start, indices)
@@ -126,6 +133,7 @@ def digest_view(table: TensorTable, tensors: Mapping[str, torch.Tensor]) -> Dige
 def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor | None) -> Digest:
     """The loops below in torch operations, a chunk at a time; int64 arithmetic is modulo 2^64 on every device."""
     mask = (1 << (8 * flat.element_size())) - 1
+    places = _places_on(flat.device)
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
     for first in range(0, flat.numel(), _TORCH_CHUNK):
         part = flat[first : first + _TORCH_CHUNK]
@@ -133,16 +141,28 @@ def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor
             at = torch.arange(start + first, start + first + part.numel(), dtype=torch.int64, device=flat.device)
         else:
             at = indices.reshape(-1)[first : first + _TORCH_CHUNK].to(torch.int64)
-        z = (at * _signed(_STRIDE)).add_(_signed(seed + _STRIDE)).add_(part.to(torch.int64).bitwise_and_(mask))
-        z = z.bitwise_xor_(_shift_right(z, 30)).mul_(_signed(_MULTIPLIERS[0]))
-        z = z.bitwise_xor_(_shift_right(z, 27)).mul_(_signed(_MULTIPLIERS[1]))
-        z = z.bitwise_xor_(_shift_right(z, 31))
-        total[0] += z.sum()
-        z = z.mul_(_signed(_MULTIPLIERS[2]))
-        z = z.bitwise_xor_(_shift_right(z, 33))
-        total[1] += z.sum()
+        counted = part.to(torch.int64).bitwise_and_(mask).add_(1)
+        place, blocks = at & (_BLOCK - 1), _torch_blocks(seed, at >> _LOG_BLOCK)
+        for lane in range(2):
+            total[lane] += (counted * places[lane, place]).mul_(blocks[lane]).sum()
     a, b = total.tolist()
     return Digest(a & _MASK, b & _MASK)
+
+
+def _torch_blocks(seed: int, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_block` for many blocks, as int64."""
+    key, stride, m1, m2, m3 = _keys(seed)
+    z = number * stride + key
+    z = z.bitwise_xor_(_shift_right(z, 30)).mul_(m1)
+    z = z.bitwise_xor_(_shift_right(z, 27)).mul_(m2)
+    a = z.bitwise_xor_(_shift_right(z, 31))
+    z = a * m3
+    return a | 1, z.bitwise_xor_(_shift_right(z, 33)) | 1
+
+
+def _keys(seed: int) -> tuple[int, ...]:
+    """What block 0 is mixed from, what each further one adds, and the multipliers, as int64."""
+    return _signed(seed + _STRIDE), _signed(_STRIDE), *map(_signed, _MULTIPLIERS)
 
 
 def _signed(value: int) -> int:
@@ -156,34 +176,95 @@ def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
     return (z >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
-# The two loops stay this plain so that LLVM inlines the mix and turns them into vector code.
+def _place_tables() -> tuple[np.ndarray, np.ndarray]:
+    """The factors of places in lanes A and B, uint64[2048] each: those of the blocks of an imagined tensor."""
+    blocks = [_block(np.uint64(0), np.uint64(number)) for number in range(_BLOCK)]
+    a, b = np.array(blocks, np.uint64).T
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+
+
+@functools.cache
+def _places_on(device: torch.device) -> torch.Tensor:
+    """The factors of places as int64[2, 2048] on a device."""
+    return torch.from_numpy(np.stack(_PLACES).view(np.int64)).to(device)
 
 
 @njit(nogil=True, cache=True)
-def _sum_range(key: np.uint64, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
-    a, b = np.uint64(0), np.uint64(0)
-    for i in range(len(bits)):
-        mixed_a, mixed_b = _mix(key + np.uint64(i) * _NP_STRIDE + np.uint64(bits[i]))
-        a += mixed_a
-        b += mixed_b
-    return a, b
-
-
-@njit(nogil=True, cache=True)
-def _sum_at(seed: np.uint64, indices: np.ndarray, bits: np.ndarray) -> tuple[np.uint64, np.uint64]:
-    a, b = np.uint64(0), np.uint64(0)
-    for i in range(len(bits)):
-        mixed_a, mixed_b = _mix(seed + (np.uint64(indices[i]) + _1) * _NP_STRIDE + np.uint64(bits[i]))
-        a += mixed_a
-        b += mixed_b
-    return a, b
-
-
-@njit(nogil=True, cache=True)
-def _mix(z: np.uint64) -> tuple[np.uint64, np.uint64]:
-    """What one element adds to the two lanes."""
+def _block(seed: np.uint64, number: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """The factors of a block in the two lanes."""
+    z = seed + (number + _1) * _NP_STRIDE
     z = (z ^ (z >> _30)) * _M1
     z = (z ^ (z >> _27)) * _M2
     a = z ^ (z >> _31)
     z = a * _M3
-    return a, z ^ (z >> _33)
+    return a | _1, (z ^ (z >> _33)) | _1
+
+
+@njit(nogil=True, cache=True)
+def _sum_range(
+    seed: np.uint64, start: int, bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
+) -> tuple[np.uint64, np.uint64]:
+    a, b = np.uint64(0), np.uint64(0)
+    done = 0
+    while done < len(bits):
+        number, place = (start + done) // _BLOCK, (start + done) % _BLOCK
+        a0, b0 = _block(seed, np.uint64(number))
+        if place == 0 and done + 2 * _BLOCK <= len(bits):
+            a1, b1 = _block(seed, np.uint64(number + 1))
+            middle, end = done + _BLOCK, done + 2 * _BLOCK
+            in_a0, in_b0, in_a1, in_b1 = _sum_two(bits[done:middle], bits[middle:end], place_a, place_b)
+            a += in_a0 * a0 + in_a1 * a1
+            b += in_b0 * b0 + in_b1 * b1
+        else:
+            end = min(done + _BLOCK - place, len(bits))
+            in_a0, in_b0 = _sum_part(bits[done:end], place_a[place:], place_b[place:])
+            a += in_a0 * a0
+            b += in_b0 * b0
+        done = end
+    return a, b
+
+
+# This loop is the cost of a digest. It stays this plain so that LLVM turns it into vector code; two blocks at a time,
+# because that loads the factors of places half as often.
+@njit(nogil=True, cache=True)
+def _sum_two(
+    first: np.ndarray, second: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
+) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    a0, b0, a1, b1 = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
+    for i in range(len(first)):
+        x, y = np.uint64(first[i]) + _1, np.uint64(second[i]) + _1
+        a0 += x * place_a[i]
+        b0 += x * place_b[i]
+        a1 += y * place_a[i]
+        b1 += y * place_b[i]
+    return a0, b0, a1, b1
+
+
+@njit(nogil=True, cache=True)
+def _sum_part(bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray) -> tuple[np.uint64, np.uint64]:
+    a, b = np.uint64(0), np.uint64(0)
+    for i in range(len(bits)):
+        x = np.uint64(bits[i]) + _1
+        a += x * place_a[i]
+        b += x * place_b[i]
+    return a, b
+
+
+@njit(nogil=True, cache=True)
+def _sum_at(
+    seed: np.uint64, indices: np.ndarray, bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
+) -> tuple[np.uint64, np.uint64]:
+    a, b = np.uint64(0), np.uint64(0)
+    last, factor_a, factor_b = np.int64(-1), _1, _1
+    for i in range(len(bits)):
+        number, place = indices[i] // _BLOCK, indices[i] % _BLOCK
+        if number != last:  # indices mostly ascend
+            factor_a, factor_b = _block(seed, np.uint64(number))
+            last = number
+        x = np.uint64(bits[i]) + _1
+        a += x * place_a[place] * factor_a
+        b += x * place_b[place] * factor_b
+    return a, b
+
+
+_PLACES = _place_tables()

@@ -22,11 +22,12 @@ from .bitio import words_of
 from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
 from .grid import Grid
 from .layout import CODED, RECORD_COLUMNS, OldBits
-from .parallel import each
+from .parallel import add_up, each
 from .rows import SHIFT, RowWriter, zigzag
 from .streams import MAX_GAP_K
 
 _SAMPLE = 1024  # changes of a chunk whose old exponents are looked at
+_SAMPLED_CHUNKS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ def encode(
     kinds = {index: (table[index].dtype, old is None or grid.rows == 1) for index, grid in grids.items()}
     for kind in dict.fromkeys(kinds.values()):
         own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
-        chunks = {index: list(_cut(index, patch[index], grid)) for index, grid in own.items()}
+        cut = each(lambda item: list(_cut(item[0], patch[item[0]], item[1])), list(own.items()))
+        chunks = dict(zip(own, cut, strict=True))
         dtype, alike = kind
         count = 1 if old is None else CLASSES
         flat = [chunk for some in chunks.values() for chunk in some]
@@ -118,8 +120,8 @@ def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: 
     highest = 0 if count == 1 else ClassMap.of(dtype, 0).mask
     low = highest if old is None else _lowest_class(dtype, chunks, old)
     classes = None if old is None else ClassMap.of(dtype, low)
-    each(partial(_look, classes, old, count), chunks)
-    book = _fit(low, chunks, table[chunks[0].index].width)
+    (magnitudes,) = add_up(partial(_look, classes, old, count), chunks)
+    book = _fit(low, chunks, magnitudes, table[chunks[0].index].width)
     each(partial(_finish, book), chunks)
     return book
 
@@ -151,35 +153,34 @@ def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
         found = any_map.exponents(kernels.gather(_rectangle(chunk, old), chunk.positions[::step]))
         return np.bincount(found, minlength=256) * step
 
-    histogram = np.sum(each(exponents, chunks), axis=0)
+    some = chunks[:: -(-len(chunks) // _SAMPLED_CHUNKS)]
+    histogram = np.sum([exponents(chunk) for chunk in some], axis=0)
     shares = np.cumsum(histogram[::-1])[::-1] / histogram.sum()
     top = int(np.flatnonzero(shares > 0.002)[-1])
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
-def _look(classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk) -> None:
-    """Bring the changes into class order, and find what their gaps cost."""
+def _look(classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk) -> tuple[np.ndarray]:
+    """Bring the changes into class order, and find what their gaps cost. Returns how often magnitudes occur."""
     if classes is None or old is None:
         chunk.counts = one_class(count, len(chunk.positions))
         chunk.sizes = one_class(count, (chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start))
     else:
         chunk.sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, classes)
-        order = np.argsort(class_of, kind="stable")
-        chunk.counts = np.bincount(class_of, minlength=CLASSES)
-        chunk.positions, chunk.diffs = ranks[order], chunk.diffs[order]
-    chunk.listed, chunk.gaps = streams.separate(chunk.counts, chunk.sizes, chunk.positions)
-    chunk.gap_cost = streams.gap_cost(chunk.listed, chunk.gaps)
+        chunk.counts, chunk.positions, chunk.diffs = streams.by_class(CLASSES, class_of, ranks, chunk.diffs)
+    chunk.listed, chunk.gaps, chunk.gap_cost, magnitudes = streams.look(
+        chunk.counts, chunk.sizes, chunk.positions, chunk.diffs
+    )
+    return (magnitudes,)
 
 
-def _fit(low: int, chunks: Sequence[_Chunk], width: int) -> Book:
+def _fit(low: int, chunks: Sequence[_Chunk], magnitudes: np.ndarray, width: int) -> Book:
     """The code parameters with the fewest bits; orders of the row columns are fitted later."""
     count = len(chunks[0].counts)
     codes = np.full((count, 3 + MAX_PLANES), NO_PLANE, np.uint8)
     codes[:, GAP] = np.argmin(np.sum([chunk.gap_cost for chunk in chunks], axis=0), axis=1)
-    magnitudes = np.sum(each(lambda chunk: streams.magnitude_counts(chunk.counts, chunk.diffs), chunks), axis=0)
     codes[:, USUAL] = np.maximum(1, np.argmax(magnitudes[:, : 1 << (width - 1)], axis=1))
-    seen = each(lambda chunk: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL]), chunks)
-    found, beyond = np.sum([f for f, _ in seen], axis=0), np.sum([b for _, b in seen], axis=0)
+    found, beyond = add_up(lambda chunk: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL]), chunks)
     lists = np.sum([chunk.counts > 0 for chunk in chunks], axis=0)
     for c in range(count):
         codes[c, TAIL:] = _fit_magnitudes(found[c], beyond[:, c], int(lists[c]), width)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -22,10 +26,42 @@ def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
     numbers = itertools.count()  # threads take the next item as they become free: a core may be busy with others
     results: dict[int, R] = {}
 
-    def work(_: int) -> None:
+    def work() -> None:
         while (number := next(numbers)) < len(items):
             results[number] = job(items[number])
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="hubsync-codec") as pool:
-        list(pool.map(work, range(threads)))
+    others = [_pool().submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:  # those that have not begun, because the threads are busy for others, are not missed
+        begun = [other for other in others if not other.cancel()]
+        wait(begun)
+    for other in begun:
+        other.result()
     return [results[number] for number in range(len(items))]
+
+
+def add_up(job: Callable[[T], tuple[np.ndarray, ...]], items: Sequence[T]) -> tuple[np.ndarray, ...]:
+    """The arrays that `job` returns for each item, added up; at most one set for each thread is held."""
+    total: list[np.ndarray] = []
+    adding = threading.Lock()
+
+    def work(item: T) -> None:
+        found = job(item)
+        with adding:
+            if not total:
+                total.extend(np.zeros_like(array) for array in found)
+            for array, more in zip(total, found, strict=True):
+                array += more
+
+    each(work, items)
+    return tuple(total)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that stay: starting some for every list of jobs took a fifth of the time of encoding."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hubsync-codec")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

@@ -37,6 +37,32 @@ PROBLEMS = {
 
 
 @njit(nogil=True, cache=True)
+def by_class(
+    classes: int, class_of: np.ndarray, ranks: np.ndarray, diffs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bring changes into class order, keeping theirs inside a class: (int64[classes] counts, ranks, diffs)."""
+    counts = np.zeros(classes, np.int64)
+    for i in range(len(class_of)):
+        counts[class_of[i]] += 1
+    slot = np.cumsum(counts) - counts
+    sorted_ranks, sorted_diffs = np.empty_like(ranks), np.empty_like(diffs)
+    for i in range(len(class_of)):
+        at = slot[class_of[i]]
+        sorted_ranks[at], sorted_diffs[at] = ranks[i], diffs[i]
+        slot[class_of[i]] += 1
+    return counts, sorted_ranks, sorted_diffs
+
+
+@njit(nogil=True, cache=True)
+def look(
+    counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray, diffs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What has to be known of a chunk before code parameters are chosen: `separate`, `gap_cost`, `magnitude_counts`."""
+    listed, gaps = separate(counts, sizes, ranks)
+    return listed, gaps, gap_cost(listed, gaps), magnitude_counts(counts, diffs)
+
+
+@njit(nogil=True, cache=True)
 def separate(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The gaps to code: (int64[classes] how many of each class, int32[sum] the gaps in class order)."""
     listed = np.zeros(len(counts), np.int64)

@@ -5,6 +5,7 @@ Weights never leave their device for these: only what concerns single changes do
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ Bits = np.ndarray | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """How many elements of each class a rectangle has.
+    """How many elements of each class a rectangle has. Good until the same thread counts or ranks another one.
 
     Attributes:
         sizes: int64[CLASSES].
@@ -76,7 +77,23 @@ def gather(bits: Bits, positions: np.ndarray) -> np.ndarray:
 
 
 def _flat(bits: Bits) -> Any:
-    return np.ascontiguousarray(bits).reshape(-1) if isinstance(bits, np.ndarray) else bits.contiguous().view(-1)
+    """The elements in row-major order; those of a tile in memory that the next call of this thread uses again.
+
+    Fresh memory for every tile would cost as much as reading it, and threads would wait for each other to get it.
+    """
+    if not isinstance(bits, np.ndarray):
+        return bits.contiguous().view(-1)
+    if bits.flags.c_contiguous:
+        return bits.reshape(-1)
+    held = getattr(_scratch, "bytes", None)
+    if held is None or len(held) < bits.nbytes:
+        held = _scratch.bytes = np.empty(bits.nbytes, np.uint8)
+    flat = held[: bits.nbytes].view(bits.dtype)
+    np.copyto(flat.reshape(bits.shape), bits)
+    return flat
+
+
+_scratch = threading.local()
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:

@@ -29,14 +29,7 @@ def count(bits: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, Blocks]:
     """
     blocks = np.empty((-(-len(bits) // _BLOCK), 2), np.uint64)
     sizes = np.zeros(CLASSES, np.int64)
-    whole = len(bits) // _BLOCK
-    if bits.itemsize == 2:
-        words = bits[: whole * _BLOCK].view(np.uint64)
-        _count_16(words, classes.shift, classes.mask, classes.ones, blocks[:whole])
-        _count(bits, whole, classes.shift, classes.mask, classes.ones, blocks)
-    else:
-        _count(bits, 0, classes.shift, classes.mask, classes.ones, blocks)
-    _add_up(blocks, sizes)
+    _count(bits, _words(bits), classes.shift, classes.mask, classes.ones, blocks, sizes)
     return sizes, blocks
 
 
@@ -46,10 +39,7 @@ def rank(bits: np.ndarray, positions: np.ndarray, classes: ClassMap) -> tuple[np
     Returns:
         (sizes, class_of, ranks): int64[CLASSES] elements of each class, uint8[n] and int32[n].
     """
-    sizes, blocks = count(bits, classes)
-    class_of, ranks = np.empty(len(positions), np.uint8), np.empty(len(positions), np.int32)
-    _rank(bits, blocks, positions, classes.shift, classes.mask, classes.table, class_of, ranks)
-    return sizes, class_of, ranks
+    return _count_and_rank(bits, _words(bits), positions, classes.shift, classes.mask, classes.ones, classes.table)
 
 
 def place(
@@ -66,8 +56,51 @@ def place(
     return positions, out
 
 
+def _words(bits: np.ndarray) -> np.ndarray:
+    """The whole blocks of 16-bit elements, four to a word; none of other elements."""
+    whole = len(bits) // _BLOCK * _BLOCK if bits.itemsize == 2 else 0
+    return bits[:whole].view(np.uint64)
+
+
+# Each pass over a chunk is one call of compiled code: threads that come back to Python often wait for each other.
+
+
 @njit(nogil=True, cache=True)
-def _count(bits: np.ndarray, first: int, shift: int, mask: int, ones: np.ndarray, blocks: np.ndarray) -> None:
+def _count(
+    bits: np.ndarray,
+    words: np.ndarray,
+    shift: int,
+    mask: int,
+    ones: np.ndarray,
+    blocks: np.ndarray,
+    sizes: np.ndarray,
+) -> None:
+    whole = len(words) // 16
+    _count_16(words, shift, mask, ones, blocks[:whole])
+    _count_any(bits, whole, shift, mask, ones, blocks)
+    _add_up(blocks, sizes)
+
+
+@njit(nogil=True, cache=True)
+def _count_and_rank(
+    bits: np.ndarray,
+    words: np.ndarray,
+    positions: np.ndarray,
+    shift: int,
+    mask: int,
+    ones: np.ndarray,
+    table: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    blocks = np.empty((-(-len(bits) // _BLOCK), 2), np.uint64)
+    sizes = np.zeros(CLASSES, np.int64)
+    _count(bits, words, shift, mask, ones, blocks, sizes)
+    class_of, ranks = np.empty(len(positions), np.uint8), np.empty(len(positions), np.int32)
+    _rank(bits, blocks, positions, shift, mask, table, class_of, ranks)
+    return sizes, class_of, ranks
+
+
+@njit(nogil=True, cache=True)
+def _count_any(bits: np.ndarray, first: int, shift: int, mask: int, ones: np.ndarray, blocks: np.ndarray) -> None:
     """Count the blocks from `first` on, elements of any width."""
     s, m = _U(shift), _U(mask)
     for b in range(first, len(blocks)):

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .classes import CLASSES, ClassMap
 
-_COMPARED = 4096  # elements that one program compares or adds up
+_COMPARED = 4096  # elements that one program compares
 _COUNTED = 1024  # elements whose classes are counted together
 
 Blocks = torch.Tensor
@@ -38,20 +38,24 @@ def changes(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def digest_sums(
-    flat: torch.Tensor, key: int, stride: int, multipliers: tuple[int, int, int], indices: torch.Tensor | None
+    flat: torch.Tensor, places: torch.Tensor, keys: tuple[int, ...], start: int, indices: torch.Tensor | None
 ) -> tuple[int, int]:
     """The two sums of `hubsync.digest` modulo 2^64, as signed integers; numbers are given as signed 64-bit ones.
 
     Args:
-        key: what element i (or `indices[i]`, int64) adds `i * stride` and its pattern to.
+        places: int64[2, n], the factors of places.
+        keys: what block 0 is mixed from, what each further block adds, and three multipliers.
+        start: number of the first element, unless `indices` (int64) gives each its own.
     """
-    programs = triton.cdiv(flat.numel(), _COMPARED)
+    block = places.shape[1]
+    before = 0 if indices is not None else start % block  # programs take whole blocks of the tensor
+    programs = triton.cdiv(before + flat.numel(), block) if flat.numel() else 0
     sums = torch.zeros((max(1, programs), 2), dtype=torch.int64, device=flat.device)
     if programs:
         mask = (1 << (8 * flat.element_size())) - 1
         at = flat if indices is None else indices
         _digest[(programs,)](
-            flat, at, sums, flat.numel(), key, stride, *multipliers, mask, indices is not None, _COMPARED
+            flat, at, places, sums, flat.numel(), before, start // block, *keys, mask, indices is not None, block
         )
     a, b = sums.sum(0).tolist()
     return a, b
@@ -141,20 +145,45 @@ def _list_unequal(old, new, starts, counts, indices, before, after, numel, BLOCK
 
 
 @triton.jit
-def _digest(flat, indices, sums, numel, key, stride, m1, m2, m3, mask, SCATTERED: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < numel
-    bits = tl.load(flat + at, mask=inside, other=0).to(tl.int64) & mask
+def _digest(
+    flat,
+    indices,
+    places,
+    sums,
+    numel,
+    before,
+    first,
+    key,
+    stride,
+    m1,
+    m2,
+    m3,
+    mask,
+    SCATTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    i = program * BLOCK + lane - before
+    inside = (i >= 0) & (i < numel)
+    counted = (tl.load(flat + i, mask=inside, other=0).to(tl.int64) & mask) + 1
     if SCATTERED:
-        at = tl.load(indices + at, mask=inside, other=0)
-    z = (at * stride + key + bits).to(tl.uint64, bitcast=True)
+        at = tl.load(indices + i, mask=inside, other=0)
+        place = at % BLOCK
+        number = at // BLOCK
+    else:
+        place = lane
+        number = first + program
+    z = (number * stride + key).to(tl.uint64, bitcast=True)
     z = ((z ^ (z >> 30)).to(tl.int64, bitcast=True) * m1).to(tl.uint64, bitcast=True)
     z = ((z ^ (z >> 27)).to(tl.int64, bitcast=True) * m2).to(tl.uint64, bitcast=True)
     a = (z ^ (z >> 31)).to(tl.int64, bitcast=True)
     z = (a * m3).to(tl.uint64, bitcast=True)
     b = (z ^ (z >> 33)).to(tl.int64, bitcast=True)
-    tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.where(inside, a, 0), axis=0))
-    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.where(inside, b, 0), axis=0))
+    in_a = counted * tl.load(places + place) * (a | 1)
+    in_b = counted * tl.load(places + BLOCK + place) * (b | 1)
+    tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.where(inside, in_a, 0), axis=0))
+    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.where(inside, in_b, 0), axis=0))
 
 
 @triton.jit

@@ -196,7 +196,7 @@ def _unequal(
             continue
         for i in range(count):
             base, left, slot = np.uint64(start + i * _COMPARED), unequal[i], np.uint64(found)
-            found += np.int64(ones(left))
+            found += int(np.int64(ones(left)))
             indices[slot] = base + trailing_zeros(left)
             left &= left - np.uint64(1)
             indices[slot + np.uint64(1)] = base + trailing_zeros(left)

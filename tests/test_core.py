@@ -211,6 +211,17 @@ def test_a_window_that_nobody_closes_ends_by_itself(core: Core, engine: ModelEng
     assert engine.timers == []
 
 
+def test_a_client_whose_window_was_ended_is_told_so(core: Core, engine: ModelEngine) -> None:
+    engine.alone = engine.still = False
+    core.handle("hubsync_open", *NEW, "token")
+    engine.ring()
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "was not closed within 15 s" in answer["error"]["message"]
+    core.handle("hubsync_open", *NEW, "token")
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "pause it first" in answer["error"]["message"]
+
+
 def test_a_client_that_died_before_it_paused_leaves_nothing_to_resume(core: Core, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.ring()

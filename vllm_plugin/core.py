@@ -136,6 +136,7 @@ class Core:
         self._engine = engine
         self._timeout, self._policy = settings
         self._window: str | None = None  # token of the commit window that the watchdog waits for
+        self._ended: str | None = None  # token of the window that the watchdog ended last, until another is opened
         self._cancel: Callable[[], None] = lambda: None
 
     def handle(self, method: str, *args: Any, **kwargs: Any) -> Answers:
@@ -181,8 +182,7 @@ class Core:
         if not (engine.alone or engine.still or anytime):
             raise ReplicaRefused(
                 "the data parallel engines of this server share forward passes, so its weights can only change while "
-                "all are paused, and it is running: open a window and pause it first (a window that is not closed in "
-                "time is ended)"
+                f"all are paused, and {self._why_not_still()}"
             )
         try:
             engine.settle()
@@ -200,6 +200,16 @@ class Core:
         for answer in found:
             answer["engine"] = {"turn_s": time.perf_counter() - started}
         return found
+
+    def _why_not_still(self) -> str:
+        if self._engine.paused:
+            return "one is still finishing a forward pass: try again"
+        if self._ended is not None:
+            return (
+                f"it is running again: the window was not closed within {self._timeout:g} s and was ended "
+                "(HUBSYNC_WINDOW_TIMEOUT allows more)"
+            )
+        return "it is running: open a window and pause it first"
 
     # --- windows, and the watchdog --------------------------------------------------------------------
 
@@ -223,7 +233,7 @@ class Core:
 
     def _watch(self, token: str, seconds: float) -> None:
         self._cancel()
-        self._window = token
+        self._window, self._ended = token, None
         self._cancel = self._engine.later(seconds, lambda: self._expire(token))
 
     def _expire(self, token: str) -> None:
@@ -232,7 +242,7 @@ class Core:
             return
         try:
             if self._end(token):
-                self._window = None
+                self._window, self._ended = None, token
                 return
         except Exception:
             logger.exception("hubsync: an abandoned commit window could not be ended yet")

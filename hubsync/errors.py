@@ -49,6 +49,10 @@ class FormatError(HubsyncError):
     """A file, manifest or message that breaks the format: truncated, hostile, or of an unknown version."""
 
 
+class Untrusted(FormatError):
+    """A document that the key of the run has not signed."""
+
+
 # --- chain ------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from .table import TensorTable
 
 FORMAT = "hubsync/1"
 
+SIGNATURE = "signature"  # field of a stored document; not part of its content
+
 KINDS = ("delta", "anchor")
 MAX_VERSION = 10**8 - 1  # object names hold eight digits
 MAX_PARTS = 1 << 16
@@ -198,6 +200,7 @@ class Run:
     digest: str  # of version 0
     base: Base = field(default_factory=Base)
     created: float = 0.0
+    public_key: str | None = None  # whose signature all documents of the run have, if they are signed
     format: str = FORMAT
 
     @property
@@ -212,6 +215,7 @@ class Run:
             "digest": self.digest,
             "base": asdict(self.base),
             "created": self.created,
+            "public_key": self.public_key,
             "table_hash": self.table.hash,
             "table": self.table.to_json(),
         }
@@ -236,6 +240,7 @@ class Run:
                 revision=None if base.get("revision") is None else _text(base, "revision", 256, what),
             ),
             created=_number(doc, "created", what),
+            public_key=None if doc.get("public_key") is None else _match(doc, "public_key", _HEX256, what),
         )
 
 
@@ -269,6 +274,7 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
     """Parse what `seal` wrote; FormatError if it is something else, of an unknown format, or damaged."""
     try:
         doc = _versioned(json.loads(data), what)
+        doc.pop(SIGNATURE, None)  # `hubsync.bucket.signed` looks at it, for who has the key
         stated = doc.pop("checksum", None)
         found = _checksum(doc)
     except (ValueError, RecursionError) as error:
@@ -279,8 +285,12 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _checksum(doc: Mapping[str, Any]) -> str:
-    canonical = json.dumps(doc, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical(doc)).hexdigest()
+
+
+def canonical(doc: Mapping[str, Any]) -> bytes:
+    """The one form of a document that is hashed and signed."""
+    return json.dumps(doc, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _versioned(doc: object, what: str) -> dict[str, Any]:

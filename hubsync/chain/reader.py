@@ -21,7 +21,7 @@ from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose
 from hubsync.weights import Advanced
 
-from .index import ChainIndex
+from .index import ChainIndex, read_head
 from .layout import Layout
 
 
@@ -84,7 +84,7 @@ class ChainReader:
 
     def head(self) -> Head | None:
         """Read the head and look closer where it is in doubt. None if there is none (yet), or it is unreadable."""
-        data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
+        data = read_head(self._bucket)
         first_use = self._chain is None
         head = self._parse(data)
         # A head that was looked into once is not looked into again: no listing per poll while it stays bad.

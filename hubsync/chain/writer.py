@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hubsync.bucket.base import Bucket, Upload
-from hubsync.errors import BucketError, BucketUnavailable, ChainError, Fenced, ObjectMissing, RunMismatch
+from hubsync.errors import BucketError, BucketUnavailable, ChainError, ConfigError, Fenced, ObjectMissing, RunMismatch
 from hubsync.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
 from hubsync.table import TensorTable
 
-from .index import ChainIndex
+from .index import ChainIndex, read_head
 from .layout import MAX_EPOCH, Layout, epoch_names
 
 logger = logging.getLogger(__name__)
@@ -57,15 +57,21 @@ class ChainWriter:
         return cls(bucket, run)
 
     @classmethod
-    def resume(cls, bucket: Bucket, table: TensorTable) -> ChainWriter:
+    def resume(cls, bucket: Bucket, table: TensorTable, *, signs: bool = False) -> ChainWriter:
         """Continue a run with a new epoch, from its newest version. Older writers are fenced from now on.
 
-        ObjectMissing if there is no run; RunMismatch if it has another tensor table.
+        Args:
+            signs: the bucket signs what is committed. A run is signed from its beginning, or not at all.
+
+        ObjectMissing if there is no run; RunMismatch if it has another tensor table; ConfigError if the run is signed
+        and the bucket does not sign.
         """
         data = bucket.read([Layout.RUN]).get(Layout.RUN)
         if data is None:
             raise ObjectMissing(f"{bucket.address} holds no run (no {Layout.RUN}) that could be resumed")
         run = Run.loads(data)
+        if run.public_key is not None and not signs:
+            raise ConfigError(f"the run in {bucket.address} is signed: continue it with the same signing_key")
         if run.table != table:
             raise RunMismatch(
                 f"the run in {bucket.address} belongs to another model: {_first_difference(run.table, table)}. "
@@ -270,7 +276,7 @@ class ChainWriter:
         """A writer that died between manifest and head has left the head one version behind."""
         if self._newest is None:
             return
-        data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
+        data = read_head(self._bucket)
         if data != Head(self._newest, serve=self._newest.version).dumps():
             self._write_head()
 

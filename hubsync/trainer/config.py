@@ -16,6 +16,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bucket": (str,),
     "resume": (bool,),
     "token": (str, NoneType),
+    "signing_key": (str, NoneType),
     "name": (str, NoneType),
     "base_model": (str, NoneType),
     "base_revision": (str, NoneType),
@@ -49,6 +50,9 @@ class SyncConfig:
             run is an error.
         token (`str`, *optional*):
             Hugging Face token. Defaults to the one of the environment or of `hf auth login`.
+        signing_key (`str`, *optional*):
+            File of a key that `hubsync keygen` made; every document of the run is signed with it, and servers that are
+            given the public key refuse all others. Defaults to `HUBSYNC_SIGNING_KEY`, else nothing is signed.
         name (`str`, *optional*):
             Free text recorded with every version, shown by `hubsync ls`.
 
@@ -105,6 +109,12 @@ class SyncConfig:
     token: str | None = field(
         default=None,
         metadata={"help": "Hugging Face token. Defaults to the one of the environment or of `hf auth login`."},
+    )
+    signing_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of a key that `hubsync keygen` made, to sign the run with. Defaults to HUBSYNC_SIGNING_KEY."
+        },
     )
     name: str | None = field(
         default=None, metadata={"help": "Free text recorded with every version, shown by `hubsync ls`."}

@@ -23,6 +23,7 @@ from hubsync.chain import ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
 from hubsync.digest import digest_view
 from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
+from hubsync.keys import SIGNING_KEY_VARIABLE, SigningKey
 from hubsync.manifest import Base, Manifest, Position, Run
 
 from .config import VIEW_DTYPES, SyncConfig
@@ -103,7 +104,8 @@ class DeltaWeightTransferEngine:
         tensors = published_tensors(model)
         _warn_of_lost_updates(tensors, view_dtype)
         optimizer = _torch_optimizer(optimizer)
-        bucket = open_bucket(config.bucket, create=True, token=config.token)
+        self._key = _signing_key(config)
+        bucket = open_bucket(config.bucket, create=True, token=config.token, key=self._key)
         snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
         self._publisher = self._join(bucket, snapshot)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
@@ -214,6 +216,7 @@ class DeltaWeightTransferEngine:
             digest=snapshot.digest.hex,
             base=_base_of(self._model, self.config, snapshot),
             created=time.time(),
+            public_key=None if self._key is None else self._key.public.hex,
         )
         publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
         if run.base.model is None:
@@ -225,7 +228,9 @@ class DeltaWeightTransferEngine:
             raise RunMismatch(
                 f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
             )
-        publisher = self._new_publisher(ChainWriter.resume(bucket, snapshot.table), snapshot)
+        publisher = self._new_publisher(
+            ChainWriter.resume(bucket, snapshot.table, signs=self._key is not None), snapshot
+        )
         writer = publisher.writer
         if writer.position.digest != snapshot.digest.hex:
             logger.warning(
@@ -295,6 +300,11 @@ class DeltaWeightTransferEngine:
             replica.attach(self.config.stage_timeout)
         replica.wait_staged(position, self.config.stage_timeout)
         return replica.commit(position)
+
+
+def _signing_key(config: SyncConfig) -> SigningKey | None:
+    source = config.signing_key or os.environ.get(SIGNING_KEY_VARIABLE)
+    return SigningKey.load(source) if source else None
 
 
 def _torch_optimizer(optimizer: Any) -> Any:

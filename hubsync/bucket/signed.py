@@ -1,0 +1,69 @@
+"""A bucket whose documents are signed: `commit` adds a signature to each, `read` refuses what does not have it.
+
+Documents (run.json, head, manifests) are all that goes through these two verbs. Everything else in a run is told of by
+a manifest with its size and SHA-256, so a signature of the documents covers all of it. A signature covers the name of
+a document too: one cannot stand for another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from hubsync.errors import Untrusted
+from hubsync.keys import PublicKey, SigningKey
+from hubsync.manifest import SIGNATURE, canonical
+
+from .base import Bucket, Download, Stat, Upload
+
+
+class SignedBucket(Bucket):
+    """Another bucket, with keys.
+
+    Args:
+        bucket: where the bytes live.
+        key: a public key to read with; a signing key also writes.
+    """
+
+    def __init__(self, bucket: Bucket, key: PublicKey | SigningKey):
+        self.address = bucket.address
+        self._bucket = bucket
+        self._signing = key if isinstance(key, SigningKey) else None
+        self._public = key.public if isinstance(key, SigningKey) else key
+
+    def commit(self, path: str, data: bytes) -> None:
+        if self._signing is None:
+            raise Untrusted(f"{path} cannot be written: this side has only the public key of the run")
+        document = json.loads(data)
+        document[SIGNATURE] = self._signing.sign(path, canonical(document))
+        self._bucket.commit(path, json.dumps(document, indent=1).encode())
+
+    def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
+        found = self._bucket.read(paths, max_bytes=max_bytes)
+        for path, data in found.items():
+            self._check(path, data)
+        return found
+
+    def _check(self, path: str, data: bytes) -> None:
+        try:
+            document = json.loads(data)
+            signature = document.pop(SIGNATURE, None)
+            content = canonical(document)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            raise Untrusted(f"{path} is not a document, so it is not signed: it was not used") from None
+        self._public.check(path, content, signature)
+
+    def put(self, uploads: Sequence[Upload]) -> None:
+        self._bucket.put(uploads)
+
+    def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
+        return self._bucket.stat(paths)
+
+    def list(self, prefix: str = "", *, recursive: bool = True) -> Iterable[Stat]:
+        return self._bucket.list(prefix, recursive=recursive)
+
+    def fetch(self, downloads: Sequence[Download]) -> None:
+        self._bucket.fetch(downloads)
+
+    def delete(self, paths: Sequence[str]) -> None:
+        self._bucket.delete(paths)

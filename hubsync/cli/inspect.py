@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.bucket import open_bucket
-from hubsync.chain import ChainReader, Plan
+from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
@@ -107,8 +107,7 @@ def pull_version(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         reader = _reader(args, stack)
         base = _base(args, reader)
-        plan = _plan(reader, args.version, base)
-        view = replay(reader, plan, base)
+        view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
         _write_checkpoint(args.out, view, _side_files(reader, args.base))
     print(f"wrote {view.position} to {args.out}")
     return 0
@@ -180,7 +179,7 @@ def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View 
         return view
     if view is None or view.position != manifest.parent:
         return None
-    view.apply(reader.patch(manifest, view.bits), manifest)
+    view.apply(reader.patch(manifest, view.bits), Step(manifest))
     return view
 
 

@@ -95,5 +95,10 @@ class ReplicaRefused(ReplicaError):
     """A worker refused (wrong model, unsupported layout, wrong parent, not staged); its weights are untouched."""
 
 
+class ReplicaBehind(ReplicaError):
+    """A server that has not got to a version, for lack of time or because it is wanted elsewhere; the next one takes it
+    along."""
+
+
 class ReplicaPoisoned(ReplicaError):
     """A worker's weights are not known to be right; it refuses forward passes until re-anchored."""

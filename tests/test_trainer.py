@@ -735,7 +735,7 @@ def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str,
 def servers(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModelServer]:
     """Two servers that behave as the worker protocol says; they hold the base of whatever is published first."""
     made = {url: ModelServer() for url in ("http://one", "http://two")}
-    monkeypatch.setattr("hubsync.replica.server.VLLMServer", lambda url, **_: made[url])
+    monkeypatch.setattr("hubsync.replica.deployment.VLLMServer", lambda url, **_: made[url])
     return made
 
 
@@ -765,12 +765,20 @@ def test_sync_brings_every_server_to_the_new_version(
 def test_servers_stage_a_version_before_they_are_asked_to_commit_it(
     served: DeltaWeightTransferEngine, model: Tiny, optimizer: torch.optim.Optimizer, servers: dict[str, ModelServer]
 ) -> None:
-    served.sync(0)  # from here on the servers are known
+    served.sync(0)
+    staged = threading.Barrier(3)  # the two servers, and this test
+    for server in servers.values():
+        server.fault = lambda call, before: None if before or call != "hubsync_stage" else _meet(staged)
     old = served.position
     train(model, optimizer)
     published = served.publish(1).result()
+    _meet(staged)
     assert [server.staged for server in servers.values()] == [published.position] * 2
     assert [server.positions for server in servers.values()] == [[[old]]] * 2
+
+
+def _meet(barrier: threading.Barrier) -> None:
+    barrier.wait(timeout=60)
 
 
 def test_a_server_that_fails_keeps_no_other_from_the_version_and_catches_up(
@@ -835,6 +843,7 @@ def test_a_server_without_a_way_to_the_version_gets_an_anchor(
         ({"anchor_every": True}, "anchor_every must be int"),
         ({"resume": "no"}, "resume must be bool"),
         ({"name": 20261123}, "name must be str"),
+        ({"servers": ["http://one"], "quorum": 2}, "quorum must be 0"),
         ({"servers": ["localhost:8000"]}, "http://localhost:8000"),
         ({"name": "two\nlines"}, "printable"),
         ({"base_revision": "abc"}, "base_model"),

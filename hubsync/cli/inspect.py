@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +21,10 @@ from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
-from hubsync.keys import PUBLIC_KEY_VARIABLE, PublicKey
 from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest
 from hubsync.parts import open_anchor, write_anchor
+
+from .keys import add_public_key, public_key
 
 _ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
 
@@ -120,12 +120,7 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
     parser.add_argument("address", metavar="ADDRESS", help=_ADDRESS)
     parser.add_argument("--token", help="Hugging Face token (default: HF_TOKEN, or that of `hf auth login`)")
-    parser.add_argument(
-        "--public-key",
-        metavar="KEY",
-        default=os.environ.get(PUBLIC_KEY_VARIABLE),
-        help=f"refuse what this key has not signed: 64 hex digits, or a file (default: {PUBLIC_KEY_VARIABLE})",
-    )
+    add_public_key(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -143,8 +138,7 @@ def _version(text: str) -> int:
 
 def _reader(args: argparse.Namespace, stack: ExitStack) -> ChainReader:
     cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="hubsync-"))
-    key = PublicKey.load(args.public_key) if args.public_key else None
-    return ChainReader(open_bucket(args.address, token=args.token, key=key), cache)
+    return ChainReader(open_bucket(args.address, token=args.token, key=public_key(args)), cache)
 
 
 def _plan(reader: ChainReader, version: int | None, base: Mapping[str, torch.Tensor] | None) -> Plan:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import demo, doctor, hub, inspect, keygen
+from . import demo, doctor, follow, hub, inspect, keys
 
-COMMANDS = (demo, doctor, hub, inspect, keygen)
+COMMANDS = (demo, doctor, follow, hub, inspect, keys)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,6 +89,11 @@ class VLLMServer:
     def weight_version(self) -> str:
         return str(self._get("/weight_info")["weight_version"])
 
+    def generate_a_token(self) -> None:
+        """Have the model run once, on a prompt of one token."""
+        model = self._get("/v1/models")["data"][0]["id"]
+        self._post("/v1/completions", json={"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0})
+
     def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a worker method on every rank.
 

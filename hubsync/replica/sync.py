@@ -29,6 +29,7 @@ from typing import Any
 from hubsync.errors import (
     ConfigError,
     HubsyncError,
+    ReplicaBehind,
     ReplicaError,
     ReplicaPoisoned,
     ReplicaRefused,
@@ -197,16 +198,38 @@ class Replica:
         """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
         self.server.rpc("hubsync_stage", position.version, position.digest)
 
-    def wait_staged(self, position: Position, timeout: float = 600.0) -> None:
-        """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has."""
+    def prepare(
+        self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
+    ) -> None:
+        """`wait_staged`, from whatever state the server is in: just (re)started, or poisoned."""
+        deadline, status = time.monotonic() + timeout, self.status()
+        if status.state == "poisoned":
+            self.heal()
+        elif status.position is None:
+            self.attach(timeout)
+        self.wait_staged(position, max(0.0, deadline - time.monotonic()), wanted)
+
+    def wait_staged(
+        self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
+    ) -> None:
+        """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has.
+
+        Args:
+            wanted: asked with every status on the way; ReplicaBehind once it says no.
+        """
         self.stage(position)
 
         def staged(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
             if status.all_ready_for(position):
                 return True
-            if status.error is not None and status.state != "staging":
+            if wanted is not None and not wanted(status):
+                raise ReplicaBehind(f"{self.server.url} is wanted elsewhere: {position} is not committed")
+            if status.state == "staging":
+                return False
+            if status.error is not None:
                 raise status.error
+            self.stage(position)  # another client had something else staged
             return False
 
         self._until(staged, timeout, f"stage {position}")

@@ -23,6 +23,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "anchor_every": (int,),
     "anchor_at_close": (bool,),
     "servers": (Sequence,),
+    "quorum": (int,),
     "stage_timeout": (int, float),
     "commit_timeout": (int, float),
 }
@@ -87,6 +88,9 @@ class SyncConfig:
         servers (`list[str]`, *optional*, defaults to `[]`):
             URLs of the vLLM servers that `sync` brings to each version, for example `http://localhost:8000`. Others
             may follow the bucket by themselves.
+        quorum (`int`, *optional*, defaults to `0`):
+            How many of `servers` have to be ready for a version before `sync` commits it on them; the others follow
+            as soon as they are. `0` waits for all.
         kv_cache (`str`, *optional*, defaults to `"recompute"`):
             What happens to the keys and values of running requests when weights change: `"recompute"` them with the
             new weights, or `"keep"` them (these requests mix old and new to their end). Requests that come later never
@@ -173,6 +177,13 @@ class SyncConfig:
         default_factory=list,
         metadata={"help": "URLs of the vLLM servers that `sync` brings to each version."},
     )
+    quorum: int = field(
+        default=0,
+        metadata={
+            "help": "How many of `servers` have to be ready for a version before `sync` commits it on them. `0` waits "
+            "for all."
+        },
+    )
     kv_cache: str = field(
         default="recompute",
         metadata={
@@ -213,6 +224,8 @@ class SyncConfig:
                 raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
         if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
             raise ConfigError("servers names one server twice")
+        if not 0 <= self.quorum <= len(self.servers):
+            raise ConfigError(f"quorum must be 0 (all servers) or at most the {len(self.servers)} servers there are")
         if self.name is not None and (len(self.name) > 512 or not self.name.isprintable()):
             raise ConfigError("name must be printable text of at most 512 characters")
         if self.base_revision is not None and self.base_model is None:

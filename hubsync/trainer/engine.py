@@ -10,7 +10,6 @@ import secrets
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +22,7 @@ from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
 from hubsync.digest import digest_view
-from hubsync.errors import BucketError, ConfigError, FormatError, HubsyncError, NoPath, RunMismatch
+from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.keys import SIGNING_KEY_VARIABLE, SigningKey
 from hubsync.manifest import Base, Manifest, Position, Run
 from hubsync.patch import Patch, invert
@@ -35,7 +34,8 @@ from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 
 if TYPE_CHECKING:
-    from hubsync.replica.sync import CommitReport, Replica
+    from hubsync.replica.deployment import Deployment, HotloadReport, ReplicaReport
+    from hubsync.replica.sync import CommitReport
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,16 @@ class SyncReport:
 
     Attributes:
         published: the version, or the current one if nothing had changed.
-        commits: one report for each of `SyncConfig.servers`, in their order.
-        sync_s: seconds from the call of `deliver` until every server had committed.
+        commits: reports of the servers that have committed, in the order of `SyncConfig.servers`: of all of them,
+            unless `SyncConfig.quorum` lets some come later.
+        sync_s: seconds from the call of `deliver` until they had.
+        replicas: what is known of each of `SyncConfig.servers`.
     """
 
     published: Published
     commits: tuple[CommitReport, ...]
     sync_s: float
+    replicas: tuple[ReplicaReport, ...] = ()
 
 
 class DeltaWeightTransferEngine:
@@ -99,7 +102,7 @@ class DeltaWeightTransferEngine:
         self.steps = 0
         self._model = model
         self._processing_class = processing_class
-        self._replicas: list[Replica] = []
+        self._deployment = _deployment(config)
         self._closed = False
         self._process = os.getpid()
         self._publishing = threading.Lock()
@@ -174,13 +177,11 @@ class DeltaWeightTransferEngine:
         """
         started = time.perf_counter()
         published = ticket.result()
-        try:
-            commits = self._commit_everywhere(published.position)
-        except NoPath as no_path:
-            logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
-            self.anchor()
-            commits = self._commit_everywhere(published.position)
-        return SyncReport(published, commits, time.perf_counter() - started)
+        if self._deployment is None:
+            return SyncReport(published, (), time.perf_counter() - started)
+        report = self._hotload(self._deployment, published.position)
+        report.raise_for_quorum()
+        return SyncReport(published, report.commits, time.perf_counter() - started, report.replicas)
 
     def wait(self) -> None:
         """Wait until nothing is under way; raises the error of the last publish unless its ticket has."""
@@ -207,8 +208,8 @@ class DeltaWeightTransferEngine:
             if self._hook is not None:
                 self._hook()
             self._publisher.close()
-            for replica in self._replicas:
-                replica.server.close()
+            if self._deployment is not None:
+                self._deployment.close()
 
     def __enter__(self) -> DeltaWeightTransferEngine:
         return self
@@ -301,27 +302,17 @@ class DeltaWeightTransferEngine:
 
     def _announce(self, position: Position) -> None:
         """Have the servers stage a durable version while the training goes on. `deliver` asks again if this fails."""
-        for replica in self._replicas:
-            try:
-                replica.stage(position)
-            except HubsyncError as error:
-                logger.debug("not staged yet: %s", error)
+        if self._deployment is not None:
+            self._deployment.signal(position)
 
-    def _commit_everywhere(self, position: Position) -> tuple[CommitReport, ...]:
-        if not self.config.servers:
-            return ()
-        if not self._replicas:
-            self._replicas = _replicas(self.config)
-        with ThreadPoolExecutor(len(self._replicas), thread_name_prefix="hubsync-commit") as threads:
-            # All downloads run side by side, and no server waits for a slower one.
-            futures = [threads.submit(self._commit_on, replica, position) for replica in self._replicas]
-        return tuple(future.result() for future in futures)
-
-    def _commit_on(self, replica: Replica, position: Position) -> CommitReport:
-        if replica.status().position is None:
-            replica.attach(self.config.stage_timeout)
-        replica.wait_staged(position, self.config.stage_timeout)
-        return replica.commit(position)
+    def _hotload(self, deployment: Deployment, position: Position) -> HotloadReport:
+        report = deployment.hotload(position, timeout=self.config.stage_timeout)
+        no_path = next((replica.error for replica in report.replicas if isinstance(replica.error, NoPath)), None)
+        if no_path is None:
+            return report
+        logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
+        self.anchor()
+        return deployment.hotload(position, timeout=self.config.stage_timeout)
 
 
 def _signing_key(config: SyncConfig) -> SigningKey | None:
@@ -361,14 +352,14 @@ def _torch_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
-def _replicas(config: SyncConfig) -> list[Replica]:
-    from hubsync.replica.server import VLLMServer
-    from hubsync.replica.sync import Replica
+def _deployment(config: SyncConfig) -> Deployment | None:
+    if not config.servers:
+        return None
+    from hubsync.replica.deployment import Deployment
 
-    replicas = [Replica(VLLMServer(url, timeout=config.commit_timeout), config.kv_cache) for url in config.servers]
-    for replica in replicas:
-        replica.check()
-    return replicas
+    return Deployment(
+        config.servers, kv_cache=config.kv_cache, quorum=config.quorum, request_timeout=config.commit_timeout
+    )
 
 
 def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> Base:

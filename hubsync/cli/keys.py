@@ -1,12 +1,13 @@
-"""`hubsync keygen`: a key that signs a run."""
+"""`hubsync keygen`: a key that signs a run. And the option of commands that read signed runs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from hubsync.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, SigningKey
+from hubsync.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, PublicKey, SigningKey
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,3 +23,18 @@ def make_key(args: argparse.Namespace) -> int:
     print(f"secret key  {args.file}\n  trainer:  SyncConfig(signing_key={str(args.file)!r}), or {SIGNING_KEY_VARIABLE}")
     print(f"public key  {public}\n  replicas: {PUBLIC_KEY_VARIABLE}={public}")
     return 0
+
+
+def add_public_key(parser: argparse.ArgumentParser) -> None:
+    """The option `--public-key`."""
+    parser.add_argument(
+        "--public-key",
+        metavar="KEY",
+        default=os.environ.get(PUBLIC_KEY_VARIABLE),
+        help=f"refuse what this key has not signed: 64 hex digits, or a file (default: {PUBLIC_KEY_VARIABLE})",
+    )
+
+
+def public_key(args: argparse.Namespace) -> PublicKey | None:
+    """What `--public-key` says."""
+    return PublicKey.load(args.public_key) if args.public_key else None

@@ -103,7 +103,7 @@ class StandIn:
             return self._sample(body["sampling_params"], prompt=body["token_ids"])
         if path == "/v1/completions" and not self.scale_out:
             return self._sample(body, prompt=body["prompt"])
-        return 404, {"detail": "Not Found"}
+        return 403 if path == "/inference/v1/generate" else 404, {"error": "as vLLM answers"}
 
     def _sample(self, options: dict[str, Any], prompt: Any) -> tuple[int, dict[str, Any]]:
         status = self.fate()

@@ -33,12 +33,12 @@ async def samples_around_a_commit(site: Site, sampler: Sampler) -> list[Sample]:
     new, replica = site.publish(), Replica(site.server)
     await asyncio.to_thread(replica.wait_staged, new)
 
-    def commit() -> None:
-        while not running_requests(site.url):
-            pass
-        replica.commit(new)
+    async def commit() -> None:
+        while not await asyncio.to_thread(running_requests, site.url):
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(replica.commit, new)
 
-    committing = asyncio.ensure_future(asyncio.to_thread(commit))
+    committing = asyncio.ensure_future(commit())
     sampling = sampler.sample(PROMPTS, 5, logprobs=True, max_tokens=300, ignore_eos=True, seed=1)
     samples = [sample async for sample in sampling]
     await committing

@@ -179,10 +179,10 @@ class GenerationClient:
             raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {timeout:g} s") from None
         except httpx.TransportError as error:
             raise ReplicaUnreachable(f"cannot reach {self.url}{path}: {error or type(error).__name__}") from None
-        if answer.status_code in (401, 403):
+        if answer.status_code == 401:
             raise ConfigError(f"{self.url} wants another API key: give the sampler its --api-key as api_key")
-        if answer.status_code == 404:
-            raise _NoSuchPath(f"{self.url} has no {path}; is it a vLLM server?")
+        if answer.status_code in (403, 404):  # what was not switched on is forbidden in newer versions
+            raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {answer.text:.200})")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {answer.text:.200}")
         if not answer.is_success:
@@ -191,7 +191,7 @@ class GenerationClient:
 
 
 class _NoSuchPath(ReplicaUnsuitable):
-    """404."""
+    """The server does not have it, or it is switched off."""
 
 
 def _only_choice(url: str, answer: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,10 @@ class NoPath(ChainError):
     """No chain of deltas and anchors in the bucket leads from what we hold to the version asked for."""
 
 
+class HeadTooOld(ChainError):
+    """The head was written longer ago than this reader accepts: the trainer stands still, or somebody holds it back."""
+
+
 class Fenced(ChainError):
     """A newer writer epoch exists: this publisher has been replaced and must stop."""
 

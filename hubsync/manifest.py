@@ -264,10 +264,12 @@ class Head:
 
     manifest: Manifest
     serve: int
+    written: float = field(default=0.0, compare=False)  # seconds since 1970, the writer's clock
     format: str = FORMAT
 
     def dumps(self) -> bytes:
-        return seal({"format": self.format, "serve": self.serve, "manifest": self.manifest.to_json()})
+        doc = {"format": self.format, "serve": self.serve, "written": self.written}
+        return seal({**doc, "manifest": self.manifest.to_json()})
 
     @classmethod
     def loads(cls, data: bytes) -> Head:
@@ -276,7 +278,7 @@ class Head:
         manifest = Manifest.from_json(doc.get("manifest"))
         if manifest.kind == "merged":
             raise FormatError(f"{what}: a merged delta is never the newest version")
-        return cls(manifest, _integer(doc, "serve", 0, MAX_VERSION, what))
+        return cls(manifest, _integer(doc, "serve", 0, MAX_VERSION, what), _number(doc, "written", what))
 
 
 # --- checks -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hubsync.errors import (
     ChainError,
     Fenced,
     FormatError,
+    HeadTooOld,
     NoPath,
     ObjectCorrupt,
     ObjectMissing,
@@ -764,3 +765,40 @@ def test_trim_evicts_what_was_unused_for_longest_but_not_what_was_just_fetched(
     assert [path.exists() for path in paths] == [False, True, True]
     reader.trim(keep_bytes=0)
     assert [path.exists() for path in paths] == [False, False, True]
+
+
+# --- what a host remembers
+
+
+def test_a_new_reader_of_a_host_takes_no_older_version_for_the_newest(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    old_head = bucket.read([Layout.HEAD])[Layout.HEAD]
+    newest = commit(writer)
+    assert ChainReader(bucket, tmp_path / "cache").newest() == newest.position
+    bucket.delete([Layout.manifest(newest)])
+    bucket.commit(Layout.HEAD, old_head)
+    assert ChainReader(bucket, tmp_path / "cache").newest() == newest.position
+    assert ChainReader(bucket, tmp_path / "another host").newest().version == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"garbage"])
+def test_a_damaged_memory_is_forgotten(bucket: FaultyBucket, tmp_path: Path, content: bytes) -> None:
+    newest = commit(ChainWriter.create(bucket, RUN))
+    ChainReader(bucket, tmp_path / "cache").newest()
+    (memory,) = (tmp_path / "cache").glob("*.newest.json")
+    memory.write_bytes(content)
+    assert ChainReader(bucket, tmp_path / "cache").newest() == newest.position
+
+
+def test_who_joins_can_ask_for_a_fresh_head(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    with pytest.raises(HeadTooOld, match="there is none"):
+        ChainReader(bucket, tmp_path / "a", max_head_age=60).newest()
+    newest = commit(writer)
+    assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position
+    head = Head.loads(bucket.read([Layout.HEAD])[Layout.HEAD])
+    bucket.commit(Layout.HEAD, dataclasses.replace(head, written=head.written - 100).dumps())
+    with pytest.raises(HeadTooOld, match="was written 100 s ago"):
+        ChainReader(bucket, tmp_path / "c", max_head_age=60).newest()
+    assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position, "it has joined before"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hubsync.cache import default_cache
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 from hubsync.keys import PUBLIC_KEY_VARIABLE, PublicKey
 
@@ -317,9 +318,7 @@ def _settings(config: Any) -> _Settings:
             "<run> (or a directory) in its environment, or with "
             '--additional-config \'{"hubsync": {"bucket": "..."}}\''
         )
-    cache = pinned.get("cache") or os.environ.get("HUBSYNC_CACHE")
-    if not cache:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubsync"
+    cache = pinned.get("cache") or default_cache()
     dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
     key = pinned.get("public_key") or os.environ.get(PUBLIC_KEY_VARIABLE)
     return _Settings(str(bucket), Path(cache), bool(dense), PublicKey.load(str(key)) if key else None)

@@ -8,6 +8,8 @@ head is older than what it has seen, and when a version asked for is not there.
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TypeVar
 
 from hubsync.bucket.base import Bucket, Download
 from hubsync.codec import OldBits
-from hubsync.errors import FormatError, NoPath, ObjectMissing
+from hubsync.errors import FormatError, HeadTooOld, NoPath, ObjectMissing
 from hubsync.manifest import Head, Manifest, Position, Run
 from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose, invert
@@ -35,12 +37,15 @@ class ChainReader:
 
     Args:
         bucket: the run's prefix.
-        cache_dir: downloaded parts are kept below `cache_dir/<run id>/`, under the names they have in the bucket.
+        cache_dir: downloaded parts are kept below `cache_dir/<run id>/`, under the names they have in the bucket; and
+            beside it, what was the newest version: no reader with this cache ever takes an older one for the newest.
+        max_head_age: seconds; a reader that knows nothing of the run yet refuses an older head (HeadTooOld).
     """
 
-    def __init__(self, bucket: Bucket, cache_dir: str | os.PathLike[str]):
+    def __init__(self, bucket: Bucket, cache_dir: str | os.PathLike[str], *, max_head_age: float | None = None):
         self._bucket = bucket
         self._cache = Path(cache_dir)
+        self._max_head_age = max_head_age
         self._run: Run | None = None
         self._chain: ChainIndex | None = None
         self._mark: Manifest | None = None  # the newest manifest seen, by (epoch, version)
@@ -71,6 +76,8 @@ class ChainReader:
         data = read_head(self._bucket)
         first_use = self._chain is None
         head = self._parse(data)
+        if self._mark is None:
+            self._require_fresh(head)
         # A head that was looked into once is not looked into again: no listing per poll while it stays bad.
         changed, self._seen_head = data != self._seen_head, data
         in_order = head is not None and (self._mark is None or _order(head.manifest) >= _order(self._mark))
@@ -259,6 +266,7 @@ class ChainReader:
     def _index(self) -> ChainIndex:
         if self._chain is None:
             self._chain = ChainIndex(self._bucket, self.run())
+            self._mark = self._remembered()
         return self._chain
 
     def _parse(self, data: bytes | None) -> Head | None:
@@ -280,6 +288,37 @@ class ChainReader:
     def _raise_mark(self, manifest: Manifest) -> None:
         if self._mark is None or _order(manifest) > _order(self._mark):
             self._mark = manifest
+            self._remember(manifest)
+
+    @property
+    def _memory(self) -> Path:
+        return self._cache / f"{self.run().run_id}.newest.json"
+
+    def _remember(self, manifest: Manifest) -> None:
+        self._cache.mkdir(parents=True, exist_ok=True)
+        temporary = self._memory.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
+        temporary.write_bytes(manifest.dumps())
+        temporary.replace(self._memory)
+
+    def _remembered(self) -> Manifest | None:
+        """The newest manifest that a reader with this cache has seen. Damage forgets it: it is only a floor."""
+        try:
+            manifest = Manifest.loads(self._memory.read_bytes())
+        except (OSError, FormatError):
+            return None
+        ours = manifest.run_id == self.run().run_id and manifest.kind != "merged"
+        return manifest if ours else None
+
+    def _require_fresh(self, head: Head | None) -> None:
+        if self._max_head_age is None:
+            return
+        age = None if head is None else time.time() - head.written
+        if age is None or age > self._max_head_age:
+            what = "there is none" if age is None else f"it was written {age:.0f} s ago"
+            raise HeadTooOld(
+                f"the head of {self._bucket.address} must not be older than {self._max_head_age:g} s, and {what}: is "
+                "the trainer running? Allow more, or wait for its next version"
+            )
 
     def _position(self, manifest: Manifest | None) -> Position:
         return self.run().origin if manifest is None else manifest.position

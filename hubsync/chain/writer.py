@@ -281,7 +281,7 @@ class ChainWriter:
         if self._newest is None:
             return
         try:
-            self._bucket.commit(Layout.HEAD, Head(self._newest, self._serving).dumps())
+            self._bucket.commit(Layout.HEAD, Head(self._newest, self._serving, time.time()).dumps())
             self._head_is_behind = False
         except BucketError as error:
             # The version is committed all the same; replicas that are told of it find it without the head.

@@ -7,12 +7,12 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 from datetime import datetime
 from typing import Any
 
 from hubsync.bucket import open_bucket
+from hubsync.cache import default_cache
 from hubsync.chain import ChainReader
 from hubsync.errors import HubsyncError
 from hubsync.replica.follower import Followed, Follower
@@ -55,6 +55,18 @@ def add_parser(subparsers: Any) -> None:
         metavar="S",
         help="seconds the server may take to find its place, or to prepare a version (default: %(default)g)",
     )
+    parser.add_argument(
+        "--max-head-age",
+        type=float,
+        metavar="S",
+        help="refuse to join a run whose head was written longer ago than that (default: no limit)",
+    )
+    parser.add_argument(
+        "--cache",
+        default=str(default_cache()),
+        metavar="DIR",
+        help="where to remember the newest version seen (default: HUBSYNC_CACHE, or %(default)s)",
+    )
     parser.add_argument("--once", action="store_true", help="look once, bring the server there, and end")
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     parser.add_argument("--token", help="Hugging Face token (default: HF_TOKEN, or that of `hf auth login`)")
@@ -68,22 +80,23 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Follow until interrupted or terminated."""
     key = public_key(args)
-    with tempfile.TemporaryDirectory(prefix="hubsync-follow-") as cache:
-        follower = Follower(
-            lambda: ChainReader(open_bucket(args.bucket, token=args.token, key=key), cache),
-            Replica(VLLMServer(args.server, args.api_key), args.kv_cache),
-            interval=args.interval,
-            stage_timeout=args.stage_timeout,
-        )
-        tell = _tell_json if args.json else _tell
-        follower.on_commit = lambda followed: tell(_commit(followed))
-        follower.on_error = lambda error, retry_s: tell(_error(error, retry_s))
-        if args.once:
-            followed = follower.step()
-            if followed is not None:
-                follower.on_commit(followed)
-            return 0
-        return _run_until_told(follower)
+    follower = Follower(
+        lambda: ChainReader(
+            open_bucket(args.bucket, token=args.token, key=key), args.cache, max_head_age=args.max_head_age
+        ),
+        Replica(VLLMServer(args.server, args.api_key), args.kv_cache),
+        interval=args.interval,
+        stage_timeout=args.stage_timeout,
+    )
+    tell = _tell_json if args.json else _tell
+    follower.on_commit = lambda followed: tell(_commit(followed))
+    follower.on_error = lambda error, retry_s: tell(_error(error, retry_s))
+    if args.once:
+        followed = follower.step()
+        if followed is not None:
+            follower.on_commit(followed)
+        return 0
+    return _run_until_told(follower)
 
 
 def _run_until_told(follower: Follower) -> int:

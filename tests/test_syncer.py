@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -321,3 +323,28 @@ def test_a_state_that_takes_too_long_or_fails_never_looks_complete(
     while any((tmp_path / "dcp").iterdir()):
         assert time.monotonic() < deadline, "what is left of it stays"
         time.sleep(0.01)
+
+
+# --- examples
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "saved"),
+    [("on_policy", [], [1, 2, 3, 4]), ("interval", ["--every", "2"], [1, 2]), ("split", [], [1, 2, 3, 4])],
+)
+def test_the_examples_run_as_they_are(
+    script: str, options: list[str], saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without servers: as if all of them followed by themselves."""
+    pytest.importorskip("transformers")
+    from .models import save_checkpoint
+
+    base, examples = (
+        save_checkpoint("qwen3_tied", tmp_path / "base"),
+        Path(__file__).parents[1] / "examples/weight_syncer",
+    )
+    arguments = ["--model", str(base), "--bucket", str(tmp_path / "bucket"), "--steps", "4", *options]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(examples)
+    runpy.run_path(str(examples / f"{script}.py"), run_name="__main__")
+    assert [manifest.version for manifest in manifests(tmp_path)] == saved

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .syncer import WeightSyncer
     from .trainer.config import SyncConfig
     from .trainer.engine import DeltaWeightTransferEngine
 
-__all__ = ["DeltaWeightTransferEngine", "SyncConfig", "__version__"]
+__all__ = ["DeltaWeightTransferEngine", "SyncConfig", "WeightSyncer", "__version__"]
 
-_LAZY = {"DeltaWeightTransferEngine": ".trainer.engine", "SyncConfig": ".trainer.config"}
+_LAZY = {
+    "DeltaWeightTransferEngine": ".trainer.engine",
+    "SyncConfig": ".trainer.config",
+    "WeightSyncer": ".syncer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ FLOORS = [
     {"hubsync.chain"},
     {"hubsync.replica", "vllm_plugin"},
     {"hubsync.trainer"},
-    {"hubsync.integrations"},
+    {"hubsync.integrations", "hubsync.syncer"},
     {"hubsync.demo", "hubsync.doctor"},
     {"hubsync.cli"},
 ]
@@ -33,6 +33,7 @@ NEVER = {
     "hubsync.replica": {"torch", "vllm", "vllm_plugin", "trl", "transformers"},
     "hubsync.trainer": {"vllm", "vllm_plugin", "trl"},
     "hubsync.integrations": {"vllm", "vllm_plugin"},
+    "hubsync.syncer": {"vllm", "vllm_plugin", "trl", "transformers"},
     "hubsync.doctor": {"vllm", "vllm_plugin", "trl"},
     "hubsync.chain": {"vllm", "trl", "transformers", "requests"},
     "vllm_plugin": {"trl", "transformers"},

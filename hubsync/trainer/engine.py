@@ -187,13 +187,17 @@ class DeltaWeightTransferEngine:
         """Wait until nothing is under way; raises the error of the last publish unless its ticket has."""
         self._publisher.wait()
 
-    def anchor(self) -> Manifest:
-        """Upload the whole model as it was last published, loadable by `from_pretrained` and `vllm serve`."""
+    def anchor(self, name: str | None = None) -> Manifest:
+        """Upload the whole model as it was last published, loadable by `from_pretrained` and `vllm serve`.
+
+        Args:
+            name: free text recorded with it; default is `config.name`.
+        """
         self._require_open()
         with self._publishing:
             self._publisher.wait()
             self._publisher.settle()
-            return self._publisher.anchor(step=self.steps, name=self.config.name)
+            return self._publisher.anchor(step=self.steps, name=name or self.config.name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""

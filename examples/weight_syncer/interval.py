@@ -1,0 +1,35 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Interval: the servers get new weights every N steps; rollouts between are up to N steps off policy.
+
+A snapshot holds all that has changed since the one before, so skipping steps makes the sum of deltas smaller.
+
+python examples/weight_syncer/interval.py --every 4 --model MODEL --bucket hf://buckets/ME/rl/run \
+    --servers http://localhost:8000
+"""
+
+from training import make_syncer, parser, start
+
+if __name__ == "__main__":
+    arguments = parser("Hot-load every N steps.")
+    arguments.add_argument("--every", type=int, default=4)
+    args = arguments.parse_args()
+    training = start(args.model)
+    with make_syncer(args, training) as syncer:
+        syncer.wait_for_hotload_ready()
+        for step in range(1, args.steps + 1):
+            training.step()
+            if step % args.every == 0:
+                print("serving", syncer.save_and_hotload(f"step-{step}"), flush=True)

@@ -1,0 +1,29 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""On policy: the servers get the weights of every step before the next rollouts are made.
+
+python examples/weight_syncer/on_policy.py --model MODEL --bucket hf://buckets/ME/rl/run --servers http://localhost:8000
+"""
+
+from training import make_syncer, parser, start
+
+if __name__ == "__main__":
+    args = parser("Hot-load every step.").parse_args()
+    training = start(args.model)
+    with make_syncer(args, training) as syncer:
+        syncer.wait_for_hotload_ready()
+        for step in range(args.steps):
+            training.step()
+            print("serving", syncer.save_and_hotload(f"step-{step}"), flush=True)

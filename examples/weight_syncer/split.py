@@ -1,0 +1,36 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Split: every step is saved, and loaded when it suits: here when an evaluation of it, beside the servers, went well.
+
+What was only saved costs the servers nothing. Any saved snapshot can be loaded later, also an older one.
+
+python examples/weight_syncer/split.py --model MODEL --bucket hf://buckets/ME/rl/run --servers http://localhost:8000
+"""
+
+from training import make_syncer, parser, start
+
+if __name__ == "__main__":
+    args = parser("Save every step, hot-load the good ones, and go back in the end to the first of them.").parse_args()
+    training = start(args.model)
+    good = []
+    with make_syncer(args, training) as syncer:
+        syncer.wait_for_hotload_ready()
+        for step in range(args.steps):
+            training.step()
+            name = syncer.save_only(f"step-{step}")
+            if name is not None and step % 2 == 0:  # your evaluation here
+                good.append(name)
+                print("serving", name, syncer.hotload(name), flush=True)
+        print("back at", good[0], syncer.hotload(good[0]), flush=True)

@@ -1,0 +1,350 @@
+"""Named snapshots: saved, hot-loaded, found again. The servers are stand-ins; the runs are real."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from hubsync import SyncConfig, WeightSyncer
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader
+from hubsync.errors import (
+    BucketUnavailable,
+    ConfigError,
+    ReplicaRefused,
+    ReplicaUnreachable,
+    RunMismatch,
+)
+from hubsync.manifest import Manifest, Position
+from hubsync.replica.deployment import Deployment
+
+from .standin import StandIn
+from .test_trainer import Tiny, train
+
+
+@pytest.fixture
+def model() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+@pytest.fixture
+def optimizer(model: Tiny) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[StandIn]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(StandIn()) for _ in range(2)]
+
+
+Syncers = Callable[..., WeightSyncer]
+
+
+@pytest.fixture
+def new_syncer(
+    model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
+) -> Iterator[Syncers]:
+    """`new_syncer(**options)`: a session of one and the same run, on the two servers."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> WeightSyncer:
+            config = SyncConfig(bucket=str(tmp_path / "bucket"), base_model="tiny")
+            deployment = Deployment([server.url for server in servers])
+            options = {"dcp_directory": tmp_path / "dcp", "warmup_max_retries": 0, **options}
+            return stack.enter_context(WeightSyncer(model, optimizer, config, deployment, **options))
+
+        yield make
+
+
+@pytest.fixture
+def syncer(new_syncer: Syncers, servers: list[StandIn]) -> WeightSyncer:
+    """A session whose servers have been started with version 0."""
+    made = new_syncer()
+    for server in servers:
+        server.base = made.engine.position
+        server.positions = [[server.base]]
+    return made
+
+
+def manifests(tmp_path: Path) -> list[Manifest]:
+    return ChainReader(LocalBucket(tmp_path / "bucket"), tmp_path / "cache").manifests()
+
+
+def positions(servers: list[StandIn]) -> list[Position]:
+    return [server.position for server in servers]
+
+
+# --- saving and hot-loading
+
+
+def test_the_first_snapshot_of_a_session_is_whole_and_the_next_are_deltas(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
+) -> None:
+    names = []
+    for step in range(3):
+        train(model, optimizer)
+        names.append(syncer.save_and_hotload(f"step-{step}"))
+        assert positions(servers) == [syncer.engine.position] * 2
+    kinds = [(manifest.kind, manifest.name) for manifest in manifests(tmp_path)]
+    assert kinds == [("delta", names[0]), ("anchor", names[0]), ("delta", names[1]), ("delta", names[2])]
+    assert names == [f"step-{step}-{syncer.session}" for step in range(3)]
+
+
+def test_the_type_of_a_snapshot_can_be_chosen(
+    new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    syncer = new_syncer(first_checkpoint_type="delta")
+    for name, kind in (("a", None), ("b", "base"), ("c", None)):
+        train(model, optimizer)
+        syncer.save_only(name, kind)
+    assert [manifest.kind for manifest in manifests(tmp_path)] == ["delta", "delta", "anchor", "delta"]
+
+
+def test_the_compression_format_is_that_of_the_deltas(
+    new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    syncer = new_syncer(first_checkpoint_type="delta", compression_format="compact")
+    train(model, optimizer)
+    syncer.save_only("a")
+    assert [manifest.encoding for manifest in manifests(tmp_path)] == ["compact"]
+
+
+def test_what_is_only_saved_is_not_pushed_and_can_be_hot_loaded_later(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
+) -> None:
+    before, names, saved = positions(servers), [], []
+    for name in ("a", "b"):
+        train(model, optimizer)
+        names.append(syncer.save_only(name))
+        saved.append(syncer.engine.position)
+    assert positions(servers) == before
+    for index in (1, 0, 1):  # there, back, and there again
+        assert syncer.hotload(str(names[index]))
+        assert positions(servers) == [saved[index]] * 2
+
+
+def test_a_snapshot_of_another_session_is_found_by_its_full_name(
+    syncer: WeightSyncer, new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
+) -> None:
+    train(model, optimizer)
+    name, saved = syncer.save_only("a"), syncer.engine.position
+    assert name is not None
+    train(model, optimizer)
+    other = new_syncer()
+    assert other.session != syncer.session
+    assert other.hotload(name)
+    assert positions(servers) == [saved] * 2
+
+
+def test_a_name_is_used_once_in_a_session_and_by_every_session(
+    syncer: WeightSyncer, new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer
+) -> None:
+    syncer.save_only("a")
+    with pytest.raises(ConfigError, match="saved a already"):
+        syncer.save_only("a")
+    assert new_syncer().save_only("a") is not None
+    for name in ("", "../a", "a b", "x" * 300):
+        with pytest.raises(ConfigError, match="is not a name"):
+            syncer.save_only(name)
+    with pytest.raises(ConfigError, match="checkpoint_type"):
+        syncer.save_only("c", "whole")
+
+
+def test_an_unknown_name_and_one_whose_time_is_over_are_not_hot_loaded(
+    syncer: WeightSyncer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not syncer.hotload("nobody-saved-this")
+    assert "no snapshot nobody-saved-this" in caplog.text
+    name = syncer.save_only("a", ttl=0.0)
+    assert not syncer.hotload(str(name))
+    assert "time that is over" in caplog.text
+    assert syncer.hotload(str(syncer.save_only("b", ttl=1000.0)))
+
+
+# --- what goes wrong
+
+
+def test_a_snapshot_that_cannot_be_saved_is_none_and_the_next_one_holds_its_changes(
+    syncer: WeightSyncer,
+    model: Tiny,
+    optimizer: torch.optim.Optimizer,
+    monkeypatch: pytest.MonkeyPatch,
+    servers: list[StandIn],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BucketUnavailable("injected")
+
+    train(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(syncer.engine, "publish", fail)
+        assert syncer.save_only("a") is None
+        with pytest.raises(BucketUnavailable):
+            syncer.save_and_hotload("a")
+    syncer.save_and_hotload("a")
+    assert syncer.engine.publish().result().changed == 0
+    assert positions(servers) == [syncer.engine.position] * 2
+
+
+def test_a_server_that_fails_is_an_error_and_the_same_snapshot_can_be_tried_again(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
+) -> None:
+    train(model, optimizer)
+    servers[0].stop()
+    with pytest.raises(ReplicaUnreachable):
+        syncer.save_and_hotload("a")
+    name = f"a-{syncer.session}"
+    assert not syncer.hotload(name)
+    servers[0].start()
+    assert syncer.hotload(name)
+    assert positions(servers) == [syncer.engine.position] * 2
+
+
+def test_a_server_without_a_way_to_a_delta_gets_the_whole_model(
+    new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
+) -> None:
+    def no_base(call: str, before: bool) -> None:
+        if call == "hubsync_stage":
+            ChainReader(LocalBucket(tmp_path / "bucket"), tmp_path / "cache").plan(None)
+
+    servers[0].fault = no_base
+    train(model, optimizer)
+    syncer = new_syncer(first_checkpoint_type="delta")
+    train(model, optimizer)
+    name = syncer.save_and_hotload("a")
+    assert [(manifest.kind, manifest.name) for manifest in manifests(tmp_path)] == [("delta", name), ("anchor", name)]
+
+
+def test_a_snapshot_that_the_run_does_not_hold_is_refused_before_a_server_is_asked(
+    syncer: WeightSyncer,
+    model: Tiny,
+    optimizer: torch.optim.Optimizer,
+    servers: list[StandIn],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(model, optimizer)
+    saved = syncer.engine.publish().result().position
+    monkeypatch.setattr(syncer, "_publish", lambda name, serve: Position(saved.version, "0" * 32))
+    with pytest.raises(RunMismatch, match="another trainer"):
+        syncer.save_and_hotload("a", "delta")
+    assert servers[0].calls == []
+
+
+def test_a_hotload_ends_with_a_warm_up_that_is_tried_again(
+    new_syncer: Syncers, servers: list[StandIn], caplog: pytest.LogCaptureFixture
+) -> None:
+    syncer = new_syncer(warmup_max_retries=1)
+    servers[0].cold = 1
+    syncer.save_and_hotload("a")
+    assert [server.generated for server in servers] == [1, 1]
+    servers[0].cold = 2
+    with pytest.raises(ReplicaRefused, match="not yet"):
+        syncer.save_and_hotload("b")
+    new_syncer(warmup_after_hotload=False).save_and_hotload("a")
+    assert servers[1].generated == 2
+
+
+# --- the deployment
+
+
+def test_the_state_of_the_deployment_is_the_snapshot_that_all_servers_serve(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], new_syncer: Syncers
+) -> None:
+    assert syncer.wait_for_hotload_ready()
+    assert syncer.check_deployment_state() is None  # version 0, which nobody saved
+    train(model, optimizer)
+    name = syncer.save_and_hotload("a")
+    assert syncer.check_deployment_state() == name
+    assert new_syncer().check_deployment_state() == name
+    servers[0].stop()
+    assert syncer.check_deployment_state() is None
+
+
+def test_waiting_for_the_deployment_says_whether_it_came(syncer: WeightSyncer, servers: list[StandIn]) -> None:
+    servers[0].stop()
+    assert not syncer.wait_for_hotload_ready(timeout_s=0.1, poll_interval_s=0.05)
+    servers[0].start()
+    assert syncer.wait_for_hotload_ready(timeout_s=60, poll_interval_s=0.05)
+
+
+def test_a_session_without_a_deployment_saves_for_followers(
+    model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    with WeightSyncer(model, optimizer, SyncConfig(bucket=str(tmp_path / "bucket"))) as syncer:
+        assert syncer.wait_for_hotload_ready()
+        train(model, optimizer)
+        assert syncer.save_and_hotload("a") == f"a-{syncer.session}"
+    with pytest.raises(ConfigError, match="leave SyncConfig"):
+        WeightSyncer(model, optimizer, SyncConfig(bucket=str(tmp_path / "other"), servers=["http://one"]))
+
+
+# --- training state
+
+
+def test_training_goes_on_from_a_saved_state_exactly(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    train(model, optimizer, steps=2)
+    assert syncer.save_dcp("step-2")
+    restored = Tiny()
+    restored_optimizer = torch.optim.AdamW(restored.parameters(), lr=1.0)
+    weights, moments = get_state_dict(restored, restored_optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp" / "step-2", no_dist=True)
+    set_state_dict(restored, restored_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for trained, its_optimizer in ((model, optimizer), (restored, restored_optimizer)):
+        torch.manual_seed(1)
+        train(trained, its_optimizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, restored.state_dict()[name]), name
+
+
+def test_a_state_that_takes_too_long_or_fails_never_looks_complete(
+    new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, optimizer)
+    syncer, save = new_syncer(dcp_timeout=0.05), dcp.save
+    monkeypatch.setattr(dcp, "save", lambda *args, **kwargs: (time.sleep(0.2), save(*args, **kwargs)))
+    assert not syncer.save_dcp("slow")
+    monkeypatch.setattr(dcp, "save", lambda *args, **kwargs: 1 / 0)
+    assert not new_syncer().save_dcp("broken")
+    deadline = time.monotonic() + 60
+    while any((tmp_path / "dcp").iterdir()):
+        assert time.monotonic() < deadline, "what is left of it stays"
+        time.sleep(0.01)
+
+
+# --- examples
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "saved"),
+    [("on_policy", [], [1, 2, 3, 4]), ("interval", ["--every", "2"], [1, 2]), ("split", [], [1, 2, 3, 4])],
+)
+def test_the_examples_run_as_they_are(
+    script: str, options: list[str], saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without servers: as if all of them followed by themselves."""
+    pytest.importorskip("transformers")
+    from .models import save_checkpoint
+
+    base, examples = (
+        save_checkpoint("qwen3_tied", tmp_path / "base"),
+        Path(__file__).parents[1] / "examples/weight_syncer",
+    )
+    arguments = ["--model", str(base), "--bucket", str(tmp_path / "bucket"), "--steps", "4", *options]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(examples)
+    runpy.run_path(str(examples / f"{script}.py"), run_name="__main__")
+    assert [manifest.version for manifest in manifests(tmp_path)] == saved

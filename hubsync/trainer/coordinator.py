@@ -69,7 +69,7 @@ class CheckpointCoordinator:
         self._monitor = ThreadPoolExecutor(1, thread_name_prefix="hubsync-checkpoint-monitor")
         self._decisions: list[Future[None]] = []
 
-    def save_async(self, name: str, work: Callable[[], None], global_step: int, is_state_dict: bool = False) -> None:
+    def save_async(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in the background, once the save before it under this name has ended (that is waited for).
 
         Args:
@@ -85,13 +85,14 @@ class CheckpointCoordinator:
         with self._changed:
             if name not in self._lanes:
                 self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
+            untold = self._take_untold()
             self._saves[name] = self._lanes[name].submit(self._save_or_note, name, work, global_step, is_state_dict)
-        self._tell()
+        _tell(untold)
 
-    def save_sync(self, work: Callable[[], None], global_step: int, is_state_dict: bool = False) -> None:
+    def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in this thread, which a save with collectives of its own needs; its error is raised here."""
         self._save("", work, global_step, is_state_dict)
-        self._tell()
+        _tell(self._take_untold())
 
     def register_and_monitor(
         self,
@@ -113,9 +114,10 @@ class CheckpointCoordinator:
             step.registered[True] += state_dict_thread_count
             step.registered[False] += checkpoint_thread_count
             step.awaited[is_state_dict] += 1
+            untold = self._take_untold()
             self._decisions = [decision for decision in self._decisions if not decision.done()]
             self._decisions.append(self._monitor.submit(self._decide, global_step, is_state_dict))
-        self._tell()
+        _tell(untold)
 
     def wait_all(self, timeout: float | None = None) -> None:
         """Wait until all saves have ended, and every registered step is visible or has failed.
@@ -133,7 +135,7 @@ class CheckpointCoordinator:
             decisions = list(self._decisions)
             self._expect_no_more()
         _wait(decisions, deadline)
-        self._tell()
+        _tell(self._take_untold())
 
     def close(self) -> None:
         """Wait for all, as `wait_all`, and end the threads."""
@@ -157,7 +159,7 @@ class CheckpointCoordinator:
 
     # --- saves
 
-    def _save_or_note(self, name: str, work: Callable[[], None], global_step: int, is_state_dict: bool) -> None:
+    def _save_or_note(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
         try:
             self._save(name, work, global_step, is_state_dict)
         except BaseException as error:
@@ -165,7 +167,7 @@ class CheckpointCoordinator:
             failure.__cause__ = error
             self._note(failure)
 
-    def _save(self, name: str, work: Callable[[], None], global_step: int, is_state_dict: bool) -> None:
+    def _save(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
         try:
             work()
         except BaseException as error:
@@ -245,16 +247,21 @@ class CheckpointCoordinator:
         with self._changed:
             self._untold.append(failure)
 
-    def _tell(self) -> None:
+    def _take_untold(self) -> list[CheckpointFailed]:
+        """What the caller is to be told. Taken before new work begins: the error of that is for the next call."""
         with self._changed:
             untold, self._untold = self._untold, []
-        if untold:
-            raise CheckpointFailed("; ".join(map(str, untold))) from untold[0].__cause__
+        return untold
 
 
 def _kinds(is_state_dict: bool) -> tuple[bool, ...]:
     """The kinds of saves that a step needs: a full checkpoint needs its state dict too."""
     return (True,) if is_state_dict else (True, False)
+
+
+def _tell(untold: list[CheckpointFailed]) -> None:
+    if untold:
+        raise CheckpointFailed("; ".join(map(str, untold))) from untold[0].__cause__
 
 
 def _wait(futures: list[Future[None]], deadline: float | None) -> None:

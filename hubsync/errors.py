@@ -15,6 +15,10 @@ class ConfigError(HubsyncError):
     """A setting or argument that cannot work, or an optional package that is not installed."""
 
 
+class CheckpointFailed(HubsyncError):
+    """A save in the background, or the commit of its step, failed; the step does not become visible."""
+
+
 # --- bucket -----------------------------------------------------------------------------------------
 
 

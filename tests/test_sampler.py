@@ -283,7 +283,8 @@ def test_a_replica_with_a_long_queue_gets_less(replica: Callable[..., StandIn]) 
     async def check() -> None:
         window = AdaptiveWindow(initial_window=4, max_window=8)
         async with Sampler([busy.url, idle.url], window=window, poll_s=0.01) as sampler:
-            await asyncio.to_thread(busy.asked, "/metrics", 4)
+            while sampler.windows[busy.url] > 1:
+                await asyncio.sleep(0.002)
             samples = [asyncio.ensure_future(anext(sampler.sample([[1]], 1, seed=SEED))) for _ in range(5)]
             while busy.samples_asked + idle.samples_asked < 5:
                 await asyncio.sleep(0.002)

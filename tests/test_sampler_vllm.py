@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -25,7 +26,8 @@ def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def site_without_scale_out(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return make_site(tmp_path_factory.mktemp("site"), start_server)
+    """A server that tells no spans, and runs no more than 8 requests at once."""
+    return make_site(tmp_path_factory.mktemp("site"), start_server, arguments=["--max-num-seqs", "8"])
 
 
 async def samples_around_a_commit(site: Site, sampler: Sampler) -> list[Sample]:
@@ -94,3 +96,17 @@ def test_without_scale_out_the_versions_before_and_after_bound_what_made_a_sampl
     assert bounds <= {(old, old), (old, new), (new, new)}
     assert bounds >= {(old, new), (new, new)}
     assert all(sample.spans == () and len(sample.token_ids) == 300 for sample in samples)
+
+
+def test_the_window_comes_down_to_what_the_server_can_run_and_stays_about_there(site_without_scale_out: Site) -> None:
+    url, sizes = site_without_scale_out.url, []
+
+    async def check() -> None:
+        window = AdaptiveWindow(initial_window=64, prefill_queue_target=60.0)  # by its queue alone: machines are slow
+        async with Sampler([url], window=window, poll_s=0.2) as sampler:
+            async for _ in sampler.sample(PROMPTS, 100, max_tokens=40, ignore_eos=True):
+                sizes.append(sampler.windows[url])
+
+    asyncio.run(check())
+    assert len(sizes) == 400
+    assert 4 <= statistics.median(sizes[200:]) <= 20, "8 run and 4 may wait; it halves above, and grows below"

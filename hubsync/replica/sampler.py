@@ -99,6 +99,11 @@ class Sampler:
         self._giving_up: asyncio.TimerHandle | None = None
         self._open = False
 
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many requests each replica, by its URL, may work on at once now."""
+        return {replica.url: replica.window.size for replica in self._replicas}
+
     async def __aenter__(self) -> Sampler:
         self._open = True
         for replica in self._replicas:

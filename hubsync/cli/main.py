@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import demo, doctor, hub, inspect
+from . import compact, demo, doctor, hub, inspect
 
-COMMANDS = (demo, doctor, hub, inspect)
+COMMANDS = (demo, doctor, hub, inspect, compact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

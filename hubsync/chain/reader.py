@@ -18,7 +18,7 @@ from typing import TypeVar
 from hubsync.bucket.base import Bucket, Download
 from hubsync.codec import OldBits
 from hubsync.errors import FormatError, HeadTooOld, NoPath, ObjectMissing
-from hubsync.manifest import Head, Manifest, Position, Run
+from hubsync.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose, invert
 from hubsync.weights import Advanced
@@ -123,6 +123,21 @@ class ChainReader:
                 anchor = self._index.anchor_of(position)
                 found += [manifest for manifest in (anchor, link.delta) if manifest is not None]
             start = self._index.newest(below=position.version)
+        return found[::-1]
+
+    def spans(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Merged deltas that lead to versions of a chain (as `manifests` returns it), in the order of these versions.
+
+        Also where the deltas that they merge have been deleted.
+        """
+        known = {manifest.position for manifest in manifests}
+        known |= {manifest.parent for manifest in manifests if manifest.parent is not None}
+        found = []
+        for merged in reversed(self._index.merged(0, MAX_VERSION)):
+            if merged.position in known:
+                assert merged.parent is not None  # the parser guarantees it
+                known.add(merged.parent)
+                found.append(merged)
         return found[::-1]
 
     def manifest(self, version: int) -> Manifest:

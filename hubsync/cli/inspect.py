@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
 def list_versions(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         reader = _reader(args, stack)
-        run, manifests = reader.run(), reader.manifests()
+        run, manifests = reader.run(), _with_merged(reader)
     if args.limit is not None:
         manifests = manifests[max(0, len(manifests) - args.limit) :]
     base = "an anchor in the bucket" if run.base.model is None else run.base.model
@@ -85,13 +85,14 @@ def verify_run(args: argparse.Namespace) -> int:
     """Replay the current chain from where it can begin, with every anchor on it; say what could not be checked."""
     with ExitStack() as stack:
         reader = _reader(args, stack)
-        manifests = reader.manifests()
+        manifests = _with_merged(reader)
         base = _base(args, reader)
         view = None if base is None else View(reader.run().table, base, reader.run().origin)
         checked = 0
         for manifest in manifests:
-            view = _verify(reader, manifest, view)
-            if view is not None:
+            after = _verify(reader, manifest, view)
+            view = after or view
+            if after is not None:
                 print(f"ok       {manifest.kind:6} {manifest.position}")
                 checked += 1
             else:
@@ -171,9 +172,22 @@ def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View 
             return anchor
         view.verify()
         return view
+    if manifest.kind == "merged":
+        return _verify_merged(reader, manifest, view)
     if view is None or view.position != manifest.parent:
         return None
     view.apply(reader.patch(manifest, view.bits), Step(manifest))
+    return view
+
+
+def _verify_merged(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
+    """From its end back to its start and forth again, as both have digests; or forth, where only it leads on."""
+    if view is None or view.position not in (manifest.position, manifest.parent):
+        return None
+    patch = reader.patch(manifest)
+    if view.position == manifest.position:
+        view.apply(patch, Step(manifest, inverse=True))
+    view.apply(patch, Step(manifest))
     return view
 
 
@@ -204,8 +218,16 @@ def _write_checkpoint(out: Path, view: View, side_files: list[Path]) -> None:
         raise
 
 
+def _with_merged(reader: ChainReader) -> list[Manifest]:
+    """The current chain, and after each version the merged deltas that lead to it."""
+    manifests = reader.manifests()
+    merged = reader.spans(manifests)
+    rank = {"delta": 0, "merged": 1, "anchor": 2}
+    return sorted([*manifests, *merged], key=lambda m: (m.version, rank[m.kind], -m.parent.version if m.parent else 0))
+
+
 def _row(manifest: Manifest, numel: int) -> list[str]:
-    is_delta = manifest.kind == "delta"
+    is_delta = manifest.kind != "anchor"
     return [
         str(manifest.version),
         manifest.kind,

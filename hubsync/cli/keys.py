@@ -1,4 +1,4 @@
-"""`hubsync keygen`: a key that signs a run. And the option of commands that read signed runs."""
+"""`hubsync keygen`: a key that signs a run. And the options of commands that read and write signed runs."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def add_public_key(parser: argparse.ArgumentParser) -> None:
 def public_key(args: argparse.Namespace) -> PublicKey | None:
     """What `--public-key` says."""
     return PublicKey.load(args.public_key) if args.public_key else None
+
+
+def add_signing_key(parser: argparse.ArgumentParser) -> None:
+    """The option `--signing-key`."""
+    parser.add_argument(
+        "--signing-key",
+        metavar="FILE",
+        default=os.environ.get(SIGNING_KEY_VARIABLE),
+        help=f"key that the run is signed with, made by `hubsync keygen` (default: {SIGNING_KEY_VARIABLE})",
+    )
+
+
+def signing_key(args: argparse.Namespace) -> SigningKey | None:
+    """What `--signing-key` says."""
+    return SigningKey.load(args.signing_key) if args.signing_key else None

@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/test_extension.py tests/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions test-soak test-matrix lint bench clean
+.PHONY: help setup demo test test-fast test-versions test-soak test-matrix lint bench chaos clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
 	@echo "make test-matrix  every architecture in every layout (20 minutes)"
 	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
+	@echo "make chaos      200 random histories of kills, stalls and faults: exact, or loud (10 minutes)"
 	@echo "make bench      the codec benchmark on synthetic weights"
 
 setup: $(READY)
@@ -75,6 +76,10 @@ test-soak: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)
+
+# Random histories; one seed again: make chaos ARGS="--only 17".
+chaos: $(READY)
+	$(BIN)/python -m benchmarks.chaos --runs 200 $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLD) .pytest_cache .mypy_cache .ruff_cache .hypothesis

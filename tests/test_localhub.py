@@ -184,6 +184,31 @@ def test_storage_accepts_only_its_own_unexpired_tokens(hub_bucket: HubBucket, lo
     assert get(local_hub, f"/v1/xorbs/default/{HASH}", read.replace("read", "write"), "POST").status_code == 401
 
 
+# --- faults -------------------------------------------------------------------------------------------
+
+
+def test_a_stale_answer_about_names_is_the_one_before(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.commit("head.json", b"old")
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"old"}
+    assert [s.path for s in hub_bucket.list()] == ["head.json"]
+    hub_bucket.commit("head.json", b"newer")
+    hub_bucket.commit("other", b"")
+    local_hub.fail("/tree|/paths-info", times=2, stale=True)
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"old"}
+    assert [s.path for s in hub_bucket.list()] == ["head.json"]
+    assert local_hub.faults_left() == 0
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"newer"}
+    assert [s.path for s in hub_bucket.list()] == ["head.json", "other"]
+
+
+def test_a_truncated_answer_ends_in_the_middle(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.commit("object", b"bytes")
+    local_hub.fail("/tree", truncate=True)
+    with pytest.raises(requests.RequestException):
+        get(local_hub, api_path(hub_bucket, "/tree"))
+    assert get(local_hub, api_path(hub_bucket, "/tree")).json()
+
+
 # --- what is malformed --------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
-from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused
+from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.keys import SigningKey
 from hubsync.manifest import Position, Run
 from hubsync.parts import write_anchor, write_delta
@@ -343,10 +343,7 @@ def poisoned_after_commit(replica: Replica, trainer: Trainer) -> None:
     position = trainer.publish(1)
     replica.stage(position)
     touched = patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices
-    free = next(i for i in range(24 * 8) if i not in touched)
-    row, column = divmod(free, 8)
-    with torch.no_grad():
-        replica.model.down.view(torch.int16)[column, row] ^= 1
+    damage_where(replica.model, next(i for i in range(24 * 8) if i not in touched))
     replica.session.commit(position)
     status = replica.settled()
     assert (status["state"], status["error"]["type"]) == ("poisoned", "ReplicaPoisoned")
@@ -391,6 +388,30 @@ def test_weights_damaged_before_a_commit_poison_it(tmp_path: Path, trainer: Trai
     replica.assert_serves(0)
     with pytest.raises(ReplicaRefused, match="nothing to heal"):
         replica.session.heal()
+    replica.follow(position)
+    replica.assert_serves(1)
+
+
+def damage_where(model: Model, position: int) -> None:
+    """Flip a bit of the exponent of one element of `down`, given in checkpoint coordinates."""
+    row, column = divmod(position, 8)
+    with torch.no_grad():
+        model.down.view(torch.int16)[column, row] ^= 1 << 13
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_sound_delta_that_does_not_fit_damaged_weights_poisons_them(
+    tmp_path: Path, trainer: Trainer, base: Path, compact: bool
+) -> None:
+    """`python -m benchmarks.chaos --only 11`: the delta was blamed, and the damaged weights were served on."""
+    replica = Replica(tmp_path, trainer.address, checkpoint=base).attached()
+    position = trainer.publish(1, compact)
+    for element in patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices:
+        damage_where(replica.model, int(element))
+    status = replica.stage(position)
+    assert (status["state"], status["error"]["type"]) == ("poisoned", "ReplicaPoisoned")
+    replica.session.before_forward()
+    replica.assert_serves(0)
     replica.follow(position)
     replica.assert_serves(1)
 
@@ -533,3 +554,18 @@ def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: Ranks) -> 
     assert [str(answer).split(": ", 1)[0] for answer in ranks.all("commit", ranks.positions[1])] == ["rank 1"] * SIZE
     for live, old in zip(ranks.memory(), before, strict=True):
         assert_same(live, old)
+
+
+def test_a_rank_with_damaged_weights_is_found_out_by_the_vote(ranks: Ranks) -> None:
+    """Alone it cannot tell that its share is wrong; all see that the sum is, and each looks at its own weights."""
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    ranks.states()
+    touched = patch_between(ranks.views[0], ranks.views[1], SHARDED)[SHARDED.index_of("last")].indices
+    with torch.no_grad():
+        ranks.models[1].last.view(torch.int16).view(-1)[int(touched[0])] ^= 1
+    ranks.all("stage", ranks.positions[1])
+    ranks.states()
+    assert all(isinstance(answer, WrongParent) for answer in ranks.all("commit", ranks.positions[1]))
+    assert ranks.states() == ["staged", "poisoned"]

@@ -427,6 +427,11 @@ class Applier:
             self.poisoned, self.verified = None, True
             return staged.changed
 
+    def doubt(self) -> None:
+        """A sound delta did not fit the live weights, so they may have been changed by somebody: `verify` says."""
+        with self._lock:
+            self.verified = False
+
     def poison(self, reason: str) -> None:
         """The live weights are not known to be right: refuse everything but `heal` from here on."""
         with self._lock:

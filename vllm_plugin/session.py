@@ -28,7 +28,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Plan
 from hubsync.checkpoint import Checkpoint, Patched
 from hubsync.digest import Digest
-from hubsync.errors import HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
+from hubsync.errors import FormatError, HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.keys import PublicKey
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
@@ -279,7 +279,11 @@ class Session:
         """Apply what all ranks have staged. Returns elements written. See `Applier.commit` for what it raises."""
         applier = self._require_joined()
         before, started = applier.position, time.perf_counter()
-        changed = applier.commit(target)
+        try:
+            changed = applier.commit(target)
+        except WrongParent:
+            self._doubt(applier)
+            raise
         if applier.position != before:
             self._metrics["commit_s"] = time.perf_counter() - started
             self._metrics["changed"] = changed
@@ -418,9 +422,19 @@ class Session:
         except Exception as error:
             applier.discard()
             self._fail(f"could not stage {target}", error)
+            if isinstance(error, (WrongParent, FormatError)):
+                self._doubt(applier)
         finally:
             if self._wanted == target:  # else a newer target is queued behind
                 self._wanted = None
+
+    def _doubt(self, applier: Applier) -> None:
+        """Parts are checked before they are decoded, so where one does not fit it may be the live weights that are
+        wrong. They are looked at, or they would be served on with an error that blames the delta.
+        """
+        if applier.poisoned is None:
+            applier.doubt()
+            self._submit(self._verify)
 
     def _verify(self) -> None:
         if self._attached is None or self._attached.applier.verified:

@@ -107,6 +107,8 @@ class LocalHub:
         drop: bool = False,
         lose_answer: bool = False,
         corrupt: bool = False,
+        truncate: bool = False,
+        stale: bool = False,
     ) -> None:
         """Break the next `times` requests whose "METHOD /path" contains the regular expression `match`.
 
@@ -116,9 +118,11 @@ class LocalHub:
             drop: end the connection without doing or answering anything.
             lose_answer: do what is asked, then end the connection without an answer.
             corrupt: flip one bit in the middle of the answer's body.
+            truncate: end the connection in the middle of the answer's body.
+            stale: answer a question about names (listing, sizes, metadata) as the same one was answered last.
         """
         self._server.faults.append(
-            Fault(re.compile(match), times, status, headers or {}, delay, drop, lose_answer, corrupt)
+            Fault(re.compile(match), times, status, headers or {}, delay, drop, lose_answer, corrupt, truncate, stale)
         )
 
     def faults_left(self) -> int:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
@@ -18,6 +18,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from .xet import MAX_XORB_BYTES, MalformedError
+
+_REMEMBERED = 256  # answers kept so that a fault can give an old one again
 
 _PLACEHOLDERS = {"path": "(.+)", "hash": "([0-9a-f]{64})"}
 
@@ -96,6 +98,8 @@ class Fault:
     drop: bool
     lose_answer: bool
     corrupt: bool
+    truncate: bool
+    stale: bool
 
 
 class Server(ThreadingHTTPServer):
@@ -110,6 +114,7 @@ class Server(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
+        self._answers: OrderedDict[tuple[object, ...], Reply] = OrderedDict()
         super().__init__(("127.0.0.1", port), _Handler)
 
     @property
@@ -152,6 +157,22 @@ class Server(ThreadingHTTPServer):
                     return fault
         return None
 
+    def remember(self, request: Request, reply: Reply) -> None:
+        """Keep the answer to a question about names: what a stale cache would go on saying."""
+        reads = request.method in ("GET", "HEAD") or request.path.endswith("/paths-info")
+        if not reads or (isinstance(reply.body, bytes) and reply.body):
+            return
+        with self._lock:
+            self._answers[_question(request)] = reply
+            self._answers.move_to_end(_question(request))
+            if len(self._answers) > _REMEMBERED:
+                self._answers.popitem(last=False)
+
+    def recall(self, request: Request) -> Reply | None:
+        """What the same question was last answered."""
+        with self._lock:
+            return self._answers.get(_question(request))
+
     def count(self, name: str) -> None:
         with self._lock:
             self.counts[name] += 1
@@ -182,7 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.lose_answer:
             self.close_connection = True
             return
-        self._send(_with_a_flipped_bit(reply) if fault and fault.corrupt else reply)
+        if fault and fault.corrupt:
+            reply = _with_a_flipped_bit(reply)
+        self._send(reply, truncate=bool(fault and fault.truncate))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # names are http.server's
 
@@ -195,8 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.count(route.name)
                 if fault and fault.status:
                     return HttpError(fault.status, "injected", **fault.headers).reply
+                if fault and fault.stale and (old := self.server.recall(request)) is not None:
+                    return old
                 try:
-                    return route.answer(request, *(unquote(group) for group in match.groups()))
+                    reply = route.answer(request, *(unquote(group) for group in match.groups()))
+                    self.server.remember(request, reply)
+                    return reply
                 except HttpError as error:
                     return error.reply
                 except MalformedError as error:
@@ -231,14 +258,21 @@ class _Handler(BaseHTTPRequestHandler):
             raise HttpError(413, "request body too large")
         return self.rfile.read(size)
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: Reply, *, truncate: bool = False) -> None:
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         self.send_response(reply.status)
         for key, value in {"Content-Type": reply.type, "Content-Length": str(len(body)), **reply.headers}.items():
             self.send_header(key, value)
         self.end_headers()
+        if truncate:
+            self.close_connection = True
+            body = body[: len(body) // 2]
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _question(request: Request) -> tuple[object, ...]:
+    return request.method, request.path, tuple(request.query.items()), request.body
 
 
 def _with_a_flipped_bit(reply: Reply) -> Reply:

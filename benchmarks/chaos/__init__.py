@@ -1,0 +1,1 @@
+"""Random histories of publishers and replicas that die, stall, lag and meet faults: exact, or loud."""

@@ -1,0 +1,368 @@
+"""What can happen in a history. Each kind of event is a small function in one registry.
+
+A new kind needs no more than this:
+
+    @event("compacted")
+    def compact(history: History) -> bool:
+        ...
+        return True
+
+It leaves a publisher or none behind, replicas in any state, and no fault. It returns whether what its name says really
+took place (a fault may find nothing to strike), and raises `Broken` where it sees a promise broken.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import actors
+from .actors import Actor, Failed, Report
+from .history import Broken, History
+
+Happening = Callable[[History], bool]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of event, and the storages ("hub", "directory") on which it can happen."""
+
+    kind: str
+    happen: Happening
+    on: tuple[str, ...]
+
+
+EVENTS: dict[str, Event] = {}
+
+
+def event(kind: str, on: tuple[str, ...] = ("hub", "directory")) -> Callable[[Happening], Happening]:
+    """Register a kind of event."""
+
+    def register(happen: Happening) -> Happening:
+        EVENTS[kind] = Event(kind, happen, on)
+        return happen
+
+    return register
+
+
+# --- nothing goes wrong -------------------------------------------------------------------------------
+
+
+@event("published")
+def publish(history: History) -> bool:
+    """A version that everybody follows."""
+    history.publish()
+    for replica in history.replicas:
+        history.follow(replica)
+    return True
+
+
+@event("lagged")
+def lag(history: History) -> bool:
+    """Several versions that one replica takes in one step, and the others not at all."""
+    for _ in range(history.chance.randint(2, 4)):
+        history.publish()
+    history.follow(_some_replica(history))
+    return True
+
+
+@event("anchored")
+def anchor(history: History) -> bool:
+    publisher = _publisher(history)
+    answer = publisher.ask("anchor")
+    history.say(f"anchor: {answer}")
+    if isinstance(answer, Failed):
+        raise Broken(f"no anchor on a healthy storage: {answer}")
+    return True
+
+
+@event("joined")
+def join(history: History) -> bool:
+    if len(history.replicas) == 3:
+        return False
+    history.follow(history.join())
+    return True
+
+
+@event("undone")
+def undo(history: History) -> bool:
+    """A replica takes its last commit back; later it follows again."""
+    replica = _some_replica(history)
+    history.publish_change()
+    history.follow(replica)
+    return isinstance(history.ask_replica(replica, "undo"), Report)
+
+
+# --- processes die and stall --------------------------------------------------------------------------
+
+
+@event("publisher killed")
+def kill_publisher(history: History) -> bool:
+    """Anywhere in a publish. It is resumed from the trainer's newest checkpoint, which may or may not be published."""
+    publisher = _publisher(history)
+    publisher.tell("publish", history.next_state())
+    _wait_anywhere(history)
+    history.kill_publisher()
+    _maybe_follow(history)
+    history.start_publisher(history.newest_state())
+    return True
+
+
+@event("creator killed")
+def kill_while_joining(history: History) -> bool:
+    """Anywhere while it joins the run: opening its epoch, or uploading an anchor."""
+    if history.publisher is not None:
+        history.kill_publisher()
+    state = history.chance.choice([history.newest_state(), 0])
+    doomed = actors.start(f"publisher-doomed-{time.monotonic_ns()}", actors.publisher, history.setup, state)
+    _wait_anywhere(history)
+    doomed.kill()
+    _maybe_follow(history)
+    history.start_publisher(history.newest_state())
+    return True
+
+
+@event("trainer rolled back")
+def roll_back(history: History) -> bool:
+    """The trainer loses steps that it had published, and goes on from an older checkpoint."""
+    if history.publisher is not None:
+        history.kill_publisher()
+    states = history.setup.states.numbers()
+    history.start_publisher(history.chance.choice(states[:-1] or states))
+    _maybe_follow(history)
+    history.publish()
+    return len(states) > 1
+
+
+@event("publisher stalled")
+def stall_publisher(history: History) -> bool:
+    publisher = _publisher(history)
+    state = history.next_state()
+    publisher.tell("publish", state)
+    _wait_anywhere(history)
+    publisher.stop()
+    for replica in history.replicas:
+        history.follow(replica)
+    publisher.wake()
+    answer = publisher.answer()
+    publisher.details["state"] = state
+    if isinstance(answer, Failed):
+        raise Broken(f"a stall on a healthy storage: {answer}")
+    return True
+
+
+@event("late writer")
+def wake_up_late(history: History) -> bool:
+    """A publisher stalls anywhere in a publish, another one takes over, and the first wakes up: it must be fenced."""
+    old = _publisher(history)
+    old.tell("publish", history.next_state())
+    _wait_anywhere(history)
+    old.stop()
+    history.start_publisher(history.newest_state())
+    history.publish()
+    _maybe_follow(history)
+    old.wake()
+    try:
+        first = old.answer()  # it may have passed the fence before: a dead branch
+        history.say(f"the late writer: {first}")
+        second = first if isinstance(first, Failed) else old.ask("publish", history.next_state())
+        history.say(f"the late writer: {second}")
+        if not (isinstance(second, Failed) and second.error == "Fenced"):
+            raise Broken(f"a writer that was replaced went on: {second}")
+        history.hear(old.name, second)
+    finally:
+        old.kill()
+    history.publish()
+    history.follow(_some_replica(history))
+    return True
+
+
+@event("replica killed")
+def kill_replica(history: History) -> bool:
+    """Anywhere while it follows. Started again it finds what it had downloaded, whole or not."""
+    replica = _some_replica(history)
+    history.publish()
+    replica.tell("follow")
+    _wait_anywhere(history)
+    replica.kill()
+    history.follow(history.restart(replica))
+    return True
+
+
+@event("replica damaged")
+def damage_replica(history: History) -> bool:
+    """A bit of its weights flips. The digest of the next commit sees it, and no forward pass runs on it then."""
+    replica = _some_replica(history)
+    if isinstance(history.follow(replica), Failed):
+        return False
+    replica.ask("flip", history.chance.randrange(1 << 30))
+    history.publish_change()
+    history.follow(replica)
+    return True
+
+
+@event("hub killed", on=("hub",))
+def kill_hub(history: History) -> bool:
+    """Anywhere in a publish, and started again a moment later."""
+    publisher = _publisher(history)
+    state = history.next_state()
+    publisher.tell("publish", state)
+    _wait_anywhere(history)
+    assert history.hub is not None
+    history.hub.kill()
+    time.sleep(0.1)
+    history.restart_hub()
+    publisher.details["state"] = state
+    answer = publisher.answer()
+    if isinstance(answer, Failed):
+        history.hear(publisher.name, answer)
+    history.publish()
+    _maybe_follow(history)
+    return True
+
+
+# --- faults of the Hub --------------------------------------------------------------------------------
+
+_PUBLISHING = ["POST .*/batch", "POST /v1/xorbs/", "POST /v1/shards", "GET .*/xet-write-token", "GET .*/tree"]
+_READING = [
+    "POST .*/paths-info",
+    "HEAD .*/resolve/",
+    "GET .*/xet-read-token",
+    "GET /v2/reconstructions/",
+    "GET /xorbs/",
+]
+_ANY = _PUBLISHING + _READING
+_NAMES = ["GET .*/tree", "POST .*/paths-info", "HEAD .*/resolve/"]
+
+RETRIED = (408, 429, 500, 502, 503, 504)
+FINAL = (400, 401, 403, 404, 409, 416)
+
+_FAULTS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    **{f"hub {status}": (_ANY, {"status": status}) for status in (*RETRIED, *FINAL)},
+    "connection dropped": (_ANY, {"drop": True}),
+    "answer lost": (_ANY, {"lose_answer": True}),
+    "answer delayed": (_ANY, {"delay": 0.4}),
+    "bytes corrupted": (["GET /xorbs/"], {"corrupt": True}),
+    "bytes truncated": ([*_NAMES[:2], "GET /v2/reconstructions/", "GET /xorbs/"], {"truncate": True}),
+    "names stale": (_NAMES, {"stale": True}),
+}
+
+
+def _fault(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
+    def strike(history: History) -> bool:
+        times = history.chance.randint(1, 2)
+        route = history.chance.choice(routes)
+        history.break_hub(match=route, times=times, **fault)
+        history.chance.choice([_publish_and_follow, _resume_and_publish, _join_and_follow])(history)
+        if history.heal_hub() == times:
+            history.say(f"{kind} found nothing to strike")
+            return False
+        return True
+
+    return strike
+
+
+for _kind, (_routes, _arguments) in _FAULTS.items():
+    event(_kind, on=("hub",))(_fault(_kind, _routes, _arguments))
+
+
+# --- faults of a directory ----------------------------------------------------------------------------
+
+
+@event("file corrupted", on=("directory",))
+def corrupt_file(history: History) -> bool:
+    """A bit of a delta flips on the disk, and is set right later."""
+    return _with_damaged_delta(history, lambda good: bytes([*good[:-1], good[-1] ^ 1]))
+
+
+@event("file truncated", on=("directory",))
+def truncate_file(history: History) -> bool:
+    return _with_damaged_delta(history, lambda good: good[: len(good) // 2])
+
+
+@event("head stale", on=("directory",))
+def go_back_in_the_head(history: History) -> bool:
+    """A file system shows an old head, or a replaced writer wakes up and writes one."""
+    head = Path(history.setup.address, "head.json")
+    if not head.exists():
+        return False
+    old = head.read_bytes()
+    history.publish()
+    _replace(head, old)
+    for replica in history.replicas:
+        history.follow(replica)
+    if len(history.replicas) < 3:
+        history.follow(history.join())
+    history.publish()
+    return True
+
+
+# --- how they are made --------------------------------------------------------------------------------
+
+
+def _publisher(history: History) -> Actor:
+    return history.publisher or history.start_publisher(history.newest_state())
+
+
+def _some_replica(history: History) -> Actor:
+    return history.chance.choice(history.replicas)
+
+
+def _wait_anywhere(history: History) -> None:
+    """As long as a publish or less: nobody knows where the others are by then."""
+    time.sleep(history.chance.uniform(0.0, 0.6 if history.hub is not None else 0.06))
+
+
+def _maybe_follow(history: History) -> None:
+    if history.chance.random() < 0.5:
+        history.follow(_some_replica(history))
+
+
+def _publish_and_follow(history: History) -> None:
+    history.publish()
+    history.follow(_some_replica(history))
+
+
+def _resume_and_publish(history: History) -> None:
+    if history.publisher is not None:
+        history.kill_publisher()
+    history.start_publisher(history.newest_state())
+    history.publish()
+    _maybe_follow(history)
+
+
+def _join_and_follow(history: History) -> None:
+    if len(history.replicas) < 3:
+        history.follow(history.join())
+        return
+    replica = _some_replica(history)
+    replica.kill()
+    history.follow(history.restart(replica))
+    history.publish()
+
+
+def _with_damaged_delta(history: History, damage: Callable[[bytes], bytes]) -> bool:
+    before = set(_deltas(history))
+    history.publish()
+    new = sorted(set(_deltas(history)) - before)
+    if not new:
+        return False
+    good = new[-1].read_bytes()
+    _replace(new[-1], damage(good))
+    answers = [history.follow(replica) for replica in history.replicas]
+    _replace(new[-1], good)
+    return any(isinstance(answer, Failed) for answer in answers)
+
+
+def _deltas(history: History) -> list[Path]:
+    return list(Path(history.setup.address).rglob("deltas/*.safetensors"))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    staged = path.with_name("." + path.name)
+    staged.write_bytes(data)
+    os.replace(staged, path)

@@ -1,0 +1,324 @@
+"""One history: its processes, what can be done to them, and the judge of what comes of it.
+
+The process that holds a `History` never starts a thread, because it forks all others.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from hubsync.digest import digest_view
+from hubsync.manifest import Position
+from hubsync.trainer.detection import table_of
+
+from . import actors
+from .actors import Actor, Failed, Report, Setup
+from .model import Policy, Tensors, served
+
+_TRIES = 5  # faults repeat twice, so this many must get through
+_PORTS = (
+    15_000,
+    32_000,
+)  # below those that clients get by themselves: a Hub that is started again must find its own free
+
+
+class Divergence(Exception):
+    """A replica that claims to be in service has other bits than the publisher had: what must never happen."""
+
+
+class Broken(Exception):
+    """Another promise that was not kept."""
+
+
+class History:
+    """The processes of one history, and what happened to them.
+
+    Attributes:
+        chance: every decision of the script comes from it, so it depends on the seed alone.
+        hub, publisher, replicas: running processes; None while there is none.
+        occurred: how often each kind of event really took place.
+        loud: errors that somebody reported, by class.
+        out_of_service: why replicas ended without serving the newest version, as they said themselves.
+    """
+
+    def __init__(self, seed: int, home: Path, on: str):
+        self.seed = seed
+        self.home = home
+        self.chance = random.Random(seed)
+        self.port = self.chance.randrange(*_PORTS)
+        self.hub: Actor | None = None
+        self.publisher: Actor | None = None
+        self.replicas: list[Actor] = []
+        self.occurred: Counter[str] = Counter()
+        self.loud: Counter[str] = Counter()
+        self.out_of_service: list[str] = []
+        self._began = time.monotonic()
+        self._states = 0
+        self._digests: dict[str, int] = {}
+        self._digested: set[int] = set()
+        for directory in ("logs", "states", "base"):
+            (home / directory).mkdir(parents=True)
+        self._log = (home / "history.log").open("w", buffering=1)
+        self.setup = self._draw_setup(on)
+
+    def _draw_setup(self, on: str) -> Setup:
+        address = "hf://buckets/me/chaos/run" if on == "hub" else str(self.home / "bucket")
+        setup = Setup(
+            seed=self.seed,
+            home=self.home,
+            address=address,
+            hub_url=None,
+            view_dtype=self.chance.choice(["bfloat16", "bfloat16", "float16", "float32"]),
+            encoding=self.chance.choice(["fast", "fast", "compact", "auto"]),
+            anchor_every=self.chance.choice([0, 0, 2, 3]),
+            has_base=self.chance.random() < 0.6,
+            wide=self.chance.random() < 0.2,
+        )
+        return setup if on == "directory" else self._with_hub(setup)
+
+    def _with_hub(self, setup: Setup) -> Setup:
+        for port in self._ports():
+            hub = actors.start("hub", actors.hub, setup, port)
+            try:
+                hub.answer()
+            except actors.Died:  # somebody else has this port
+                (self.home / "logs" / "hub.log").unlink()
+                continue
+            self.hub, self.port = hub, port
+            return Setup(**{**vars(setup), "hub_url": f"http://127.0.0.1:{port}"})
+        raise Broken("no port is free")
+
+    def _ports(self) -> Iterator[int]:
+        yield self.port
+        for _ in range(20):
+            yield random.randrange(*_PORTS)
+
+    # --- beginning and end --------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """State 0, a publisher that has published something, and one to three replicas that follow."""
+        policy = Policy(self.setup.wide)
+        self.setup.states.save(0, policy, self.setup.dtype)
+        save_file(policy.view(self.setup.dtype), self.setup.base / "model.safetensors")
+        self.say(f"seed {self.seed}: {self.setup}")
+        self.start_publisher(0)
+        self.publish()
+        for _ in range(self.chance.choice([1, 1, 2, 3])):
+            self.follow(self.join())
+
+    def finish(self) -> None:
+        """With all faults gone, everybody and one who joins now must have the publisher's weights, or say no."""
+        self.heal_hub()
+        final = self.publish_change()
+        for replica in [*self.replicas, self.join("joiner")]:
+            answer = self.follow(replica)
+            for _ in range(2):
+                if isinstance(answer, Failed):
+                    answer = self.follow(replica)
+            self._judge_end(replica, answer, final)
+        self._audit(final)
+        self._find_tracebacks()
+
+    def _judge_end(self, replica: Actor, answer: Report | Failed, final: Position) -> None:
+        if isinstance(answer, Failed):
+            self.out_of_service.append(f"{replica.name}: {answer}")
+        elif not answer.in_service:
+            self.out_of_service.append(f"{replica.name}: {'/'.join(answer.states)}")
+        elif answer.position != final:
+            raise Divergence(f"{replica.name} serves {answer.position} without complaint, but {final} is the newest")
+
+    def _audit(self, final: Position) -> None:
+        """Every version of the chain is readable, from nothing, and is a state that the publisher was in."""
+        found = actors.start("auditor", actors.auditor, self.setup, self.home / "auditor").answer()
+        for position, memory in found:
+            self._judge_bits("the chain", position, memory)
+        if found[-1][0] != final:
+            raise Broken(f"the chain ends at {found[-1][0]}, but {final} was published")
+
+    def _find_tracebacks(self) -> None:
+        """An error that nobody foresaw is a bug, also where it did no harm."""
+        for log in sorted((self.home / "logs").iterdir()):
+            if "Traceback" in log.read_text(errors="replace"):
+                raise Broken(f"an unforeseen error in {log.name}")
+
+    def end(self) -> None:
+        """Kill whatever runs."""
+        for actor in [self.publisher, *self.replicas, self.hub]:
+            if actor is not None:
+                actor.kill()
+
+    # --- the publisher ------------------------------------------------------------------------------
+
+    def start_publisher(self, state: int) -> Actor:
+        """A publisher that resumes at a state. It fences the one before, which is not stopped by this."""
+        for _ in range(_TRIES):
+            publisher = actors.start(f"publisher-{time.monotonic_ns()}", actors.publisher, self.setup, state)
+            answer = publisher.answer()
+            if not isinstance(answer, Failed):
+                self.say(f"{publisher.name} resumed at state {state}: {answer}")
+                self._judge_claim(answer, state)
+                publisher.details["state"] = state
+                self.publisher = publisher
+                return publisher
+            self.hear(publisher.name, answer)
+        raise Broken(f"no publisher can be started: {answer}")
+
+    def kill_publisher(self) -> None:
+        assert self.publisher is not None
+        self.publisher.kill()
+        self.publisher = None
+
+    def newest_state(self) -> int:
+        """What the trainer's own newest checkpoint holds: saved before it was published."""
+        return self.setup.states.numbers()[-1]
+
+    def next_state(self) -> int:
+        """A number for a state that is about to be trained."""
+        self._states += 1
+        return self._states
+
+    def publish(self) -> Position:
+        """Train a step and publish it, again until it is durable."""
+        publisher = self.publisher or self.start_publisher(self.newest_state())
+        state = self.next_state()
+        answer = publisher.ask("publish", state)
+        publisher.details["state"] = state
+        for _ in range(_TRIES):
+            if not isinstance(answer, Failed):
+                self.say(f"published state {state}: {answer}")
+                self._judge_claim(answer, state)
+                return answer
+            self.hear(publisher.name, answer)
+            if answer.error == "Fenced":
+                self.kill_publisher()
+                publisher = self.start_publisher(state)
+            answer = publisher.ask("publish", None)
+        raise Broken(f"state {state} cannot be published: {answer}")
+
+    def publish_change(self) -> Position:
+        """Publish until there is a new version: some steps change nothing."""
+        before = position = self.publish()
+        while position == before:
+            position = self.publish()
+        return position
+
+    # --- replicas -----------------------------------------------------------------------------------
+
+    def join(self, name: str | None = None) -> Actor:
+        """Another server, from the base checkpoint or the newest anchor."""
+        name = name or f"replica-{len(self.replicas)}"
+        # Ranks that hold parts of small tensors cannot follow compact deltas, and say so: it would be all they do.
+        ranks = self.chance.choice([1, 2]) if self.setup.encoding == "fast" else 1
+        replica = self._start_replica(name, ranks)
+        if name != "joiner":
+            self.replicas.append(replica)
+        return replica
+
+    def restart(self, replica: Actor) -> Actor:
+        """The same server again, after it was killed; what it had downloaded is still there."""
+        again = self._start_replica(replica.name, replica.details["ranks"])
+        self.replicas[self.replicas.index(replica)] = again
+        return again
+
+    def _start_replica(self, name: str, ranks: int) -> Actor:
+        from_anchor = not self.setup.has_base or self.chance.random() < 0.4
+        home = self.home / name
+        for _ in range(_TRIES):
+            replica = actors.start(name, actors.replica, self.setup, home, ranks, from_anchor)
+            answer = replica.answer()
+            if not isinstance(answer, Failed):
+                self.say(f"{name} started from {'an anchor' if from_anchor else 'the base'} with {ranks} ranks")
+                replica.details["ranks"] = ranks
+                return replica
+            self.hear(name, answer)
+            if answer.error == "NoPath" and self.setup.has_base:
+                from_anchor = False
+        raise Broken(f"{name} cannot be started: {answer}")
+
+    def follow(self, replica: Actor) -> Report | Failed:
+        """Bring a replica to the newest version that it finds, and judge what it serves then."""
+        return self.ask_replica(replica, "follow")
+
+    def ask_replica(self, replica: Actor, *command: Any) -> Report | Failed:
+        answer: Report | Failed = replica.ask(*command)
+        report = answer.report if isinstance(answer, Failed) else answer
+        if isinstance(answer, Failed):
+            self.hear(replica.name, answer)
+        if report is not None:
+            self.say(f"{replica.name} is {'/'.join(report.states)} at {report.position} after {command}")
+            self.judge(replica.name, report)
+        return answer
+
+    # --- the Hub ------------------------------------------------------------------------------------
+
+    def break_hub(self, **fault: Any) -> None:
+        """See `LocalHub.fail`."""
+        assert self.hub is not None
+        self.say(f"the Hub: {fault}")
+        self.hub.ask("fail", fault)
+
+    def heal_hub(self) -> int:
+        """No faults from here on. Returns how many had not struck."""
+        if self.hub is None:
+            return 0
+        left: int = self.hub.ask("left")
+        self.hub.ask("heal")
+        return left
+
+    def restart_hub(self) -> None:
+        """The same Hub at the same address, after it was killed."""
+        self.hub = actors.start("hub", actors.hub, self.setup, self.port)
+        self.hub.answer()
+
+    # --- the judge ----------------------------------------------------------------------------------
+
+    def judge(self, who: str, report: Report) -> None:
+        """Divergence unless a replica that claims to be in service has, bit for bit, a state of the publisher."""
+        if report.in_service:
+            assert report.position is not None
+            self._judge_bits(who, report.position, report.memory)
+
+    def _judge_bits(self, who: str, position: Position, memory: Any) -> None:
+        state = self._state_of(position)
+        if state is None:
+            raise Divergence(f"{who} has {position}, which the publisher never was at")
+        expected = served(self.setup.states.view(state), len(memory))
+        for rank, shard in enumerate(expected):
+            for name, right in shard.memory().items():
+                if memory[rank][name] != right:
+                    different = sum(a != b for a, b in zip(memory[rank][name], right, strict=True))
+                    raise Divergence(
+                        f"{who}, rank {rank}: {different} bytes of {name} at {position} are not those of state {state}"
+                    )
+
+    def _judge_claim(self, position: Position, state: int) -> None:
+        """What the publisher calls a version is what its weights are."""
+        if position.digest != self._digest(self.setup.states.view(state)):
+            raise Divergence(f"the publisher says that state {state} is {position}, which has another digest")
+
+    def _state_of(self, position: Position) -> int | None:
+        for state in self.setup.states.numbers():
+            if state not in self._digested:
+                self._digested.add(state)
+                self._digests[self._digest(self.setup.states.view(state))] = state
+        return self._digests.get(position.digest)
+
+    def _digest(self, view: Tensors) -> str:
+        return digest_view(table_of(view, self.setup.dtype), view).hex
+
+    # --- the log ------------------------------------------------------------------------------------
+
+    def say(self, what: str) -> None:
+        self._log.write(f"{time.monotonic() - self._began:7.3f}  {what}\n")
+
+    def hear(self, who: str, failed: Failed) -> None:
+        """Somebody reports an error: that is what they should do."""
+        self.loud[failed.error] += 1
+        self.say(f"{who} says {failed}")

@@ -1,0 +1,221 @@
+"""Playing many histories, several at a time, each in a process of its own that is forked from this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import torch
+
+from hubsync.bits import bits_of
+from hubsync.digest import digest_view
+from hubsync.manifest import Position
+from hubsync.parts import read_delta, write_delta
+from hubsync.trainer.config import VIEW_DTYPES
+from hubsync.trainer.detection import Snapshot, published_tensors, table_of
+from hubsync.weights import ViewBits
+from vllm_plugin.applier import Applier
+
+from .actors import Report
+from .events import EVENTS
+from .history import Divergence, History
+from .model import Policy, served
+
+DEADLINE_S = 180.0  # for a history; without load it takes a few seconds
+
+_LAST_LINES = 12
+_fork = multiprocessing.get_context("fork")
+
+
+@dataclass
+class Outcome:
+    """What came of one history.
+
+    Attributes:
+        divergence: what a replica in service had that it must not have, or None.
+        failure: another promise that was not kept, an unforeseen error, or a process that hangs; or None.
+        log: the last lines of its logs, where it went wrong.
+    """
+
+    seed: int
+    divergence: str | None = None
+    failure: str | None = None
+    occurred: list[str] = field(default_factory=list)
+    loud: Counter[str] = field(default_factory=Counter)
+    out_of_service: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        return self.divergence is None and self.failure is None
+
+
+def play_all(seeds: Sequence[int], jobs: int, root: Path, *, plant: bool = False) -> Iterator[Outcome]:
+    """Play a history for each seed, `jobs` at a time; outcomes as they come. Failed ones keep their directory.
+
+    Call it in a process that has never started a thread, after `prepare`.
+    """
+    waiting = list(reversed(seeds))
+    running: dict[Connection, _Running] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                started = _Running.start(waiting.pop(), root, plant)
+                running[started.pipe] = started
+            ready = wait(list(running), timeout=1.0)
+            late = [pipe for pipe, one in running.items() if one.late and pipe not in ready]
+            for pipe in [*(pipe for pipe in running if pipe in ready), *late]:
+                yield running.pop(pipe).outcome()
+    finally:
+        for one in running.values():
+            one.end()
+
+
+@dataclass
+class _Running:
+    seed: int
+    home: Path
+    process: ForkProcess
+    pipe: Connection
+    began: float
+
+    @classmethod
+    def start(cls, seed: int, root: Path, plant: bool) -> _Running:
+        home = root / str(seed)
+        ours, theirs = _fork.Pipe()
+        process = _fork.Process(target=_play, args=(seed, home, plant, theirs))
+        process.start()
+        theirs.close()
+        return cls(seed, home, process, ours, time.monotonic())
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.began > DEADLINE_S
+
+    def outcome(self) -> Outcome:
+        outcome = Outcome(self.seed, failure=f"it hangs: not done after {DEADLINE_S:g} s")
+        if self.pipe.poll():
+            try:
+                outcome = self.pipe.recv()
+            except EOFError:
+                outcome = Outcome(self.seed, failure="the process that plays it has died")
+        self.end()
+        outcome.seconds = time.monotonic() - self.began
+        if outcome.exact:
+            shutil.rmtree(self.home)
+        else:
+            outcome.log = _last_lines(self.home)
+        return outcome
+
+    def end(self) -> None:
+        """End it, and everything that it has started: they are one process group."""
+        try:
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.join()
+        self.pipe.close()
+
+
+def _play(seed: int, home: Path, plant: bool, pipe: Connection) -> None:
+    os.setpgid(0, 0)
+    outcome = Outcome(seed)
+    try:
+        _play_script(seed, home, plant, outcome)
+    except Divergence as error:
+        outcome.divergence = str(error)
+    except Exception as error:
+        outcome.failure = f"{type(error).__name__}: {error}"
+        (home / "logs" / "play.log").write_text(traceback.format_exc())
+    pipe.send(outcome)
+
+
+def _play_script(seed: int, home: Path, plant: bool, outcome: Outcome) -> None:
+    chance = random.Random(seed)
+    must = EVENTS[list(EVENTS)[seed % len(EVENTS)]]
+    on = chance.choice(must.on)
+    others = [event for event in EVENTS.values() if on in event.on]
+    script = [must, *chance.choices(others, k=chance.randint(2, 4))]
+    chance.shuffle(script)
+    history = History(seed, home, on)
+    outcome.loud, outcome.out_of_service = history.loud, history.out_of_service
+    try:
+        history.begin()
+        for number, event in enumerate(script):
+            # What every run of so many seeds promises to show gets another try where it found nothing to strike.
+            for attempt in range(4 if event is must else 1):
+                # By moments of kills events may take more or fewer decisions: those of later ones are the same.
+                history.chance = random.Random(f"{seed}/{number}/{attempt}")
+                history.say(f"--- {event.kind}")
+                if event.happen(history):
+                    history.occurred[event.kind] += 1
+                    break
+        if plant:
+            _plant(history)
+        history.finish()
+    finally:
+        outcome.occurred = sorted(history.occurred)
+        history.end()
+
+
+def _plant(history: History) -> None:
+    """Change a weight behind everybody's back, after the last verification."""
+    history.publish()
+    replica = history.replicas[0]
+    history.follow(replica)
+    report: Report = replica.ask("flip", history.seed)
+    history.judge(replica.name, report)
+
+
+def _last_lines(home: Path) -> list[str]:
+    lines = []
+    for log in [home / "history.log", *sorted((home / "logs").glob("*.log"))]:
+        if log.exists():
+            lines += [f"{log.name}: {line}" for line in log.read_text(errors="replace").splitlines()[-_LAST_LINES:]]
+    return lines
+
+
+# --- before the first fork ----------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Compile every kernel here, in the one thread, so that forked processes have them."""
+    torch.set_num_threads(1)
+    for dtype in VIEW_DTYPES.values():
+        policy = Policy(wide=True)
+        old = policy.view(dtype)
+        tensors = published_tensors(policy)
+        table = table_of(tensors, dtype)
+        snapshot = Snapshot(tensors, table)
+        start = Position(0, snapshot.digest.hex)
+        shard = served(old, 1)[0]
+        applier = Applier(shard, table, torch.device("cpu"))
+        applier.join([applier.census()])
+        applier.adopt(start)
+        for tensor in policy.parameters():
+            bits_of(tensor.detach())[::3] ^= 1
+            bits_of(tensor.detach())[1::50] ^= 1 << 9
+        detected = snapshot.detect()
+        target = Position(1, digest_view(table, policy.view(dtype)).hex)
+        view = ViewBits(table, old)
+        for level in (None, view):
+            part = write_delta(table, detected.patch, run_id="0" * 32, parent=start, position=target, old=level)
+            with tempfile.NamedTemporaryFile() as file:
+                Path(file.name).write_bytes(part)
+                read_delta(Path(file.name), table, None, level and applier.old_bits())
+        applier.stage_patch(detected.patch, target)
+        applier.commit(target)
+        applier.verify()

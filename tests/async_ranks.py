@@ -1,6 +1,7 @@
 """AsyncGRPOTrainer on two ranks: `torchrun -m tests.async_ranks CHECKPOINT OUTPUT URL ADDRESS`.
 
-Beside what `async_toy` names, the rollout worker is a stand-in, which samples at random: what is shown is who publishes.
+Beside what `async_toy` names, the rollout worker is a stand-in, which samples at random: what is shown is who
+publishes, and that the other rank does not wait for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.trainer.config import SyncConfig
 
-from .async_toy import make_trainer, without_gpu
+from .async_toy import GENERATIONS, make_trainer, without_gpu
+
+RANKS = 2
 
 
 class RandomRollouts:
@@ -36,7 +39,7 @@ class RandomRollouts:
     def check_health(self, stale_after_s: float) -> None: ...
 
     def update_model_version(self, model_version: int) -> None:
-        for _ in range(12):
+        for _ in range(4 * GENERATIONS * RANKS):  # the trainer takes batches ahead
             self.rollout_buffer.put(
                 RolloutSample(
                     prompt=[{"role": "user", "content": "x"}],
@@ -65,7 +68,7 @@ def main(checkpoint: str, output: str, url: str, address: str) -> None:
         )
         transfer.attach(trainer)
         trainer.train()
-    assert trainer.accelerator.num_processes == 2
+    assert trainer.accelerator.num_processes == RANKS
     if trainer.accelerator.is_main_process:
         assert trainer.model_version == 3
         position = transfer.last.position

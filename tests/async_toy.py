@@ -18,6 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from hubsync.trainer.detection import Snapshot, published_tensors, table_of
+
 from .models import save_checkpoint, save_tokenizer
 
 GENERATIONS = 4
@@ -102,6 +104,12 @@ def make_trainer(policy: Path, directory: Path, url: str, *, callbacks: Any = No
         callbacks=callbacks,
         **parts,
     )
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """Of the published view of a model, computed from its parameters alone."""
+    tensors = published_tensors(model)
+    return Snapshot(tensors, table_of(tensors, torch.bfloat16)).digest.hex
 
 
 def share_of_vowels(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:

@@ -123,7 +123,8 @@ class _HTTPGeneration(VLLMGeneration):
             structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
             server_base_url=url,
             server_timeout=args.vllm_server_timeout,
-            logprobs=0,  # of the sampled tokens, for the importance sampling correction
+            # Of the sampled tokens, for the importance sampling correction; IWOPD has an objective that wants none.
+            logprobs=0 if getattr(args, "distillation_objective", "iw_opd") == "iw_opd" else None,
             generation_kwargs=getattr(args, "generation_kwargs", None),
             **_sampling(trainer),
         )

@@ -9,31 +9,31 @@ step by then, in the background, so the request to synchronise only waits for th
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, is_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import (
     BucketUnavailable,
     ConfigError,
     ReplicaError,
     ReplicaPoisoned,
-    ReplicaUnreachable,
     WrongParent,
 )
 from hubsync.manifest import Position
-from hubsync.replica.server import VLLMServer, new_session
+from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 from hubsync.trainer.publisher import Published, Ticket
+
+from . import seam
+from .async_trl import HubWeightTransfer
+from .seam import server_url
+
+__all__ = ["HubSyncCallback", "HubWeightTransfer", "server_url"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ logger = logging.getLogger(__name__)
 class HubSyncCallback(TrainerCallback):
     """Serves a trainer's policy on a vLLM server, in step with every optimizer step, through a bucket.
 
-    For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration`. After
-    construction the trainer behaves as if it had been built with `use_vllm=True, vllm_mode="server"`, importance
-    sampling correction included; where the server is and how it samples is taken from the trainer's own arguments
-    (`vllm_server_base_url`, `temperature`, ...). Neither NCCL nor the `vllm` package is needed where the trainer runs.
-    The callback adds itself to the trainer.
+    For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration` (they are
+    listed in `hubsync.integrations.seam`). After construction the trainer behaves as if it had been built with
+    `use_vllm=True, vllm_mode="server"`, importance sampling correction included; where the server is and how it samples
+    is taken from the trainer's own arguments (`vllm_server_base_url`, `temperature`, ...). Neither NCCL nor the `vllm`
+    package is needed where the trainer runs. The callback adds itself to the trainer.
 
     Metrics, beside the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`, `bits_per_change`,
     `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
@@ -96,9 +96,7 @@ class HubSyncCallback(TrainerCallback):
         self._unverified: Position | None = None
         self._failure: Exception | None = None
         self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
-        trainer.vllm_generation = _HTTPGeneration(trainer, self._synchronise)
-        trainer.use_vllm, trainer.vllm_mode = True, "server"
-        trainer._last_loaded_step = -1  # no step's weights were loaded yet
+        seam.generate_on_server(trainer, url, self._synchronise)
         if self._is_main:
             self._replica.check()
             self._warn_of_biased_logprobs()
@@ -216,19 +214,10 @@ class HubSyncCallback(TrainerCallback):
             self.digest_matches += 1
 
     def _record_published(self, published: Published) -> None:
-        self._record(
-            changed_fraction=published.changed / published.total,
-            payload_bytes=published.payload_bytes,
-            bits_per_change=published.bits_per_change,
-            compact=published.encoding == "compact",
-            detect_s=published.detect_s,
-            encode_s=published.encode_s,
-            upload_s=published.upload_s,
-        )
+        self._record(**seam.metrics_of(published))
 
     def _record(self, **metrics: float) -> None:
-        for name, value in metrics.items():
-            self.trainer._metrics["train"][f"weight_sync/{name}"].append(float(value))
+        seam.record(self.trainer, metrics)
 
     def _warn_of_biased_logprobs(self) -> None:
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
@@ -243,78 +232,17 @@ class HubSyncCallback(TrainerCallback):
             )
 
 
-class _HTTPGeneration(VLLMGeneration):
-    """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
-
-    def __init__(self, trainer: Any, synchronise: Callable[[], None]):
-        self._synchronise = synchronise
-        args = trainer.args
-        self._url = server_url(args)
-        super().__init__(
-            model=trainer.model,
-            accelerator=trainer.accelerator,
-            processing_class=trainer.processing_class,
-            mode="server",
-            structured_outputs_regex=args.vllm_structured_outputs_regex,
-            server_base_url=self._url,
-            server_timeout=args.vllm_server_timeout,
-            repetition_penalty=trainer.repetition_penalty,
-            temperature=trainer.temperature,
-            top_p=trainer.top_p,
-            top_k=trainer.top_k,
-            min_p=trainer.min_p,
-            max_completion_length=trainer.max_completion_length,
-            logprobs=0,  # of the sampled tokens, for the importance sampling correction
-            generation_kwargs=args.generation_kwargs,
-        )
-
-    def _init_vllm(self) -> None:
-        if self.accelerator.is_main_process:
-            self.vllm_client = _HTTPClient(self._url, self.server_timeout)
-        self.accelerator.wait_for_everyone()
-
-    def sync_weights(self) -> None:
-        """Return once the server generates with the weights of the last optimizer step. Collective."""
-        self._synchronise()
-
-
-class _HTTPClient(VLLMClient):
-    """The part of TRL's client that generates. It never opens a communicator."""
-
-    def __init__(self, url: str, timeout: float):
-        self.base_url = url
-        self.session = new_session(url)
-        _wait_for(VLLMServer(url), timeout)
-        self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
-
-
-def server_url(args: Any) -> str:
-    """The vLLM server that a TRL configuration names."""
-    return (args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}").rstrip("/")
-
-
-def _wait_for(server: VLLMServer, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if server.health():
-                return
-        except ReplicaUnreachable:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(1.0)
-
-
 def _refuse_unsuitable(trainer: Any) -> None:
     args, name = trainer.args, type(trainer).__name__
-    if not _generates_through_vllm_generation(trainer) or hasattr(args, "vllm_sync_frequency"):
-        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use GRPOTrainer or RLOOTrainer")
+    if seam.family_of(trainer) is None:
+        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {seam.family_names()}")
+    seam.require_unmoved(type(trainer))
     if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:
         raise ConfigError(
             f"{name} was built with use_vllm=True, which sends weights by NCCL: build it with use_vllm=False (and keep "
             "vllm_server_base_url); HubSyncCallback then makes it generate on that server"
         )
-    if args.use_transformers_continuous_batching:
+    if getattr(args, "use_transformers_continuous_batching", False):
         raise ConfigError(
             "use_transformers_continuous_batching casts the policy in place, which would be published as a change of "
             "every weight: leave it False, generation happens on the vLLM server anyway"
@@ -326,8 +254,3 @@ def _refuse_unsuitable(trainer: Any) -> None:
         )
     if getattr(trainer, "loss_type", None) == "vespo" and trainer.vllm_importance_sampling_mode.startswith("sequence"):
         raise ConfigError("loss_type='vespo' needs vllm_importance_sampling_mode='token_truncate' or 'token_mask'")
-
-
-def _generates_through_vllm_generation(trainer: Any) -> bool:
-    modules = (sys.modules[kind.__module__] for kind in type(trainer).__mro__ if kind.__module__.startswith("trl."))
-    return any(getattr(module, "VLLMGeneration", None) is VLLMGeneration for module in modules)

@@ -1,0 +1,98 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Asynchronous GRPO whose inference server generates while its weights move through a Hugging Face bucket.
+
+In a clone of hubsync (the PyPI package of that name is another project):
+
+pip install '.[trl]' aiohttp kernels math-verify trackio vllm    # on the training host; TRL wants vllm installed there
+pip install '.[vllm]'                                            # on the inference host
+
+On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
+
+# Inference host
+
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/async-1 VLLM_SERVER_DEV_MODE=1 \
+vllm serve Qwen/Qwen3-0.6B \
+    --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
+    --enable-scale-out \
+    --logprobs-mode processed_logprobs \
+    --max-model-len 4096 \
+    --host 0.0.0.0 --port 8000
+
+The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: let nobody but
+the training host reach the port.
+
+# Training host
+
+python examples/async_grpo/train.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name trl-lib/DeepMath-103K \
+    --bucket hf://buckets/<your-name>/rl/async-1 \
+    --vllm_server_base_url http://<inference-host>:8000 \
+    --output_dir async-grpo-Qwen3-0.6B-deepmath \
+    --learning_rate 1e-6 \
+    --max_completion_length 2048 \
+    --per_device_train_batch_size 8 \
+    --num_generations 8 \
+    --max_staleness 4 \
+    --max_steps 200 \
+    --report_to trackio
+
+With several GPUs: `accelerate launch --num_processes 8 examples/async_grpo/train.py ...`, the rest the same.
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from trl import ScriptArguments, TrlParser
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+from trl.rewards import accuracy_reward
+
+from hubsync import SyncConfig
+from hubsync.integrations.trl import HubWeightTransfer
+
+
+@dataclass
+class Arguments:
+    """Arguments of this script."""
+
+    model_name_or_path: str = field(metadata={"help": "Model to train; the servers serve the same revision of it."})
+    quorum: int | None = field(
+        default=None, metadata={"help": "How many of `servers` must serve a version before training goes on."}
+    )
+
+
+def main() -> None:
+    parser = TrlParser((Arguments, ScriptArguments, AsyncGRPOConfig, SyncConfig))
+    arguments, script_args, training_args, sync_config = parser.parse_args_and_config()
+
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    transfer = HubWeightTransfer(sync_config, quorum=arguments.quorum)
+    trainer = AsyncGRPOTrainer(
+        model=arguments.model_name_or_path,
+        reward_funcs=accuracy_reward,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        weight_transfer=transfer,
+    )
+    # TRL does not tell a transfer which policy it is for.
+    transfer.attach(trainer)
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

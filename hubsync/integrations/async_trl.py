@@ -1,0 +1,265 @@
+"""hubsync in TRL's asynchronous trainers: the weight transfer that they take in their constructor.
+
+TRL calls it between two optimizer steps, on the main process, and moves its policy version when it has returned. So
+`send_weights` returns when the servers serve the new weights, and not before. They generate all the while: their
+commits need no pause, and `pause` and `resume` do nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+
+from hubsync.errors import BucketUnavailable, ConfigError, ReplicaUnsuitable
+from hubsync.replica.fleet import Delivery, Fleet
+from hubsync.replica.server import VLLMServer, new_session
+from hubsync.replica.sync import Replica
+from hubsync.trainer.config import SyncConfig
+from hubsync.trainer.engine import DeltaWeightTransferEngine
+from hubsync.trainer.publisher import Published
+
+from . import seam
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+
+# TRL's version of a sample that nobody knows the weights of. Older than `max_staleness` allows, whatever that is.
+_ANCIENT = -(2**31)
+
+
+class HubWeightTransfer:
+    """The weight transfer of [`AsyncGRPOTrainer`] and [`AsyncDistillationTrainer`] through a bucket.
+
+    Servers generate while changes are found, encoded, uploaded, downloaded and staged, and while they are committed;
+    the training loop waits meanwhile, and TRL's policy version moves when a quorum of the servers serves the new
+    weights.
+
+    Samples are dated by what made them. The rollout worker of [`AsyncGRPOTrainer`] is made to ask for tokens through
+    `/inference/v1/generate`, which states the weights behind every token; a sample's version is that of the oldest of
+    them, or the one that had been acknowledged before its group's first request if that is older. So `max_staleness`
+    never counts too little, whichever server of a quorum answered, and a sample of weights that are of no version of
+    this run (a server that was restarted) is dropped. The range is on the sample, and logged, as
+    `weight_sync/version_min` and `weight_sync/version_max`, in versions of the run.
+
+    Other metrics: `weight_sync/version`, `acknowledged` (servers that serve it), `changed_fraction`, `payload_bytes`,
+    `bits_per_change`, `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`.
+
+    Attributes:
+        engine: the publisher; None before training, on other processes than the main one, and after it.
+        last: what the last synchronisation delivered; None before the first.
+
+    Args:
+        config: where the bucket is, and the rest of what hubsync needs to know. `servers` are those that generate for
+            the trainer; default is the trainer's `vllm_server_base_url`. Name them all if that is a load balancer.
+        quorum: how many of the servers must serve a version before TRL's moves to it; None is all of them. With fewer,
+            a dead or slow server does not stop training; it catches up with a later version.
+        timeout: seconds that one synchronisation may take, from its begin until the quorum serves it.
+
+    Raises:
+        ConfigError: a quorum or timeout that cannot be.
+
+    Usage:
+
+    ```python
+    >>> from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+    >>> from hubsync import SyncConfig
+    >>> from hubsync.integrations.trl import HubWeightTransfer
+
+    >>> transfer = HubWeightTransfer(SyncConfig(bucket="hf://buckets/me/my-runs/async-1"))
+    >>> trainer = AsyncGRPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     reward_funcs=reward,
+    ...     args=AsyncGRPOConfig(vllm_server_base_url="http://inference-host:8000"),
+    ...     train_dataset=dataset,
+    ...     weight_transfer=transfer,
+    ... )
+    >>> transfer.attach(trainer)
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(self, config: SyncConfig, *, quorum: int | None = None, timeout: float = 600.0):
+        if timeout <= 0:
+            raise ConfigError(f"timeout must be a positive number of seconds, not {timeout}")
+        if quorum is not None and quorum < 1:
+            raise ConfigError(f"quorum must be at least 1, not {quorum}")
+        self.config = config
+        self.quorum = quorum
+        self.timeout = timeout
+        self.engine: DeltaWeightTransferEngine | None = None
+        self.last: Delivery | None = None
+        self._trainer: Any = None
+        self._fleet: Fleet | None = None
+        self._calendar = Calendar()
+        self._generates_on: str | None = None  # the server to ask whether it states versions, until it was asked
+
+    def attach(self, trainer: Any) -> None:
+        """Learn which policy this is about. Call it on all processes, between construction and `train()`.
+
+        Raises:
+            ConfigError: for a trainer that cannot be served this way; the message says why, and what to change.
+        """
+        if not seam.takes_weight_transfer(trainer):
+            raise ConfigError(
+                f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {seam.family_names()}"
+            )
+        seam.require_unmoved(type(trainer))
+        if is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
+            raise ConfigError(
+                "a PEFT policy is not a sparse change of its base: merging the adapter changes nearly every weight. "
+                "Train all parameters, or leave weight_transfer out and let TRL send the adapter"
+            )
+        if not trainer.accelerator.is_main_process:
+            return
+        if trainer.weight_transfer is not self:
+            raise ConfigError("build the trainer with weight_transfer=transfer before transfer.attach(trainer)")
+        url = seam.server_url(trainer.args)
+        servers = self.config.servers or [url]
+        states_versions = seam.date_samples(trainer, self._date)
+        if states_versions:
+            self._generates_on = url
+        elif self.quorum not in (None, len(servers)):
+            raise ConfigError(
+                f"samples of a {type(trainer.rollout_worker).__name__} of this trainer do not say which weights made "
+                "them, and a server outside of the quorum may be behind: leave quorum out (TRL's own worker in "
+                "AsyncGRPOTrainer can be made to say it)"
+            )
+        self._trainer, self.config = trainer, replace(self.config, servers=list(servers))
+
+    # --- what TRL calls, on the main process
+
+    def init_weight_transfer(self) -> None:
+        """Create or continue the run, with the policy as it is now."""
+        if self._trainer is None:
+            raise ConfigError("call transfer.attach(trainer) before trainer.train(): it does not know the policy")
+        trainer, config = self._trainer, self.config
+        # The fleet brings servers to a version, not the engine, which would wait for all of them.
+        self.engine = DeltaWeightTransferEngine(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.optimizer,
+            replace(config, servers=[]),
+            processing_class=trainer.processing_class,
+        )
+        self._fleet = Fleet(
+            [Replica(VLLMServer(url, timeout=config.commit_timeout), config.kv_cache) for url in config.servers],
+            quorum=self.quorum,
+            stage_timeout=config.stage_timeout,
+            make_path=self.engine.anchor,
+        )
+
+    def pause(self) -> None:
+        """Nothing: requests go on while weights change. A server that has to be paused for its commit is, by that."""
+
+    def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Return once a quorum of the servers serves the policy as it is now.
+
+        Raises:
+            BucketUnavailable: the new version was not durable in time.
+            ReplicaError: too few servers serve it, in time or at all; the message names those that do not.
+        """
+        # First, and whatever comes after: it gathers shards with the other ranks, which would wait for ever.
+        for _ in iterator:
+            pass
+        if self.engine is None or self._fleet is None:
+            raise ConfigError("this transfer has ended: make a new one for another training")
+        deadline = time.monotonic() + self.timeout
+        published = self._publish(deadline)
+        self.last = self._fleet.deliver(published.position, max(deadline - time.monotonic(), 0.0))
+        self._require_stated_versions()
+        # TRL counts after this call, in the same thread that takes samples out of its queue.
+        self._calendar.note(self._trainer.model_version + 1, published.version)
+        self._record(published, self.last)
+
+    def resume(self) -> None:
+        """Nothing; see `pause`."""
+
+    def destroy(self) -> None:
+        """Stop. The servers keep what they serve."""
+        fleet, engine = self._fleet, self.engine
+        self._fleet = self.engine = None
+        if fleet is not None:
+            fleet.close()
+        if engine is not None:
+            engine.close()
+
+    def _publish(self, deadline: float) -> Published:
+        assert self.engine is not None
+        while True:
+            try:
+                ticket = self.engine.publish(self._trainer.state.global_step)
+                return ticket.result(max(deadline - time.monotonic(), 0.0))
+            except TimeoutError:
+                raise BucketUnavailable(
+                    f"the new version was not in the bucket after {self.timeout:g} s: set a longer timeout, or see why "
+                    f"{self.config.bucket} is slow"
+                ) from None
+            except BucketUnavailable as outage:
+                if time.monotonic() + _RETRY_S > deadline:
+                    raise
+                logger.warning("trying again: %s", outage)
+                time.sleep(_RETRY_S)
+
+    def _date(self, sample: Any, oldest: int) -> None:
+        """Set TRL's version of a sample to that of the oldest weights that had a part in it.
+
+        TRL's own, the version acknowledged before the first request, stays where it is older.
+        """
+        sample.model_version = min(sample.model_version, self._calendar.of(oldest))
+
+    def _require_stated_versions(self) -> None:
+        """ReplicaUnsuitable unless the server that generates says which weights made its tokens. Asked once."""
+        if self._generates_on is None:
+            return
+        url, self._generates_on = self._generates_on, None
+        request = {"token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
+        with new_session(url) as session:
+            answer = session.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
+        if answer.status_code == 404:
+            raise ReplicaUnsuitable(f"{url} does not say which weights made a sample: start it with --enable-scale-out")
+        if not answer.ok or not answer.json()["choices"][0].get("weight_versions"):
+            raise ReplicaUnsuitable(
+                f"{url} does not say which weights made a sample: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
+            )
+
+    def _record(self, published: Published, delivery: Delivery) -> None:
+        commits = delivery.commits
+        metrics = {
+            **seam.metrics_of(published),
+            "version": published.version,
+            "acknowledged": len(commits),
+            "stage_s": max(commit.stage_s for commit in commits),
+            "commit_s": max(commit.commit_s for commit in commits),
+            "pause_s": max(commit.pause_s for commit in commits),
+        }
+        seam.record(self._trainer, metrics)
+        for url, reason in delivery.behind.items():
+            logger.warning("%s does not serve version %d yet: %s", url, published.version, reason)
+
+
+class Calendar:
+    """Which of TRL's versions a version of the run is. TRL counts synchronisations; a run counts changes."""
+
+    def __init__(self) -> None:
+        self._run: list[int] = []
+        self._trl: list[int] = []
+
+    def note(self, trl_version: int, run_version: int) -> None:
+        """The policy of TRL's version, the newest so far, is published as `run_version`."""
+        if self._run and self._run[-1] == run_version:
+            self._trl[-1] = trl_version  # nothing had changed
+        else:
+            self._run.append(run_version)
+            self._trl.append(trl_version)
+
+    def of(self, run_version: int) -> int:
+        """The newest of TRL's versions whose policy is not newer than `run_version`."""
+        index = bisect.bisect_right(self._run, run_version) - 1
+        return self._trl[index] if index >= 0 else _ANCIENT

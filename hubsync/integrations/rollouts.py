@@ -1,0 +1,77 @@
+"""What runs in the process that [`AsyncGRPOTrainer`] generates in.
+
+TRL dates a sample by the version that was current when its first request was sent. A server that was restarted, or is
+slower than the others of a quorum, may have answered with older weights. This loop asks vLLM for the same tokens by
+the endpoint that also states which weights made which tokens, and writes the oldest and the newest on every sample.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextvars import ContextVar
+from random import getrandbits
+from typing import Any
+
+from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
+
+GENERATE = "/inference/v1/generate"
+OLDEST, NEWEST = "weight_sync/version_min", "weight_sync/version_max"  # on samples, and among the trainer's metrics
+UNKNOWN = -1  # the server did not say which weights, or they are of no version
+
+_ATTEMPTS = 30  # as TRL's own request
+
+# What the requests of the task that runs have learnt: versions, in any order.
+_made_by: ContextVar[list[int]] = ContextVar("made_by")
+
+
+class DatedRollouts(_AsyncRolloutLoop):
+    """TRL's own loop; the samples of a group bear the versions of the whole group, which their advantages rest on."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._versions: defaultdict[int, list[int]] = defaultdict(list)
+
+    async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> Any:
+        _made_by.set(self._versions[group_id])  # of this task alone: each conversation is one
+        return await super()._generate_one(prompt, tool_dict=tool_dict, tools=tools, group_id=group_id)
+
+    async def _generate_one_turn(self, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
+        request = generate_request(self, prompt_ids)
+        answer = await self._retry(
+            lambda: self._post(GENERATE, request, self.request_timeout), max_attempts=_ATTEMPTS, label=GENERATE
+        )
+        choice = answer["choices"][0]
+        _made_by.get().extend(versions_of(choice))
+        return choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
+
+    async def _score_group(self, group: Any) -> list[Any]:
+        versions = self._versions.pop(group.group_id, None) or [UNKNOWN]
+        samples = await super()._score_group(group)
+        for sample in samples:
+            sample.metrics[OLDEST] = float(min(versions))
+            sample.metrics[NEWEST] = float(max(versions))
+        return samples
+
+
+def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:
+    """What TRL asks of `/v1/completions`, in the words of `/inference/v1/generate`."""
+    sampling = {
+        "max_tokens": loop.max_tokens,
+        "temperature": loop.temperature,
+        "top_p": loop.top_p,
+        "top_k": loop.top_k,
+        "repetition_penalty": loop.repetition_penalty,
+        "logprobs": 0,
+        "seed": getrandbits(63),  # data parallel engines would else sample the same text
+    }
+    if loop.min_p is not None:
+        sampling["min_p"] = loop.min_p
+    return {"model": loop._request_model, "token_ids": prompt_ids, "sampling_params": sampling}
+
+
+def versions_of(choice: dict[str, Any]) -> list[int]:
+    """The versions of the weights that made a choice's tokens; `UNKNOWN` for what is not one of a run's."""
+    if not choice["token_ids"]:
+        return []
+    labels = [str(span["version"]) for span in choice.get("weight_versions") or []]
+    return [int(label) if label.isdecimal() else UNKNOWN for label in labels] or [UNKNOWN]

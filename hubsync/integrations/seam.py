@@ -1,0 +1,340 @@
+"""TRL's seam: everything of TRL that hubsync uses and that TRL does not promise to keep.
+
+Written for the releases that `SUPPORTED` names. Two groups of trainers:
+
+* The family of `VLLMGeneration` (`FAMILY`) asks one object to synchronise and to generate. `generate_on_server` gives
+  a built trainer such an object. `HubSyncCallback` drives it.
+* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public; that their samples
+  say which weights made them is not. `date_samples` sees to it, with the loop of `rollouts`, which runs in
+  TRL's process of rollouts. `HubWeightTransfer` drives them.
+
+`moved` compares what is used here with the TRL that is installed, and says in words what is different.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import trl
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.replica.server import VLLMServer, new_session
+from hubsync.trainer.publisher import Published
+
+SUPPORTED = "TRL >= 1.16, < 1.17"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trainer class.
+
+    Attributes:
+        module: where it is defined.
+        name: of the class.
+        uses: attributes of the trainer that it reads or writes itself, and that hubsync relies on.
+    """
+
+    module: str
+    name: str
+    uses: tuple[str, ...]
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+_GENERATES = ("use_vllm", "vllm_generation", "sync_weights", "generate", "_metrics")
+_BY_STEP = (*_GENERATES, "_last_loaded_step")
+_BY_FREQUENCY = (*_GENERATES, "_last_vllm_sync_step", "vllm_sync_frequency")
+
+# Subclasses (GMPO of GRPO, ServerDistillation of Distillation) belong to it too.
+FAMILY = (
+    Member("trl.trainer.grpo_trainer", "GRPOTrainer", _BY_STEP),
+    Member("trl.trainer.rloo_trainer", "RLOOTrainer", _BY_STEP),
+    Member("trl.trainer.distillation_trainer", "DistillationTrainer", _BY_STEP),
+    Member("trl.experimental.gold.gold_trainer", "GOLDTrainer", _BY_FREQUENCY),
+    Member("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", _BY_FREQUENCY),
+    Member("trl.experimental.sdft.sdft_trainer", "SDFTTrainer", _BY_STEP),
+    Member("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _BY_STEP),
+)
+
+_TRANSFERS = ("weight_transfer", "rollout_worker", "rollout_queue", "model_version", "_metrics", "_sync_weight")
+
+ASYNC = (
+    Member("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer", _TRANSFERS),
+    Member("trl.experimental.async_distillation.async_distillation_trainer", "AsyncDistillationTrainer", _TRANSFERS),
+)
+
+TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "resume": 0, "destroy": 0}
+
+
+# --- the family of VLLMGeneration
+
+
+def family_of(trainer: Any) -> Member | None:
+    """Which of the family a trainer is, or descends from."""
+    return _member(type(trainer), FAMILY)
+
+
+def family_names() -> str:
+    return ", ".join(member.name for member in FAMILY)
+
+
+def server_url(args: Any) -> str:
+    """The vLLM server that a TRL configuration names."""
+    host = getattr(args, "vllm_server_host", None)
+    return (args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}").rstrip("/")
+
+
+def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) -> None:
+    """Make a trainer that was built with `use_vllm=False` generate on the server at `url`.
+
+    Args:
+        synchronise: called on all ranks before a generation, whenever an optimizer step lies behind the one before.
+    """
+    trainer.vllm_generation = _HTTPGeneration(trainer, url, synchronise)
+    trainer.use_vllm, trainer.vllm_mode = True, "server"
+    frequency = getattr(trainer.args, "vllm_sync_frequency", None)
+    if frequency is None:
+        trainer._last_loaded_step = -1  # no step's weights were loaded yet
+    else:
+        trainer.vllm_sync_frequency, trainer._last_vllm_sync_step = frequency, -frequency
+
+
+class _HTTPGeneration(VLLMGeneration):
+    """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
+
+    def __init__(self, trainer: Any, url: str, synchronise: Callable[[], None]):
+        self._synchronise = synchronise
+        self._url = url
+        args = trainer.args
+        super().__init__(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode="server",
+            structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
+            server_base_url=url,
+            server_timeout=args.vllm_server_timeout,
+            # Of the sampled tokens, for the importance sampling correction; IWOPD has an objective that wants none.
+            logprobs=0 if getattr(args, "distillation_objective", "iw_opd") == "iw_opd" else None,
+            generation_kwargs=getattr(args, "generation_kwargs", None),
+            **_sampling(trainer),
+        )
+
+    def _init_vllm(self) -> None:
+        if self.accelerator.is_main_process:
+            self.vllm_client = _HTTPClient(self._url, self.server_timeout)
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Return once the server generates with the weights of the last optimizer step. Collective."""
+        self._synchronise()
+
+
+class _HTTPClient(VLLMClient):
+    """The part of TRL's client that generates. It never opens a communicator."""
+
+    def __init__(self, url: str, timeout: float):
+        self.base_url = url
+        self.session = new_session(url)
+        _wait_for(VLLMServer(url), timeout)
+        self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """How the trainer samples. A setting is the trainer's own, or only in its arguments, or in neither."""
+    names = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+    found = {name: getattr(trainer, name, getattr(trainer.args, name, None)) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _wait_for(server: VLLMServer, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            if server.health():
+                return
+        except ReplicaUnreachable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
+
+
+# --- the asynchronous trainers
+
+
+def takes_weight_transfer(trainer: Any) -> bool:
+    return _member(type(trainer), ASYNC) is not None
+
+
+def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
+    """Have every sample bear the versions that the server says made it, and dated before the trainer looks at its age.
+
+    Possible with the worker of [`AsyncGRPOTrainer`], which lets the class of its loop be chosen. Main process only,
+    between construction and training.
+
+    Args:
+        date: called with every sample and the oldest version that had a part in it (`rollouts.UNKNOWN` if it is none
+            of a run's). The range is among the sample's metrics, as `rollouts.OLDEST` and `rollouts.NEWEST`.
+
+    Returns:
+        False, and nothing was done, with any other worker.
+    """
+    from . import rollouts  # heavy, and experimental in TRL
+
+    worker = trainer.rollout_worker
+    if getattr(worker, "_loop_cls", None) is not rollouts._AsyncRolloutLoop:
+        return False
+    worker._loop_cls = rollouts.DatedRollouts
+    trainer.rollout_queue = _DatedQueue(trainer.rollout_queue, rollouts.OLDEST, date)
+    return True
+
+
+class _DatedQueue:
+    """TRL's queue of samples; each is dated as it is taken out."""
+
+    def __init__(self, queue: Any, oldest: str, date: Callable[[Any, int], None]):
+        self._queue = queue
+        self._oldest = oldest
+        self._date = date
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        sample = self._queue.get(*args, **kwargs)
+        self._date(sample, int(sample.metrics[self._oldest]))
+        return sample
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+# --- metrics
+
+
+def record(trainer: Any, metrics: dict[str, float]) -> None:
+    """Log values under `weight_sync/` with the trainer's next metrics."""
+    for name, value in metrics.items():
+        trainer._metrics["train"][f"weight_sync/{name}"].append(float(value))
+
+
+def metrics_of(published: Published) -> dict[str, float]:
+    return {
+        "changed_fraction": published.changed / published.total,
+        "payload_bytes": published.payload_bytes,
+        "bits_per_change": published.bits_per_change,
+        "compact": published.encoding == "compact",
+        "detect_s": published.detect_s,
+        "encode_s": published.encode_s,
+        "upload_s": published.upload_s,
+    }
+
+
+# --- has it moved?
+
+
+def require_unmoved(kind: type) -> None:
+    """ConfigError if the installed TRL has moved what hubsync uses of a trainer class."""
+    asynchronous = _member(kind, ASYNC)
+    member = asynchronous or _member(kind, FAMILY)
+    assert member is not None, kind
+    found = [*_unused(member), *(_moved_rollouts() if asynchronous else _moved_generation())]
+    if found:
+        raise ConfigError(
+            f"TRL {trl.__version__} is not the one that this hubsync was written for ({SUPPORTED}): {'; '.join(found)}"
+        )
+
+
+def moved() -> list[str]:
+    """Everything that the installed TRL has moved, one sentence each."""
+    unused = [text for member in (*FAMILY, *ASYNC) for text in _unused(member)]
+    return [*_moved_generation(), *unused, *_moved_rollouts()]
+
+
+def _moved_generation() -> Iterator[str]:
+    taken = "model accelerator processing_class mode structured_outputs_regex server_base_url server_timeout logprobs "
+    taken += "generation_kwargs repetition_penalty temperature top_p top_k min_p max_completion_length"
+    yield from _lacks(VLLMGeneration.__init__, taken.split())
+    for name in ("_init_vllm", "sync_weights", "generate"):
+        yield from _lacks(getattr(VLLMGeneration, name, None), (), f"VLLMGeneration.{name}")
+    if not {"_init_vllm", "server_timeout", "accelerator"} <= _names(VLLMGeneration.__init__.__code__):
+        yield "VLLMGeneration.__init__ no longer sets itself up through _init_vllm"
+    for name in ("_get", "generate", "get_server_info"):
+        yield from _lacks(getattr(VLLMClient, name, None), (), f"VLLMClient.{name}")
+
+
+def _moved_rollouts() -> Iterator[str]:
+    from trl.experimental.async_grpo import async_rollout_worker as module
+
+    uses = {
+        "_generate_one": ("prompt", "tool_dict", "tools", "group_id"),
+        "_generate_one_turn": ("prompt_ids",),
+        "_score_group": ("group",),
+        "_post": ("path", "payload", "timeout"),
+        "_retry": ("coro_factory", "label", "max_attempts"),
+    }
+    loop = getattr(module, "_AsyncRolloutLoop", None)
+    if getattr(module.AsyncRolloutWorker, "_loop_cls", None) is not loop:
+        yield "AsyncRolloutWorker no longer runs the class in _loop_cls"
+    for name, parameters in uses.items():
+        yield from _lacks(getattr(loop, name, None), parameters, f"_AsyncRolloutLoop.{name}")
+    missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
+    if missing:
+        yield f"RolloutSample has no {', '.join(sorted(missing))}"
+    for member in ASYNC:
+        yield from _lacks(member.load(), ("weight_transfer",), f"the constructor of {member.name}")
+        protocol = getattr(importlib.import_module(member.module), "WeightTransferProtocol", None)
+        methods_of = {name: value for name, value in vars(protocol or object).items() if not name.startswith("_")}
+        arity = {name: len(inspect.signature(value).parameters) - 1 for name, value in methods_of.items()}
+        if arity != TRANSFER_METHODS:
+            yield f"{member.name}'s WeightTransferProtocol is {arity}, not {TRANSFER_METHODS}"
+
+
+def _unused(member: Member) -> Iterator[str]:
+    """What a trainer class no longer touches."""
+    try:
+        kind = member.load()
+    except (ImportError, AttributeError) as error:
+        yield f"{member.name} is not in {member.module} ({error})"
+        return
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__ == member.module:
+            for value in vars(base).values():
+                function = inspect.unwrap(value) if callable(value) else None
+                if inspect.isfunction(function):
+                    names |= _names(function.__code__)
+    for name in member.uses:
+        if name not in names:
+            yield f"{member.name} no longer uses {name}"
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names of all attributes and globals in a function and the functions inside of it."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _lacks(function: Any, parameters: Iterable[str], name: str | None = None) -> Iterator[str]:
+    name = name or getattr(function, "__qualname__", str(function))
+    if not callable(function):
+        yield f"{name} does not exist"
+        return
+    has = inspect.signature(function).parameters
+    missing = [parameter for parameter in parameters if parameter not in has]
+    if missing:
+        yield f"{name} does not take {', '.join(missing)}"
+
+
+def _member(kind: type, members: tuple[Member, ...]) -> Member | None:
+    bases = {(base.__module__, base.__name__) for base in kind.__mro__}
+    return next((member for member in members if (member.module, member.name) in bases), None)

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,18 @@ from huggingface_hub import snapshot_download
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
-from hubsync.digest import digest_view
+from hubsync.digest import Digest, digest_view
 from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
+from hubsync.table import TensorTable
 
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Snapshot, live_tensors, published_tensors, table_of
+from .detection import Detected, Snapshot, live_tensors, published_tensors, table_of
+from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
+from .ranks import Ranks, join
+from .shards import Shard, divide, held_box
 
 if TYPE_CHECKING:
     from hubsync.replica.sync import CommitReport, Replica
@@ -54,8 +59,9 @@ class SyncReport:
 class DeltaWeightTransferEngine:
     """Publishes a model's weights to a bucket, as deltas, and commits them on inference servers.
 
-    The constructor copies the published view, and creates the run or continues it. In distributed data parallel
-    training make the engine on rank 0 only.
+    The constructor copies the published view, and creates the run or continues it. Under torch.distributed every rank
+    makes an engine and calls the same methods in the same order: each finds, encodes and uploads the changes of what it
+    owns, and what one rank raises all raise. See docs/trainers.md.
 
     Args:
         model: the model being trained. It is only ever read.
@@ -68,6 +74,7 @@ class DeltaWeightTransferEngine:
         ConfigError: a model or setting that cannot work.
         RunMismatch: the bucket holds a run of another model, or one at all although `config.resume` is False.
         BucketError: the bucket cannot be opened, read or written.
+        RankError: another rank has ended.
 
     Usage:
 
@@ -90,22 +97,25 @@ class DeltaWeightTransferEngine:
         *,
         processing_class: Any = None,
     ):
-        _require_one_publisher()
         self.config = config
         self.steps = 0
-        self._model = model
+        self._ranks = join()
+        self._model = model = _without_wrapper(model)
         self._processing_class = processing_class
         self._replicas: list[Replica] = []
         self._closed = False
         self._process = os.getpid()
         self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
-        tensors = published_tensors(model)
+        tensors = self._ranks.together(lambda: published_tensors(model))
+        optimizer = self._ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
-        optimizer = _torch_optimizer(optimizer)
-        bucket = open_bucket(config.bucket, create=True, token=config.token)
-        snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
-        self._publisher = self._join(bucket, snapshot)
+        division = _division(self._ranks, tensors)
+        level = self._ranks.together(lambda: LevelChooser(_level_for(self._ranks, config.encoding)))
+        bucket = self._ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token))
+        own, table = division[self._ranks.rank], table_of(tensors, view_dtype)
+        snapshot = self._ranks.together(lambda: Snapshot(tensors, table, config.snapshot_device, own))
+        self._publisher = self._join(bucket, snapshot, level, division)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
 
     # --- what users call ----------------------------------------------------------------------------
@@ -133,15 +143,26 @@ class DeltaWeightTransferEngine:
         self._require_open()
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
         with self._publishing:
-            self._publisher.wait()
-            self._publisher.settle()
+            self._publisher.begin()
             started = time.perf_counter()
-            self._publisher.snapshot.follow(live_tensors(self._model))
-            detected = self._publisher.snapshot.detect()
+            detected, changed = self._detect()
             detect_s = time.perf_counter() - started
-            if not detected.changes:
+            if not changed:
                 return self._publisher.unchanged(step, detect_s)
             return self._publisher.submit(detected, step, name or self.config.name, detect_s)
+
+    def _detect(self) -> tuple[Detected, bool]:
+        """What has changed of this rank's part, and whether anything has on any rank."""
+        found: list[Detected] = []
+
+        def detect() -> bool:
+            snapshot = self._publisher.snapshot
+            snapshot.follow(live_tensors(self._model))
+            found.append(snapshot.detect())
+            return bool(found[0].changes)
+
+        changed = any(self._ranks.gather(detect))
+        return found[0], changed
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""
@@ -151,15 +172,16 @@ class DeltaWeightTransferEngine:
         """Wait until a publish is durable, and commit its version on every server of the config.
 
         A server that fails does not keep the others from the new version; its error is raised after they have it.
+        Rank 0 speaks to the servers; the others wait for the outcome.
         """
         started = time.perf_counter()
         published = ticket.result()
         try:
-            commits = self._commit_everywhere(published.position)
+            commits = self._ranks.first(lambda: self._commit_everywhere(published.position))
         except NoPath as no_path:
             logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
             self.anchor()
-            commits = self._commit_everywhere(published.position)
+            commits = self._ranks.first(lambda: self._commit_everywhere(published.position))
         return SyncReport(published, commits, time.perf_counter() - started)
 
     def wait(self) -> None:
@@ -170,17 +192,19 @@ class DeltaWeightTransferEngine:
         """Upload the whole model as it was last published, loadable by `from_pretrained` and `vllm serve`."""
         self._require_open()
         with self._publishing:
-            self._publisher.wait()
-            self._publisher.settle()
+            self._publisher.begin()
             return self._publisher.anchor(step=self.steps, name=self.config.name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
+        self._close(anchor=self.config.anchor_at_close)
+
+    def _close(self, *, anchor: bool) -> None:
         if self._closed:
             return
         try:
             self._publisher.wait()
-            if self.config.anchor_at_close:
+            if anchor:
                 self.anchor()
         finally:
             self._closed = True
@@ -196,8 +220,10 @@ class DeltaWeightTransferEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # A rank that leaves with an error leaves alone: the others are elsewhere, and cannot join it in an anchor.
+        alone = error is not None and self._ranks.size > 1
         try:
-            self.close()
+            self._close(anchor=self.config.anchor_at_close and not alone)
         except Exception:
             if error is None:
                 raise
@@ -205,41 +231,44 @@ class DeltaWeightTransferEngine:
 
     # --- joining the run ----------------------------------------------------------------------------
 
-    def _join(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
-        if bucket.read([Layout.RUN]):
-            return self._resume(bucket, snapshot)
-        run = Run(
-            run_id=secrets.token_hex(16),
-            table=snapshot.table,
-            digest=snapshot.digest.hex,
-            base=_base_of(self._model, self.config, snapshot),
-            created=time.time(),
+    def _join(self, bucket: Bucket, snapshot: Snapshot, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
+        digest = sum(self._ranks.gather(lambda: snapshot.digest), Digest())
+        writer = JointWriter(bucket, self._ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
+        publisher = Publisher(
+            writer,
+            snapshot,
+            self._write_side_files,
+            level,
+            self.config.anchor_every,
+            self._announce,
+            self._ranks,
+            division,
         )
-        publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
-        if run.base.model is None:
-            publisher.anchor()
-        return publisher
-
-    def _resume(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
-        if not self.config.resume:
-            raise RunMismatch(
-                f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
-            )
-        publisher = self._new_publisher(ChainWriter.resume(bucket, snapshot.table), snapshot)
-        writer = publisher.writer
-        if writer.position.digest != snapshot.digest.hex:
+        if writer.position.digest != digest.hex:
             logger.warning(
                 "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
                 writer.position,
             )
-            publisher.anchor(Position(writer.next_version, snapshot.digest.hex), name=self.config.name)
+            publisher.anchor(Position(writer.next_version, digest.hex), name=self.config.name)
         elif writer.newest is None and writer.run.base.model is None:
-            publisher.anchor()  # whoever created the run died before it could
+            publisher.anchor()  # also if whoever created the run died before it could
         return publisher
 
-    def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        level = LevelChooser(self.config.encoding)
-        return Publisher(writer, snapshot, self._write_side_files, level, self.config.anchor_every, self._announce)
+    def _open_writer(self, bucket: Bucket, table: TensorTable, digest: Digest) -> ChainWriter:
+        if bucket.read([Layout.RUN]):
+            if not self.config.resume:
+                raise RunMismatch(
+                    f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
+                )
+            return ChainWriter.resume(bucket, table)
+        run = Run(
+            run_id=secrets.token_hex(16),
+            table=table,
+            digest=digest.hex,
+            base=_base_of(self._model, self.config, table, digest),
+            created=time.time(),
+        )
+        return ChainWriter.create(bucket, run)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -258,7 +287,7 @@ class DeltaWeightTransferEngine:
         for part in parts:
             part.update({key: self.config.view_dtype for key in ("dtype", "torch_dtype") if key in part})
         config["dtype"] = self.config.view_dtype
-        config["architectures"] = config.get("architectures") or [type(self._model).__name__]
+        config["architectures"] = config.get("architectures") or [_class_of(self._model).__name__]
         path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _count_step(self, *_: Any) -> None:
@@ -317,7 +346,7 @@ def _replicas(config: SyncConfig) -> list[Replica]:
     return replicas
 
 
-def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> Base:
+def _base_of(model: torch.nn.Module, config: SyncConfig, table: TensorTable, digest: Digest) -> Base:
     """Where inference servers find version 0: what the user says, else what the model's config says.
 
     Nowhere, if that is not what the model holds now: it may have been trained since, or loaded from elsewhere.
@@ -327,9 +356,9 @@ def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> 
     if directory is None:
         return base
     try:
-        checkpoint = Checkpoint(directory, snapshot.table)
+        checkpoint = Checkpoint(directory, table)
         checkpoint.check()
-        holds = digest_view(snapshot.table, checkpoint) == snapshot.digest
+        holds = digest_view(table, checkpoint) == digest
     except ConfigError:  # a tensor is missing, or has another shape
         holds = False
     if holds:
@@ -372,7 +401,40 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
         )
 
 
-def _require_one_publisher() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
-        raise ConfigError("several ranks cannot publish the same run: make the engine on rank 0 only")
+def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel: it has the config that describes it."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _class_of(model: torch.nn.Module) -> type:
+    """The class that loads it: `fully_shard` changes a model's class to one of its own."""
+    from torch.distributed.fsdp import FSDPModule  # takes a second
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _division(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> list[list[Shard]]:
+    """Rank -> what it owns of each tensor. ConfigError unless the ranks hold shards or replicas of one model."""
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    held = ranks.gather(lambda: (list(tensors), [held_box(name, tensor) for name, tensor in tensors.items()]))
+    for rank, (names, _) in enumerate(held):
+        for mine, theirs in zip_longest(held[0][0], names):
+            if mine != theirs:
+                raise ConfigError(
+                    f"rank {rank} holds {theirs} where rank 0 holds {mine}: the ranks must train one model, sharded "
+                    "or replicated (pipeline stages are not supported)"
+                )
+    return divide(list(tensors), shapes, [boxes for _, boxes in held])
+
+
+def _level_for(ranks: Ranks, encoding: str) -> str:
+    if ranks.size == 1:
+        return encoding
+    if encoding == "compact":
+        raise ConfigError(
+            "encoding='compact' needs all old weights of a tensor in one process, and here several ranks share them: "
+            "use encoding='fast' (or 'auto', which is that)"
+        )
+    return "fast"

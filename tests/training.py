@@ -63,7 +63,7 @@ def spread(how: str) -> torch.nn.Module:
         mesh = init_device_mesh("cpu", (ranks,))
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                placement = {"up": Shard(1), "embed": Shard(0)}.get(_owner(model, parameter), Replicate())
+                placement = Replicate() if parameter.ndim == 1 else Shard(int(module is model.up))
                 placed = distribute_tensor(parameter.detach(), mesh, [placement])
                 setattr(module, name, torch.nn.Parameter(placed))
         model.head.weight = model.embed.weight
@@ -199,10 +199,6 @@ def _result(pipe: Connection, process: Any) -> Any:
     except EOFError:
         process.join()
         return process.exitcode
-
-
-def _owner(model: torch.nn.Module, parameter: torch.Tensor) -> str:
-    return next(name for name, mine in model.named_parameters() if mine is parameter).split(".")[0]
 
 
 def _train_plain_dtensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -63,6 +63,11 @@ class DeltaWeightTransferEngine:
     makes an engine and calls the same methods in the same order: each finds, encodes and uploads the changes of what it
     owns, and what one rank raises all raise. See docs/trainers.md.
 
+    Attributes:
+        config: what it was made with.
+        ranks: the processes that train the model together.
+        steps: optimizer steps seen.
+
     Args:
         model: the model being trained. It is only ever read.
         optimizer: its optimizer, whose steps are counted (`publish` without a step then records that count); None if
@@ -99,7 +104,7 @@ class DeltaWeightTransferEngine:
     ):
         self.config = config
         self.steps = 0
-        self._ranks = join()
+        self.ranks = join()
         self._model = model = _without_wrapper(model)
         self._processing_class = processing_class
         self._replicas: list[Replica] = []
@@ -107,14 +112,14 @@ class DeltaWeightTransferEngine:
         self._process = os.getpid()
         self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
-        tensors = self._ranks.together(lambda: published_tensors(model))
-        optimizer = self._ranks.together(lambda: _torch_optimizer(optimizer))
+        tensors = self.ranks.together(lambda: published_tensors(model))
+        optimizer = self.ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
-        division = _division(self._ranks, tensors)
-        level = self._ranks.together(lambda: LevelChooser(_level_for(self._ranks, config.encoding)))
-        bucket = self._ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token))
-        own, table = division[self._ranks.rank], table_of(tensors, view_dtype)
-        snapshot = self._ranks.together(lambda: Snapshot(tensors, table, config.snapshot_device, own))
+        division = _division(self.ranks, tensors)
+        level = self.ranks.together(lambda: LevelChooser(_level_for(self.ranks, config.encoding)))
+        bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token))
+        own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
+        snapshot = self.ranks.together(lambda: Snapshot(tensors, table, config.snapshot_device, own))
         self._publisher = self._join(bucket, snapshot, level, division)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
 
@@ -161,7 +166,7 @@ class DeltaWeightTransferEngine:
             found.append(snapshot.detect())
             return bool(found[0].changes)
 
-        changed = any(self._ranks.gather(detect))
+        changed = any(self.ranks.gather(detect))
         return found[0], changed
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
@@ -177,11 +182,11 @@ class DeltaWeightTransferEngine:
         started = time.perf_counter()
         published = ticket.result()
         try:
-            commits = self._ranks.first(lambda: self._commit_everywhere(published.position))
+            commits = self.ranks.first(lambda: self._commit_everywhere(published.position))
         except NoPath as no_path:
             logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
             self.anchor()
-            commits = self._ranks.first(lambda: self._commit_everywhere(published.position))
+            commits = self.ranks.first(lambda: self._commit_everywhere(published.position))
         return SyncReport(published, commits, time.perf_counter() - started)
 
     def wait(self) -> None:
@@ -221,7 +226,7 @@ class DeltaWeightTransferEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # A rank that leaves with an error leaves alone: the others are elsewhere, and cannot join it in an anchor.
-        alone = error is not None and self._ranks.size > 1
+        alone = error is not None and self.ranks.size > 1
         try:
             self._close(anchor=self.config.anchor_at_close and not alone)
         except Exception:
@@ -232,8 +237,8 @@ class DeltaWeightTransferEngine:
     # --- joining the run ----------------------------------------------------------------------------
 
     def _join(self, bucket: Bucket, snapshot: Snapshot, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
-        digest = sum(self._ranks.gather(lambda: snapshot.digest), Digest())
-        writer = JointWriter(bucket, self._ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
+        digest = sum(self.ranks.gather(lambda: snapshot.digest), Digest())
+        writer = JointWriter(bucket, self.ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
         publisher = Publisher(
             writer,
             snapshot,
@@ -241,7 +246,7 @@ class DeltaWeightTransferEngine:
             level,
             self.config.anchor_every,
             self._announce,
-            self._ranks,
+            self.ranks,
             division,
         )
         if writer.position.digest != digest.hex:

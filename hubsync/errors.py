@@ -84,6 +84,13 @@ class Fenced(ChainError):
     """A newer writer epoch exists: this publisher has been replaced and must stop."""
 
 
+# --- trainer ----------------------------------------------------------------------------------------
+
+
+class RankError(HubsyncError):
+    """Another rank of this training has ended, or failed with an error that only it can raise."""
+
+
 # --- replica ----------------------------------------------------------------------------------------
 
 

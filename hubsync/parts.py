@@ -163,18 +163,34 @@ def write_anchor(
                 f"anchor: {spec.name} is {tensor.dtype}{list(tensor.shape)}, "
                 f"the table says {spec.dtype}{list(spec.shape)}"
             )
+    files = anchor_files(table, max_shard_bytes)
+    for file, names in files.items():
+        write_anchor_file(directory / file, {name: tensors[name] for name in names})
+    return [*(directory / file for file in files), *write_anchor_index(directory, table, files)]
+
+
+def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30) -> dict[str, list[str]]:
+    """File name -> names of the tensors in it, in table order: what `write_anchor` writes beside the index."""
     shards = _shards(table, max_shard_bytes)
-    paths, weight_map = [], {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.torch.save_file(_owned(names, tensors), directory / file, {"format": "pt"})
-        paths.append(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": table.nbytes}, "weight_map": weight_map}
-        paths.append(directory / "model.safetensors.index.json")
-        paths[-1].write_text(json.dumps(index, indent=2) + "\n")
-    return paths
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+
+
+def write_anchor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One shard of an anchor."""
+    safetensors.torch.save_file(_owned(tensors), path, {"format": "pt"})
+
+
+def write_anchor_index(directory: Path, table: TensorTable, files: Mapping[str, Sequence[str]]) -> list[Path]:
+    """`model.safetensors.index.json`, if there are several shards; returns what was written."""
+    if len(files) == 1:
+        return []
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": table.nbytes}, "weight_map": weight_map}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n")
+    return [path]
 
 
 def open_anchor(paths: Sequence[Path], table: TensorTable) -> Mapping[str, torch.Tensor]:
@@ -234,12 +250,12 @@ def _shards(table: TensorTable, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _owned(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous CPU tensors that share no memory: safetensors refuses tensors that do (ties, slices of one buffer)."""
     out: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
-    for name in names:
-        tensor = tensors[name].detach().to("cpu").contiguous()
+    for name, held in tensors.items():
+        tensor = held.detach().to("cpu").contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()

@@ -13,7 +13,9 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hubsync.bucket.base import Bucket, Upload
 from hubsync.errors import (
@@ -171,26 +173,11 @@ class ChainWriter:
         Returns when the manifest is durable. Fenced if another writer has taken over; BucketUnavailable if the
         outcome is unknown (`settle` finds out); any other BucketError means that nothing was committed.
         """
-        parts = tuple(Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files))
-        manifest = Manifest(
-            kind="delta",
-            run_id=self._run.run_id,
-            table_hash=self._run.table.hash,
-            epoch=self._epoch,
-            position=self._next_position(digest),
-            parent=self._position,
-            parent_epoch=self._position_epoch,
-            parts=parts,
-            changed=changed,
-            created=time.time(),
-            step=step,
-            name=name,
-            encoding=encoding,
-            serve=None if serve else self._serving,
-            expires=expires,
+        draft = self.draft_delta(
+            digest=digest, changed=changed, step=step, name=name, encoding=encoding, serve=serve, expires=expires
         )
-        self._commit(manifest, files)
-        return manifest
+        parts = [Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files)]
+        return self._commit(replace(draft, parts=tuple(parts)), files)
 
     def commit_anchor(
         self,
@@ -206,46 +193,91 @@ class ChainWriter:
         `at` is the current position; or, to go on with weights that are unrelated to it, a new one with
         `next_version`: the chain begins anew there, and replicas are to serve that unless `serve` is False.
         """
+        files = anchor_sources(directory)
+        draft = self.draft_anchor(at=at, step=step, name=name, serve=serve)
+        parts = [Part(_size(file), _sha256(file), file=file.name) for file in files]
+        return self._commit(replace(draft, parts=tuple(parts)), files)
+
+    # --- several ranks: each uploads its own parts of a draft (`upload_parts`), and then it is committed ---
+
+    def draft_delta(
+        self,
+        *,
+        digest: str,
+        changed: int,
+        step: int | None = None,
+        name: str | None = None,
+        encoding: str = "fast",
+        serve: bool = True,
+        expires: float | None = None,
+    ) -> Manifest:
+        """The manifest of version `next_version`, still without parts; nothing is written."""
+        return self._manifest(
+            "delta",
+            Position(self._next_version, digest),
+            changed=changed,
+            step=step,
+            name=name,
+            encoding=encoding,
+            serve=None if serve else self._serving,
+            expires=expires,
+        )
+
+    def draft_anchor(
+        self, *, at: Position, step: int | None = None, name: str | None = None, serve: bool = True
+    ) -> Manifest:
+        """The manifest of an anchor at `at` (see `commit_anchor`), still without parts; nothing is written."""
         if at != self._position and at.version != self._next_version:
             raise ChainError(
                 f"an anchor is of the current {self._position} or the next {self._next_version}, not of {at}"
             )
-        files = sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
-        parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in files)
-        begins = at.version == self._next_version
-        manifest = Manifest(
-            kind="anchor",
-            run_id=self._run.run_id,
-            table_hash=self._run.table.hash,
-            epoch=self._epoch,
-            position=self._next_position(at.digest) if begins else at,
-            parent=None,
-            parent_epoch=None,
-            parts=parts,
+        begins = at != self._position
+        draft = self._manifest(
+            "anchor",
+            at,
             changed=0,
-            created=time.time(),
             step=step,
             name=name,
             encoding="dense",
             serve=None if (serve and begins) or self._serving == at.version else self._serving,
         )
-        self._commit(manifest, files)
-        return manifest
+        if begins:
+            # Unlike deltas, files of an anchor have no hash in their names: a second try must not meet the first.
+            self._next_version += 1
+        return draft
+
+    def commit_draft(self, draft: Manifest, parts: Sequence[Part]) -> Manifest:
+        """Make a draft durable, whose parts are. Returns and raises as `commit_delta`."""
+        return self._commit(replace(draft, parts=tuple(parts)), ())
 
     # --- commit -------------------------------------------------------------------------------------
 
-    def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> None:
+    def _manifest(self, kind: str, position: Position, **fields: Any) -> Manifest:
         if self._unknown is not None:
             raise ChainError("the outcome of the last commit is unknown: call settle() first")
+        if position.version > MAX_VERSION:
+            raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
+        delta = kind == "delta"
+        return Manifest(
+            kind=kind,
+            run_id=self._run.run_id,
+            table_hash=self._run.table.hash,
+            epoch=self._epoch,
+            position=position,
+            parent=self._position if delta else None,
+            parent_epoch=self._position_epoch if delta else None,
+            parts=(),
+            created=time.time(),
+            **fields,
+        )
+
+    def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> Manifest:
+        """Upload what is not yet durable, and commit."""
         data = manifest.dumps()
         Manifest.loads(data)  # what no reader would accept is not written
-        advances = manifest.version == self._next_version
-        if advances and manifest.kind == "anchor":
-            # Unlike deltas, files of an anchor have no hash in their names: a second try must not meet the first.
-            self._next_version += 1
-        self._bucket.put(
-            [Upload(Layout.part(manifest, p), source) for p, source in zip(manifest.parts, sources, strict=True)]
-        )
+        advances = manifest.position != self._position
+        if sources:
+            _put(self._bucket, manifest, manifest.parts, sources)
         self._check_fence()
         try:
             self._bucket.commit(Layout.manifest(manifest), data)
@@ -259,11 +291,7 @@ class ChainWriter:
             self._serving = manifest.served
         if advances or self._head_is_behind:
             self._write_head()
-
-    def _next_position(self, digest: str) -> Position:
-        if self._next_version > MAX_VERSION:
-            raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
-        return Position(self._next_version, digest)
+        return manifest
 
     def _committed(self, version: int) -> Position:
         if version == 0:
@@ -355,6 +383,26 @@ def _parsed(head: bytes | None) -> Head | None:
         return None if head is None else Head.loads(head)
     except FormatError:  # only a hint
         return None
+
+
+def upload_parts(bucket: Bucket, draft: Manifest, sources: Sequence[Path | bytes], rank: int = 0) -> tuple[Part, ...]:
+    """Upload one rank's share of a draft: its delta part, or its files of an anchor. Returns when they are durable."""
+    if draft.kind == "anchor":
+        parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in sources if isinstance(file, Path))
+    else:
+        parts = tuple(Part(_size(source), _sha256(source), rank) for source in sources)
+    if parts:
+        _put(bucket, draft, parts, sources)
+    return parts
+
+
+def anchor_sources(directory: Path) -> list[Path]:
+    """What of a directory belongs to an anchor: model shards and side files, sorted."""
+    return sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
+
+
+def _put(bucket: Bucket, manifest: Manifest, parts: Sequence[Part], sources: Sequence[Path | bytes]) -> None:
+    bucket.put([Upload(Layout.part(manifest, part), source) for part, source in zip(parts, sources, strict=True)])
 
 
 def _first_difference(run: TensorTable, ours: TensorTable) -> str:

@@ -12,13 +12,12 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hubsync.errors import (
     BucketUnavailable,
     ConfigError,
-    ReplicaError,
     ReplicaPoisoned,
     WrongParent,
 )
@@ -51,7 +50,7 @@ class HubSyncCallback(TrainerCallback):
     `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
 
     Attributes:
-        engine: the publisher; None before training, and after it.
+        engine: the publisher, one on every rank; None before training, and after it.
         commits: how often the server was brought to other weights.
         digest_matches: how many of those commits the digest of the server's live weights has confirmed.
 
@@ -106,7 +105,7 @@ class HubSyncCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training = True
-        if self._is_main and self.engine is None:
+        if self.engine is None:
             self.engine = self._new_engine()
 
     def on_optimizer_step(
@@ -148,29 +147,23 @@ class HubSyncCallback(TrainerCallback):
         except BucketUnavailable as outage:  # of an earlier step
             logger.warning("step %d will be published with a later one: %s", step, outage)
             self._tickets.append(None)
-        except Exception as failure:
-            # Raised by all ranks together at the next synchronisation: alone, this one would leave the others hanging.
+        except Exception as failure:  # raised at the next synchronisation, which is for TRL to begin
             self._failure = failure
 
     def _synchronise(self, verify: bool = False) -> None:
         """Return once the server serves the weights of the last optimizer step.
 
-        Called on every rank: the main process acts, and its failure is every rank's.
+        Called on every rank: each publishes its part, the main process talks to the server, what one raises all raise.
         """
-        if self._is_main and self._failure is None:
+        if self._failure is None:
             try:
                 self._catch_up()
                 if verify:
-                    self._check_digest()
+                    self._check_digest_together()
             except Exception as failure:
                 self._failure = failure
-        reason = [None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"]
-        if self.trainer.accelerator.num_processes > 1:
-            broadcast_object_list(reason, from_process=0)
         if self._failure is not None:
             raise self._failure
-        if reason[0] is not None:
-            raise ReplicaError(f"weight synchronisation failed on the main process: {reason[0]}")
 
     def _catch_up(self) -> None:
         if self.engine is None:  # evaluation outside of training
@@ -179,7 +172,7 @@ class HubSyncCallback(TrainerCallback):
         current: Ticket | None = None
         for ticket in tickets:
             current = ticket if ticket is not None and self._is_durable(ticket) else None
-        self._check_digest()
+        self._check_digest_together()
         step = self.trainer.state.global_step
         report = self.engine.sync(step) if current is None else self.engine.deliver(current)
         commit = report.commits[0]
@@ -195,6 +188,11 @@ class HubSyncCallback(TrainerCallback):
             logger.warning("the next publish will hold this one's changes too: %s", outage)
             return False
         return True
+
+    def _check_digest_together(self) -> None:
+        """On the main process; the others wait for the outcome."""
+        if self.engine is not None:
+            self.engine.ranks.first(self._check_digest)
 
     def _check_digest(self) -> None:
         """Wait for the digest of the live weights, which the workers recompute beside generation after a commit."""

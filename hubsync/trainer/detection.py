@@ -8,7 +8,7 @@ states, so they are right whatever moved the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from hubsync.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.errors import ConfigError
 from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
+
+from .shards import Shard, local_part, require_held
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
@@ -49,8 +51,8 @@ def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
 
-    Integer tensors are not weights and are left out. ConfigError for tensors that are not whole in this process, or
-    that no view holds.
+    Integer tensors are not weights and are left out. ConfigError for tensors that are sharded otherwise than as
+    DTensors, or that no view holds.
     """
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -76,7 +78,8 @@ def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTabl
 
 @dataclass(frozen=True)
 class Change:
-    """The changed elements of one tensor: int64 ascending flat indices, and their old and new bit patterns."""
+    """The changed elements of one tensor: int64 ascending numbers among those that this process owns (flat indices, if
+    it owns all of the tensor), and their old and new bit patterns."""
 
     indices: np.ndarray
     old: np.ndarray
@@ -92,10 +95,14 @@ class Detected:
         table: the tensor table.
         changes: table index -> the tensor's changes; no empty ones.
         before: digest of the snapshot.
+        shards: table index -> what this process owns of the tensor; default is all of each.
     """
 
-    def __init__(self, table: TensorTable, changes: dict[int, Change], before: Digest):
+    def __init__(
+        self, table: TensorTable, changes: dict[int, Change], before: Digest, shards: Sequence[Shard] | None = None
+    ):
         self._table = table
+        self._shards = shards
         self.changes = changes
         self.before = before
 
@@ -106,34 +113,50 @@ class Detected:
 
     @cached_property
     def patch(self) -> Patch:
+        """In checkpoint coordinates."""
         return {
-            index: TensorDelta(change.indices, difference(change.old, change.new))
+            index: TensorDelta(self._indices[index], difference(change.old, change.new))
             for index, change in self.changes.items()
         }
 
     @cached_property
     def digest(self) -> Digest:
-        """Digest of the view that the changes lead to."""
+        """Digest of what the changes lead to: of the view, or of the part of it that this process owns."""
         digest = self.before
         for index, change in self.changes.items():
             seed = tensor_seed(self._table[index].name)
-            digest += digest_change(seed, change.indices, change.old, change.new)
+            digest += digest_change(seed, self._indices[index], change.old, change.new)
         return digest
+
+    @cached_property
+    def _indices(self) -> dict[int, np.ndarray]:
+        """Flat indices in the checkpoint's tensors."""
+        if self._shards is None:
+            return {index: change.indices for index, change in self.changes.items()}
+        return {index: self._shards[index].globally(change.indices) for index, change in self.changes.items()}
 
 
 class Snapshot:
-    """The last durable published view, held in the served dtype, and its digest.
+    """The last durable published view, held in the served dtype, and its digest; of several ranks each holds its part.
 
-    Nothing here writes to the model, and only `advance` writes to the snapshot.
+    Nothing here writes to the model, and only `advance` writes to the snapshot. Nothing here is a collective.
 
     Args:
         tensors: the live tensors, from `published_tensors`.
         table: their table.
         device: "model" holds each tensor's copy beside it, "cpu" all of them in main memory.
+        shards: table index -> what this process owns of the tensor; default is all of each.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], table: TensorTable, device: str = "model"):
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        table: TensorTable,
+        device: str = "model",
+        shards: Sequence[Shard] | None = None,
+    ):
         self.table = table
+        self.shards = [Shard.whole(spec.shape) for spec in table] if shards is None else shards
         self._live = [tensors[spec.name] for spec in table]
         self._on_cpu = device == "cpu"
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
@@ -153,6 +176,8 @@ class Snapshot:
                     f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
                     + _ANOTHER_MODEL
                 )
+        for spec, shard in zip(self.table, self.shards, strict=True):
+            require_held(spec.name, tensors[spec.name], shard.box)
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
@@ -163,7 +188,7 @@ class Snapshot:
             change = _changes(held, self._view(index).to(held.device))  # a model may move to another device
             if len(change.indices):
                 changes[index] = change
-        return Detected(self.table, changes, self.digest)
+        return Detected(self.table, changes, self.digest, self.shards)
 
     def advance(self, detected: Detected) -> None:
         """Move the snapshot to the view that `detected` leads to: it has become durable."""
@@ -174,18 +199,30 @@ class Snapshot:
         self.digest = detected.digest
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The snapshot by name, in checkpoint shapes. Not copies: do not write to them."""
+        """The snapshot by name, in checkpoint shapes, if this process owns all. Not copies: do not write to them."""
         return {spec.name: held.view(spec.shape) for spec, held in zip(self.table, self._held, strict=True)}
 
+    def part(self, index: int) -> torch.Tensor:
+        """What this process owns of one tensor, flat. Not a copy: do not write to it."""
+        return self._held[index]
+
     def _view(self, index: int) -> torch.Tensor:
-        """The published view of one live tensor, flat; it may share the live tensor's memory."""
-        view = self._live[index].detach().to(self._dtypes[index])
-        return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
+        """The published view of what is owned of one live tensor, flat; it may share the live tensor's memory."""
+        shard = self.shards[index]
+        owned = local_part(self._live[index]).reshape(-1)[shard.start : shard.stop]
+        view = owned.to(self._dtypes[index])
+        return view.cpu() if self._on_cpu else view
 
     def _recomputed(self) -> Digest:
         digest = Digest()
-        for spec, held in zip(self.table, self._held, strict=True):
-            digest += digest_torch(tensor_seed(spec.name), _integers(held))
+        for spec, held, shard in zip(self.table, self._held, self.shards, strict=True):
+            seed, integers = tensor_seed(spec.name), _integers(held)
+            if shard.first is not None:
+                digest += digest_torch(seed, integers, shard.first)
+                continue
+            for first, last, indices in shard.pieces():
+                at = torch.from_numpy(indices).to(integers.device)
+                digest += digest_torch(seed, integers[first:last], indices=at)
         return digest
 
 
@@ -240,7 +277,7 @@ def _require_checkpoint_coordinates(model: torch.nn.Module, tensors: dict[str, t
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before transformers 5 there was nothing to revert
         return
-    held = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    held = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
     saved = revert_weight_conversion(inner, dict(held))
     for name, tensor in saved.items():
         if name not in held or held[name].shape != tensor.shape:
@@ -252,13 +289,11 @@ def _require_checkpoint_coordinates(model: torch.nn.Module, tensors: dict[str, t
 
 def _require_whole(name: str, tensor: torch.Tensor) -> None:
     how = None
-    if hasattr(tensor, "to_local"):
-        how = "a DTensor (FSDP2 or tensor parallelism)"
-    elif hasattr(tensor, "ds_id"):
+    if hasattr(tensor, "ds_id"):
         how = "partitioned by DeepSpeed ZeRO-3"
     elif "_fsdp_wrapped_module" in name or "_flat_param" in name:
         how = "sharded by FSDP1"
     if how is not None:
-        raise ConfigError(f"{name} is {how}: sharded training is not supported yet; use one process, or DDP")
+        raise ConfigError(f"{name} is {how}: it cannot be published; shard with FSDP2 (`fully_shard`), or use DDP")
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device: load the weights before the engine is made")

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,21 @@ from huggingface_hub import snapshot_download
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
-from hubsync.digest import digest_view
+from hubsync.digest import Digest, digest_view
 from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.keys import SIGNING_KEY_VARIABLE, SigningKey
 from hubsync.manifest import Base, Manifest, Position, Run
 from hubsync.patch import Patch, invert
+from hubsync.table import TensorTable
 from hubsync.weights import ViewBits, digest_after
 
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Snapshot, live_tensors, published_tensors, table_of
+from .detection import Detected, Snapshot, live_tensors, published_tensors, table_of
+from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
+from .ranks import Ranks, join
+from .shards import Shard, divide, held_box
 
 if TYPE_CHECKING:
     from hubsync.replica.deployment import Deployment, HotloadReport, ReplicaReport
@@ -61,8 +66,14 @@ class SyncReport:
 class DeltaWeightTransferEngine:
     """Publishes a model's weights to a bucket, as deltas, and commits them on inference servers.
 
-    The constructor copies the published view, and creates the run or continues it. In distributed data parallel
-    training make the engine on rank 0 only.
+    The constructor copies the published view, and creates the run or continues it. Under torch.distributed every rank
+    makes an engine and calls the same methods in the same order: each finds, encodes and uploads the changes of what it
+    owns, and what one rank raises all raise. See docs/trainers.md.
+
+    Attributes:
+        config: what it was made with.
+        ranks: the processes that train the model together.
+        steps: optimizer steps seen.
 
     Args:
         model: the model being trained. It is only ever read.
@@ -75,6 +86,7 @@ class DeltaWeightTransferEngine:
         ConfigError: a model or setting that cannot work.
         RunMismatch: the bucket holds a run of another model, or one at all although `config.resume` is False.
         BucketError: the bucket cannot be opened, read or written.
+        RankError: another rank has ended.
 
     Usage:
 
@@ -97,23 +109,26 @@ class DeltaWeightTransferEngine:
         *,
         processing_class: Any = None,
     ):
-        _require_one_publisher()
         self.config = config
         self.steps = 0
-        self._model = model
+        self.ranks = join()
+        self._model = model = _without_wrapper(model)
         self._processing_class = processing_class
         self._deployment = _deployment(config)
         self._closed = False
         self._process = os.getpid()
         self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
-        tensors = published_tensors(model)
+        tensors = self.ranks.together(lambda: published_tensors(model))
+        optimizer = self.ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
-        optimizer = _torch_optimizer(optimizer)
-        self._key = _signing_key(config)
-        bucket = open_bucket(config.bucket, create=True, token=config.token, key=self._key)
-        snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
-        self._publisher = self._join(bucket, snapshot)
+        self._key = self.ranks.together(lambda: _signing_key(config))
+        division = _division(self.ranks, tensors)
+        level = self.ranks.together(lambda: LevelChooser(_level_for(self.ranks, config.encoding)))
+        bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=self._key))
+        own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
+        snapshot = self.ranks.together(lambda: Snapshot(tensors, table, config.snapshot_device, own))
+        self._publisher = self._join(bucket, snapshot, level, division)
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
 
     # --- what users call ----------------------------------------------------------------------------
@@ -142,16 +157,14 @@ class DeltaWeightTransferEngine:
         self._require_open()
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
         with self._publishing:
-            self._publisher.wait()
-            self._publisher.settle()
+            self._publisher.begin()
             started = time.perf_counter()
-            self._publisher.snapshot.follow(live_tensors(self._model))
-            detected = self._publisher.snapshot.detect()
+            detected, changed = self._detect()
             detect_s = time.perf_counter() - started
-            if detected.changes:
+            if changed:
                 return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve)
             if serve and self._publisher.writer.serving != self.position.version:
-                self._publisher.writer.serve(self.position.version)
+                self._publisher.writer.serve(self.ranks, self.position.version)
             return self._publisher.unchanged(step, detect_s)
 
     def serve(self, version: int) -> Position:
@@ -162,9 +175,21 @@ class DeltaWeightTransferEngine:
         """
         self._require_open()
         with self._publishing:
-            self._publisher.wait()
-            self._publisher.settle()
-            return self._publisher.writer.serve(version)
+            self._publisher.begin()
+            return self._publisher.writer.serve(self.ranks, version)
+
+    def _detect(self) -> tuple[Detected, bool]:
+        """What has changed of this rank's part, and whether anything has on any rank."""
+        found: list[Detected] = []
+
+        def detect() -> bool:
+            snapshot = self._publisher.snapshot
+            snapshot.follow(live_tensors(self._model))
+            found.append(snapshot.detect())
+            return bool(found[0].changes)
+
+        changed = any(self.ranks.gather(detect))
+        return found[0], changed
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""
@@ -174,13 +199,14 @@ class DeltaWeightTransferEngine:
         """Wait until a publish is durable, and commit its version on every server of the config.
 
         A server that fails does not keep the others from the new version; its error is raised after they have it.
+        Rank 0 speaks to the servers; the others wait for the outcome.
         """
         started = time.perf_counter()
         published = ticket.result()
-        if self._deployment is None:
+        report = self._hotload(published.position)
+        if report is None:
             return SyncReport(published, (), time.perf_counter() - started)
-        report = self._hotload(self._deployment, published.position)
-        report.raise_for_quorum()
+        self.ranks.together(report.raise_for_quorum)
         return SyncReport(published, report.commits, time.perf_counter() - started, report.replicas)
 
     def wait(self) -> None:
@@ -195,17 +221,19 @@ class DeltaWeightTransferEngine:
         """
         self._require_open()
         with self._publishing:
-            self._publisher.wait()
-            self._publisher.settle()
+            self._publisher.begin()
             return self._publisher.anchor(step=self.steps, name=name or self.config.name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
+        self._close(anchor=self.config.anchor_at_close)
+
+    def _close(self, *, anchor: bool) -> None:
         if self._closed:
             return
         try:
             self._publisher.wait()
-            if self.config.anchor_at_close:
+            if anchor:
                 self.anchor()
         finally:
             self._closed = True
@@ -221,8 +249,10 @@ class DeltaWeightTransferEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # A rank that leaves with an error leaves alone: the others are elsewhere, and cannot join it in an anchor.
+        alone = error is not None and self.ranks.size > 1
         try:
-            self.close()
+            self._close(anchor=self.config.anchor_at_close and not alone)
         except Exception:
             if error is None:
                 raise
@@ -230,48 +260,52 @@ class DeltaWeightTransferEngine:
 
     # --- joining the run ----------------------------------------------------------------------------
 
-    def _join(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
-        if bucket.read([Layout.RUN]):
-            return self._resume(bucket, snapshot)
-        run = Run(
-            run_id=secrets.token_hex(16),
-            table=snapshot.table,
-            digest=snapshot.digest.hex,
-            base=_base_of(self._model, self.config, snapshot),
-            created=time.time(),
-            public_key=None if self._key is None else self._key.public.hex,
+    def _join(self, bucket: Bucket, snapshot: Snapshot, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
+        digest = sum(self.ranks.gather(lambda: snapshot.digest), Digest())
+        writer = JointWriter(bucket, self.ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
+        publisher = Publisher(
+            writer,
+            snapshot,
+            self._write_side_files,
+            level,
+            self.config.anchor_every,
+            self._announce,
+            self.ranks,
+            division,
         )
-        publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
-        if run.base.model is None:
-            publisher.anchor()
-        return publisher
-
-    def _resume(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
-        if not self.config.resume:
-            raise RunMismatch(
-                f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
-            )
-        publisher = self._new_publisher(
-            ChainWriter.resume(bucket, snapshot.table, signs=self._key is not None), snapshot
-        )
-        writer = publisher.writer
-        if writer.position.digest == snapshot.digest.hex:
+        if writer.position.digest == digest.hex:
             if writer.newest is None and writer.run.base.model is None:
-                publisher.anchor()  # whoever created the run died before it could
-        elif (patch := _way_back(bucket, writer.position, snapshot)) is not None:
-            publisher.publish_patch(patch, snapshot.digest.hex, name=self.config.name)
+                publisher.anchor()  # also if whoever created the run died before it could
+            return publisher
+        # Ranks that share a model would each need all of it to go back.
+        patch = _way_back(bucket, writer.position, snapshot) if self.ranks.size == 1 else None
+        if patch is not None:
+            publisher.publish_patch(patch, digest.hex, name=self.config.name)
             logger.info("the model is at an older version of the run: it is %s now, made by a delta", writer.position)
         else:
             logger.warning(
                 "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
                 writer.position,
             )
-            publisher.anchor(Position(writer.next_version, snapshot.digest.hex), name=self.config.name)
+            publisher.anchor(Position(writer.next_version, digest.hex), name=self.config.name)
         return publisher
 
-    def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        level = LevelChooser(self.config.encoding)
-        return Publisher(writer, snapshot, self._write_side_files, level, self.config.anchor_every, self._announce)
+    def _open_writer(self, bucket: Bucket, table: TensorTable, digest: Digest) -> ChainWriter:
+        if bucket.read([Layout.RUN]):
+            if not self.config.resume:
+                raise RunMismatch(
+                    f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
+                )
+            return ChainWriter.resume(bucket, table, signs=self._key is not None)
+        run = Run(
+            run_id=secrets.token_hex(16),
+            table=table,
+            digest=digest.hex,
+            base=_base_of(self._model, self.config, table, digest),
+            created=time.time(),
+            public_key=None if self._key is None else self._key.public.hex,
+        )
+        return ChainWriter.create(bucket, run)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -290,7 +324,7 @@ class DeltaWeightTransferEngine:
         for part in parts:
             part.update({key: self.config.view_dtype for key in ("dtype", "torch_dtype") if key in part})
         config["dtype"] = self.config.view_dtype
-        config["architectures"] = config.get("architectures") or [type(self._model).__name__]
+        config["architectures"] = config.get("architectures") or [_class_of(self._model).__name__]
         path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _count_step(self, *_: Any) -> None:
@@ -309,14 +343,18 @@ class DeltaWeightTransferEngine:
         if self._deployment is not None:
             self._deployment.signal(position)
 
-    def _hotload(self, deployment: Deployment, position: Position) -> HotloadReport:
-        report = deployment.hotload(position, timeout=self.config.stage_timeout)
+    def _hotload(self, position: Position) -> HotloadReport | None:
+        """Rank 0 brings the servers to a version; the others learn what came of it. None if there are no servers."""
+        deployment, timeout = self._deployment, self.config.stage_timeout
+        if deployment is None:
+            return None
+        report = self.ranks.first(lambda: deployment.hotload(position, timeout=timeout))
         no_path = next((replica.error for replica in report.replicas if isinstance(replica.error, NoPath)), None)
         if no_path is None:
             return report
         logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
         self.anchor()
-        return deployment.hotload(position, timeout=self.config.stage_timeout)
+        return self.ranks.first(lambda: deployment.hotload(position, timeout=timeout))
 
 
 def _signing_key(config: SyncConfig) -> SigningKey | None:
@@ -366,7 +404,7 @@ def _deployment(config: SyncConfig) -> Deployment | None:
     )
 
 
-def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> Base:
+def _base_of(model: torch.nn.Module, config: SyncConfig, table: TensorTable, digest: Digest) -> Base:
     """Where inference servers find version 0: what the user says, else what the model's config says.
 
     Nowhere, if that is not what the model holds now: it may have been trained since, or loaded from elsewhere.
@@ -376,9 +414,9 @@ def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> 
     if directory is None:
         return base
     try:
-        checkpoint = Checkpoint(directory, snapshot.table)
+        checkpoint = Checkpoint(directory, table)
         checkpoint.check()
-        holds = digest_view(snapshot.table, checkpoint) == snapshot.digest
+        holds = digest_view(table, checkpoint) == digest
     except ConfigError:  # a tensor is missing, or has another shape
         holds = False
     if holds:
@@ -421,7 +459,40 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
         )
 
 
-def _require_one_publisher() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0:
-        raise ConfigError("several ranks cannot publish the same run: make the engine on rank 0 only")
+def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel: it has the config that describes it."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _class_of(model: torch.nn.Module) -> type:
+    """The class that loads it: `fully_shard` changes a model's class to one of its own."""
+    from torch.distributed.fsdp import FSDPModule  # takes a second
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _division(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> list[list[Shard]]:
+    """Rank -> what it owns of each tensor. ConfigError unless the ranks hold shards or replicas of one model."""
+    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    held = ranks.gather(lambda: (list(tensors), [held_box(name, tensor) for name, tensor in tensors.items()]))
+    for rank, (names, _) in enumerate(held):
+        for mine, theirs in zip_longest(held[0][0], names):
+            if mine != theirs:
+                raise ConfigError(
+                    f"rank {rank} holds {theirs} where rank 0 holds {mine}: the ranks must train one model, sharded "
+                    "or replicated (pipeline stages are not supported)"
+                )
+    return divide(list(tensors), shapes, [boxes for _, boxes in held])
+
+
+def _level_for(ranks: Ranks, encoding: str) -> str:
+    if ranks.size == 1:
+        return encoding
+    if encoding == "compact":
+        raise ConfigError(
+            "encoding='compact' needs all old weights of a tensor in one process, and here several ranks share them: "
+            "use encoding='fast' (or 'auto', which is that)"
+        )
+    return "fast"

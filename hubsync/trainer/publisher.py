@@ -1,7 +1,8 @@
 """The background half of a publisher: encode, upload, commit, and only then move the baseline.
 
 There is one job at a time. A job that fails leaves the snapshot where it was, so the next detection finds its
-changes again.
+changes again. Where several ranks train, each has a publisher, and their jobs are one: every rank encodes and uploads
+what it owns, rank 0 commits when all parts are durable, and all learn the same outcome before any moves on.
 """
 
 from __future__ import annotations
@@ -9,22 +10,48 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubsync.chain import ChainWriter
+from hubsync.chain.writer import anchor_sources
+from hubsync.digest import Digest
 from hubsync.errors import ChainError, ConfigError
-from hubsync.manifest import Manifest, Position
-from hubsync.parts import write_anchor, write_delta
+from hubsync.manifest import Manifest, Part, Position
+from hubsync.parts import write_delta
 from hubsync.patch import Patch, changed
 from hubsync.weights import ViewBits
 
+from .anchors import write_own_files
 from .detection import Detected, Snapshot
+from .joint import JointWriter
 from .level import LevelChooser
+from .ranks import Ranks
+from .shards import Shard
 
 logger = logging.getLogger(__name__)
+
+_MAX_FILE_BYTES = 5 << 30  # of an anchor
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank did for a version.
+
+    Attributes:
+        rank: its number.
+        changed: elements that differ, of those it owns.
+        payload_bytes: bytes it uploaded.
+        detect_s, encode_s, upload_s: seconds, as in `Published`.
+    """
+
+    rank: int
+    changed: int
+    payload_bytes: int
+    detect_s: float
+    encode_s: float
+    upload_s: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,7 @@ class Published:
         detect_s: seconds of the training thread.
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
+        ranks: the share of each rank; seconds above are those of this rank.
     """
 
     position: Position
@@ -54,6 +82,7 @@ class Published:
     detect_s: float
     encode_s: float = 0.0
     upload_s: float = 0.0
+    ranks: tuple[RankShare, ...] = ()
 
     @property
     def version(self) -> int:
@@ -101,23 +130,29 @@ class Publisher:
         side_files: writes the files that an anchor holds beside its weights into a directory.
         level: says how versions are encoded.
         anchor_every: commit an anchor after each so many versions; 0 for never.
-        announce: called in the background with every version that has become durable.
+        announce: called in the background with every version that has become durable, on rank 0.
+        ranks: those of the training thread. `begin`, `submit` and `anchor` are called by all of them, in one order.
+        division: rank -> what it owns of each tensor.
     """
 
     def __init__(
         self,
-        writer: ChainWriter,
+        writer: JointWriter,
         snapshot: Snapshot,
         side_files: Callable[[Path], None],
         level: LevelChooser,
-        anchor_every: int = 0,
-        announce: Callable[[Position], None] = lambda position: None,
+        anchor_every: int,
+        announce: Callable[[Position], None],
+        ranks: Ranks,
+        division: Sequence[Sequence[Shard]],
     ):
         self.writer = writer
         self.snapshot = snapshot
         self._side_files = side_files
         self._level = level
-        self._old = ViewBits(snapshot.table, snapshot.tensors())  # the snapshot moves in place, after a commit
+        self._ranks = ranks
+        self._background = ranks.apart()
+        self._division = division
         self._anchor_every = anchor_every
         self._announce = announce
         self._anchored: Manifest | None = None
@@ -138,9 +173,10 @@ class Publisher:
             if self._last is not None and self._last.done():
                 self._last = None
 
-    def settle(self) -> None:
-        """Find out what became of a commit whose outcome is unknown. Call it while no job is under way."""
-        manifest = self.writer.settle()
+    def begin(self) -> None:
+        """Get ready for the next job: `wait` on all ranks, and find out what became of an unknown commit."""
+        self._ranks.together(self.wait)
+        manifest = self.writer.settle(self._ranks)
         if manifest is not None and self._committing is not None and self._committing[0] == manifest.position:
             self.snapshot.advance(self._committing[1])
         self._committing = None
@@ -148,7 +184,7 @@ class Publisher:
     def submit(
         self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool = True
     ) -> Ticket:
-        """Publish what was detected, in the background. Call it while no job is under way, after `settle`.
+        """Publish what was detected, in the background. Call it while no job is under way, after `begin`.
 
         Args:
             serve: let replicas serve the version; else it is only saved.
@@ -173,11 +209,16 @@ class Publisher:
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
+        return self._commit_anchor(self._ranks, at, step, name)
+
+    def _commit_anchor(self, ranks: Ranks, at: Position, step: int | None, name: str | None) -> Manifest:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
-                self._side_files(Path(directory))
-                write_anchor(Path(directory), self.snapshot.table, self.snapshot.tensors())
-                self._anchored = self.writer.commit_anchor(Path(directory), at=at, step=step, name=name)
+                ranks.first(lambda: self._side_files(Path(directory)))
+                write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES)
+                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name)
+                uploaded = ranks.gather(lambda: self.writer.upload(draft, anchor_sources(Path(directory))))
+                self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:
             size = self.snapshot.table.nbytes / 1e9
             raise ConfigError(
@@ -192,59 +233,73 @@ class Publisher:
         self._thread.shutdown(wait=True)
 
     def publish_patch(self, patch: Patch, digest: str, *, name: str | None = None) -> Manifest:
-        """Commit a patch of the current position, after which the view is the snapshot. In the calling thread."""
-        writer = self.writer
-        position = Position(writer.next_version, digest)
-        part = write_delta(
-            self.snapshot.table, patch, run_id=writer.run.run_id, parent=writer.position, position=position
-        )
-        return writer.commit_delta([part], digest=digest, changed=changed(patch), name=name)
+        """Commit a patch of the current position, after which the view is the snapshot. In the calling thread.
+
+        For one rank only: it has the whole patch.
+        """
+        writer, ranks = self.writer, self._ranks
+        draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), name=name)
+        return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
 
     def _publish(
         self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool
     ) -> Published:
-        writer = self.writer
-        if detected.before.hex != writer.position.digest:
+        ranks, started = self._background, time.perf_counter()
+        found = ranks.gather(lambda: (detected.before, detected.digest, detected.changed))
+        before = sum((before for before, _, _ in found), Digest())
+        digest = sum((after for _, after, _ in found), Digest())
+        if before.hex != self.writer.position.digest:
             # Only after an interrupt at the worst moment, which let this be detected beside another job.
-            raise ChainError(f"these changes are not ones of {writer.position}: publish again")
-        started = time.perf_counter()
-        position = Position(writer.next_version, detected.digest.hex)
+            raise ChainError(f"these changes are not ones of {self.writer.position}: publish again")
         level = self._level.choose()
-        part = write_delta(
-            self.snapshot.table,
-            detected.patch,
-            run_id=writer.run.run_id,
-            parent=writer.position,
-            position=position,
-            old=self._old if level == "compact" else None,
+        total = sum(count for _, _, count in found)
+        draft = self.writer.draft_delta(
+            ranks, digest=digest.hex, changed=total, step=step, name=name, encoding=level, serve=serve
         )
-        encoded = time.perf_counter()
-        self._committing = position, detected
-        writer.commit_delta(
-            [part],
-            digest=position.digest,
-            changed=detected.changed,
-            step=step,
-            name=name,
-            encoding=level,
-            serve=serve,
-        )
+        uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detect_s, started))
+        shares = tuple(share for share, _ in uploaded)
+        self._committing = draft.position, detected
+        self.writer.commit(ranks, draft, [part for _, parts in uploaded for part in parts])
         self.snapshot.advance(detected)
         self._committing = None
         self._versions_since_anchor += 1
-        durable = time.perf_counter()
-        self._level.learn(level, detected.changed, len(part), encoded - started, durable - encoded)
-        if serve:
-            self._announce(position)
-        return self._published(
-            position, step, detected.changed, len(part), level, detect_s, encoded - started, durable - encoded
+        encode_s, payload = shares[ranks.rank].encode_s, sum(share.payload_bytes for share in shares)
+        upload_s = time.perf_counter() - started - encode_s
+        self._level.learn(level, total, payload, encode_s, upload_s)
+        if serve and ranks.rank == 0:
+            self._announce(draft.position)
+        return self._published(draft.position, step, total, payload, level, detect_s, encode_s, upload_s, shares)
+
+    def _upload_own(
+        self, draft: Manifest, detected: Detected, detect_s: float, started: float
+    ) -> tuple[RankShare, tuple[Part, ...]]:
+        """Encode what this rank changes, and make it durable. A rank that changes nothing uploads nothing."""
+        files = [self._encoded(draft, detected.patch)] if detected.changes else []
+        encoded = time.perf_counter()
+        parts = self.writer.upload(draft, files)
+        upload_s = time.perf_counter() - encoded
+        nbytes = sum(part.size for part in parts)
+        rank = self._ranks.rank
+        return RankShare(rank, detected.changed, nbytes, detect_s, encoded - started, upload_s), parts
+
+    def _encoded(self, draft: Manifest, patch: Patch) -> bytes:
+        assert draft.parent is not None
+        table = self.snapshot.table
+        return write_delta(
+            table,
+            patch,
+            run_id=draft.run_id,
+            parent=draft.parent,
+            position=draft.position,
+            rank=self._ranks.rank,
+            old=ViewBits(table, self.snapshot.tensors()) if draft.encoding == "compact" else None,
         )
 
     def _anchor_if_due(self, step: int | None, name: str | None) -> None:
         if self._versions_since_anchor < self._anchor_every:
             return
         try:
-            self.anchor(step=step, name=name)
+            self._commit_anchor(self._background, self.writer.position, step, name)
         except Exception as error:  # of the bucket, of the local disk, of whatever writes the side files
             logger.warning("could not upload the whole model, trying again after the next version: %s", error)
 
@@ -258,8 +313,19 @@ class Publisher:
         detect_s: float,
         encode_s: float = 0.0,
         upload_s: float = 0.0,
+        ranks: tuple[RankShare, ...] = (),
     ) -> Published:
         table = self.snapshot.table
         return Published(
-            position, step, changed, table.numel, payload_bytes, table.nbytes, encoding, detect_s, encode_s, upload_s
+            position,
+            step,
+            changed,
+            table.numel,
+            payload_bytes,
+            table.nbytes,
+            encoding,
+            detect_s,
+            encode_s,
+            upload_s,
+            ranks,
         )

@@ -1,0 +1,183 @@
+"""What the ranks of one training say to each other: outcomes and small values, in rounds that all of them take part in.
+
+An exception is data: whoever meets one still takes part in the round, and then all ranks raise it. So nobody waits for
+somebody who has given up. A round is one small collective over a gloo group of our own, which nobody else uses: the
+training thread has one, and the publisher's background thread another, so neither can meet the other's messages.
+"""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+
+from hubsync.errors import ConfigError, RankError
+
+T = TypeVar("T")
+
+_JOIN = timedelta(minutes=10)  # from the first rank's engine to the last one's: models take a while to load
+_PATIENCE = timedelta(days=1)  # a round waits for uploads, however long they take; a dead rank is noticed at once
+
+
+class Ranks(ABC):
+    """The processes of one training. Every method but the properties is a round: all ranks call it, in the same order.
+
+    Raises:
+        RankError: another rank has ended.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def gather(self, do: Callable[[], T]) -> list[T]:
+        """Call `do` on every rank; the values of all of them, in rank order. What one rank raises all raise."""
+
+    @abstractmethod
+    def together(self, do: Callable[[], T]) -> T:
+        """Call `do` on every rank; this rank's value. What one rank raises all raise."""
+
+    @abstractmethod
+    def first(self, do: Callable[[], T]) -> T:
+        """Call `do` on rank 0 only; its value or its exception on all ranks."""
+
+    @abstractmethod
+    def collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
+        """Every rank's bytes (uint8 on the CPU), on rank `to` only; None on the others.
+
+        Args:
+            sizes: rank -> its number of bytes, known to all.
+        """
+
+    @abstractmethod
+    def apart(self) -> Ranks:
+        """The same ranks for another thread: its rounds are independent of these."""
+
+
+class Alone(Ranks):
+    """One process."""
+
+    rank, size = 0, 1
+
+    def gather(self, do: Callable[[], T]) -> list[T]:
+        return [do()]
+
+    def together(self, do: Callable[[], T]) -> T:
+        return do()
+
+    def first(self, do: Callable[[], T]) -> T:
+        return do()
+
+    def collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
+        return [mine]
+
+    def apart(self) -> Ranks:
+        return self
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank tells in a round."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+class GlooRanks(Ranks):
+    """The ranks of torch.distributed's default process group."""
+
+    def __init__(self) -> None:
+        distributed = torch.distributed
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        try:
+            self._group = distributed.new_group(backend="gloo", timeout=_JOIN)
+            self._exchange(_Outcome())
+        except (RuntimeError, RankError) as error:
+            raise ConfigError(
+                "under torch.distributed every rank makes an engine, of the same model and with the same config; not "
+                f"all {self.size} did: {error}"
+            ) from error
+        distributed.distributed_c10d._set_pg_timeout(_PATIENCE, self._group)
+
+    def gather(self, do: Callable[[], T]) -> list[T]:
+        return [outcome.value for outcome in self._round(_attempt(do))]
+
+    def together(self, do: Callable[[], T]) -> T:
+        own = _attempt(do)
+        self._round(_Outcome(error=own.error))
+        return cast(T, own.value)
+
+    def first(self, do: Callable[[], T]) -> T:
+        return cast(T, self._round(_attempt(do) if self.rank == 0 else _Outcome())[0].value)
+
+    def collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
+        try:
+            return self._collect(mine, sizes, to)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+    def apart(self) -> Ranks:
+        return GlooRanks()
+
+    def _collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
+        if self.rank != to:
+            if len(mine):
+                torch.distributed.send(mine, to, group=self._group)
+            return None
+        found = [mine if rank == to else torch.empty(size, dtype=torch.uint8) for rank, size in enumerate(sizes)]
+        for rank, received in enumerate(found):
+            if rank != to and len(received):
+                torch.distributed.recv(received, rank, group=self._group)
+        return found
+
+    def _round(self, own: _Outcome) -> list[_Outcome]:
+        """Everybody's outcomes; raises the error of the lowest rank that has one."""
+        outcomes = self._exchange(own if own.error is None else _Outcome(error=_portable(own.error)))
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                cause = own.error if rank == self.rank else RankError(f"raised on rank {rank}")
+                raise outcome.error from cause
+        return outcomes
+
+    def _exchange(self, own: _Outcome) -> list[_Outcome]:
+        outcomes: list[Any] = [None] * self.size
+        try:
+            torch.distributed.all_gather_object(outcomes, own, group=self._group)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return outcomes
+
+
+def join() -> Ranks:
+    """All ranks of torch.distributed, if that is initialised; else this process alone."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return GlooRanks()
+    return Alone()
+
+
+def _attempt(do: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(do())
+    except Exception as error:
+        return _Outcome(error=error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if another process can raise the same one, else one that tells of it."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+        if type(copy) is type(error) and str(copy) == str(error):
+            return error
+    except Exception:  # whatever a foreign class does when it is copied
+        pass
+    return RankError(f"{type(error).__name__}: {error}")
+
+
+def _lost(error: Exception) -> RankError:
+    return RankError(f"another rank of this training has ended, or cannot be reached any more: {error}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -121,6 +121,25 @@ class Detected:
         return digest
 
 
+class Detector(Protocol):
+    """Who finds what has changed since the view of `digest`, which is the last durable one.
+
+    Attributes:
+        holds_old: whether `tensors` costs nothing, so that compact deltas can be encoded against them.
+    """
+
+    table: TensorTable
+    digest: Digest
+    holds_old: bool
+
+    def follow(self, tensors: dict[str, torch.Tensor]) -> None: ...
+    def detect(self) -> Detected: ...
+    def advance(self, detected: Detected) -> None: ...
+    def audit(self) -> None: ...
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+    def close(self) -> None: ...
+
+
 class Snapshot:
     """The last durable published view, held in the served dtype, and its digest.
 
@@ -131,6 +150,8 @@ class Snapshot:
         table: their table.
         device: "model" holds each tensor's copy beside it, "cpu" all of them in main memory.
     """
+
+    holds_old = True
 
     def __init__(self, tensors: dict[str, torch.Tensor], table: TensorTable, device: str = "model"):
         self.table = table
@@ -145,14 +166,7 @@ class Snapshot:
 
         ConfigError unless they are of the same table.
         """
-        for name in sorted(tensors.keys() ^ {spec.name for spec in self.table}):
-            raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
-        for spec in self.table:
-            if tuple(tensors[spec.name].shape) != spec.shape:
-                raise ConfigError(
-                    f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
-                    + _ANOTHER_MODEL
-                )
+        require_same_table(self.table, tensors)
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
@@ -173,6 +187,12 @@ class Snapshot:
             held[at] = torch.from_numpy(change.new.view(_NUMPY_INTEGERS[change.new.itemsize])).to(held.device)
         self.digest = detected.digest
 
+    def audit(self) -> None:
+        """Nothing to do: every detection looks at all weights."""
+
+    def close(self) -> None:
+        """Nothing to undo: nobody was hooked."""
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The snapshot by name, in checkpoint shapes. Not copies: do not write to them."""
         return {spec.name: held.view(spec.shape) for spec, held in zip(self.table, self._held, strict=True)}
@@ -187,6 +207,18 @@ class Snapshot:
         for spec, held in zip(self.table, self._held, strict=True):
             digest += digest_torch(tensor_seed(spec.name), _integers(held))
         return digest
+
+
+def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> None:
+    """ConfigError unless live tensors have the names and shapes of the table."""
+    for name in sorted(tensors.keys() ^ {spec.name for spec in table}):
+        raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
+    for spec in table:
+        if tuple(tensors[spec.name].shape) != spec.shape:
+            raise ConfigError(
+                f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
+                + _ANOTHER_MODEL
+            )
 
 
 def _changes(old: torch.Tensor, new: torch.Tensor) -> Change:

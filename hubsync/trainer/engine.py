@@ -26,9 +26,11 @@ from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
 
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Snapshot, live_tensors, published_tensors, table_of
+from .detection import Detector, live_tensors, published_tensors, table_of
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
+from .sliced import choose_detector
+from .stepping import unwrapped
 
 if TYPE_CHECKING:
     from hubsync.replica.sync import CommitReport, Replica
@@ -54,8 +56,9 @@ class SyncReport:
 class DeltaWeightTransferEngine:
     """Publishes a model's weights to a bucket, as deltas, and commits them on inference servers.
 
-    The constructor copies the published view, and creates the run or continues it. In distributed data parallel
-    training make the engine on rank 0 only.
+    The constructor reads the published view, and creates the run or continues it. With `detector="snapshot"` it keeps a
+    copy of the view; else it has the optimizer step a few parameters at a time, until `close`. In distributed data
+    parallel training make the engine on rank 0 only.
 
     Args:
         model: the model being trained. It is only ever read.
@@ -102,11 +105,15 @@ class DeltaWeightTransferEngine:
         view_dtype = VIEW_DTYPES[config.view_dtype]
         tensors = published_tensors(model)
         _warn_of_lost_updates(tensors, view_dtype)
-        optimizer = _torch_optimizer(optimizer)
+        stepped = _torch_optimizer(optimizer)
         bucket = open_bucket(config.bucket, create=True, token=config.token)
-        snapshot = Snapshot(tensors, table_of(tensors, view_dtype), config.snapshot_device)
-        self._publisher = self._join(bucket, snapshot)
-        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
+        snapshot = choose_detector(tensors, table_of(tensors, view_dtype), optimizer, config)
+        try:
+            self._publisher = self._join(bucket, snapshot)
+        except BaseException:
+            snapshot.close()
+            raise
+        self._hook = None if stepped is None else stepped.register_step_post_hook(self._count_step).remove
 
     # --- what users call ----------------------------------------------------------------------------
 
@@ -139,6 +146,10 @@ class DeltaWeightTransferEngine:
             self._publisher.snapshot.follow(live_tensors(self._model))
             detected = self._publisher.snapshot.detect()
             detect_s = time.perf_counter() - started
+            if self._is_elsewhere():
+                manifest = self._anchor(step, name)
+                if not detected.changes:  # else the anchor of a publish before had failed, and these came after it
+                    return self._publisher.anchored(manifest, step, detect_s)
             if not detected.changes:
                 return self._publisher.unchanged(step, detect_s)
             return self._publisher.submit(detected, step, name or self.config.name, detect_s)
@@ -172,7 +183,8 @@ class DeltaWeightTransferEngine:
         with self._publishing:
             self._publisher.wait()
             self._publisher.settle()
-            return self._publisher.anchor(step=self.steps, name=self.config.name)
+            self._publisher.snapshot.audit()
+            return self._anchor(self.steps, self.config.name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
@@ -180,10 +192,12 @@ class DeltaWeightTransferEngine:
             return
         try:
             self._publisher.wait()
-            if self.config.anchor_at_close:
+            self._publisher.snapshot.audit()
+            if self.config.anchor_at_close or self._is_elsewhere():
                 self.anchor()
         finally:
             self._closed = True
+            self._publisher.snapshot.close()
             if self._hook is not None:
                 self._hook()
             self._publisher.close()
@@ -205,7 +219,7 @@ class DeltaWeightTransferEngine:
 
     # --- joining the run ----------------------------------------------------------------------------
 
-    def _join(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
+    def _join(self, bucket: Bucket, snapshot: Detector) -> Publisher:
         if bucket.read([Layout.RUN]):
             return self._resume(bucket, snapshot)
         run = Run(
@@ -220,7 +234,7 @@ class DeltaWeightTransferEngine:
             publisher.anchor()
         return publisher
 
-    def _resume(self, bucket: Bucket, snapshot: Snapshot) -> Publisher:
+    def _resume(self, bucket: Bucket, snapshot: Detector) -> Publisher:
         if not self.config.resume:
             raise RunMismatch(
                 f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
@@ -237,9 +251,20 @@ class DeltaWeightTransferEngine:
             publisher.anchor()  # whoever created the run died before it could
         return publisher
 
-    def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        level = LevelChooser(self.config.encoding)
+    def _new_publisher(self, writer: ChainWriter, snapshot: Detector) -> Publisher:
+        level = LevelChooser(self.config.encoding if snapshot.holds_old else "fast")
         return Publisher(writer, snapshot, self._write_side_files, level, self.config.anchor_every, self._announce)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the detector counts changes from other weights than the run's newest: some were missed."""
+        return self._publisher.snapshot.digest.hex != self.position.digest
+
+    def _anchor(self, step: int | None, name: str | None) -> Manifest:
+        """An anchor of the current version, or of a new one if no delta can lead to the weights."""
+        publisher, at = self._publisher, None
+        if self._is_elsewhere():
+            at = Position(publisher.writer.next_version, publisher.snapshot.digest.hex)
+        return publisher.anchor(at, step=step, name=name or self.config.name)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -300,8 +325,7 @@ class DeltaWeightTransferEngine:
 def _torch_optimizer(optimizer: Any) -> Any:
     if optimizer is None:
         return None
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper takes no hooks
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)  # accelerate's wrapper takes no hooks
     if not hasattr(optimizer, "register_step_post_hook"):
         raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
     return optimizer
@@ -317,7 +341,7 @@ def _replicas(config: SyncConfig) -> list[Replica]:
     return replicas
 
 
-def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Snapshot) -> Base:
+def _base_of(model: torch.nn.Module, config: SyncConfig, snapshot: Detector) -> Base:
     """Where inference servers find version 0: what the user says, else what the model's config says.
 
     Nowhere, if that is not what the model holds now: it may have been trained since, or loaded from elsewhere.

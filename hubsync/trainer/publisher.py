@@ -20,7 +20,7 @@ from hubsync.manifest import Manifest, Position
 from hubsync.parts import write_anchor, write_delta
 from hubsync.weights import ViewBits
 
-from .detection import Detected, Snapshot
+from .detection import Detected, Detector
 from .level import LevelChooser
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,12 @@ class Published:
     Attributes:
         position: version and digest of the published view.
         step: the trainer's step.
-        changed: elements that differ from the version before; 0 if nothing changed and no version was made.
+        changed: elements that differ from the version before, all of them if the whole model had to be uploaded; 0 if
+            nothing changed and no version was made.
         total: elements of the view.
         payload_bytes: bytes uploaded for this version (without manifest and head).
         dense_bytes: bytes of the whole view.
-        encoding: codec level of the version, "fast" or "compact"; empty if none was made.
+        encoding: codec level of the version, "fast" or "compact"; "dense" for a whole model; empty if none was made.
         detect_s: seconds of the training thread.
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
@@ -106,7 +107,7 @@ class Publisher:
     def __init__(
         self,
         writer: ChainWriter,
-        snapshot: Snapshot,
+        snapshot: Detector,
         side_files: Callable[[Path], None],
         level: LevelChooser,
         anchor_every: int = 0,
@@ -116,7 +117,6 @@ class Publisher:
         self.snapshot = snapshot
         self._side_files = side_files
         self._level = level
-        self._old = ViewBits(snapshot.table, snapshot.tensors())  # the snapshot moves in place, after a commit
         self._anchor_every = anchor_every
         self._announce = announce
         self._anchored: Manifest | None = None
@@ -155,6 +155,14 @@ class Publisher:
         """The ticket of a publish that found nothing to do."""
         future: Future[Published] = Future()
         future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
+        return Ticket(future)
+
+    def anchored(self, manifest: Manifest, step: int | None, detect_s: float) -> Ticket:
+        """The ticket of a publish that had to be of the whole model."""
+        self._announce(manifest.position)
+        total = self.snapshot.table.numel
+        future: Future[Published] = Future()
+        future.set_result(self._published(manifest.position, step, total, manifest.nbytes, "dense", detect_s))
         return Ticket(future)
 
     def anchor(self, at: Position | None = None, *, step: int | None = None, name: str | None = None) -> Manifest:
@@ -198,7 +206,7 @@ class Publisher:
             run_id=writer.run.run_id,
             parent=writer.position,
             position=position,
-            old=self._old if level == "compact" else None,
+            old=ViewBits(self.snapshot.table, self.snapshot.tensors()) if level == "compact" else None,
         )
         encoded = time.perf_counter()
         self._committing = position, detected

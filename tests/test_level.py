@@ -24,7 +24,8 @@ def published(tmp_path: Path, encoding: str, versions: int = 4) -> tuple[ChainRe
     model = Tiny(64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     levels = []
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(str(tmp_path / "bucket"), encoding=encoding)) as engine:
+    config = SyncConfig(str(tmp_path / "bucket"), encoding=encoding, detector="snapshot")  # compact needs a copy
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
         for _ in range(versions):
             train(model, optimizer)
             levels.append(engine.publish().result().encoding)

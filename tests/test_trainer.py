@@ -383,7 +383,7 @@ def test_the_training_thread_only_compares(
 
         monkeypatch.setattr(module, name, watched)
 
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, detector="snapshot")) as engine:
         for module, name in [
             (detection, "find_changes"),
             (detection, "difference"),

@@ -15,13 +15,13 @@ import torch
 from hubsync.bits import TORCH_DTYPES
 from hubsync.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
 
-from .detection import Snapshot
+from .detection import Detector, Snapshot
 from .ranks import Ranks
 from .shards import Shard
 
 
 def write_own_files(
-    directory: Path, snapshot: Snapshot, division: Sequence[Sequence[Shard]], ranks: Ranks, max_shard_bytes: int
+    directory: Path, snapshot: Detector, division: Sequence[Sequence[Shard]], ranks: Ranks, max_shard_bytes: int
 ) -> None:
     """Write this rank's files of an anchor of the snapshot; rank 0's has the index. Rounds of `ranks`.
 
@@ -33,6 +33,7 @@ def write_own_files(
     if ranks.size == 1:
         write_anchor(directory, table, snapshot.tensors(), max_shard_bytes=max_shard_bytes)
         return
+    assert isinstance(snapshot, Snapshot), "several ranks each hold their part"
     files = anchor_files(table, max_shard_bytes)
     for number, (file, names) in enumerate(files.items()):
         turn = number % ranks.size

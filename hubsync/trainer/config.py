@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "name": (str, NoneType),
     "base_model": (str, NoneType),
     "base_revision": (str, NoneType),
+    "audit_every": (int,),
     "anchor_every": (int,),
     "anchor_at_close": (bool,),
     "servers": (Sequence,),
@@ -66,6 +67,14 @@ class SyncConfig:
             Level of the codec: `"fast"`; `"compact"`, a third smaller or less, but readable only for who holds the
             weights before it, and with a pass over all of them to encode and to decode; or `"auto"`, whichever takes
             less time to encode and upload, as measured.
+        detector (`str`, *optional*, defaults to `"auto"`):
+            How changes are found: `"sliced"`, in the optimizer's steps, without a copy of the weights (for optimizers
+            known to update each parameter by itself, and the fast level); `"snapshot"`, by comparing all weights with
+            a copy of the published ones; or `"auto"`, sliced where it can be exact.
+        audit_every (`int`, *optional*, defaults to `20`):
+            With the sliced detector, recompute the digest of all weights at each so many publishes, at the first one
+            and when the engine is closed: weights written to outside of the optimizer's steps are then uploaded
+            whole. `0` for the first one and the end only.
         base_model (`str`, *optional*):
             Hub repository or directory of the checkpoint that the model was loaded from, which the servers load too.
             Defaults to what the model's config says; if that is nothing, the whole model is uploaded once.
@@ -141,6 +150,21 @@ class SyncConfig:
             "choices": ["fast", "compact", "auto"],
         },
     )
+    detector: str = field(
+        default="auto",
+        metadata={
+            "help": "How changes are found: `sliced`, in the optimizer's steps, without a copy of the weights; "
+            "`snapshot`, by comparing all weights with a copy; or `auto`, sliced where it can be exact.",
+            "choices": ["auto", "sliced", "snapshot"],
+        },
+    )
+    audit_every: int = field(
+        default=20,
+        metadata={
+            "help": "With the sliced detector, recompute the digest of all weights at each so many publishes, at the "
+            "first one and when the engine is closed. `0` for the first one and the end only."
+        },
+    )
     base_model: str | None = field(
         default=None,
         metadata={
@@ -214,6 +238,14 @@ class SyncConfig:
         self._require_choice("view_dtype", *VIEW_DTYPES)
         self._require_choice("encoding", "fast", "compact", "auto")
         self._require_choice("snapshot_device", "model", "cpu")
+        self._require_choice("detector", "auto", "sliced", "snapshot")
+        if self.detector == "sliced" and self.encoding == "compact":
+            raise ConfigError(
+                "encoding='compact' encodes against the weights before, and detector='sliced' keeps no copy of them: "
+                "use encoding='fast', or detector='snapshot'"
+            )
+        if self.audit_every < 0:
+            raise ConfigError(f"audit_every must be 0 or a number of publishes, not {self.audit_every}")
         self._require_choice("kv_cache", "recompute", "keep")
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")

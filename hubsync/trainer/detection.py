@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -136,6 +136,25 @@ class Detected:
         return {index: self._shards[index].globally(change.indices) for index, change in self.changes.items()}
 
 
+class Detector(Protocol):
+    """Who finds what has changed since the view of `digest`, which is the last durable one.
+
+    Attributes:
+        holds_old: whether `tensors` costs nothing, so that compact deltas can be encoded against them.
+    """
+
+    table: TensorTable
+    digest: Digest
+    holds_old: bool
+
+    def follow(self, tensors: dict[str, torch.Tensor]) -> None: ...
+    def detect(self) -> Detected: ...
+    def advance(self, detected: Detected) -> None: ...
+    def audit(self) -> None: ...
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+    def close(self) -> None: ...
+
+
 class Snapshot:
     """The last durable published view, held in the served dtype, and its digest; of several ranks each holds its part.
 
@@ -147,6 +166,8 @@ class Snapshot:
         device: "model" holds each tensor's copy beside it, "cpu" all of them in main memory.
         shards: table index -> what this process owns of the tensor; default is all of each.
     """
+
+    holds_old = True
 
     def __init__(
         self,
@@ -168,14 +189,7 @@ class Snapshot:
 
         ConfigError unless they are of the same table.
         """
-        for name in sorted(tensors.keys() ^ {spec.name for spec in self.table}):
-            raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
-        for spec in self.table:
-            if tuple(tensors[spec.name].shape) != spec.shape:
-                raise ConfigError(
-                    f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
-                    + _ANOTHER_MODEL
-                )
+        require_same_table(self.table, tensors)
         for spec, shard in zip(self.table, self.shards, strict=True):
             require_held(spec.name, tensors[spec.name], shard.box)
         self._live = [tensors[spec.name] for spec in self.table]
@@ -197,6 +211,12 @@ class Snapshot:
             at = torch.from_numpy(change.indices).to(held.device)
             held[at] = torch.from_numpy(change.new.view(_NUMPY_INTEGERS[change.new.itemsize])).to(held.device)
         self.digest = detected.digest
+
+    def audit(self) -> None:
+        """Nothing to do: every detection looks at all weights."""
+
+    def close(self) -> None:
+        """Nothing to undo: nobody was hooked."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The snapshot by name, in checkpoint shapes, if this process owns all. Not copies: do not write to them."""
@@ -224,6 +244,18 @@ class Snapshot:
                 at = torch.from_numpy(indices).to(integers.device)
                 digest += digest_torch(seed, integers[first:last], indices=at)
         return digest
+
+
+def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> None:
+    """ConfigError unless live tensors have the names and shapes of the table."""
+    for name in sorted(tensors.keys() ^ {spec.name for spec in table}):
+        raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
+    for spec in table:
+        if tuple(tensors[spec.name].shape) != spec.shape:
+            raise ConfigError(
+                f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
+                + _ANOTHER_MODEL
+            )
 
 
 def _changes(old: torch.Tensor, new: torch.Tensor) -> Change:

@@ -31,12 +31,14 @@ from hubsync.table import TensorTable
 from hubsync.weights import ViewBits, digest_after
 
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Detected, Snapshot, live_tensors, published_tensors, table_of
+from .detection import Detected, Detector, Snapshot, live_tensors, published_tensors, table_of
 from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 from .ranks import Ranks, join
 from .shards import Shard, divide, held_box
+from .sliced import choose_detector
+from .stepping import unwrapped
 
 if TYPE_CHECKING:
     from hubsync.replica.deployment import Deployment, HotloadReport, ReplicaReport
@@ -66,9 +68,10 @@ class SyncReport:
 class DeltaWeightTransferEngine:
     """Publishes a model's weights to a bucket, as deltas, and commits them on inference servers.
 
-    The constructor copies the published view, and creates the run or continues it. Under torch.distributed every rank
-    makes an engine and calls the same methods in the same order: each finds, encodes and uploads the changes of what it
-    owns, and what one rank raises all raise. See docs/trainers.md.
+    The constructor reads the published view, and creates the run or continues it. With `detector="snapshot"` it keeps a
+    copy of the view; else it has the optimizer step a few parameters at a time, until `close`. Under torch.distributed
+    every rank makes an engine and calls the same methods in the same order: each finds, encodes and uploads the changes
+    of what it owns, and what one rank raises all raise. See docs/trainers.md.
 
     Attributes:
         config: what it was made with.
@@ -120,16 +123,21 @@ class DeltaWeightTransferEngine:
         self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
         tensors = self.ranks.together(lambda: published_tensors(model))
-        optimizer = self.ranks.together(lambda: _torch_optimizer(optimizer))
+        stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = _division(self.ranks, tensors)
-        level = self.ranks.together(lambda: LevelChooser(_level_for(self.ranks, config.encoding)))
+        encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
         bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=self._key))
         own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
-        snapshot = self.ranks.together(lambda: Snapshot(tensors, table, config.snapshot_device, own))
-        self._publisher = self._join(bucket, snapshot, level, division)
-        self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._count_step).remove
+        snapshot = self.ranks.together(lambda: self._detector(tensors, table, own, optimizer))
+        level = LevelChooser(encoding if snapshot.holds_old else "fast")
+        try:
+            self._publisher = self._join(bucket, snapshot, level, division)
+        except BaseException:
+            snapshot.close()
+            raise
+        self._hook = None if stepped is None else stepped.register_step_post_hook(self._count_step).remove
 
     # --- what users call ----------------------------------------------------------------------------
 
@@ -161,6 +169,10 @@ class DeltaWeightTransferEngine:
             started = time.perf_counter()
             detected, changed = self._detect()
             detect_s = time.perf_counter() - started
+            if self._is_elsewhere():
+                manifest = self._anchor(step, name, serve)
+                if not changed:  # else the anchor of a publish before had failed, and these came after it
+                    return self._publisher.anchored(manifest, step, detect_s, serve)
             if changed:
                 return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve)
             if serve and self._publisher.writer.serving != self.position.version:
@@ -222,7 +234,8 @@ class DeltaWeightTransferEngine:
         self._require_open()
         with self._publishing:
             self._publisher.begin()
-            return self._publisher.anchor(step=self.steps, name=name or self.config.name)
+            self._publisher.snapshot.audit()
+            return self._anchor(self.steps, name)
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
@@ -233,10 +246,12 @@ class DeltaWeightTransferEngine:
             return
         try:
             self._publisher.wait()
-            if anchor:
+            self._publisher.snapshot.audit()
+            if anchor or self._is_elsewhere():
                 self.anchor()
         finally:
             self._closed = True
+            self._publisher.snapshot.close()
             if self._hook is not None:
                 self._hook()
             self._publisher.close()
@@ -260,7 +275,20 @@ class DeltaWeightTransferEngine:
 
     # --- joining the run ----------------------------------------------------------------------------
 
-    def _join(self, bucket: Bucket, snapshot: Snapshot, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
+    def _detector(
+        self, tensors: dict[str, torch.Tensor], table: TensorTable, own: list[Shard], optimizer: Any
+    ) -> Detector:
+        held_whole = all(not hasattr(tensor, "to_local") for tensor in tensors.values())
+        if self.ranks.size == 1 and held_whole:
+            return choose_detector(tensors, table, optimizer, self.config)
+        if self.config.detector == "sliced":
+            raise ConfigError(
+                "detector='sliced' is for models that one process trains whole; here each rank compares what it owns: "
+                "use detector='auto'"
+            )
+        return Snapshot(tensors, table, self.config.snapshot_device, own)
+
+    def _join(self, bucket: Bucket, snapshot: Detector, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
         digest = sum(self.ranks.gather(lambda: snapshot.digest), Digest())
         writer = JointWriter(bucket, self.ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
         publisher = Publisher(
@@ -306,6 +334,20 @@ class DeltaWeightTransferEngine:
             public_key=None if self._key is None else self._key.public.hex,
         )
         return ChainWriter.create(bucket, run)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the detector counts changes from other weights than the run's newest: some were missed.
+
+        Several ranks have detectors that miss none.
+        """
+        return self.ranks.size == 1 and self._publisher.snapshot.digest.hex != self.position.digest
+
+    def _anchor(self, step: int | None, name: str | None, serve: bool = True) -> Manifest:
+        """An anchor of the current version, or of a new one if no delta can lead to the weights."""
+        publisher, at = self._publisher, None
+        if self._is_elsewhere():
+            at = Position(publisher.writer.next_version, publisher.snapshot.digest.hex)
+        return publisher.anchor(at, step=step, name=name or self.config.name, serve=serve)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -362,7 +404,7 @@ def _signing_key(config: SyncConfig) -> SigningKey | None:
     return SigningKey.load(source) if source else None
 
 
-def _way_back(bucket: Bucket, newest: Position, snapshot: Snapshot) -> Patch | None:
+def _way_back(bucket: Bucket, newest: Position, snapshot: Detector) -> Patch | None:
     """What leads from the run's newest version back to the snapshot's, if that is an older one of the same chain."""
     with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
         reader = ChainReader(bucket, cache)
@@ -374,11 +416,12 @@ def _way_back(bucket: Bucket, newest: Position, snapshot: Snapshot) -> Patch | N
             plan = reader.plan(older, to=newest.version)
             if plan.start is None or plan.target != newest:
                 return None
-            patch = reader.merged(plan.steps, ViewBits(snapshot.table, snapshot.tensors()))
+            tensors = snapshot.tensors()
+            patch = reader.merged(plan.steps, ViewBits(snapshot.table, tensors))
         except (BucketError, FormatError, NoPath) as error:
             logger.warning("the deltas from the model's version on cannot be read: %s", error)
             return None
-    if digest_after(snapshot.table, snapshot.tensors(), snapshot.digest, patch).hex != newest.digest:
+    if digest_after(snapshot.table, tensors, snapshot.digest, patch).hex != newest.digest:
         logger.warning("the deltas from %s do not lead to %s", older, newest)
         return None
     return invert(patch)
@@ -387,8 +430,7 @@ def _way_back(bucket: Bucket, newest: Position, snapshot: Snapshot) -> Patch | N
 def _torch_optimizer(optimizer: Any) -> Any:
     if optimizer is None:
         return None
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper takes no hooks
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped(optimizer)  # accelerate's wrapper takes no hooks
     if not hasattr(optimizer, "register_step_post_hook"):
         raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
     return optimizer

@@ -48,9 +48,9 @@ class JointWriter:
         """`ChainWriter.draft_delta`."""
         return ranks.first(lambda: self._first.draft_delta(**fields))
 
-    def draft_anchor(self, ranks: Ranks, *, at: Position, step: int | None, name: str | None) -> Manifest:
+    def draft_anchor(self, ranks: Ranks, **fields: Any) -> Manifest:
         """`ChainWriter.draft_anchor`."""
-        return ranks.first(lambda: self._first.draft_anchor(at=at, step=step, name=name))
+        return ranks.first(lambda: self._first.draft_anchor(**fields))
 
     def upload(self, draft: Manifest, sources: Sequence[Path | bytes]) -> tuple[Part, ...]:
         """Make this rank's parts of a draft durable. No round."""

@@ -24,7 +24,7 @@ from hubsync.patch import Patch, changed
 from hubsync.weights import ViewBits
 
 from .anchors import write_own_files
-from .detection import Detected, Snapshot
+from .detection import Detected, Detector
 from .joint import JointWriter
 from .level import LevelChooser
 from .ranks import Ranks
@@ -61,11 +61,12 @@ class Published:
     Attributes:
         position: version and digest of the published view.
         step: the trainer's step.
-        changed: elements that differ from the version before; 0 if nothing changed and no version was made.
+        changed: elements that differ from the version before, all of them if the whole model had to be uploaded; 0 if
+            nothing changed and no version was made.
         total: elements of the view.
         payload_bytes: bytes uploaded for this version (without manifest and head).
         dense_bytes: bytes of the whole view.
-        encoding: codec level of the version, "fast" or "compact"; empty if none was made.
+        encoding: codec level of the version, "fast" or "compact"; "dense" for a whole model; empty if none was made.
         detect_s: seconds of the training thread.
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
@@ -138,7 +139,7 @@ class Publisher:
     def __init__(
         self,
         writer: JointWriter,
-        snapshot: Snapshot,
+        snapshot: Detector,
         side_files: Callable[[Path], None],
         level: LevelChooser,
         anchor_every: int,
@@ -200,23 +201,42 @@ class Publisher:
         future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
         return Ticket(future)
 
-    def anchor(self, at: Position | None = None, *, step: int | None = None, name: str | None = None) -> Manifest:
+    def anchored(self, manifest: Manifest, step: int | None, detect_s: float, serve: bool) -> Ticket:
+        """The ticket of a publish that had to be of the whole model."""
+        if serve and self._ranks.rank == 0:
+            self._announce(manifest.position)
+        total = self.snapshot.table.numel
+        future: Future[Published] = Future()
+        future.set_result(self._published(manifest.position, step, total, manifest.nbytes, "dense", detect_s))
+        return Ticket(future)
+
+    def anchor(
+        self,
+        at: Position | None = None,
+        *,
+        step: int | None = None,
+        name: str | None = None,
+        serve: bool = True,
+    ) -> Manifest:
         """Commit an anchor of the snapshot, in the calling thread. Call it while no job is under way.
 
         Args:
             at: a new position, to begin the chain anew; default is the current one.
+            serve: let replicas serve a new position; else it is only saved.
         """
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
-        return self._commit_anchor(self._ranks, at, step, name)
+        return self._commit_anchor(self._ranks, at, step, name, serve)
 
-    def _commit_anchor(self, ranks: Ranks, at: Position, step: int | None, name: str | None) -> Manifest:
+    def _commit_anchor(
+        self, ranks: Ranks, at: Position, step: int | None, name: str | None, serve: bool = True
+    ) -> Manifest:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
                 ranks.first(lambda: self._side_files(Path(directory)))
                 write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES)
-                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name)
+                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name, serve=serve)
                 uploaded = ranks.gather(lambda: self.writer.upload(draft, anchor_sources(Path(directory))))
                 self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:

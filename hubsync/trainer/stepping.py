@@ -1,0 +1,154 @@
+"""An optimizer's step, taken a few parameters at a time.
+
+An optimizer that updates each parameter from that parameter's gradient and state alone does the same, bit for bit,
+when it steps one part of its parameters after the other. Everything around the update (hooks, profiler ranges, the
+closure, the call counted by LR schedulers) still happens once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+
+BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: few calls, and little to remember
+
+# Classes whose `step` was read: each parameter is updated by itself. A subclass may do anything, and is not taken.
+_KNOWN = {"Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"}
+_KNOWN |= {"Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+_KNOWN_BY_NAME = {"transformers.optimization.Adafactor"}
+
+Parameters = list[torch.Tensor]
+
+
+class Watcher(Protocol):
+    """Whoever looks at parameters before and after their update."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """Entered around each whole step."""
+
+    def update(self, parameters: Parameters) -> AbstractContextManager[None]:
+        """Entered around the update of these parameters, which is the only one they get in this step."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside of accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def why_not(optimizer: Any) -> str | None:
+    """Why this optimizer, or wrapper of one, cannot be stepped in slices; None if it can."""
+    while hasattr(optimizer, "optimizer"):
+        if getattr(optimizer, "scaler", None) is not None:
+            return "accelerate's wrapper for float16 gradients calls the step that it found when it was made"
+        optimizer = optimizer.optimizer
+    kind = type(optimizer)
+    if not _is_known(kind):
+        return f"{kind.__name__} is not known to update each parameter by itself"
+    if not getattr(kind.step, "hooked", False):
+        return f"the step of {kind.__name__} has been replaced"
+    own = vars(optimizer).get("step")
+    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        return "the optimizer's step has been replaced"
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "a differentiable step keeps what it has computed from"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(set(map(id, parameters))) < len(parameters):
+        return "the optimizer holds a parameter twice"
+    if len({parameter.device.type for parameter in parameters}) > 1:
+        return "the optimizer's parameters are on several kinds of devices, which decides how they are updated"
+    return None
+
+
+class SlicedSteps:
+    """Makes every `optimizer.step()` go bucket by bucket, from now until `undo`.
+
+    Args:
+        optimizer: a torch optimizer of which `why_not` says nothing.
+        watcher: told around each step, and around the update of each bucket.
+        bucket: elements of a bucket; a larger parameter is a bucket of its own.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, watcher: Watcher, bucket: int = BUCKET):
+        self._watcher = watcher
+        self._bucket = bucket
+        self._optimizer = weakref.ref(optimizer)
+        self._own = vars(optimizer).get("step")  # of an LR scheduler, which counts calls
+        self._active = True
+        update = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # without hooks and profiler range
+
+        @wraps(type(optimizer).step)
+        def step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+            if self._own is not None:
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+            if not self._active:
+                return update(optimizer, closure, **options)
+            return self._step(optimizer, update, closure, options)
+
+        hooked = torch.optim.Optimizer.profile_hook_step(step)
+        if self._own is not None:
+            hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        self._installed = MethodType(hooked, optimizer)
+        optimizer.step = self._installed  # type: ignore[method-assign]
+
+    def undo(self) -> None:
+        """Let steps be as they were. What was wrapped around ours since then stays, and does no harm."""
+        self._active = False
+        optimizer = self._optimizer()
+        if optimizer is None or vars(optimizer).get("step") is not self._installed:
+            return
+        if self._own is None:
+            del optimizer.step
+        else:
+            optimizer.step = self._own  # type: ignore[method-assign]
+
+    def _step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        update: Callable[..., Any],
+        closure: Callable[[], Any] | None,
+        options: dict[str, Any],
+    ) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = optimizer.param_groups
+        with self._watcher.step():
+            for group in groups:
+                whole = group["params"]
+                try:
+                    optimizer.param_groups = [group]
+                    for bucket in _buckets(whole, self._bucket):
+                        group["params"] = bucket
+                        with self._watcher.update(bucket):
+                            update(optimizer, **options)
+                finally:
+                    group["params"] = whole
+                    optimizer.param_groups = groups
+        return loss
+
+
+def _is_known(kind: type) -> bool:
+    by_name = f"{kind.__module__}.{kind.__qualname__}" in _KNOWN_BY_NAME
+    return by_name or kind in [getattr(torch.optim, name, None) for name in _KNOWN]
+
+
+def _buckets(parameters: Parameters, size: int) -> Iterator[Parameters]:
+    bucket: Parameters = []
+    held = 0
+    for parameter in parameters:
+        if bucket and held + parameter.numel() > size:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += parameter.numel()
+    if bucket:
+        yield bucket

@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,11 +28,12 @@ from hubsync.table import TensorTable
 
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Detected, Snapshot, live_tensors, published_tensors, table_of
+from .division import divided
 from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 from .ranks import Ranks, join
-from .shards import Shard, divide, held_box
+from .shards import Shard
 
 if TYPE_CHECKING:
     from hubsync.replica.sync import CommitReport, Replica
@@ -115,7 +115,7 @@ class DeltaWeightTransferEngine:
         tensors = self.ranks.together(lambda: published_tensors(model))
         optimizer = self.ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
-        division = _division(self.ranks, tensors)
+        division = divided(self.ranks, tensors, view_dtype)
         level = self.ranks.together(lambda: LevelChooser(_level_for(self.ranks, config.encoding)))
         bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token))
         own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
@@ -418,20 +418,6 @@ def _class_of(model: torch.nn.Module) -> type:
     from torch.distributed.fsdp import FSDPModule  # takes a second
 
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-
-
-def _division(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> list[list[Shard]]:
-    """Rank -> what it owns of each tensor. ConfigError unless the ranks hold shards or replicas of one model."""
-    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    held = ranks.gather(lambda: (list(tensors), [held_box(name, tensor) for name, tensor in tensors.items()]))
-    for rank, (names, _) in enumerate(held):
-        for mine, theirs in zip_longest(held[0][0], names):
-            if mine != theirs:
-                raise ConfigError(
-                    f"rank {rank} holds {theirs} where rank 0 holds {mine}: the ranks must train one model, sharded "
-                    "or replicated (pipeline stages are not supported)"
-                )
-    return divide(list(tensors), shapes, [boxes for _, boxes in held])
 
 
 def _level_for(ranks: Ranks, encoding: str) -> str:

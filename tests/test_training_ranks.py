@@ -11,11 +11,13 @@ import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader
+from hubsync.chain import ChainReader, Plan
 from hubsync.chain.replay import View, replay
-from hubsync.errors import HubsyncError, RankError
+from hubsync.checkpoint import Checkpoint
+from hubsync.errors import RankError
 from hubsync.trainer.detection import Snapshot
 from hubsync.trainer.publisher import Published
+from tests.models import save_checkpoint
 from tests.test_trainer import same_bits
 from tests.training import Net, faulty_bucket, run, spread, train, watched, whole_view
 
@@ -95,18 +97,15 @@ def test_replicas_share_the_work(tmp_path: Path) -> None:
     assert [[part.rank for part in m.parts] for m in manifests if m.kind == "delta"] == [[0, 1]] * STEPS
 
 
-def continues(rank: int, address: str, how: str, seed: int) -> tuple[int, dict[str, torch.Tensor]]:
-    """Trains from the run's newest weights, which every rank loads as one would a checkpoint."""
-    model, _, engine = engine_of(how, address)
-    version = engine.position.version
-    engine.close()
-    return version, whole_view(model)
+def joins(rank: int, address: str, how: str) -> int:
+    with engine_of(how, address)[2] as engine:
+        return engine.position.version
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """The same weights, sharded otherwise, have the same digest: nothing is uploaded again."""
-    for ranks, how in [(2, "fsdp2"), (3, "ddp"), (2, "dtensor")]:
-        assert [version for version, _ in run(ranks, continues, tmp_path / "run", how, 0)] == [0] * ranks
+    for ranks, how in [(2, "fsdp2"), (3, "dtensor")]:
+        assert run(ranks, joins, tmp_path / "run", how) == [0] * ranks
     with DeltaWeightTransferEngine(Net(), None, SyncConfig(bucket=str(tmp_path / "run"))) as alone:
         assert alone.position.version == 0
     manifests = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache").manifests()
@@ -197,6 +196,9 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
         settings["encoding"] = "compact"
     if rank == 1 and why == "stages":
         model = torch.nn.Linear(2, 2)
+    if why == "replicas":  # nobody has made them equal
+        torch.manual_seed(rank)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     if rank == 1 and why == "adapter":
         model.module.peft_config = {}
     if rank == 1 and why == "optimizer":
@@ -211,6 +213,7 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
         ("stages", "rank 1 holds weight where rank 0 holds embed.weight"),
         ("adapter", "PEFT"),
         ("optimizer", "object is not a torch optimizer"),
+        ("replicas", "0.weight differs between ranks 0 and 1"),
     ],
 )
 def test_all_ranks_are_refused_alike(why: str, words: str, tmp_path: Path) -> None:
@@ -237,22 +240,83 @@ def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
     assert "another rank of this training has ended" in error[1]
 
 
-def leaves_with_an_error(rank: int, address: str) -> str:
-    model, optimizer, engine = engine_of("fsdp2", address, anchor_at_close=True)
-    try:
+def leaves_with_an_error(rank: int, address: str) -> tuple[str, str] | None:
+    def training() -> None:
+        model, optimizer, engine = engine_of("fsdp2", address, anchor_at_close=rank == 1)
         with engine:
             train(model, optimizer, 1)
             engine.publish()
             if rank == 1:
                 raise ValueError("of the user")
-            return outcome(engine.wait) or "published"  # type: ignore[return-value]
-    except ValueError as error:
-        os.write(2, b"")
-        return str(error)
-    except HubsyncError as error:
-        return type(error).__name__
+
+    return outcome(training)
 
 
 def test_a_rank_that_leaves_with_an_error_does_not_wait_for_the_others(tmp_path: Path) -> None:
-    _, second = run(2, leaves_with_an_error, tmp_path / "run")
-    assert second == "of the user"
+    """It would have to make an anchor, together with ranks that are elsewhere."""
+    assert run(2, leaves_with_an_error, tmp_path / "run") == [None, ("ValueError", "of the user")]
+    assert follow(tmp_path / "run", tmp_path).position.version == 1
+
+
+# --- servers, and models of transformers ------------------------------------------------------------
+
+
+def delivers(rank: int, address: str) -> list[Any]:
+    from hubsync.replica import server as server_module
+    from tests.test_replica import ModelServer
+
+    server = ModelServer()
+    server_module.VLLMServer = lambda url, **_: server  # type: ignore[assignment, misc]
+    model, optimizer, engine = engine_of("ddp", address, base_model="net", servers=["http://one"])
+    with engine:
+        if rank == 0:
+            server.positions = [[engine.run.origin]]
+        train(model, optimizer, 1)
+        report = engine.sync(1)
+        server.refusing = [0]
+        train(model, optimizer, 2)
+        error = outcome(lambda: engine.sync(2))
+        return [report, error, len(server.calls)]
+
+
+def test_one_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> None:
+    """The server is a model of the worker protocol: a real one is in test_accelerate.py."""
+    (report, error, calls), (other_report, other_error, other_calls) = run(2, delivers, tmp_path / "run")
+    assert report.commits[0].position == report.published.position
+    assert other_report.commits == report.commits
+    assert error == other_error
+    assert error[0] == "ReplicaRefused"
+    assert calls > 0 == other_calls
+
+
+def trains_a_language_model(rank: int, address: str, base: str) -> tuple[Published, dict[str, torch.Tensor]]:
+    import transformers
+    from torch.distributed.fsdp import fully_shard
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        tokens = torch.arange(20).view(1, -1) + rank
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        published = engine.publish().result()
+        anchor = engine.anchor()
+        assert anchor.position == published.position
+    return published, whole_view(model, tied="lm_head.weight")
+
+
+def test_a_sharded_language_model_starts_from_its_checkpoint_and_ends_as_one(tmp_path: Path) -> None:
+    """The digest of all shards together is the one of the checkpoint's file, so nothing is uploaded but the delta."""
+    transformers = pytest.importorskip("transformers")
+    base = save_checkpoint("qwen3_tied", tmp_path / "base")
+    (published, trained), _ = run(2, trains_a_language_model, tmp_path / "run", str(base))
+    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
+    assert [manifest.kind for manifest in reader.manifests()] == ["delta", "anchor"]
+    delta, anchor = reader.manifests()
+    plan = Plan(start=None, anchor=None, base=True, deltas=[delta], target=published.position)
+    assert same_bits(replay(reader, plan, Checkpoint(base, reader.run().table)).tensors, trained)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(reader.fetch(anchor)[0].parent)
+    assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)

@@ -92,12 +92,12 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -
     optimizer.zero_grad()
 
 
-def whole_view(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_view(model: torch.nn.Module, tied: str = "head.weight") -> dict[str, torch.Tensor]:
     """The published view as it should be, gathered with torch's own means. A collective."""
     found = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if name.removeprefix("module.") != "head.weight":
+        if name.removeprefix("module.") != tied:
             found[name.removeprefix("module.")] = whole.bfloat16().clone()
     return found
 

@@ -207,7 +207,7 @@ class Snapshot:
     def advance(self, detected: Detected) -> None:
         """Move the snapshot to the view that `detected` leads to: it has become durable."""
         for index, change in detected.changes.items():
-            held = _integers(self._held[index])
+            held = integers(self._held[index])
             at = torch.from_numpy(change.indices).to(held.device)
             held[at] = torch.from_numpy(change.new.view(_NUMPY_INTEGERS[change.new.itemsize])).to(held.device)
         self.digest = detected.digest
@@ -236,13 +236,12 @@ class Snapshot:
     def _recomputed(self) -> Digest:
         digest = Digest()
         for spec, held, shard in zip(self.table, self._held, self.shards, strict=True):
-            seed, integers = tensor_seed(spec.name), _integers(held)
+            seed, bits = tensor_seed(spec.name), integers(held)
             if shard.first is not None:
-                digest += digest_torch(seed, integers, shard.first)
+                digest += digest_torch(seed, bits, shard.first)
                 continue
             for first, last, indices in shard.pieces():
-                at = torch.from_numpy(indices).to(integers.device)
-                digest += digest_torch(seed, integers[first:last], indices=at)
+                digest += digest_torch(seed, bits[first:last], indices=torch.from_numpy(indices).to(bits.device))
         return digest
 
 
@@ -270,10 +269,10 @@ def _changes(old: torch.Tensor, new: torch.Tensor) -> Change:
 def _changes_on_device(old: torch.Tensor, new: torch.Tensor) -> Change:
     """`_changes` for any device: in Triton, or torch operations."""
     if kernels.on_gpu(old):
-        indices, before, after = kernels.gpu().changes(_integers(old), _integers(new))
+        indices, before, after = kernels.gpu().changes(integers(old), integers(new))
         return Change(indices.cpu().numpy(), _unsigned(before), _unsigned(after))
-    at = torch.cat(list(_unequal(_integers(old), _integers(new))))
-    return Change(at.cpu().numpy(), _unsigned(_integers(old)[at]), _unsigned(_integers(new)[at]))
+    at = torch.cat(list(_unequal(integers(old), integers(new))))
+    return Change(at.cpu().numpy(), _unsigned(integers(old)[at]), _unsigned(integers(new)[at]))
 
 
 def _unequal(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -282,12 +281,13 @@ def _unequal(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:
         yield (old[start:stop] != new[start:stop]).nonzero().view(-1) + start
 
 
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
+def integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a tensor, as integers of its width. No copy."""
     return tensor.view(_INTEGERS[8 * tensor.element_size()])
 
 
-def _unsigned(integers: torch.Tensor) -> np.ndarray:
-    return integers.cpu().numpy().view(UNSIGNED[8 * integers.element_size()])
+def _unsigned(bits: torch.Tensor) -> np.ndarray:
+    return bits.cpu().numpy().view(UNSIGNED[8 * bits.element_size()])
 
 
 def _checkpoint_name(name: str) -> str:

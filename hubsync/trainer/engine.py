@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,11 +31,12 @@ from hubsync.weights import ViewBits, digest_after
 
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Detected, Detector, Snapshot, live_tensors, published_tensors, table_of
+from .division import divided
 from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 from .ranks import Ranks, join
-from .shards import Shard, divide, held_box
+from .shards import Shard
 from .sliced import choose_detector
 from .stepping import unwrapped
 
@@ -126,7 +126,7 @@ class DeltaWeightTransferEngine:
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         _warn_of_lost_updates(tensors, view_dtype)
         self._key = self.ranks.together(lambda: _signing_key(config))
-        division = _division(self.ranks, tensors)
+        division = divided(self.ranks, tensors, view_dtype)
         encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
         bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=self._key))
         own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
@@ -513,20 +513,6 @@ def _class_of(model: torch.nn.Module) -> type:
     from torch.distributed.fsdp import FSDPModule  # takes a second
 
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-
-
-def _division(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> list[list[Shard]]:
-    """Rank -> what it owns of each tensor. ConfigError unless the ranks hold shards or replicas of one model."""
-    shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    held = ranks.gather(lambda: (list(tensors), [held_box(name, tensor) for name, tensor in tensors.items()]))
-    for rank, (names, _) in enumerate(held):
-        for mine, theirs in zip_longest(held[0][0], names):
-            if mine != theirs:
-                raise ConfigError(
-                    f"rank {rank} holds {theirs} where rank 0 holds {mine}: the ranks must train one model, sharded "
-                    "or replicated (pipeline stages are not supported)"
-                )
-    return divide(list(tensors), shapes, [boxes for _, boxes in held])
 
 
 def _level_for(ranks: Ranks, encoding: str) -> str:

@@ -1,0 +1,65 @@
+"""One rank of a GRPO training that a server follows: `torchrun tests/grpo_ranks.py BASE URL BUCKET OUTPUT`.
+
+Writes to OUTPUT/<rank>.json what the callback has counted, and the digest of what this rank has trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from hubsync import SyncConfig
+from hubsync.digest import digest_view
+from hubsync.integrations.trl import HubSyncCallback
+from hubsync.trainer.detection import published_tensors, table_of
+
+STEPS = 2
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between completions of a random policy, so that there is something to learn."""
+    return [float(len(set(completion))) for completion in completions]
+
+
+def main(base: str, url: str, bucket: str, output: str) -> None:
+    trainer = GRPOTrainer(
+        model=base,
+        reward_funcs=variety,
+        train_dataset=Dataset.from_dict({"prompt": ["one plus two", "the quick brown fox"] * 16}),
+        args=GRPOConfig(
+            output_dir=output,
+            max_steps=STEPS,
+            learning_rate=1e-4,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=8,
+            vllm_server_base_url=url,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    callback = HubSyncCallback(trainer, SyncConfig(bucket=bucket))
+    trainer.train()
+    trained = published_tensors(trainer.accelerator.unwrap_model(trainer.model))
+    view = {name: tensor.detach().bfloat16() for name, tensor in trained.items()}
+    counted = {
+        "ranks": trainer.accelerator.num_processes,
+        "commits": callback.commits,
+        "matches": callback.digest_matches,
+        "digest": digest_view(table_of(trained, torch.bfloat16), view).hex,
+    }
+    (Path(output) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(counted))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""AsyncGRPOTrainer on a CPU: what has to stand in for a GPU, and a policy small enough for it.
+"""TRL's asynchronous trainers on a CPU: what has to stand in for a GPU, and a policy small enough for it.
 
 Stands in:
 * for the attention kernel (FlashAttention 3, fetched from the Hub): `tree_attention` below computes the same in plain
@@ -53,9 +53,11 @@ def tree_attention(
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
+    from trl.experimental.async_distillation import async_distillation_trainer
     from trl.experimental.async_grpo import async_grpo_trainer, packing
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None)
         patch.setattr(packing, "tree_attention", tree_attention)
         patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
         yield
@@ -73,18 +75,49 @@ def save_policy(directory: Path) -> Path:
     return directory
 
 
-def make_trainer(policy: Path, directory: Path, url: str, *, callbacks: Any = None, **arguments: Any) -> Any:
+def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> Any:
     """An AsyncGRPOTrainer in float32; `rollout_worker` and `weight_transfer` among the arguments go to the trainer."""
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     parts = {name: arguments.pop(name) for name in ("rollout_worker", "weight_transfer") if name in arguments}
-    settings = {
+    return AsyncGRPOTrainer(
+        model=str(policy),
+        reward_funcs=share_of_vowels,
+        args=AsyncGRPOConfig(num_generations=GENERATIONS, **settings(directory, url), **arguments),
+        train_dataset=questions(),
+        **parts,
+    )
+
+
+def make_distillation_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> Any:
+    """An AsyncDistillationTrainer whose teacher is the student's own server.
+
+    Attention is torch's here, which does not keep apart the samples that share a row.
+    """
+    from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
+
+    weight_transfer = arguments.pop("weight_transfer")
+    return AsyncDistillationTrainer(
+        model=str(policy),
+        args=AsyncDistillationConfig(
+            teacher_server_urls={"default": url},
+            model_init_kwargs={"attn_implementation": "sdpa"},
+            **settings(directory, url),
+            **arguments,
+        ),
+        train_dataset=questions(),
+        weight_transfer=weight_transfer,
+    )
+
+
+def settings(directory: Path, url: str) -> dict[str, Any]:
+    """What both configurations have in common."""
+    return {
         "output_dir": str(directory),
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": GENERATIONS,
-        "num_generations": GENERATIONS,
         "max_completion_length": 100,
         "token_budget": -1,
         "learning_rate": 1e-4,
@@ -94,16 +127,11 @@ def make_trainer(policy: Path, directory: Path, url: str, *, callbacks: Any = No
         "disable_tqdm": True,
         "vllm_server_base_url": url,
         "heartbeat_stale_after_s": 600.0,
-        **arguments,
     }
-    return AsyncGRPOTrainer(
-        model=str(policy),
-        reward_funcs=share_of_vowels,
-        args=AsyncGRPOConfig(**settings),
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i} plus 1"}]} for i in range(8)]),
-        callbacks=callbacks,
-        **parts,
-    )
+
+
+def questions() -> Dataset:
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i} plus 1"}]} for i in range(8)])
 
 
 def digest_of(model: torch.nn.Module) -> str:

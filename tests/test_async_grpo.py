@@ -24,7 +24,7 @@ from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 
-from .async_toy import digest_of, make_trainer, save_policy, without_gpu
+from .async_toy import digest_of, make_distillation_trainer, make_trainer, save_policy, without_gpu
 
 pytestmark = pytest.mark.server
 
@@ -150,6 +150,19 @@ def test_two_ranks_train_on_what_the_first_one_publishes(policy: Policy, trainin
     version, digest = (tmp_path / "newest").read_text().split()
     assert int(version) > training.newest.version
     Replica(VLLMServer(policy.url)).wait_verified(Position(int(version), digest))
+
+
+def test_async_distillation_takes_the_same_transfer(policy: Policy, training: Training, tmp_path: Path) -> None:
+    transfer = HubWeightTransfer(SyncConfig(bucket=ADDRESS), timeout=300)
+    with without_gpu():
+        trainer = make_distillation_trainer(
+            policy.checkpoint, tmp_path, policy.url, max_steps=2, weight_transfer=transfer
+        )
+        transfer.attach(trainer)
+        trainer.train()
+    assert trainer.model_version == 3
+    assert transfer.last.position.digest == digest_of(trainer.model)
+    Replica(VLLMServer(policy.url)).wait_verified(transfer.last.position)
 
 
 def test_without_a_quorum_a_dead_server_is_named(policy: Policy, training: Training, tmp_path: Path) -> None:

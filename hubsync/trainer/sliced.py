@@ -30,7 +30,7 @@ from hubsync.kernels import rounding
 from hubsync.table import TensorTable
 
 from .config import SyncConfig
-from .detection import Change, Detected, Detector, Snapshot, _changes, _integers, require_same_table
+from .detection import Change, Detected, Detector, Snapshot, _changes, integers, require_same_table
 from .stepping import BUCKET, SlicedSteps, unwrapped, why_not
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Sliced:
     def _live_digest(self) -> Digest:
         digest = Digest()
         for index, spec in enumerate(self.table):
-            digest += digest_torch(tensor_seed(spec.name), _integers(self._view(index)))
+            digest += digest_torch(tensor_seed(spec.name), integers(self._view(index)))
         return digest
 
     def _view(self, index: int) -> torch.Tensor:
@@ -413,7 +413,7 @@ def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _write(flat: torch.Tensor, indices: np.ndarray, patterns: np.ndarray) -> None:
-    integers = _integers(flat)
+    integers = integers(flat)
     values = torch.from_numpy(patterns.view(f"{'u' if patterns.itemsize == 1 else 'i'}{patterns.itemsize}"))
     integers[torch.from_numpy(indices).to(flat.device)] = values.to(flat.device)
 
@@ -421,7 +421,7 @@ def _write(flat: torch.Tensor, indices: np.ndarray, patterns: np.ndarray) -> Non
 def _digest_of(table: TensorTable, view: Tensors) -> Digest:
     digest = Digest()
     for spec in table:
-        digest += digest_torch(tensor_seed(spec.name), _integers(view[spec.name].view(-1)))
+        digest += digest_torch(tensor_seed(spec.name), integers(view[spec.name].view(-1)))
     return digest
 
 

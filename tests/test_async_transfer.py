@@ -1,0 +1,90 @@
+"""Which trainers the weight transfer takes, and what it tells the others. That it works is in test_async_grpo.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from hubsync.errors import ConfigError
+from hubsync.integrations.rollouts import DatedRollouts
+from hubsync.integrations.trl import HubWeightTransfer
+from hubsync.trainer.config import SyncConfig
+
+from .async_ranks import RandomRollouts
+from .async_toy import make_trainer, save_policy, without_gpu
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def build(policy: Path, tmp_path: Path) -> Callable[..., Any]:
+    def make(**arguments: Any) -> Any:
+        with without_gpu():
+            return make_trainer(policy, tmp_path, NOBODY, max_steps=1, **arguments)
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SyncConfig:
+    return SyncConfig(bucket=str(tmp_path / "bucket"))
+
+
+def test_samples_of_trls_own_worker_are_dated(build: Callable[..., Any], config: SyncConfig) -> None:
+    transfer = HubWeightTransfer(config)
+    trainer = build(weight_transfer=transfer)
+    transfer.attach(trainer)
+    assert trainer.rollout_worker._loop_cls is DatedRollouts
+    assert transfer.config.servers == [NOBODY]
+
+
+def test_a_quorum_needs_samples_that_say_what_made_them(build: Callable[..., Any], config: SyncConfig) -> None:
+    config.servers = [NOBODY, "http://127.0.0.1:19"]
+    transfer = HubWeightTransfer(config, quorum=1)
+    trainer = build(weight_transfer=transfer, rollout_worker=RandomRollouts())
+    with pytest.raises(ConfigError, match="RandomRollouts of this trainer do not say which weights made them"):
+        transfer.attach(trainer)
+
+
+def test_an_adapter_is_refused(build: Callable[..., Any], config: SyncConfig) -> None:
+    transfer = HubWeightTransfer(config)
+    trainer = build(weight_transfer=transfer)
+    trainer.model = peft.get_peft_model(trainer.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="PEFT"):
+        transfer.attach(trainer)
+
+
+def test_a_trainer_that_was_built_with_another_transfer_is_refused(
+    build: Callable[..., Any], config: SyncConfig
+) -> None:
+    with pytest.raises(ConfigError, match="build the trainer with weight_transfer=transfer"):
+        HubWeightTransfer(config).attach(build(weight_transfer=HubWeightTransfer(config)))
+
+
+def test_a_trainer_that_takes_no_transfer_is_told_of_the_callback(config: SyncConfig) -> None:
+    with pytest.raises(ConfigError, match="HubSyncCallback"):
+        HubWeightTransfer(config).attach(object())
+
+
+def test_the_weights_handed_over_are_drained_whatever_happens(config: SyncConfig) -> None:
+    """Other ranks take part in gathering each of them, and would wait for ever."""
+    left = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
+    with pytest.raises(ConfigError, match="has ended"):
+        HubWeightTransfer(config).send_weights(left)
+    assert list(left) == []
+
+
+@pytest.mark.parametrize("wrong", [{"quorum": 0}, {"timeout": 0.0}])
+def test_impossible_settings_are_refused_at_once(config: SyncConfig, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        HubWeightTransfer(config, **wrong)

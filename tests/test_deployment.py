@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from hubsync.errors import ConfigError, NoPath, ReplicaBehind, ReplicaRefused, ReplicaUnreachable
+from hubsync.manifest import Position
 from hubsync.replica.deployment import Deployment
 
 from .standin import StandIn
@@ -72,11 +73,13 @@ def test_a_hotload_goes_back_as_well(servers: list[StandIn], deployment: Deploym
 
 
 def test_nobody_commits_before_all_have_staged(servers: list[StandIn], deployment: Deployment) -> None:
-    go = hold(servers[2], "hubsync_stage")
+    go, committed = hold(servers[2], "hubsync_stage"), threading.Event()
+    for server in servers[:2]:
+        server.fault = lambda call, before: committed.set() if call == "hubsync_commit" else None
     hotload = threading.Thread(target=deployment.hotload, args=(NEXT,))
     hotload.start()
     until(lambda: all(server.staged == NEXT for server in servers[:2]))
-    assert [server.position for server in servers] == [BASE] * 3
+    assert not committed.wait(0.5), "they would have by now"
     go.set()
     hotload.join()
     assert [server.position for server in servers] == [NEXT] * 3
@@ -137,16 +140,22 @@ def test_a_quorum_goes_on_and_the_slow_one_follows_by_itself(servers: list[Stand
 def test_a_slow_server_skips_a_version_that_is_not_wanted_any_more(
     servers: list[StandIn], deployment: Deployment
 ) -> None:
-    go = hold(servers[0], "hubsync_stage")
+    staged: list[Position] = []
+
+    def take_long(call: str, before: bool) -> None:
+        if call == "hubsync_stage" and not before:
+            staged.append(servers[0].staged)
+            if staged == [NEXT]:
+                servers[0].state, servers[0].staged = "staging", None
+
+    servers[0].fault = take_long
     deployment.hotload(NEXT, quorum=2).raise_for_quorum()
     deployment.hotload(LATER, quorum=2).raise_for_quorum()
-    commits: list[StandIn] = []
-    servers[0].fault = lambda call, before: (
-        commits.append(servers[0]) if (call, before) == ("hubsync_commit", True) else None
-    )
-    go.set()
+    until(lambda: LATER in staged)
+    servers[0].state = "ready"
     until(lambda: servers[0].position == LATER)
-    assert len(commits) == 1
+    assert staged == [NEXT, LATER]
+    assert servers[0].calls.count("hubsync_commit") == 1
 
 
 def test_a_refusal_is_that_servers_alone_and_named(servers: list[StandIn], deployment: Deployment) -> None:

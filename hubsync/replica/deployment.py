@@ -1,8 +1,8 @@
 """Push: bringing many inference servers to a version side by side, so that a dead or slow one holds up nobody.
 
-Each server has one thread, the only one that moves it. A hot-load is a job on each of these threads: stage, wait until
-all servers, or a quorum of them, have staged, then commit. A server that comes too late for that goes on by itself, and
-commits when it is ready, unless another version has been asked for meanwhile: then it goes there directly.
+Each server has one thread, which alone stages and commits there. A hot-load is a job on each of these threads: stage,
+wait until all servers, or a quorum of them, have staged, then commit. A server that comes too late for that goes on by
+itself, and commits when it is ready, unless another version has been asked for meanwhile: then it goes there directly.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class _Member:
     """One server of a deployment.
 
     Attributes:
-        thread: runs everything that moves the server, one after the other.
+        thread: stages and commits, one after the other.
         wanted: where the server was last asked to go; jobs that lead elsewhere give up.
         seen: its last status on the way to a version; None if the last try found nobody.
         watcher: looks at the server beside what `thread` does, and does not wait for long.

@@ -233,6 +233,21 @@ def test_other_saves_than_were_registered_are_an_error_of_the_step(counts: tuple
     coordinator.close()
 
 
+def test_a_save_under_way_holds_its_step_back_also_if_nobody_registered_it() -> None:
+    visible, optimizer = Commits(), Held()
+    coordinator = CheckpointCoordinator(visible)
+    coordinator.save_async("optimizer", optimizer, 1)
+    coordinator.register_and_monitor(1)
+    with pytest.raises(TimeoutError):
+        coordinator.wait_all(timeout=0.05)
+    assert not visible
+    optimizer.end.set()
+    with pytest.raises(CheckpointFailed, match="0 were registered, and 1 were made"):
+        coordinator.wait_all()
+    coordinator.close()
+    assert not visible
+
+
 def test_an_error_of_the_training_loop_is_not_replaced_by_one_of_a_save() -> None:
     def train() -> None:
         with CheckpointCoordinator(Commits()) as coordinator:

@@ -258,7 +258,7 @@ def test_a_server_without_metrics_is_told_to_have_them_or_a_fixed_window() -> No
 # --- windows
 
 
-def test_no_replica_has_more_than_its_window_and_all_have_the_same_share(replica: Callable[..., StandIn]) -> None:
+def test_no_replica_has_more_than_its_window(replica: Callable[..., StandIn]) -> None:
     held = threading.Event()
     servers = [replica(fate=lambda: held.wait(60) and None) for _ in range(3)]
     most = []
@@ -274,6 +274,25 @@ def test_no_replica_has_more_than_its_window_and_all_have_the_same_share(replica
     assert_one_of_each(run(samples_of(*servers, k=5, window=4)), 5)
     looker.join()
     assert most == [4, 4, 4]
+
+
+def test_replicas_with_room_get_the_same_share(replica: Callable[..., StandIn]) -> None:
+    held = threading.Event()
+    servers = [replica(fate=lambda: held.wait(60) and None) for _ in range(3)]
+
+    async def check() -> list[int]:
+        async with Sampler([server.url for server in servers], window=12, poll_s=0.01) as sampler:
+            for server in servers:  # looked at more than once: it is known to be well
+                await asyncio.to_thread(server.asked, "/health", 2)
+            samples = [asyncio.ensure_future(anext(sampler.sample([[1]], 1, seed=SEED))) for _ in range(12)]
+            while sum(server.samples_asked for server in servers) < 12:
+                await asyncio.sleep(0.002)
+            shares = [server.samples_asked for server in servers]
+            held.set()
+            await asyncio.gather(*samples)
+            return shares
+
+    assert run(check()) == [4, 4, 4]
 
 
 def test_a_replica_with_a_long_queue_gets_less(replica: Callable[..., StandIn]) -> None:

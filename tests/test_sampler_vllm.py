@@ -102,11 +102,12 @@ def test_the_window_comes_down_to_what_the_server_can_run_and_stays_about_there(
     url, sizes = site_without_scale_out.url, []
 
     async def check() -> None:
-        window = AdaptiveWindow(initial_window=64, prefill_queue_target=60.0)  # by its queue alone: machines are slow
+        window = AdaptiveWindow(initial_window=32, prefill_queue_target=600.0)  # by its queue alone: machines are slow
         async with Sampler([url], window=window, poll_s=0.2) as sampler:
-            async for _ in sampler.sample(PROMPTS, 100, max_tokens=40, ignore_eos=True):
+            # Long answers: the engine must be slower than the way to it.
+            async for _ in sampler.sample(PROMPTS, 30, max_tokens=400, ignore_eos=True):
                 sizes.append(sampler.windows[url])
 
     asyncio.run(check())
-    assert len(sizes) == 400
-    assert 4 <= statistics.median(sizes[200:]) <= 20, "8 run and 4 may wait; it halves above, and grows below"
+    assert len(sizes) == 120
+    assert 4 <= statistics.median(sizes[60:]) <= 20, "8 run and 4 may wait; it halves above, and grows below"

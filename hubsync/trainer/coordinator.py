@@ -31,6 +31,7 @@ class _Step:
     """What is known in this process of one step; counts and errors by `is_state_dict`."""
 
     registered: Counter[bool] = field(default_factory=Counter)
+    begun: Counter[bool] = field(default_factory=Counter)
     durable: Counter[bool] = field(default_factory=Counter)
     errors: dict[bool, str] = field(default_factory=dict)
     awaited: Counter[bool] = field(default_factory=Counter)  # decisions that are still to be made
@@ -40,7 +41,7 @@ class _Step:
         return next((self.errors[kind] for kind in _kinds(is_state_dict) if kind in self.errors), None)
 
     def complete(self, is_state_dict: bool) -> bool:
-        return all(self.registered[kind] == self.durable[kind] for kind in _kinds(is_state_dict))
+        return all(self.registered[kind] == self.begun[kind] == self.durable[kind] for kind in _kinds(is_state_dict))
 
 
 class CheckpointCoordinator:
@@ -86,11 +87,13 @@ class CheckpointCoordinator:
             if name not in self._lanes:
                 self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
             untold = self._take_untold()
+            self._step(global_step).begun[is_state_dict] += 1
             self._saves[name] = self._lanes[name].submit(self._save_or_note, name, work, global_step, is_state_dict)
         _tell(untold)
 
     def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in this thread, which a save with collectives of its own needs; its error is raised here."""
+        self._step(global_step).begun[is_state_dict] += 1
         self._save("", work, global_step, is_state_dict)
         _tell(self._take_untold())
 

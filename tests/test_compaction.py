@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -208,7 +208,7 @@ def test_a_merged_manifest_with_an_impossible_field_is_refused(
         Manifest.from_json({**merged.to_json(), **change})
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 def test_whatever_happened_all_ways_lead_to_the_right_bits(
     tmp_path_factory: pytest.TempPathFactory, data: object

@@ -339,7 +339,7 @@ def _serving_of(head: bytes | None, newest: Manifest) -> int:
         found = None if head is None else Head.loads(head)
     except FormatError:  # only a hint
         found = None
-    return found.serve if found is not None and found.manifest == newest else newest.served
+    return found.serve if found is not None and found.manifest.position == newest.position else newest.served
 
 
 def _first_difference(run: TensorTable, ours: TensorTable) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import compact, demo, doctor, hub, inspect
+from . import compact, demo, doctor, gc, hub, inspect
 
-COMMANDS = (demo, doctor, hub, inspect, compact)
+COMMANDS = (demo, doctor, hub, inspect, compact, gc)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

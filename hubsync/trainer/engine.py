@@ -233,7 +233,7 @@ class DeltaWeightTransferEngine:
             base=_base_of(self._model, self.config, snapshot),
             created=time.time(),
         )
-        publisher = self._new_publisher(ChainWriter.create(bucket, run), snapshot)
+        publisher = self._new_publisher(bucket, ChainWriter.create(bucket, run), snapshot)
         if run.base.model is None:
             publisher.anchor()
         return publisher
@@ -243,7 +243,7 @@ class DeltaWeightTransferEngine:
             raise RunMismatch(
                 f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
             )
-        publisher = self._new_publisher(ChainWriter.resume(bucket, snapshot.table), snapshot)
+        publisher = self._new_publisher(bucket, ChainWriter.resume(bucket, snapshot.table), snapshot)
         writer = publisher.writer
         if writer.position.digest == snapshot.digest.hex:
             if writer.newest is None and writer.run.base.model is None:
@@ -259,9 +259,17 @@ class DeltaWeightTransferEngine:
             publisher.anchor(Position(writer.next_version, snapshot.digest.hex), name=self.config.name)
         return publisher
 
-    def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
-        level = LevelChooser(self.config.encoding)
-        return Publisher(writer, snapshot, self._write_side_files, level, self.config.anchor_every, self._announce)
+    def _new_publisher(self, bucket: Bucket, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
+        return Publisher(
+            writer,
+            snapshot,
+            self._write_side_files,
+            LevelChooser(self.config.encoding),
+            anchor_every=self.config.anchor_every,
+            anchor_fraction=self.config.anchor_fraction,
+            catch_up=lambda position: _bytes_from(bucket, position),
+            announce=self._announce,
+        )
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -339,6 +347,12 @@ def _way_back(bucket: Bucket, newest: Position, snapshot: Snapshot) -> Patch | N
         logger.warning("the deltas from %s do not lead to %s", older, newest)
         return None
     return invert(patch)
+
+
+def _bytes_from(bucket: Bucket, position: Position) -> int:
+    """What a server at a position downloads to come to the newest version."""
+    with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
+        return ChainReader(bucket, cache).plan(position).nbytes
 
 
 def _torch_optimizer(optimizer: Any) -> Any:

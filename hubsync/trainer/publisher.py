@@ -101,6 +101,9 @@ class Publisher:
         side_files: writes the files that an anchor holds beside its weights into a directory.
         level: says how versions are encoded.
         anchor_every: commit an anchor after each so many versions; 0 for never.
+        anchor_fraction: commit an anchor once catching up from the last one costs more than this fraction of its bytes;
+            0 for never.
+        catch_up: bytes that catching up from a position costs; asked in the background, when deltas alone cost more.
         announce: called in the background with every version that has become durable.
     """
 
@@ -111,6 +114,8 @@ class Publisher:
         side_files: Callable[[Path], None],
         level: LevelChooser,
         anchor_every: int = 0,
+        anchor_fraction: float = 0.0,
+        catch_up: Callable[[Position], int] = lambda position: 0,
         announce: Callable[[Position], None] = lambda position: None,
     ):
         self.writer = writer
@@ -119,6 +124,10 @@ class Publisher:
         self._level = level
         self._old = ViewBits(snapshot.table, snapshot.tensors())  # the snapshot moves in place, after a commit
         self._anchor_every = anchor_every
+        self._anchor_fraction = anchor_fraction
+        self._catch_up = catch_up
+        self._anchored_at = writer.position  # of an older run's last anchor nothing is known
+        self._bytes_since_anchor = 0
         self._announce = announce
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
@@ -154,7 +163,9 @@ class Publisher:
             serve: let replicas serve the version; else it is only saved.
         """
         self._last = Ticket(self._thread.submit(self._publish, detected, step, name, detect_s, serve))
-        if self._anchor_every:  # a job of its own: the version is durable, and its ticket done, before the anchor
+        if (
+            self._anchor_every or self._anchor_fraction
+        ):  # a job of its own: the version is durable, and its ticket done, before the anchor
             self._anchoring = self._thread.submit(self._anchor_if_due, step, name)
         return self._last
 
@@ -184,7 +195,8 @@ class Publisher:
                 f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
                 "point TMPDIR to a directory with room for it"
             ) from error
-        self._versions_since_anchor = 0
+        self._versions_since_anchor = self._bytes_since_anchor = 0
+        self._anchored_at = at
         return self._anchored
 
     def close(self) -> None:
@@ -232,6 +244,7 @@ class Publisher:
         self.snapshot.advance(detected)
         self._committing = None
         self._versions_since_anchor += 1
+        self._bytes_since_anchor += len(part)
         durable = time.perf_counter()
         self._level.learn(level, detected.changed, len(part), encoded - started, durable - encoded)
         if serve:
@@ -241,12 +254,18 @@ class Publisher:
         )
 
     def _anchor_if_due(self, step: int | None, name: str | None) -> None:
-        if self._versions_since_anchor < self._anchor_every:
-            return
         try:
-            self.anchor(step=step, name=name)
+            if self._is_anchor_due():
+                self.anchor(step=step, name=name)
         except Exception as error:  # of the bucket, of the local disk, of whatever writes the side files
             logger.warning("could not upload the whole model, trying again after the next version: %s", error)
+
+    def _is_anchor_due(self) -> bool:
+        if self._anchor_every and self._versions_since_anchor >= self._anchor_every:
+            return True
+        limit = self._anchor_fraction * self.snapshot.table.nbytes
+        # Merged deltas may have made it cheaper; to find out costs calls.
+        return 0 < limit < self._bytes_since_anchor and limit < self._catch_up(self._anchored_at)
 
     def _published(
         self,

@@ -583,6 +583,18 @@ def test_who_resumes_goes_on_serving_what_was_served(bucket: FaultyBucket, reade
     assert reader.served() == first.position
 
 
+def test_an_anchor_of_the_newest_version_by_the_next_writer_changes_nothing(
+    bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, _ = commit(writer), commit(writer)
+    resumed = ChainWriter.resume(bucket, TABLE)
+    anchor(resumed, tmp_path / "anchor")
+    resumed.serve(1)
+    assert ChainReader(bucket, tmp_path / "cache").served() == first.position
+    assert ChainWriter.resume(bucket, TABLE).serving == 1
+
+
 def test_a_head_that_was_not_written_is_repeated_with_the_next_commit(
     bucket: FaultyBucket, reader: ChainReader
 ) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bits import bits_of
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader, Step
+from hubsync.chain import ChainReader, Compactor, Step
 from hubsync.chain.replay import View, replay
 from hubsync.digest import digest_view
 from hubsync.errors import (
@@ -661,6 +661,37 @@ def test_anchors_come_as_often_as_asked_for_and_at_the_end(
     assert [manifest.version for manifest in manifests if manifest.kind == "anchor"] == [2, 4, 5]
 
 
+def test_an_anchor_comes_once_deltas_cost_a_fraction_of_it(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny", anchor_fraction=10.0)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        dense, sizes = engine.run.table.nbytes, []
+        while sum(sizes) <= 10 * dense:
+            train(model, optimizer)
+            sizes.append(engine.publish().result().payload_bytes)
+            assert sum(sizes[:-1]) <= 10 * dense
+        train(model, optimizer)
+        engine.publish()
+    manifests = ChainReader(LocalBucket(address), tmp_path / "cache").manifests()
+    assert [manifest.version for manifest in manifests if manifest.kind == "anchor"] == [len(sizes)]
+
+
+def test_merged_deltas_put_an_anchor_off(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    bucket, cache = LocalBucket(address, create=True), tmp_path / "cache"
+    config = SyncConfig(bucket=address, base_model="tiny", anchor_fraction=10.0)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        spent = 0
+        while spent <= 20 * engine.run.table.nbytes:
+            train(model, optimizer)
+            spent += engine.publish().result().payload_bytes
+            engine.wait()
+            list(Compactor(bucket, ChainReader(bucket, cache)).run())
+    assert {manifest.kind for manifest in ChainReader(bucket, cache).manifests()} == {"delta"}
+
+
 def test_an_anchor_that_fails_is_tried_again_and_stops_nobody(
     model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, faulty: list[FaultyBucket]
 ) -> None:
@@ -830,6 +861,8 @@ def test_a_server_without_a_way_to_the_version_gets_an_anchor(
         ({"kv_cache": "drop"}, "kv_cache must be one of"),
         ({"snapshot_device": "cuda:0"}, "snapshot_device must be one of"),
         ({"anchor_every": -1}, "anchor_every"),
+        ({"anchor_fraction": -0.5}, "anchor_fraction"),
+        ({"anchor_fraction": float("nan")}, "anchor_fraction"),
         ({"stage_timeout": 0}, "positive"),
         ({"stage_timeout": float("nan")}, "positive"),
         ({"commit_timeout": float("inf")}, "positive"),

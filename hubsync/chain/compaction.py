@@ -32,7 +32,7 @@ from .ways import Step
 MAX_SPAN = 256  # versions
 _CACHE_BYTES = 4 << 30  # downloads kept while merging on
 
-Span = tuple[Manifest, ...]  # deltas of consecutive versions
+Span = tuple[Manifest, ...]  # deltas that follow each other
 
 
 class Compactor:
@@ -70,9 +70,10 @@ class Compactor:
         manifests = self._reader.manifests()
         self.skipped = 0
         self._from = defaultdict(list)
-        for merged in self._reader.spans(manifests):
-            self._remember(merged)
-        for span in due(manifests, self._max_span):
+        merged = self._reader.spans(manifests)
+        for delta in merged:
+            self._remember(delta)
+        for span in due(chain_of(manifests, merged), self._max_span):
             if self._exists(span):
                 continue
             steps = self._steps(span)
@@ -153,38 +154,44 @@ class Compactor:
         self._from[merged.parent].append(merged)
 
 
-def due(manifests: Sequence[Manifest], max_span: int) -> Iterator[Span]:
-    """Spans of a chain that should have a merged delta, shortest first: those whose last version is there.
+def due(chain: Sequence[Manifest], max_span: int) -> Iterator[Span]:
+    """Spans of a chain that should have a merged delta, shortest first: those that are there from end to end.
 
     A compact delta that is alone in its span of two is one too: as a fast delta it can be merged on. Where versions
-    were left out, or the chain begins within a span, the span is what there is of it.
+    were left out, the span is what there is of it.
     """
     size = 2
     while size <= max_span:
-        for stretch in _stretches(manifests):
-            blocks: dict[int, list[Manifest]] = defaultdict(list)
-            for delta in stretch:
-                blocks[(delta.version - 1) // size].append(delta)
-            for block, deltas in sorted(blocks.items()):
-                complete = stretch[-1].version >= (block + 1) * size
-                lone = len(deltas) == 1 and not (size == 2 and deltas[0].encoding == "compact")
-                if complete and not lone:
-                    yield tuple(deltas)
+        blocks: dict[int, list[Manifest]] = defaultdict(list)
+        for delta in chain:
+            blocks[(delta.version - 1) // size].append(delta)
+        for block, deltas in sorted(blocks.items()):
+            whole = _start(deltas).version <= block * size and chain[-1].version >= (block + 1) * size
+            lone = len(deltas) == 1 and not (size == 2 and deltas[0].encoding == "compact")
+            if whole and not lone:
+                yield tuple(deltas)
         size *= 2
 
 
-def _stretches(manifests: Sequence[Manifest]) -> Iterator[list[Manifest]]:
-    """Deltas that follow each other without a gap, oldest first."""
-    stretch: list[Manifest] = []
-    for manifest in manifests:
-        if manifest.kind != "delta":
-            continue
-        if stretch and manifest.parent != stretch[-1].position:
-            yield stretch
-            stretch = []
-        stretch.append(manifest)
-    if stretch:
-        yield stretch
+def chain_of(manifests: Sequence[Manifest], merged: Sequence[Manifest]) -> list[Manifest]:
+    """The deltas that lead to the newest version from as far back as possible, oldest first.
+
+    Of several ways the one in most steps: merged deltas only where those that they merge are gone.
+    """
+    deltas = [manifest for manifest in (*manifests, *merged) if manifest.kind != "anchor"]
+    ways: dict[Position, tuple[int, int, Manifest]] = {}  # where a way begins, minus its steps, its last delta
+    for delta in sorted(deltas, key=lambda delta: delta.version):
+        start = _start([delta])
+        first, steps, _ = ways.get(start, (start.version, 0, None))
+        way = first, steps - 1, delta
+        if delta.position not in ways or way[:2] < ways[delta.position][:2]:
+            ways[delta.position] = way
+    chain = []
+    position = manifests[-1].position if manifests else None
+    while position in ways:
+        chain.append(ways[position][2])
+        position = chain[-1].parent
+    return chain[::-1]
 
 
 def _start(deltas: Sequence[Manifest]) -> Position:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import FormatError, Untrusted
-from hubsync.manifest import Manifest, Position, Run
+from hubsync.manifest import MAX_VERSION, Manifest, Position, Run
 
 from .layout import EpochNames, Layout, epoch_names, merged_names
 
@@ -107,6 +107,15 @@ class ChainIndex:
         paths = [Layout.anchor(epoch, version) for epoch, version in reversed(places)]
         self._load(paths)
         return [self._manifests[path] for path in paths if path in self._manifests]
+
+    def everything(self) -> list[Manifest]:
+        """All manifests of the last survey: deltas and anchors by epoch and version, then merged deltas."""
+        paths = []
+        for epoch, names in self._epochs.items():
+            paths += [Layout.delta(epoch, version) for version in sorted(names.deltas)]
+            paths += [Layout.anchor(epoch, version) for version in sorted(names.anchors)]
+        self._load(paths)
+        return [self._manifests[path] for path in paths if path in self._manifests] + self.merged(0, MAX_VERSION)
 
     def add(self, manifest: Manifest) -> None:
         """Remember a manifest that came from elsewhere (the head), after the same checks."""

@@ -3,6 +3,7 @@
 ```
 run.json
 head.json
+gc.json                                                              since when objects have been seen unneeded
 epochs/00000003-1a2b3c4d/epoch.json                                  a writer has begun
 epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
 epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
@@ -35,6 +36,7 @@ class Layout:
     RUN = "run.json"
     HEAD = "head.json"
     EPOCHS = "epochs"
+    GARBAGE = "gc.json"
 
     @staticmethod
     def epoch(epoch: str) -> str:

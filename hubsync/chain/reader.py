@@ -50,7 +50,7 @@ class ChainReader:
         self._chain: ChainIndex | None = None
         self._mark: Manifest | None = None  # the newest manifest seen, by (epoch, version)
         self._seen_head: bytes | None = None
-        self._served: tuple[Manifest, int] | None = None  # what a head in order said, and its manifest
+        self._served: tuple[Position, int] | None = None  # what a head in order said, and of which newest version
         self._resolved: tuple[Manifest, int, Position] | None = None  # and the position that it came to
         self._lost: set[str] = set()  # names of manifests whose parts are gone
         self._fetched: set[Path] = set()
@@ -98,10 +98,10 @@ class ChainReader:
         newest = self._mark
         if newest is None:
             return self.run().origin
-        if head is not None and _order(head.manifest) == _order(newest):
-            self._served = head.manifest, head.serve
+        if head is not None and head.manifest.position == newest.position:
+            self._served = newest.position, head.serve
         said = newest.served
-        if self._served is not None and _order(self._served[0]) == _order(newest):
+        if self._served is not None and self._served[0] == newest.position:
             said = self._served[1]
         if self._resolved is None or self._resolved[:2] != (newest, said):
             position = self._committed(said) or self._committed(newest.served) or newest.position

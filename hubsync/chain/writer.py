@@ -372,7 +372,7 @@ class ChainWriter:
             self._serving = 0
             return
         head = _parsed(read_head(self._bucket))
-        in_order = head is not None and head.manifest == self._newest
+        in_order = head is not None and head.manifest.position == self._newest.position
         self._serving = head.serve if head is not None and in_order else self._newest.served
         if not in_order:
             self._write_head()

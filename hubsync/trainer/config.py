@@ -22,6 +22,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "base_revision": (str, NoneType),
     "audit_every": (int,),
     "anchor_every": (int,),
+    "anchor_fraction": (int, float),
     "anchor_at_close": (bool,),
     "servers": (Sequence,),
     "quorum": (int,),
@@ -89,6 +90,10 @@ class SyncConfig:
         anchor_every (`int`, *optional*, defaults to `0`):
             Upload the whole model after every so many versions, so that servers without the base checkpoint, or far
             behind, catch up sooner. `0` uploads it only when it is asked for or needed.
+        anchor_fraction (`float`, *optional*, defaults to `0.0`):
+            Upload the whole model once catching up from its last upload, by deltas or merged deltas, takes more than
+            this fraction of its bytes. `0.0` never does; `0.5` bounds what a late server downloads to one and a half
+            models.
         anchor_at_close (`bool`, *optional*, defaults to `False`):
             Whether to upload the whole model when the engine is closed.
 
@@ -192,6 +197,13 @@ class SyncConfig:
             "needed."
         },
     )
+    anchor_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Upload the whole model once catching up from its last upload takes more than this fraction of its "
+            "bytes. `0.0` never does."
+        },
+    )
     anchor_at_close: bool = field(
         default=False, metadata={"help": "Whether to upload the whole model when the engine is closed."}
     )
@@ -249,6 +261,8 @@ class SyncConfig:
         self._require_choice("kv_cache", "recompute", "keep")
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
+        if not 0 <= self.anchor_fraction < _FOREVER:
+            raise ConfigError(f"anchor_fraction must be 0 (never) or a positive number, not {self.anchor_fraction}")
         if not (0 < self.stage_timeout < _FOREVER and 0 < self.commit_timeout < _FOREVER):
             raise ConfigError("stage_timeout and commit_timeout must be positive numbers of seconds")
         for url in self.servers:

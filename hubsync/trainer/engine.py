@@ -296,10 +296,12 @@ class DeltaWeightTransferEngine:
             snapshot,
             self._write_side_files,
             level,
-            self.config.anchor_every,
-            self._announce,
-            self.ranks,
-            division,
+            anchor_every=self.config.anchor_every,
+            anchor_fraction=self.config.anchor_fraction,
+            catch_up=lambda position: _bytes_from(bucket, position),
+            announce=self._announce,
+            ranks=self.ranks,
+            division=division,
         )
         if writer.position.digest == digest.hex:
             if writer.newest is None and writer.run.base.model is None:
@@ -425,6 +427,12 @@ def _way_back(bucket: Bucket, newest: Position, snapshot: Detector) -> Patch | N
         logger.warning("the deltas from %s do not lead to %s", older, newest)
         return None
     return invert(patch)
+
+
+def _bytes_from(bucket: Bucket, position: Position) -> int:
+    """What a server at a position downloads to come to the newest version."""
+    with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
+        return ChainReader(bucket, cache).plan(position).nbytes
 
 
 def _torch_optimizer(optimizer: Any) -> Any:

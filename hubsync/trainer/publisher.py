@@ -131,6 +131,9 @@ class Publisher:
         side_files: writes the files that an anchor holds beside its weights into a directory.
         level: says how versions are encoded.
         anchor_every: commit an anchor after each so many versions; 0 for never.
+        anchor_fraction: commit an anchor once catching up from the last one costs more than this fraction of its bytes;
+            0 for never.
+        catch_up: bytes that catching up from a position costs; asked in the background, when deltas alone cost more.
         announce: called in the background with every version that has become durable, on rank 0.
         ranks: those of the training thread. `begin`, `submit` and `anchor` are called by all of them, in one order.
         division: rank -> what it owns of each tensor.
@@ -142,7 +145,10 @@ class Publisher:
         snapshot: Detector,
         side_files: Callable[[Path], None],
         level: LevelChooser,
+        *,
         anchor_every: int,
+        anchor_fraction: float,
+        catch_up: Callable[[Position], int],
         announce: Callable[[Position], None],
         ranks: Ranks,
         division: Sequence[Sequence[Shard]],
@@ -155,6 +161,10 @@ class Publisher:
         self._background = ranks.apart()
         self._division = division
         self._anchor_every = anchor_every
+        self._anchor_fraction = anchor_fraction
+        self._catch_up = catch_up
+        self._anchored_at = writer.position  # of an older run's last anchor nothing is known
+        self._bytes_since_anchor = 0
         self._announce = announce
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
@@ -191,7 +201,9 @@ class Publisher:
             serve: let replicas serve the version; else it is only saved.
         """
         self._last = Ticket(self._thread.submit(self._publish, detected, step, name, detect_s, serve))
-        if self._anchor_every:  # a job of its own: the version is durable, and its ticket done, before the anchor
+        if (
+            self._anchor_every or self._anchor_fraction
+        ):  # a job of its own: the version is durable, and its ticket done, before the anchor
             self._anchoring = self._thread.submit(self._anchor_if_due, step, name)
         return self._last
 
@@ -245,7 +257,8 @@ class Publisher:
                 f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
                 "point TMPDIR to a directory with room for it"
             ) from error
-        self._versions_since_anchor = 0
+        self._versions_since_anchor = self._bytes_since_anchor = 0
+        self._anchored_at = at
         return self._anchored
 
     def close(self) -> None:
@@ -285,6 +298,7 @@ class Publisher:
         self._versions_since_anchor += 1
         encode_s, payload = shares[ranks.rank].encode_s, sum(share.payload_bytes for share in shares)
         upload_s = time.perf_counter() - started - encode_s
+        self._bytes_since_anchor += payload
         self._level.learn(level, total, payload, encode_s, upload_s)
         if serve and ranks.rank == 0:
             self._announce(draft.position)
@@ -316,12 +330,18 @@ class Publisher:
         )
 
     def _anchor_if_due(self, step: int | None, name: str | None) -> None:
-        if self._versions_since_anchor < self._anchor_every:
-            return
         try:
-            self._commit_anchor(self._background, self.writer.position, step, name)
+            if self._background.first(self._is_anchor_due):
+                self._commit_anchor(self._background, self.writer.position, step, name)
         except Exception as error:  # of the bucket, of the local disk, of whatever writes the side files
             logger.warning("could not upload the whole model, trying again after the next version: %s", error)
+
+    def _is_anchor_due(self) -> bool:
+        if self._anchor_every and self._versions_since_anchor >= self._anchor_every:
+            return True
+        limit = self._anchor_fraction * self.snapshot.table.nbytes
+        # Merged deltas may have made it cheaper; to find out costs calls.
+        return 0 < limit < self._bytes_since_anchor and limit < self._catch_up(self._anchored_at)
 
     def _published(
         self,

@@ -413,9 +413,9 @@ def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _write(flat: torch.Tensor, indices: np.ndarray, patterns: np.ndarray) -> None:
-    integers = integers(flat)
+    held = integers(flat)
     values = torch.from_numpy(patterns.view(f"{'u' if patterns.itemsize == 1 else 'i'}{patterns.itemsize}"))
-    integers[torch.from_numpy(indices).to(flat.device)] = values.to(flat.device)
+    held[torch.from_numpy(indices).to(flat.device)] = values.to(flat.device)
 
 
 def _digest_of(table: TensorTable, view: Tensors) -> Digest:

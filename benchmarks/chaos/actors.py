@@ -87,18 +87,21 @@ class Report:
 
     Attributes:
         states: of its ranks; see `vllm_plugin.session.Session.state`.
-        position: of the live weights, by what the ranks say; None if they do not know.
+        positions: of the live weights, by what each rank says; None if it does not know.
         memory: per rank, every byte of every parameter.
     """
 
     states: tuple[str, ...]
-    position: Position | None
+    positions: tuple[Position | None, ...]
     memory: tuple[dict[str, bytes], ...]
 
     @property
     def in_service(self) -> bool:
-        """Does it claim to serve a version? Whatever is poisoned, refused or unattached does not."""
-        return self.position is not None and set(self.states) <= {"ready", "staged", "staging"}
+        """Does it claim to serve a version? Whatever is poisoned, refused or unattached, on any rank, does not."""
+        return None not in self.positions and set(self.states) <= {"ready", "staged", "staging"}
+
+    def __str__(self) -> str:
+        return f"{'/'.join(self.states)} at {'/'.join(map(str, self.positions))}"
 
 
 @dataclass(frozen=True)
@@ -332,9 +335,11 @@ class Server:
 
     def report(self) -> Report:
         answers = [session.status() for session in self.sessions]
-        found = {_position(answer) for answer in answers}
-        states = tuple(answer["state"] for answer in answers)
-        return Report(states, found.pop() if len(found) == 1 else None, tuple(shard.memory() for shard in self.shards))
+        return Report(
+            states=tuple(answer["state"] for answer in answers),
+            positions=tuple(map(_position, answers)),
+            memory=tuple(shard.memory() for shard in self.shards),
+        )
 
     def _attach(self) -> None:
         self._all("attach")

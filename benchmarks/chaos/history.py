@@ -130,9 +130,9 @@ class History:
         if isinstance(answer, Failed):
             self.out_of_service.append(f"{replica.name}: {answer}")
         elif not answer.in_service:
-            self.out_of_service.append(f"{replica.name}: {'/'.join(answer.states)}")
-        elif answer.position != final:
-            raise Divergence(f"{replica.name} serves {answer.position} without complaint, but {final} is the newest")
+            self.out_of_service.append(f"{replica.name} is {answer}")
+        elif set(answer.positions) != {final}:
+            raise Divergence(f"{replica.name} is {answer} without complaint, but {final} is the newest")
 
     def _audit(self, final: Position) -> None:
         """Every version of the chain is readable, from nothing, and is a state that the publisher was in."""
@@ -164,7 +164,6 @@ class History:
             if not isinstance(answer, Failed):
                 self.say(f"{publisher.name} resumed at state {state}: {answer}")
                 self._judge_claim(answer, state)
-                publisher.details["state"] = state
                 self.publisher = publisher
                 return publisher
             self.hear(publisher.name, answer)
@@ -189,7 +188,6 @@ class History:
         publisher = self.publisher or self.start_publisher(self.newest_state())
         state = self.next_state()
         answer = publisher.ask("publish", state)
-        publisher.details["state"] = state
         for _ in range(_TRIES):
             if not isinstance(answer, Failed):
                 self.say(f"published state {state}: {answer}")
@@ -252,7 +250,7 @@ class History:
         if isinstance(answer, Failed):
             self.hear(replica.name, answer)
         if report is not None:
-            self.say(f"{replica.name} is {'/'.join(report.states)} at {report.position} after {command}")
+            self.say(f"{replica.name} is {report} after {command}")
             self.judge(replica.name, report)
         return answer
 
@@ -281,9 +279,13 @@ class History:
 
     def judge(self, who: str, report: Report) -> None:
         """Divergence unless a replica that claims to be in service has, bit for bit, a state of the publisher."""
-        if report.in_service:
-            assert report.position is not None
-            self._judge_bits(who, report.position, report.memory)
+        if not report.in_service:
+            return
+        position, *others = set(report.positions)
+        if others:
+            raise Divergence(f"the ranks of {who} serve different versions: {report}")
+        assert position is not None
+        self._judge_bits(who, position, report.memory)
 
     def _judge_bits(self, who: str, position: Position, memory: Any) -> None:
         state = self._state_of(position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -70,6 +71,8 @@ def play_all(seeds: Sequence[int], jobs: int, root: Path, *, plant: bool = False
     """
     waiting = list(reversed(seeds))
     running: dict[Connection, _Running] = {}
+    gc.collect()
+    gc.freeze()  # else the first collection of every child copies all that it shares with this process
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -80,6 +83,7 @@ def play_all(seeds: Sequence[int], jobs: int, root: Path, *, plant: bool = False
             for pipe in [*(pipe for pipe in running if pipe in ready), *late]:
                 yield running.pop(pipe).outcome()
     finally:
+        gc.unfreeze()
         for one in running.values():
             one.end()
 
@@ -132,6 +136,7 @@ class _Running:
 
 def _play(seed: int, home: Path, plant: bool, pipe: Connection) -> None:
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     outcome = Outcome(seed)
     try:
         _play_script(seed, home, plant, outcome)

@@ -317,7 +317,7 @@ class DeltaWeightTransferEngine:
                 "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
                 writer.position,
             )
-            publisher.anchor(Position(writer.next_version, digest.hex), name=self.config.name)
+            publisher.anchor(Position(writer.next_version(self.ranks), digest.hex), name=self.config.name)
         return publisher
 
     def _open_writer(self, bucket: Bucket, table: TensorTable, digest: Digest) -> ChainWriter:
@@ -348,7 +348,7 @@ class DeltaWeightTransferEngine:
         """An anchor of the current version, or of a new one if no delta can lead to the weights."""
         publisher, at = self._publisher, None
         if self._is_elsewhere():
-            at = Position(publisher.writer.next_version, publisher.snapshot.digest.hex)
+            at = Position(publisher.writer.next_version(self.ranks), publisher.snapshot.digest.hex)
         return publisher.anchor(at, step=step, name=name or self.config.name, serve=serve)
 
     def _write_side_files(self, directory: Path) -> None:

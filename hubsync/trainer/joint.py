@@ -29,7 +29,7 @@ class JointWriter:
         self._open_writer = open_writer
         self._writer: ChainWriter | None = None
         self.run: Run
-        self.run, self.position, self.newest, self.next_version, self.serving = ranks.first(self._open)
+        self.run, self.position, self.newest, self.serving = ranks.first(self._open)
 
     def settle(self, ranks: Ranks) -> Manifest | None:
         """`ChainWriter.settle`."""
@@ -37,6 +37,10 @@ class JointWriter:
         if manifest is not None:
             self.position = manifest.position
         return manifest
+
+    def next_version(self, ranks: Ranks) -> int:
+        """`ChainWriter.next_version`."""
+        return ranks.first(lambda: self._first.next_version)
 
     def serve(self, ranks: Ranks, version: int) -> Position:
         """`ChainWriter.serve`."""
@@ -67,6 +71,6 @@ class JointWriter:
         assert self._writer is not None, "only rank 0 writes manifests"
         return self._writer
 
-    def _open(self) -> tuple[Run, Position, Manifest | None, int, int]:
+    def _open(self) -> tuple[Run, Position, Manifest | None, int]:
         writer = self._writer = self._open_writer()
-        return writer.run, writer.position, writer.newest, writer.next_version, writer.serving
+        return writer.run, writer.position, writer.newest, writer.serving

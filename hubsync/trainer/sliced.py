@@ -201,6 +201,7 @@ class Sliced:
                 yield
             finally:
                 self._versions = [_version(tensor) for tensor in self._live]
+                self._room = self._room[:0].clone()
                 self._lost.tell()
 
     @contextmanager

@@ -1,0 +1,226 @@
+"""What it costs to know exactly which weights a step has changed. benchmarks/README.md explains the rows.
+
+    python -m benchmarks.detect                          104 M parameters in float32, one thread
+    python -m benchmarks.detect --parameters 20000000 --json
+
+Every round makes one optimizer step of each row's own model, one after the other in changing order, so that a noisy
+machine is equally noisy for all; rows report medians. All models start equal and get equal gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.apply import peak, reset_peak, resident
+from benchmarks.measuring import timed
+from hubsync.bits import bits_of
+from hubsync.table import TensorTable
+from hubsync.trainer.detection import Snapshot, table_of
+from hubsync.trainer.sliced import Sliced
+
+RATE = 1e-6
+_LIBC = ctypes.CDLL(None)
+Changed = dict[int, np.ndarray]
+"""Table index -> flat indices of the elements that changed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector.
+
+    Attributes:
+        seconds: median of an optimizer step with everything that detection needs.
+        overhead_fraction: how much longer than the bare step, as a median over rounds.
+        persistent_bytes_per_param: what is held between steps, beside the changes themselves.
+        peak_extra_bytes: by how much the process's memory grew at most in a step; the changes are in it.
+        recall: found changes over all changes; None where nothing is looked for.
+        precision: true changes over found ones.
+    """
+
+    detector: str
+    seconds: float
+    overhead_fraction: float
+    persistent_bytes_per_param: float
+    peak_extra_bytes: int
+    recall: float | None
+    precision: float | None
+
+
+class Contender:
+    """A model of its own, trained with fused AdamW. Float32 parameters, bfloat16 view."""
+
+    name = "none"
+    persistent_bytes = 0
+
+    def __init__(self, shapes: list[tuple[int, ...]]):
+        generator = torch.Generator().manual_seed(0)
+        self.live: dict[str, torch.Tensor] = {
+            f"w{number}": torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+            for number, shape in enumerate(shapes)
+        }
+        self.optimizer = torch.optim.AdamW(list(self.live.values()), lr=RATE, fused=True)
+        self.table: TensorTable = table_of(self.live, torch.bfloat16)
+
+    def step(self) -> Changed | None:
+        self.optimizer.step()
+        return None
+
+    def view(self) -> list[torch.Tensor]:
+        return [tensor.detach().bfloat16().view(-1) for tensor in self.live.values()]
+
+
+class InSlices(Contender):
+    name = "sliced"
+
+    def __init__(self, shapes: list[tuple[int, ...]]):
+        super().__init__(shapes)
+        self._detector = Sliced(self.live, self.table, self.optimizer)
+        self._detector.detect()  # the first one recomputes the digest of all weights
+
+    def step(self) -> Changed:
+        self.optimizer.step()
+        detected = self._detector.detect()
+        self._detector._submitted = {}  # as `advance` does, whose digest is computed beside training
+        return {index: change.indices for index, change in detected.changes.items()}
+
+
+class FromSnapshot(Contender):
+    name = "snapshot"
+
+    def __init__(self, shapes: list[tuple[int, ...]]):
+        super().__init__(shapes)
+        self._detector = Snapshot(self.live, self.table)
+        self.persistent_bytes = self.table.nbytes
+
+    def step(self) -> Changed:
+        self.optimizer.step()
+        detected = self._detector.detect()
+        self._detector.advance(detected)
+        return {index: change.indices for index, change in detected.changes.items()}
+
+
+class FullClone(Contender):
+    """As in drafts for TRL: a clone in the served dtype before the step, one after it, compared as tensors."""
+
+    name = "full-clone"
+
+    def step(self) -> Changed:
+        before = [tensor.detach().bfloat16() for tensor in self.live.values()]
+        self.optimizer.step()
+        after = [tensor.detach().bfloat16() for tensor in self.live.values()]
+        return {
+            index: (old != new).flatten().nonzero().flatten().numpy()
+            for index, (old, new) in enumerate(zip(before, after, strict=True))
+        }
+
+
+CONTENDERS: list[Callable[[list[tuple[int, ...]]], Contender]] = [Contender, InSlices, FromSnapshot, FullClone]
+
+
+def shapes_of(parameters: int) -> list[tuple[int, ...]]:
+    """Layers of a small language model, as many as it takes, and its embedding."""
+    layer: list[tuple[int, ...]] = [(1024, 1024)] * 2 + [(512, 1024)] * 2 + [(3072, 1024)] * 3 + [(1024,)] * 2
+    embedding = (max(1024, parameters // 8192), 1024)
+    rest = parameters - embedding[0] * embedding[1]
+    return [embedding, *layer * max(1, round(rest / sum(int(np.prod(shape)) for shape in layer)))]
+
+
+def measure(parameters: int, rounds: int) -> list[Row]:
+    shapes = shapes_of(parameters)
+    contenders = [make(shapes) for make in CONTENDERS]
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(shape, generator=generator) * 1e-3 for shape in shapes]
+    for contender in contenders:
+        for tensor, gradient in zip(contender.live.values(), gradients, strict=True):
+            tensor.grad = gradient  # shared: a step only reads it
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    peaks: dict[str, list[int]] = {contender.name: [] for contender in contenders}
+    counts = {contender.name: np.zeros(3, np.int64) for contender in contenders}  # true and found, true, found
+    for number in range(-2, rounds):  # the first two compile and fill the optimizer's state
+        for gradient in gradients:
+            gradient.mul_(-1) if number % 3 == 0 else gradient.mul_(1.1)
+        turn = number % len(contenders)
+        for contender in contenders[turn:] + contenders[:turn]:
+            checked = number == rounds - 1  # a dense comparison, outside of the clock
+            before = contender.view() if checked else []
+            _LIBC.malloc_trim(0)  # memory that the last step has freed would not show again
+            reset_peak()
+            memory = resident()
+            found, seconds = timed(contender.step)
+            most = peak() - memory
+            if number >= 0:
+                times[contender.name].append(seconds)
+                peaks[contender.name].append(most)
+            if checked and found is not None:
+                counts[contender.name] += _compared(before, contender.view(), found)
+    total = contenders[0].table.numel
+    rows = []
+    for contender in contenders:
+        name = contender.name
+        both, true, claimed = counts[name].tolist()
+        ratios = [mine / bare for mine, bare in zip(times[name], times["none"], strict=True)]
+        rows.append(
+            Row(
+                name,
+                statistics.median(times[name]),
+                statistics.median(ratios) - 1,
+                contender.persistent_bytes / total,
+                max(peaks[name]),
+                both / true if true else None,
+                both / claimed if claimed else None,
+            )
+        )
+    return rows
+
+
+def _compared(before: list[torch.Tensor], after: list[torch.Tensor], found: Changed) -> np.ndarray:
+    counts = np.zeros(3, np.int64)
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        true = np.flatnonzero(bits_of(old) != bits_of(new))
+        claimed = found.get(index, true[:0])
+        counts += [len(np.intersect1d(true, claimed)), len(true), len(claimed)]
+    return counts
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table(
+        "detector", "step", "overhead", "persistent B/param", "peak extra", "recall", "precision", title="AdamW, fused"
+    )
+    for row in rows:
+        table.add_row(
+            row.detector,
+            f"{1e3 * row.seconds:.0f} ms",
+            f"{100 * row.overhead_fraction:.0f} %",
+            f"{row.persistent_bytes_per_param:.2f}",
+            f"{row.peak_extra_bytes / 1e6:.0f} MB",
+            *("" if value is None else f"{value:.6f}" for value in (row.recall, row.precision)),
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=104_000_000)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(arguments.parameters, arguments.rounds)
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -149,25 +149,26 @@ class DeltaWeightTransferEngine:
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
         with self._publishing:
             self._publisher.begin()
-            started = time.perf_counter()
-            detected, changed = self._detect()
-            detect_s = time.perf_counter() - started
+            detected, changed, detect_s = self._detect()
             if not changed:
                 return self._publisher.unchanged(step, detect_s)
             return self._publisher.submit(detected, step, name or self.config.name, detect_s)
 
-    def _detect(self) -> tuple[Detected, bool]:
-        """What has changed of this rank's part, and whether anything has on any rank."""
-        found: list[Detected] = []
+    def _detect(self) -> tuple[Detected, bool, float]:
+        """What has changed of this rank's part, whether anything has on any rank, and this rank's seconds."""
+        found: list[tuple[Detected, float]] = []
 
         def detect() -> bool:
+            started = time.perf_counter()
             snapshot = self._publisher.snapshot
             snapshot.follow(live_tensors(self._model))
-            found.append(snapshot.detect())
-            return bool(found[0].changes)
+            detected = snapshot.detect()
+            found.append((detected, time.perf_counter() - started))
+            return bool(detected.changes)
 
         changed = any(self.ranks.gather(detect))
-        return found[0], changed
+        detected, detect_s = found[0]
+        return detected, changed, detect_s
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""

@@ -166,9 +166,7 @@ class DeltaWeightTransferEngine:
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
         with self._publishing:
             self._publisher.begin()
-            started = time.perf_counter()
-            detected, changed = self._detect()
-            detect_s = time.perf_counter() - started
+            detected, changed, detect_s = self._detect()
             if self._is_elsewhere():
                 manifest = self._anchor(step, name, serve)
                 if not changed:  # else the anchor of a publish before had failed, and these came after it
@@ -190,18 +188,21 @@ class DeltaWeightTransferEngine:
             self._publisher.begin()
             return self._publisher.writer.serve(self.ranks, version)
 
-    def _detect(self) -> tuple[Detected, bool]:
-        """What has changed of this rank's part, and whether anything has on any rank."""
-        found: list[Detected] = []
+    def _detect(self) -> tuple[Detected, bool, float]:
+        """What has changed of this rank's part, whether anything has on any rank, and this rank's seconds."""
+        found: list[tuple[Detected, float]] = []
 
         def detect() -> bool:
+            started = time.perf_counter()
             snapshot = self._publisher.snapshot
             snapshot.follow(live_tensors(self._model))
-            found.append(snapshot.detect())
-            return bool(found[0].changes)
+            detected = snapshot.detect()
+            found.append((detected, time.perf_counter() - started))
+            return bool(detected.changes)
 
         changed = any(self.ranks.gather(detect))
-        return found[0], changed
+        detected, detect_s = found[0]
+        return detected, changed, detect_s
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""

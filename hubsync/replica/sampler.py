@@ -16,7 +16,6 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -274,7 +273,7 @@ class _Replica:
         self.error: Exception | None = None
         self.failures = 0
         self._dead = asyncio.Event()
-        self._suspected = asyncio.Event()
+        self._due = asyncio.Event()
 
     @property
     def has_room(self) -> bool:
@@ -307,7 +306,7 @@ class _Replica:
         if self.usable:
             self.usable, self.error = False, error
             self.failures += 1
-            self._suspected.set()
+            self._due.set()
 
     def die(self, error: Exception) -> None:
         """What it works on is given up."""
@@ -322,9 +321,13 @@ class _Replica:
     async def wait(self, poll_s: float) -> None:
         """Until it should be looked at again: the more often it has failed in a row, the later."""
         if self.usable:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._suspected.wait(), poll_s)
-        self._suspected.clear()
+            # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes with the event.
+            timer = asyncio.get_running_loop().call_later(poll_s, self._due.set)
+            try:
+                await self._due.wait()
+            finally:
+                timer.cancel()
+        self._due.clear()
         if not self.usable and self.failures > 1:
             await asyncio.sleep(min(_BACK_OFF_S * 2.0 ** min(self.failures - 2, 30), _LONGEST_BACK_OFF_S))
 

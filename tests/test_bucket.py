@@ -56,6 +56,17 @@ def test_commit_replaces_and_changes_the_etag(bucket: Bucket) -> None:
     assert after.etag != before.etag
 
 
+def test_an_object_has_the_time_when_the_storage_wrote_it(bucket: Bucket) -> None:
+    bucket.commit("head.json", b"first")
+    first = bucket.stat(["head.json"])["head.json"].modified
+    bucket.commit("head.json", b"other")
+    (listed,) = bucket.list()
+    assert first is not None
+    assert listed.modified is not None
+    assert listed.modified >= first
+    assert bucket.stat(["head.json"])["head.json"] == listed
+
+
 def test_missing_objects_are_absent_not_errors(bucket: Bucket) -> None:
     bucket.commit("here", b"1")
     assert bucket.read(["here", "gone", "here/below"]) == {"here": b"1"}

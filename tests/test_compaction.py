@@ -282,6 +282,28 @@ def test_the_command_says_what_it_made(history: History, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "nothing to merge\n"
 
 
+def test_watching_goes_on_with_each_new_version(
+    history: History, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history.publish(), history.publish()
+
+    def until_the_next_look(_seconds: float) -> None:
+        if history.writer.position.version == 4:
+            raise KeyboardInterrupt
+        history.publish(), history.publish()
+
+    monkeypatch.setattr(compact.time, "sleep", until_the_next_look)
+    with pytest.raises(KeyboardInterrupt):
+        hubsync("compact", history.bucket.address, "--watch")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "merged versions 0..2",
+        "1 merged deltas made",
+        "merged versions 2..4",
+        "merged versions 0..4",
+        "2 merged deltas made",
+    ]
+
+
 def test_the_command_needs_the_base_for_compact_deltas(
     history: History, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

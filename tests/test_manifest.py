@@ -40,10 +40,23 @@ ANCHOR = replace(
 )
 
 
-@pytest.mark.parametrize("manifest", [DELTA, ANCHOR, replace(DELTA, step=None, name=None)])
+SAVED = replace(DELTA, serve=1, expires=1.9e9)
+
+
+@pytest.mark.parametrize("manifest", [DELTA, ANCHOR, SAVED, replace(DELTA, step=None, name=None)])
 def test_a_manifest_round_trips(manifest: Manifest) -> None:
     assert Manifest.loads(manifest.dumps()) == manifest
     assert Head.loads(Head(manifest, serve=2).dumps()) == Head(manifest, serve=2)
+
+
+def test_a_manifest_says_what_was_to_be_served() -> None:
+    assert (DELTA.served, SAVED.served) == (2, 1)
+
+
+@pytest.mark.parametrize("change", [{"serve": 3}, {"serve": -1}, {"serve": "2"}, {"expires": -1}, {"expires": "soon"}])
+def test_what_cannot_be_served_or_expire_is_refused(change: dict) -> None:
+    with pytest.raises(FormatError):
+        Manifest.from_json({**DELTA.to_json(), **change})
 
 
 def test_a_run_round_trips_with_its_table() -> None:

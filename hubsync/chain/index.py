@@ -52,7 +52,7 @@ class ChainIndex:
         self._run = run
         self._manifests: dict[str, Manifest] = {}
         self._epochs: dict[str, EpochNames] = {}
-        self._compactors: dict[str, set[tuple[int, int]]] = {}
+        self._merged: dict[int, list[tuple[int, str]]] = {}  # where merged deltas lead -> where from, and their names
 
     @property
     def epochs(self) -> dict[str, EpochNames]:
@@ -63,7 +63,7 @@ class ChainIndex:
         """List every epoch with its manifests: one listing. Manifests that have been deleted are forgotten."""
         paths = {stat.path for stat in self._bucket.list(Layout.EPOCHS)}
         self._epochs = epoch_names(paths)
-        self._compactors = merged_names(paths)
+        self._merged = merged_names(paths)
         self._manifests = {path: manifest for path, manifest in self._manifests.items() if path in paths}
 
     def newest(self, below: int | None = None) -> Manifest | None:
@@ -163,29 +163,18 @@ class ChainIndex:
 
     def merged(self, low: int, high: int) -> list[Manifest]:
         """Merged deltas of the last survey whose versions all lie in `low..high`, by where they lead."""
-        spans = sorted(
-            (last, first, epoch)
-            for epoch, names in self._compactors.items()
-            for first, last in names
-            if low <= first and last <= high
-        )
-        paths = [Layout.merged(epoch, first, last) for last, first, epoch in spans]
+        ends = sorted(last for last in self._merged if low <= last <= high)
+        paths = [path for last in ends for first, path in self._merged[last] if low <= first]
         self._load(paths)
         return [self._manifests[path] for path in paths if path in self._manifests]
 
     def merged_into(self, position: Position, *, floor: int = 0) -> list[Manifest]:
         """Merged deltas that lead to a position. Those to earlier versions are read in the same call."""
         last = position.version
-        if not any(to == last for names in self._compactors.values() for _, to in names):
-            return []
-        self.merged(max(floor, last - READ_AHEAD), last)
-        paths = [
-            Layout.merged(epoch, first, to)
-            for epoch, names in self._compactors.items()
-            for first, to in sorted(names)
-            if to == last
-        ]
-        self._load(paths)
+        paths = [path for _, path in self._merged.get(last, ())]
+        if any(path not in self._manifests for path in paths):
+            ahead = range(max(floor, last - READ_AHEAD), last)
+            self._load([*paths, *(path for to in ahead for first, path in self._merged.get(to, ()) if first >= floor)])
         found = (self._manifests.get(path) for path in paths)
         return [manifest for manifest in found if manifest is not None and manifest.position == position]
 

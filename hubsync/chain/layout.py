@@ -27,7 +27,7 @@ from hubsync.manifest import Manifest, Part
 MAX_EPOCH = 10**8 - 1  # object names hold eight digits
 
 _NAME = re.compile(r"epochs/(\d{8}-[0-9a-f]{8})(?:/(?:versions/(\d{8})\.json|anchors/(\d{8})/manifest\.json)|/.*)?")
-_MERGED = re.compile(r"epochs/(compact-[0-9a-f]{8})/merged/(\d{8})-(\d{8})/manifest\.json")
+_MERGED = re.compile(r"epochs/compact-[0-9a-f]{8}/merged/(\d{8})-(\d{8})/manifest\.json")
 
 
 class Layout:
@@ -107,11 +107,11 @@ def epoch_names(paths: Iterable[str]) -> dict[str, EpochNames]:
     return dict(sorted(epochs.items()))
 
 
-def merged_names(paths: Iterable[str]) -> dict[str, set[tuple[int, int]]]:
-    """Compactor -> the merged deltas it has made, as (from version, to version)."""
-    compactors: dict[str, set[tuple[int, int]]] = {}
-    for path in paths:
+def merged_names(paths: Iterable[str]) -> dict[int, list[tuple[int, str]]]:
+    """Version -> the merged deltas that lead to it: the version each starts from, and the name of its manifest."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for path in sorted(paths):
         match = _MERGED.fullmatch(path)
         if match is not None:
-            compactors.setdefault(match[1], set()).add((int(match[2]), int(match[3])))
-    return dict(sorted(compactors.items()))
+            found.setdefault(int(match[2]), []).append((int(match[1]), path))
+    return {last: sorted(spans) for last, spans in found.items()}

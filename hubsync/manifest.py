@@ -1,7 +1,7 @@
 """The three JSON documents of a run: `Run`, `Manifest`, `Head`. Parsing them is a trust boundary.
 
 * `run.json` fixes what never changes: run id, tensor table, base model, digest of version 0.
-* a manifest is the immutable commit record of one delta or anchor; the version exists when its manifest does.
+* a manifest is the immutable commit record of one delta, anchor or merged delta, which exists when its manifest does.
 * `head.json` is the one mutable file, and only a hint: readers keep a high-water mark.
 
 Each is stored with a checksum of itself, because nothing below checks what is downloaded, and a flipped digit in a
@@ -24,7 +24,7 @@ from .table import TensorTable
 
 FORMAT = "hubsync/1"
 
-KINDS = ("delta", "anchor")
+KINDS = ("delta", "anchor", "merged")
 MAX_VERSION = 10**8 - 1  # object names hold eight digits
 MAX_PARTS = 1 << 16
 LAST_YEAR = 253e9  # seconds since 1970, late in the year 9987: calendars end with 9999
@@ -54,6 +54,7 @@ _HEX128 = re.compile(r"[0-9a-f]{32}")
 _HEX256 = re.compile(r"[0-9a-f]{64}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _EPOCH = re.compile(r"\d{8}-[0-9a-f]{8}")
+_COMPACTOR = re.compile(r"compact-[0-9a-f]{8}")
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -87,16 +88,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The commit record of one delta or anchor.
+    """The commit record of one delta, merged delta or anchor.
 
-    A delta leads from `parent` to `position`. An anchor *is* the view at `position` and has no parent of its
-    own; where a delta and an anchor of one version exist, both have the same digest.
+    A delta leads from `parent` to `position`, and so does a merged delta, over the versions between. An anchor *is*
+    the view at `position` and has no parent of its own; where a delta and an anchor of one version exist, both have
+    the same digest.
 
     Attributes:
-        kind: "delta" or "anchor".
+        kind: "delta", "merged" or "anchor".
         run_id: run this belongs to.
         table_hash: hash of the run's tensor table.
-        epoch: writer epoch that wrote it, `00000003-1a2b3c4d`.
+        epoch: writer epoch that wrote it, `00000003-1a2b3c4d`; of a merged delta its compactor, `compact-5e6f7a8b`.
         position: version and digest this leads to.
         parent: version and digest a delta applies to; None for an anchor.
         parent_epoch: epoch that holds the parent version's manifest; None if the parent is version 0, or for an anchor.
@@ -106,6 +108,9 @@ class Manifest:
         step: the trainer's step, if it told.
         name: free text of the user, shown by `hubsync ls`.
         encoding: codec level of the parts, "fast" or "compact"; "dense" for an anchor.
+        serve: version that replicas were to serve when this was committed; None if that is this one. The head may say
+            otherwise later; this is for who finds no head that is in order.
+        expires: seconds since 1970, after which retention may delete the version; None for never.
     """
 
     kind: str
@@ -121,11 +126,18 @@ class Manifest:
     step: int | None = None
     name: str | None = None
     encoding: str = "fast"
+    serve: int | None = None
+    expires: float | None = None
     format: str = FORMAT
 
     @property
     def version(self) -> int:
         return self.position.version
+
+    @property
+    def served(self) -> int:
+        """The version that replicas were to serve when this was committed."""
+        return self.version if self.serve is None else self.serve
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +158,7 @@ class Manifest:
         position = _position(doc.get("position"), what)
         parent = None if doc.get("parent") is None else _position(doc["parent"], what)
         parent_epoch = None if doc.get("parent_epoch") is None else _match(doc, "parent_epoch", _EPOCH, what)
-        if (kind == "delta") != (parent is not None):
+        if (kind == "anchor") == (parent is not None):
             raise FormatError(f"{what}: a delta has a parent, an anchor has none")
         if parent is not None and parent.version >= position.version:
             raise FormatError(f"{what}: version {position.version} does not follow its parent {parent.version}")
@@ -158,7 +170,7 @@ class Manifest:
             kind=kind,
             run_id=_match(doc, "run_id", _RUN_ID, what),
             table_hash=_match(doc, "table_hash", _HEX256, what),
-            epoch=_match(doc, "epoch", _EPOCH, what),
+            epoch=_match(doc, "epoch", _COMPACTOR if kind == "merged" else _EPOCH, what),
             position=position,
             parent=parent,
             parent_epoch=parent_epoch,
@@ -168,6 +180,8 @@ class Manifest:
             step=None if doc.get("step") is None else _integer(doc, "step", 0, 1 << 62, what),
             name=None if doc.get("name") is None else _text(doc, "name", 512, what),
             encoding=_choice(doc, "encoding", ("fast", "compact", "dense"), what),
+            serve=None if doc.get("serve") is None else _integer(doc, "serve", 0, position.version, what),
+            expires=None if doc.get("expires") is None else _number(doc, "expires", what),
         )
 
     @classmethod
@@ -254,7 +268,10 @@ class Head:
     def loads(cls, data: bytes) -> Head:
         what = "head.json"
         doc = unseal(data, what)
-        return cls(Manifest.from_json(doc.get("manifest")), _integer(doc, "serve", 0, MAX_VERSION, what))
+        manifest = Manifest.from_json(doc.get("manifest"))
+        if manifest.kind == "merged":
+            raise FormatError(f"{what}: a merged delta is never the newest version")
+        return cls(manifest, _integer(doc, "serve", 0, MAX_VERSION, what))
 
 
 # --- checks -----------------------------------------------------------------------------------------
@@ -295,9 +312,8 @@ def _versioned(doc: object, what: str) -> dict[str, Any]:
 
 def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any]:
     known = {f.name for f in fields(cls)}
-    missing = [
-        f.name for f in fields(cls) if f.name not in doc and f.name not in ("step", "name", "encoding", "format")
-    ]
+    optional = ("step", "name", "encoding", "serve", "expires", "format")
+    missing = [f.name for f in fields(cls) if f.name not in doc and f.name not in optional]
     if missing:
         raise FormatError(f"{what}: missing {', '.join(missing)}")
     return {"encoding": "fast", **{key: value for key, value in doc.items() if key in known}}

@@ -10,6 +10,7 @@ import torch
 
 from .bits import advance, bits_of
 from .codec import OldBits
+from .digest import Digest, digest_change, tensor_seed
 from .kernels import Bits
 from .patch import Patch, TensorDelta
 from .table import TensorTable
@@ -69,6 +70,15 @@ class Advanced:
         after = advance(before.view(f"u{before.itemsize}"), diffs).view(before.dtype)
         bits[at] = torch.from_numpy(after).to(bits.device)
         return bits
+
+
+def digest_after(table: TensorTable, tensors: Mapping[str, torch.Tensor], digest: Digest, patch: Patch) -> Digest:
+    """Digest of a view that has `digest`, with a patch applied. In O(changes); the tensors stay as they are."""
+    for index, delta in patch.items():
+        spec = table[index]
+        old = bits_of(tensors[spec.name].detach().to("cpu"))[delta.indices]
+        digest += digest_change(tensor_seed(spec.name), delta.indices, old, advance(old, delta.diffs))
+    return digest
 
 
 def _inside(delta: TensorDelta, width: int, rows: slice, cols: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

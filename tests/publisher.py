@@ -52,7 +52,9 @@ class Publisher:
         patch = patch_between(self.views[-1], new, self.table)
         old = ViewBits(self.table, self.views[-1]) if compact else None
         part = write_delta(self.table, patch, run_id=RUN_ID, parent=self.positions[-1], position=position, old=old)
-        self.writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
+        encoding = "compact" if compact else "fast"
+        changed = sum(map(len, patch.values()))
+        self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
         self.views.append(new)
         self.positions.append(position)
         return position

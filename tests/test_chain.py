@@ -14,7 +14,7 @@ import pytest
 
 from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
-from hubsync.chain import ChainReader, ChainWriter, Layout
+from hubsync.chain import ChainReader, ChainWriter, Layout, Plan, Step
 from hubsync.errors import (
     BucketError,
     BucketUnavailable,
@@ -405,7 +405,7 @@ def test_the_newest_anchor_on_the_way_or_the_base_whichever_is_fewer_bytes(
     assert reader.plan(None).anchor == anchored
     assert reader.plan(None, base_available=True).base  # 100 bytes of delta against 1002 of anchor
     bulky = [commit(writer, 2000), commit(writer)]
-    assert reader.plan(None) == dataclasses.replace(reader.plan(None), anchor=anchored, deltas=bulky)
+    assert (reader.plan(None).anchor, reader.plan(None).deltas) == (anchored, bulky)
     assert reader.plan(first.position).deltas == bulky
     newest = anchor(writer, tmp_path / "anchor2", size=1000)
     plan = reader.plan(None, base_available=True)
@@ -447,9 +447,186 @@ def test_way_back_to_version_0(bucket: FaultyBucket, reader: ChainReader, tmp_pa
     writer = ChainWriter.create(bucket, dataclasses.replace(RUN, base=Base()))
     zero = anchor(writer, tmp_path / "anchor")
     first = commit(writer)
-    assert reader.plan(first.position, to=0).anchor == zero
+    assert reader.plan(first.position, to=0).steps == (Step(first, inverse=True),)
     assert reader.plan(None).deltas == [first]
-    assert reader.plan(first.position, to=0, base_available=True).target == RUN.origin
+    bulky = commit(writer, size=5000)
+    assert reader.plan(bulky.position, to=0).anchor == zero
+    assert reader.plan(bulky.position, to=0, base_available=True).base
+
+
+def test_the_way_back_undoes_deltas_newest_first(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    manifests = [commit(writer) for _ in range(4)]
+    plan = reader.plan(manifests[3].position, to=2)
+    assert plan.steps == (Step(manifests[3], inverse=True), Step(manifests[2], inverse=True))
+    assert [(step.start, step.end) for step in plan.steps] == [
+        (manifests[3].position, manifests[2].position),
+        (manifests[2].position, manifests[1].position),
+    ]
+    assert (plan.start, plan.target) == (manifests[3].position, manifests[1].position)
+
+
+def test_compact_deltas_are_not_undone(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    two = writer.commit_delta([b"compact"], digest=digest(2), changed=1, encoding="compact")
+    with pytest.raises(NoPath):
+        reader.plan(two.position, to=1)
+    assert reader.plan(two.position, to=1, base_available=True).base
+
+
+def test_a_dead_branch_leads_back_to_the_chain(bucket: FaultyBucket, reader: ChainReader) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    first = commit(old)
+    replaced = []
+
+    def replace(path: str) -> None:
+        if path.endswith("/00000002.json"):
+            bucket.before_commit = lambda path: None
+            replaced.append(commit(ChainWriter.resume(bucket, TABLE)))
+
+    bucket.before_commit = replace
+    dead = commit(old)
+    assert reader.newest() == replaced[0].position
+    assert reader.plan(dead.position).steps == (Step(dead, inverse=True), Step(replaced[0]))
+    assert replaced[0].parent == first.position
+
+
+# --- which version is served ------------------------------------------------------------------------
+
+
+def test_the_newest_version_is_served_unless_told_otherwise(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    assert reader.served() == RUN.origin
+    first = commit(writer)
+    assert reader.served() == first.position
+    saved = writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    assert (reader.newest(), reader.served()) == (saved.position, first.position)
+    writer.serve(saved.version)
+    assert reader.served() == saved.position
+
+
+def test_a_rollback_moves_nothing_but_what_is_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, second = commit(writer), commit(writer)
+    assert reader.served() == second.position
+    assert writer.serve(1) == first.position
+    assert (reader.newest(), reader.served()) == (second.position, first.position)
+    assert writer.serve(0) == RUN.origin
+    assert reader.served() == RUN.origin
+    third = commit(writer)
+    assert third.parent == second.position
+    assert reader.served() == third.position
+
+
+def test_only_what_exists_can_be_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    assert writer.serve(0) == RUN.origin
+    first = commit(writer)
+    with pytest.raises(ChainError, match="version 9 is not in"):
+        writer.serve(9)
+    assert reader.served() == first.position
+    bucket.commit(Layout.HEAD, Head(first, serve=9).dumps())
+    assert reader.served() == first.position
+    ChainWriter.resume(bucket, TABLE)
+    with pytest.raises(Fenced):
+        writer.serve(0)
+
+
+def test_following_what_is_served_costs_one_call(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer), commit(writer)
+    writer.serve(1)
+    reader.served()
+    bucket.calls.clear()
+    reader.served()
+    assert bucket.calls == {"read": 1}
+
+
+def test_the_head_of_a_stalled_writer_does_not_decide_what_is_served(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    old = ChainWriter.create(bucket, RUN)
+    first, second = commit(old), commit(old)
+    new = ChainWriter.resume(bucket, TABLE)
+    third = commit(new)
+    new.serve(2)
+    assert reader.served() == second.position
+    bucket.commit(Layout.HEAD, Head(second, serve=1).dumps())  # the old writer wakes up
+    assert reader.served() == second.position  # this reader has seen what the new one wants
+    assert ChainReader(bucket, tmp_path / "fresh").served() == third.position  # and this one what it published
+    for unreadable in (b"", b"{"):
+        bucket.commit(Layout.HEAD, unreadable)
+        assert reader.served() == second.position
+    fourth = commit(new)
+    assert reader.served() == fourth.position
+    assert first.parent == RUN.origin
+
+
+def test_without_a_head_the_newest_manifest_says_what_is_served(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first = commit(writer)
+    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    bucket.delete([Layout.HEAD])
+    assert ChainReader(bucket, tmp_path / "cache").served() == first.position
+    assert ChainWriter.resume(bucket, TABLE).serving == first.version
+
+
+def test_who_resumes_goes_on_serving_what_was_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, _ = commit(writer), commit(writer)
+    writer.serve(1)
+    resumed = ChainWriter.resume(bucket, TABLE)
+    assert (resumed.serving, reader.served()) == (1, first.position)
+    resumed.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    assert reader.served() == first.position
+
+
+def test_an_anchor_of_the_newest_version_by_the_next_writer_changes_nothing(
+    bucket: FaultyBucket, tmp_path: Path
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, _ = commit(writer), commit(writer)
+    resumed = ChainWriter.resume(bucket, TABLE)
+    anchor(resumed, tmp_path / "anchor")
+    resumed.serve(1)
+    assert ChainReader(bucket, tmp_path / "cache").served() == first.position
+    assert ChainWriter.resume(bucket, TABLE).serving == 1
+
+
+def test_a_head_that_was_not_written_is_repeated_with_the_next_commit(
+    bucket: FaultyBucket, reader: ChainReader
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, _ = commit(writer), commit(writer)
+    bucket.fail("commit")
+    with pytest.raises(BucketUnavailable):
+        writer.serve(1)
+    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    assert reader.served() == first.position
+
+
+# --- what is gone -----------------------------------------------------------------------------------
+
+
+def test_where_a_part_is_gone_another_way_is_taken(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    first, second = commit(writer), commit(writer)
+    anchored = anchor(writer, tmp_path / "anchor", size=9000)
+    bucket.delete([Layout.part(second, second.parts[0])])
+    taken = []
+
+    def use(plan: Plan) -> Plan:
+        taken.append(plan)
+        for delta in plan.deltas:
+            reader.fetch(delta)
+        return plan
+
+    assert reader.carry_out(lambda: reader.plan(first.position), use).anchor == anchored
+    assert taken[0].deltas == [second]
+    bucket.delete([Layout.manifest(anchored)])
+    with pytest.raises(NoPath):
+        reader.carry_out(lambda: reader.plan(first.position), use)
 
 
 def test_positions_are_found_by_digest(bucket: FaultyBucket, reader: ChainReader) -> None:

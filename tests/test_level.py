@@ -46,7 +46,7 @@ def test_several_compact_deltas_are_merged_into_one_patch_of_the_weights_they_st
     start = replay(reader, reader.plan(None, 1))
     plan = reader.plan(start.position)
     assert len(plan.deltas) == 3
-    patch = reader.merged(plan.deltas, ViewBits(start.table, start.tensors))
+    patch = reader.merged(plan.steps, ViewBits(start.table, start.tensors))
     patched = Patched(start.tensors, start.table, patch)
     assert same_bits({name: patched[name] for name in patched}, view_of(model))
 

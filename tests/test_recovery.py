@@ -74,16 +74,16 @@ def test_a_publisher_killed_in_a_commit_leaves_a_run_that_the_next_one_continues
     assert kinds == {"delta"}
 
 
-def test_a_trainer_that_lost_steps_begins_anew_with_an_anchor(address: Path, tmp_path: Path) -> None:
+def test_a_trainer_that_lost_steps_goes_back_with_a_delta(address: Path, tmp_path: Path) -> None:
     with publisher(address, first=0, last=3, **BASE) as child:
         for _ in range(3):
             child.expect("published")
         child.kill()
     with publisher(address, first=2, last=4) as child:  # its own checkpoint was one step older than the run
         versions = dict(reversed(child.expect("published")) for _ in range(2))
-    assert_readable(address, tmp_path, {1: 1, 2: 2, 3: 3})
-    assert_readable(address, tmp_path, versions, base=False)
+    assert_readable(address, tmp_path, {1: 1, 2: 2, 3: 3, **versions})
     assert newest(address, tmp_path) == max(versions)
+    assert not list(address.glob("epochs/*/anchors"))
 
 
 @pytest.mark.parametrize("place", ["epoch.json", "/anchors/00000000/model", "/anchors/00000000/manifest.json"])

@@ -45,7 +45,9 @@ class Trainer:
         patch = patch_between(VIEWS[parent.version], VIEWS[version])
         old = ViewBits(TABLE, VIEWS[parent.version]) if compact else None
         part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, old=old)
-        self.writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
+        encoding = "compact" if compact else "fast"
+        changed = sum(map(len, patch.values()))
+        self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
         self.positions.append(position)
         return position
 
@@ -189,12 +191,36 @@ def test_catch_up_with_several_versions_in_one_commit(replica: Replica, trainer:
     replica.assert_serves(3)
 
 
-def test_a_server_ahead_goes_back_through_the_base(tmp_path: Path, trainer: Trainer, base: Path) -> None:
-    trainer.publish(1)
-    trainer.publish(2)
+def test_a_server_ahead_goes_back_by_undoing_deltas(tmp_path: Path, trainer: Trainer) -> None:
+    for version in (1, 2, 3):
+        trainer.publish(version)
+    replica = Replica(tmp_path, trainer.address, VIEWS[3]).attached()
+    replica.follow(trainer.positions[1])
+    replica.assert_serves(1)
+    replica.follow(trainer.positions[2])
+    replica.assert_serves(2)
+
+
+def test_where_deltas_cannot_be_undone_a_server_ahead_goes_back_through_the_base(
+    tmp_path: Path, trainer: Trainer, base: Path
+) -> None:
+    trainer.publish(1, compact=True)
+    trainer.publish(2, compact=True)
     replica = Replica(tmp_path, trainer.address, VIEWS[2], base).attached()
     replica.follow(trainer.positions[1])
     replica.assert_serves(1)
+
+
+def test_a_delta_that_was_deleted_is_gone_around(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    replica = Replica(tmp_path, trainer.address, VIEWS[0], base).attached()
+    trainer.publish(1)
+    trainer.publish(2)
+    write_anchor(tmp_path, TABLE, VIEWS[2])
+    trainer.writer.commit_anchor(tmp_path, at=trainer.positions[2])
+    bucket = open_bucket(trainer.address)
+    bucket.delete([stat.path for stat in bucket.list() if "/deltas/00000002" in stat.path])
+    replica.follow(trainer.positions[2])
+    replica.assert_serves(2)
 
 
 def test_staging_what_is_served_does_nothing(replica: Replica, trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bits import bits_of
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader
+from hubsync.chain import ChainReader, Step
 from hubsync.chain.replay import View, replay
 from hubsync.digest import digest_view
 from hubsync.errors import (
@@ -409,7 +409,7 @@ def test_a_delta_is_never_replayed_from_another_version(
     before = {name: tensor.clone() for name, tensor in view.tensors.items()}
     second = reader.manifest(2)
     with pytest.raises(WrongParent, match=r"applies to version 1 .* not to version 0"):
-        view.apply(reader.patch(second), second)
+        view.apply(reader.patch(second), Step(second))
     assert same_bits(view.tensors, before)
 
 
@@ -539,6 +539,65 @@ def test_an_engine_whose_weights_moved_meanwhile_begins_anew_with_an_anchor(
         train(model, optimizer)
         engine.publish(3).result()
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+@pytest.mark.parametrize("encoding", ["fast", "compact"])
+def test_an_engine_that_resumes_an_older_version_publishes_the_way_back_as_a_delta(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, encoding: str
+) -> None:
+    base = view_of(model)
+    config = SyncConfig(bucket=address, base_model="tiny", encoding=encoding)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        for step in (1, 2, 3):
+            train(model, optimizer)
+            engine.publish(step).result()
+            if step == 1:
+                checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                digest = engine.position.digest
+        newest = engine.position
+    model.load_state_dict(checkpoint)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        assert engine.position.digest == digest
+        assert engine.position.version > newest.version
+        train(model, optimizer)
+        engine.publish(2).result()
+    reader = ChainReader(LocalBucket(address), tmp_path / "cache")
+    assert {manifest.kind for manifest in reader.manifests()} == {"delta"}
+    assert len(reader.plan(newest).deltas) == 2
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+
+
+def test_where_the_way_back_is_damaged_the_model_is_uploaded_whole(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SyncConfig(bucket=address, base_model="tiny")
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        train(model, optimizer)
+        engine.publish(1).result()
+    (part,) = Path(address).glob("epochs/*/deltas/*")
+    part.write_bytes(b"x" * part.stat().st_size)
+    model.load_state_dict(checkpoint)
+    DeltaWeightTransferEngine(model, optimizer, config).close()
+    assert "cannot be read" in caplog.text
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_a_version_may_be_saved_and_served_later(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    reader = ChainReader(LocalBucket(address, create=True), tmp_path / "cache")
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        train(model, optimizer)
+        first = engine.publish(1).result()
+        train(model, optimizer)
+        second = engine.publish(2, serve=False).result()
+        assert (reader.newest(), reader.served()) == (second.position, first.position)
+        assert engine.serve(second.version) == second.position
+        assert reader.served() == second.position
+        assert engine.serve(first.version) == first.position
+        engine.publish(3).result()  # nothing has changed, and that is to be served
+        assert reader.served() == second.position
 
 
 def test_another_models_run_is_left_alone(model: Tiny, address: str) -> None:

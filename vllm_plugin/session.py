@@ -114,8 +114,8 @@ class _Attached:
         return plan
 
     def patch(self, plan: Plan) -> Patch:
-        """All deltas of a plan from the live weights, as one; of compact ones what this rank holds."""
-        return self.reader.merged(plan.deltas, self.applier.old_bits())
+        """All steps of a plan from the live weights, as one patch; of compact deltas what this rank holds."""
+        return self.reader.merged(plan.steps, self.applier.old_bits())
 
     def view(self, plan: Plan) -> Mapping[str, torch.Tensor]:
         """The whole view that a plan leads to, from its anchor or the base checkpoint."""
@@ -125,7 +125,7 @@ class _Attached:
             start = open_anchor(self.reader.fetch(plan.anchor), table)
         if start is None:
             raise NoPath(f"{plan.target} can only be reached from the base checkpoint, which is not on this machine")
-        return Patched(start, table, self.reader.merged(plan.deltas, ViewBits(table, start)))
+        return Patched(start, table, self.reader.merged(plan.steps, ViewBits(table, start)))
 
 
 class Session:
@@ -304,7 +304,8 @@ class Session:
         logger.warning("hubsync: rebuilding the weights: %s", applier.poisoned)
         started = time.perf_counter()
         with self._working:
-            written = applier.heal(attached.view(attached.plan(None, target)), target)
+            view = attached.reader.carry_out(lambda: attached.plan(None, target), attached.view)
+            written = applier.heal(view, target)
         self._error = None
         self._metrics["heal_s"] = time.perf_counter() - started
         self._metrics["heals"] = self._metrics.get("heals", 0) + 1
@@ -404,11 +405,9 @@ class Session:
         try:
             if applier.poisoned is not None:
                 raise ReplicaPoisoned(f"cannot stage {target}: {applier.poisoned}; heal first")
-            plan = attached.plan(applier.position, target)
-            if plan.start is None:
-                applier.stage_view(attached.view(plan), target)
-            else:
-                applier.stage_patch(attached.patch(plan), target)
+            plan = attached.reader.carry_out(
+                lambda: attached.plan(applier.position, target), lambda plan: _stage_along(plan, attached)
+            )
             self._metrics["stage_s"] = time.perf_counter() - started
             self._metrics["stage_bytes"] = plan.nbytes
             self._error = None
@@ -456,6 +455,14 @@ class Session:
         unexpected = not isinstance(error, HubsyncError)
         level = logging.ERROR if unexpected or self.state == "poisoned" else logging.WARNING
         logger.log(level, "hubsync: %s: %s", what, error, exc_info=unexpected)
+
+
+def _stage_along(plan: Plan, attached: _Attached) -> Plan:
+    if plan.start is None:
+        attached.applier.stage_view(attached.view(plan), plan.target)
+    else:
+        attached.applier.stage_patch(attached.patch(plan), plan.target)
+    return plan
 
 
 def _position_json(position: Position | None) -> dict[str, Any]:

@@ -41,11 +41,13 @@ class Stat:
         path: path relative to the run's prefix.
         size: bytes.
         etag: changes whenever the content does (xet hash on the Hub; inode, mtime and size in a directory).
+        modified: when it was written, in seconds since 1970 by the storage's clock; None if that is not known.
     """
 
     path: str
     size: int
     etag: str
+    modified: float | None = None
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class HubBucket(Bucket):
             return self._contents(self._look_up(paths), max_bytes)
 
     def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
-        return {path: Stat(path, file.size, file.xet_hash) for path, file in self._look_up(paths).items()}
+        return {path: _stat(path, file) for path, file in self._look_up(paths).items()}
 
     def list(self, prefix: str = "", *, recursive: bool = True) -> list[Stat]:
         directory = self._full(checked_directory(prefix)) if prefix else self._at.prefix
@@ -241,9 +241,15 @@ def _stats(entries: Iterable[BucketFile | BucketFolder], skip: int) -> Iterator[
         if not is_name(path):
             continue
         if isinstance(entry, BucketFile):
-            yield Stat(path, entry.size, entry.xet_hash)
+            yield _stat(path, entry)
         else:
             yield Stat(path + "/", 0, "")
+
+
+def _stat(path: str, file: BucketFile) -> Stat:
+    # `mtime` would be the uploader's clock.
+    modified = None if file.uploaded_at is None else file.uploaded_at.timestamp()
+    return Stat(path, file.size, file.xet_hash, modified)
 
 
 def _read_whole(local: Path, file: BucketFile) -> bytes:

@@ -254,7 +254,8 @@ def _file_status(path: Path) -> os.stat_result | None:
 
 
 def _stat(path: str, status: os.stat_result) -> Stat:
-    return Stat(path, status.st_size, f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}")
+    etag = f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+    return Stat(path, status.st_size, etag, status.st_mtime)
 
 
 def _make_directory(directory: Path) -> None:

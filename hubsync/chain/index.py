@@ -3,7 +3,8 @@
 Each epoch is a straight line, because it has one writer. A new epoch continues from a version of an older one
 (the first delta names it as its parent), or from an anchor when its weights are unrelated. Hence the newest
 version of the run is the newest of the highest epoch that has any: whatever a replaced writer still managed to
-commit in its own, lower epoch is a dead branch, readable but never the newest.
+commit in its own, lower epoch is a dead branch, readable but never the newest. Merged deltas lie in places of their
+own, of compactors: they are shortcuts between versions that exist, and the newest version is never told from them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import FormatError
-from hubsync.manifest import Manifest, Position, Run
+from hubsync.manifest import MAX_VERSION, Manifest, Position, Run
 
-from .layout import EpochNames, Layout, epoch_names
+from .layout import EpochNames, Layout, epoch_names, merged_names
 
 READ_AHEAD = 256  # manifests of earlier versions read in one go while walking back
 
@@ -29,13 +30,14 @@ class Link:
 
 
 class ChainIndex:
-    """Reads names and manifests (never parts) and remembers them. Manifests are immutable, so nothing goes stale."""
+    """Reads names and manifests (never parts) and remembers them. Manifests are immutable, so none goes stale."""
 
     def __init__(self, bucket: Bucket, run: Run):
         self._bucket = bucket
         self._run = run
         self._manifests: dict[str, Manifest] = {}
         self._epochs: dict[str, EpochNames] = {}
+        self._compactors: dict[str, set[tuple[int, int]]] = {}
 
     @property
     def epochs(self) -> dict[str, EpochNames]:
@@ -43,8 +45,11 @@ class ChainIndex:
         return self._epochs
 
     def survey(self) -> None:
-        """List every epoch with its manifests: one listing."""
-        self._epochs = epoch_names(stat.path for stat in self._bucket.list(Layout.EPOCHS))
+        """List every epoch with its manifests: one listing. Manifests that have been deleted are forgotten."""
+        paths = {stat.path for stat in self._bucket.list(Layout.EPOCHS)}
+        self._epochs = epoch_names(paths)
+        self._compactors = merged_names(paths)
+        self._manifests = {path: manifest for path, manifest in self._manifests.items() if path in paths}
 
     def newest(self, below: int | None = None) -> Manifest | None:
         """Newest manifest of the last survey (of those with a version lower than `below`); None if there is none."""
@@ -88,38 +93,86 @@ class ChainIndex:
         self._load(paths)
         return [self._manifests[path] for path in paths if path in self._manifests]
 
+    def everything(self) -> list[Manifest]:
+        """All manifests of the last survey: deltas and anchors by epoch and version, then merged deltas."""
+        paths = []
+        for epoch, names in self._epochs.items():
+            paths += [Layout.delta(epoch, version) for version in sorted(names.deltas)]
+            paths += [Layout.anchor(epoch, version) for version in sorted(names.anchors)]
+        self._load(paths)
+        return [self._manifests[path] for path in paths if path in self._manifests] + self.merged(0, MAX_VERSION)
+
     def add(self, manifest: Manifest) -> None:
         """Remember a manifest that came from elsewhere (the head), after the same checks."""
         path = Layout.manifest(manifest)
         self._check(manifest, path)
         self._manifests[path] = manifest
 
-    def walk(self, start: Manifest | None, *, down_to: int = 0) -> Iterator[Link]:
+    def walk(self, start: Manifest | None, *, floor: int = 0) -> Iterator[Link]:
         """Positions from `start` (None: version 0) back to where the chain begins, each with the delta leading to it.
 
         The last link has no delta: it is version 0, or an anchor that began the chain anew, or a version whose
-        manifest is gone. Nothing below version `down_to` is read. FormatError if a parent is not what its child says.
+        manifest is gone. FormatError if a parent is not what its child says.
         """
-        if start is None:
-            yield Link(self._run.origin, None)
-            return
-        manifest: Manifest | None = start
-        position = start.position
+        manifest = start
+        position = self._run.origin if start is None else start.position
         while manifest is not None:
-            delta = manifest if manifest.kind == "delta" else self._delta_to(position)
+            delta = self.leading_to(manifest)
             yield Link(position, delta)
-            if delta is None or position.version <= down_to:
+            if delta is None:
                 return
             assert delta.parent is not None  # the parser guarantees it for deltas
             position = delta.parent
-            if delta.parent_epoch is None:
-                if position != self._run.origin:
-                    raise FormatError(f"{Layout.manifest(delta)}: its version 0 is not the one of run.json")
-                break
-            manifest = self.at(delta.parent_epoch, position.version, down_to=down_to)
-            if manifest is not None and manifest.position != position:
-                raise FormatError(f"{Layout.manifest(delta)}: names {position} as parent, found {manifest.position}")
+            manifest = self.parent_of(delta, floor=floor)
         yield Link(position, None)
+
+    def leading_to(self, manifest: Manifest) -> Manifest | None:
+        """The delta that leads to a manifest's version: itself, unless it is an anchor."""
+        return manifest if manifest.kind == "delta" else self._delta_to(manifest.position)
+
+    def parent_of(self, delta: Manifest, *, floor: int = 0) -> Manifest | None:
+        """Manifest of the version that a delta applies to; None if that is version 0, or the manifest is gone.
+
+        FormatError if the version is not the one that the delta says. `floor`: the lowest version to read ahead.
+        """
+        position = delta.parent
+        assert position is not None  # the parser guarantees it for deltas
+        if delta.parent_epoch is None:
+            if position != self._run.origin:
+                raise FormatError(f"{Layout.manifest(delta)}: its version 0 is not the one of run.json")
+            return None
+        manifest = self.at(delta.parent_epoch, position.version, down_to=min(floor, position.version))
+        if manifest is not None and manifest.position != position:
+            raise FormatError(f"{Layout.manifest(delta)}: names {position} as parent, found {manifest.position}")
+        return manifest
+
+    def merged(self, low: int, high: int) -> list[Manifest]:
+        """Merged deltas of the last survey whose versions all lie in `low..high`, by where they lead."""
+        spans = sorted(
+            (last, first, epoch)
+            for epoch, names in self._compactors.items()
+            for first, last in names
+            if low <= first and last <= high
+        )
+        paths = [Layout.merged(epoch, first, last) for last, first, epoch in spans]
+        self._load(paths)
+        return [self._manifests[path] for path in paths if path in self._manifests]
+
+    def merged_into(self, position: Position, *, floor: int = 0) -> list[Manifest]:
+        """Merged deltas that lead to a position. Those to earlier versions are read in the same call."""
+        last = position.version
+        if not any(to == last for names in self._compactors.values() for _, to in names):
+            return []
+        self.merged(max(floor, last - READ_AHEAD), last)
+        paths = [
+            Layout.merged(epoch, first, to)
+            for epoch, names in self._compactors.items()
+            for first, to in sorted(names)
+            if to == last
+        ]
+        self._load(paths)
+        found = (self._manifests.get(path) for path in paths)
+        return [manifest for manifest in found if manifest is not None and manifest.position == position]
 
     def _delta_to(self, position: Position) -> Manifest | None:
         # An anchor does not say which epoch has the delta to the same version: it may be the anchor's own or any

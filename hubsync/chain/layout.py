@@ -3,13 +3,17 @@
 ```
 run.json
 head.json
+gc.json                                                              since when objects have been seen unneeded
 epochs/00000003-1a2b3c4d/epoch.json                                  a writer has begun
 epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
 epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
 epochs/00000003-1a2b3c4d/anchors/00000040/manifest.json              manifest of an anchor
 epochs/00000003-1a2b3c4d/anchors/00000040/<its files>
+epochs/compact-5e6f7a8b/merged/00000032-00000040/manifest.json       manifest of a merged delta
+epochs/compact-5e6f7a8b/merged/00000032-00000040/00000-<sha256[:16]>.safetensors
 ```
-Fixed-width numbers make the order of names the order of epochs and versions.
+Fixed-width numbers make the order of names the order of epochs and versions. A compactor's place has no number: it
+begins no epoch, so it fences nobody, and who does not know merged deltas passes it over.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from hubsync.manifest import Manifest, Part
 MAX_EPOCH = 10**8 - 1  # object names hold eight digits
 
 _NAME = re.compile(r"epochs/(\d{8}-[0-9a-f]{8})(?:/(?:versions/(\d{8})\.json|anchors/(\d{8})/manifest\.json)|/.*)?")
+_MERGED = re.compile(r"epochs/(compact-[0-9a-f]{8})/merged/(\d{8})-(\d{8})/manifest\.json")
 
 
 class Layout:
@@ -31,6 +36,7 @@ class Layout:
     RUN = "run.json"
     HEAD = "head.json"
     EPOCHS = "epochs"
+    GARBAGE = "gc.json"
 
     @staticmethod
     def epoch(epoch: str) -> str:
@@ -48,8 +54,16 @@ class Layout:
         return f"epochs/{epoch}/anchors/{version:08d}/manifest.json"
 
     @staticmethod
+    def merged(epoch: str, first: int, last: int) -> str:
+        """Manifest of the merged delta from version `first` to version `last`, beside its parts."""
+        return f"epochs/{epoch}/merged/{first:08d}-{last:08d}/manifest.json"
+
+    @staticmethod
     def manifest(manifest: Manifest) -> str:
         """Where this manifest itself is stored."""
+        if manifest.kind == "merged":
+            assert manifest.parent is not None  # the parser guarantees it
+            return Layout.merged(manifest.epoch, manifest.parent.version, manifest.version)
         make = Layout.delta if manifest.kind == "delta" else Layout.anchor
         return make(manifest.epoch, manifest.version)
 
@@ -58,6 +72,9 @@ class Layout:
         """Where one part of this manifest is stored."""
         if manifest.kind == "anchor":
             return f"epochs/{manifest.epoch}/anchors/{manifest.version:08d}/{part.file}"
+        if manifest.kind == "merged":
+            directory = Layout.manifest(manifest).rpartition("/")[0]
+            return f"{directory}/{part.rank:05d}-{part.sha256[:16]}.safetensors"
         name = f"{manifest.version:08d}-{part.rank:05d}-{part.sha256[:16]}.safetensors"
         return f"epochs/{manifest.epoch}/deltas/{name}"
 
@@ -88,3 +105,13 @@ def epoch_names(paths: Iterable[str]) -> dict[str, EpochNames]:
         if anchor is not None:
             names.anchors.add(int(anchor))
     return dict(sorted(epochs.items()))
+
+
+def merged_names(paths: Iterable[str]) -> dict[str, set[tuple[int, int]]]:
+    """Compactor -> the merged deltas it has made, as (from version, to version)."""
+    compactors: dict[str, set[tuple[int, int]]] = {}
+    for path in paths:
+        match = _MERGED.fullmatch(path)
+        if match is not None:
+            compactors.setdefault(match[1], set()).add((int(match[2]), int(match[3])))
+    return dict(sorted(compactors.items()))

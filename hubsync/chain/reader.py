@@ -8,45 +8,26 @@ head is older than what it has seen, and when a version asked for is not there.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import TypeVar
 
 from hubsync.bucket.base import Bucket, Download
 from hubsync.codec import OldBits
 from hubsync.errors import FormatError, NoPath, ObjectMissing
-from hubsync.manifest import Head, Manifest, Position, Run
+from hubsync.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.parts import read_delta
-from hubsync.patch import Patch, compose
+from hubsync.patch import Patch, compose, invert
 from hubsync.weights import Advanced
 
 from .index import ChainIndex
 from .layout import Layout
+from .ways import Plan, Step, Ways
 
+REPLANS = 2  # how often another way is looked for when objects of the first one are gone
 
-@dataclass(frozen=True)
-class Plan:
-    """How to get to `target`: a starting point, then `deltas` in order.
-
-    Attributes:
-        start: what the caller has, if the way starts there.
-        anchor: manifest of the anchor to load first, if the way starts there.
-        base: the way starts at the local base checkpoint (version 0).
-        deltas: manifests of deltas, oldest first; each one's parent is where the one before leads to.
-        target: where it ends.
-    """
-
-    start: Position | None
-    anchor: Manifest | None
-    base: bool
-    deltas: list[Manifest]
-    target: Position
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to download."""
-        return sum(delta.nbytes for delta in self.deltas) + (self.anchor.nbytes if self.anchor else 0)
+T = TypeVar("T")
 
 
 class ChainReader:
@@ -64,6 +45,9 @@ class ChainReader:
         self._chain: ChainIndex | None = None
         self._mark: Manifest | None = None  # the newest manifest seen, by (epoch, version)
         self._seen_head: bytes | None = None
+        self._served: tuple[Position, int] | None = None  # what a head in order said, and of which newest version
+        self._resolved: tuple[Manifest, int, Position] | None = None  # and the position that it came to
+        self._lost: set[str] = set()  # names of manifests whose parts are gone
         self._fetched: set[Path] = set()
 
     def run(self) -> Run:
@@ -96,6 +80,27 @@ class ChainReader:
             self._survey()
         return head
 
+    def served(self) -> Position:
+        """The committed position that replicas should serve; one call while the head is in order.
+
+        It may be older than the newest (a rollback), and may go backwards. A head that is missing, unreadable, or
+        left by a stalled old writer says nothing: then what the newest version's own head said holds, as far as this
+        reader has seen it, else what its manifest says. So does a head that names a version that does not exist.
+        """
+        head = self.head()
+        newest = self._mark
+        if newest is None:
+            return self.run().origin
+        if head is not None and head.manifest.position == newest.position:
+            self._served = newest.position, head.serve
+        said = newest.served
+        if self._served is not None and self._served[0] == newest.position:
+            said = self._served[1]
+        if self._resolved is None or self._resolved[:2] != (newest, said):
+            position = self._committed(said) or self._committed(newest.served) or newest.position
+            self._resolved = newest, said, position
+        return self._resolved[2]
+
     def manifests(self) -> list[Manifest]:
         """Deltas and anchors of the current chain, oldest first (the delta of a version before its anchor).
 
@@ -113,12 +118,28 @@ class ChainReader:
             start = self._index.newest(below=position.version)
         return found[::-1]
 
+    def spans(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Merged deltas that lead to versions of a chain (as `manifests` returns it), in the order of these versions.
+
+        Also where the deltas that they merge have been deleted.
+        """
+        known = {manifest.position for manifest in manifests}
+        known |= {manifest.parent for manifest in manifests if manifest.parent is not None}
+        found = []
+        for merged in reversed(self._index.merged(0, MAX_VERSION)):
+            if merged.position in known:
+                assert merged.parent is not None  # the parser guarantees it
+                known.add(merged.parent)
+                found.append(merged)
+        return found[::-1]
+
     def manifest(self, version: int) -> Manifest:
         """Manifest of the delta that leads to this version, or of its anchor if there is no delta.
 
-        NoPath if the version was never committed.
+        NoPath if the version was never committed, or has been deleted.
         """
-        self.newest()
+        if self._chain is None:
+            self.newest()
         found = self._index.at(self._mark.epoch, version) if self._mark else None
         if found is None:
             self._survey()
@@ -146,17 +167,18 @@ class ChainReader:
     def plan(self, have: Position | None, to: int | None = None, *, base_available: bool = False) -> Plan:
         """The way with the fewest bytes from `have` (None: from nothing) to version `to` (None: the newest).
 
-        Deltas alone where they lead from `have`; else the newest anchor on the way, or the base checkpoint if
-        the caller has it (`base_available`), and the deltas from there. NoPath tells what exists.
+        It starts from `have`, from an anchor, or from the base checkpoint if the caller has it (`base_available`), and
+        goes on with deltas, merged ones where they exist. Backwards it undoes deltas; of compact ones that is not
+        possible. NoPath tells what exists.
         """
         target = self._target(to)
         position = self._position(target)
         if have == position:
-            return Plan(have, None, False, [], position)
-        if have is not None and (deltas := self._deltas(have, target)) is not None:
-            return Plan(have, None, False, deltas, position)
-        self._survey()  # anchors may have been added to versions that we knew
-        plan = self._from_anchor_or_base(target, base_available)
+            return Plan(have, None, False, (), position)
+        if have is not None and target is not None and target.parent == have and not self._is_lost(target):
+            return Plan(have, None, False, (Step(target),), position)
+        self._survey()  # anchors and merged deltas may have been added to versions that we knew
+        plan = Ways(self._index, self.run().origin, self._lost).cheapest(target, have, base_available)
         if plan is None:
             origin = "the base checkpoint is not at hand" if not base_available else "deltas are missing"
             raise NoPath(
@@ -166,18 +188,35 @@ class ChainReader:
             )
         return plan
 
+    def carry_out(self, find: Callable[[], Plan], use: Callable[[Plan], T]) -> T:
+        """`use(find())`; where an object is gone meanwhile (retention deletes them), once more along another way.
+
+        ObjectMissing if that keeps happening; NoPath if there is no other way.
+        """
+        self._lost.clear()  # an object that was not to be seen for a moment is given another chance
+        for _ in range(REPLANS):
+            try:
+                return use(find())
+            except ObjectMissing:
+                self._survey()
+        return use(find())
+
     def fetch(self, manifest: Manifest) -> list[Path]:
         """Local files of a manifest's parts, in their order, each with the size and SHA-256 that it states.
 
-        The files of an anchor lie in one directory that `from_pretrained` can load.
+        The files of an anchor lie in one directory that `from_pretrained` can load. ObjectMissing if a part is gone:
+        `plan` then knows no more ways that need it (see `carry_out`).
         """
         paths = [self._cache / self.run().run_id / Layout.part(manifest, part) for part in manifest.parts]
-        self._bucket.fetch(
-            [
-                Download(Layout.part(manifest, part), part.size, part.sha256, path)
-                for part, path in zip(manifest.parts, paths, strict=True)
-            ]
-        )
+        downloads = [
+            Download(Layout.part(manifest, part), part.size, part.sha256, path)
+            for part, path in zip(manifest.parts, paths, strict=True)
+        ]
+        try:
+            self._bucket.fetch(downloads)
+        except ObjectMissing:
+            self._lost.add(Layout.manifest(manifest))
+            raise
         for path in paths:
             os.utime(path)  # `trim` evicts what was not fetched for longest
         self._fetched = set(paths)
@@ -190,21 +229,22 @@ class ChainReader:
             old: the weights at the manifest's parent, which compact deltas are coded against; what it does not hold
                 is left out. ConfigError if it is needed and not given.
         """
-        if manifest.kind != "delta":
+        if manifest.kind == "anchor":
             raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
         table = self.run().table
         parts = [read_delta(path, table, manifest, old) for path in self.fetch(manifest)]
         return reduce(compose, parts, {})
 
-    def merged(self, manifests: Sequence[Manifest], old: OldBits | None = None) -> Patch:
-        """Several deltas, each of which starts where the one before ends, as one patch of `old`.
+    def merged(self, steps: Sequence[Step], old: OldBits | None = None) -> Patch:
+        """The steps of a plan, each of which starts where the one before ends, as one patch of `old`.
 
         Each is decoded against the weights that those before it lead to; memory is O(changes).
         """
         table = self.run().table
         patch: Patch = {}
-        for manifest in manifests:
-            patch = compose(patch, self.patch(manifest, None if old is None else Advanced(table, old, patch)))
+        for step in steps:
+            delta = self.patch(step.manifest, None if old is None else Advanced(table, old, patch))
+            patch = compose(patch, invert(delta) if step.inverse else delta)
         return patch
 
     def trim(self, keep_bytes: int) -> None:
@@ -270,32 +310,15 @@ class ChainReader:
             return self._mark
         return self.manifest(version)
 
-    def _deltas(self, have: Position, target: Manifest | None) -> list[Manifest] | None:
-        deltas: list[Manifest] = []
-        for link in self._index.walk(target, down_to=have.version):
-            if link.position == have:
-                return deltas[::-1]
-            if link.delta is None or link.position.version <= have.version:
-                return None
-            deltas.append(link.delta)
-        return None
+    def _committed(self, version: int) -> Position | None:
+        """Position of a version; None if it is not there (any more)."""
+        try:
+            return self._position(self._target(version))
+        except NoPath:
+            return None
 
-    def _from_anchor_or_base(self, target: Manifest | None, base_available: bool) -> Plan | None:
-        position = self._position(target)
-        best: Plan | None = None
-        deltas: list[Manifest] = []
-        spent = 0
-        for link in self._index.walk(target):
-            if best is None and (anchor := self._index.anchor_of(link.position)) is not None:
-                best = Plan(None, anchor, False, deltas[::-1], position)
-            if best is not None and (not base_available or best.nbytes <= spent):
-                break
-            if base_available and link.position == self.run().origin:
-                return Plan(None, None, True, deltas[::-1], position)
-            if link.delta is not None:
-                deltas.append(link.delta)
-                spent += link.delta.nbytes
-        return best
+    def _is_lost(self, manifest: Manifest) -> bool:
+        return Layout.manifest(manifest) in self._lost
 
     def _what_exists(self) -> str:
         versions = sorted({version for names in self._index.epochs.values() for version in names.deltas})

@@ -9,13 +9,14 @@ import torch
 from hubsync.bits import TORCH_DTYPES, advance, bits_of
 from hubsync.digest import digest_change, digest_view, tensor_seed
 from hubsync.errors import NoPath, WrongParent
-from hubsync.manifest import Manifest, Position
+from hubsync.manifest import Position
 from hubsync.parts import open_anchor
-from hubsync.patch import Patch
+from hubsync.patch import Patch, invert
 from hubsync.table import TensorTable
 from hubsync.weights import ViewBits
 
-from .reader import ChainReader, Plan
+from .reader import ChainReader
+from .ways import Plan, Step
 
 
 class View:
@@ -38,12 +39,12 @@ class View:
         self._digest = digest_view(table, self.tensors)
         self._move(position)
 
-    def apply(self, patch: Patch, manifest: Manifest) -> None:
-        """Go from a delta's parent to its position. WrongParent if it starts elsewhere or does not end there."""
-        if manifest.parent != self.position:
-            raise WrongParent(f"version {manifest.version} applies to {manifest.parent}, not to {self.position}")
+    def apply(self, patch: Patch, step: Step) -> None:
+        """Make a step, whose manifest's decoded delta is `patch`. WrongParent if it starts or ends elsewhere."""
+        if step.start != self.position:
+            raise WrongParent(f"the step to {step.end} applies to {step.start}, not to {self.position}")
         digest = self._digest
-        for index, delta in patch.items():
+        for index, delta in (invert(patch) if step.inverse else patch).items():
             spec = self.table[index]
             bits = bits_of(self.tensors[spec.name])
             old = bits[delta.indices]
@@ -51,7 +52,7 @@ class View:
             bits[delta.indices] = new
             digest += digest_change(tensor_seed(spec.name), delta.indices, old, new)
         self._digest = digest
-        self._move(manifest.position)
+        self._move(step.end)
 
     def verify(self) -> None:
         """Recompute the digest from the tensors. WrongParent if it is not the one of `position`."""
@@ -83,7 +84,7 @@ def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | N
         raise NoPath("this way starts from weights that are not in the bucket: the base checkpoint is needed")
     else:
         view = View(run.table, base, run.origin if plan.base else plan.start or run.origin)
-    for manifest in plan.deltas:
-        view.apply(reader.patch(manifest, view.bits), manifest)
+    for step in plan.steps:
+        view.apply(reader.patch(step.manifest, view.bits), step)
     view.verify()
     return view

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hubsync.bucket.base import Bucket, Upload
-from hubsync.errors import BucketError, BucketUnavailable, ChainError, Fenced, ObjectMissing, RunMismatch
+from hubsync.errors import BucketError, BucketUnavailable, ChainError, Fenced, FormatError, ObjectMissing, RunMismatch
 from hubsync.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
 from hubsync.table import TensorTable
 
@@ -37,6 +37,7 @@ class ChainWriter:
         self._position_epoch: str | None = None
         self._next_version = 1
         self._newest: Manifest | None = None  # what the head should say
+        self._serving = 0  # and which version replicas should serve
         self._head_is_behind = False
         self._unknown: Manifest | None = None
         self._open_epoch()
@@ -96,6 +97,27 @@ class ChainWriter:
         """Number of the next version. Not always `position.version + 1`: see `_open_epoch`."""
         return self._next_version
 
+    @property
+    def serving(self) -> int:
+        """The version that replicas are to serve."""
+        return self._serving
+
+    def serve(self, version: int) -> Position:
+        """Let replicas serve a committed version: an older one (rollback), or one that was only saved so far.
+
+        Moves nothing but that word of the head: `position` stays, and the next delta follows it. ChainError if the
+        version does not exist; Fenced if another writer has taken over. After any other BucketError the word may or
+        may not be given, and the next commit repeats it.
+        """
+        self._check_fence()
+        position = self._committed(version)
+        if self._newest is None:
+            return position  # version 0, which is served as long as there is nothing else
+        self._serving, self._head_is_behind = version, True
+        self._bucket.commit(Layout.HEAD, Head(self._newest, version).dumps())
+        self._head_is_behind = False
+        return position
+
     def settle(self) -> Manifest | None:
         """Call this before preparing a version. Does nothing unless the outcome of the last manifest is unknown.
 
@@ -123,24 +145,51 @@ class ChainWriter:
         step: int | None = None,
         name: str | None = None,
         encoding: str = "fast",
+        serve: bool = True,
+        expires: float | None = None,
     ) -> Manifest:
         """Make version `next_version` durable: one file (or its bytes) per publisher rank, made by `write_delta`.
+
+        With `serve=False` it is only saved: replicas stay with the version that they are to serve. `expires`: seconds
+        since 1970, after which retention may delete the version.
 
         Returns when the manifest is durable. Fenced if another writer has taken over; BucketUnavailable if the
         outcome is unknown (`settle` finds out); any other BucketError means that nothing was committed.
         """
         parts = tuple(Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files))
-        manifest = self._manifest("delta", Position(self._next_version, digest), parts, changed, step, name, encoding)
+        manifest = Manifest(
+            kind="delta",
+            run_id=self._run.run_id,
+            table_hash=self._run.table.hash,
+            epoch=self._epoch,
+            position=self._next_position(digest),
+            parent=self._position,
+            parent_epoch=self._position_epoch,
+            parts=parts,
+            changed=changed,
+            created=time.time(),
+            step=step,
+            name=name,
+            encoding=encoding,
+            serve=None if serve else self._serving,
+            expires=expires,
+        )
         self._commit(manifest, files)
         return manifest
 
     def commit_anchor(
-        self, directory: Path, *, at: Position, step: int | None = None, name: str | None = None
+        self,
+        directory: Path,
+        *,
+        at: Position,
+        step: int | None = None,
+        name: str | None = None,
+        serve: bool = True,
     ) -> Manifest:
         """Make an anchor durable: the model shards and side files of `directory` (other files are left out).
 
         `at` is the current position; or, to go on with weights that are unrelated to it, a new one with
-        `next_version`: the chain begins anew there.
+        `next_version`: the chain begins anew there, and replicas are to serve that unless `serve` is False.
         """
         if at != self._position and at.version != self._next_version:
             raise ChainError(
@@ -148,40 +197,27 @@ class ChainWriter:
             )
         files = sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
         parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in files)
-        manifest = self._manifest("anchor", at, parts, 0, step, name, "dense")
+        begins = at.version == self._next_version
+        manifest = Manifest(
+            kind="anchor",
+            run_id=self._run.run_id,
+            table_hash=self._run.table.hash,
+            epoch=self._epoch,
+            position=self._next_position(at.digest) if begins else at,
+            parent=None,
+            parent_epoch=None,
+            parts=parts,
+            changed=0,
+            created=time.time(),
+            step=step,
+            name=name,
+            encoding="dense",
+            serve=None if (serve and begins) or self._serving == at.version else self._serving,
+        )
         self._commit(manifest, files)
         return manifest
 
     # --- commit -------------------------------------------------------------------------------------
-
-    def _manifest(
-        self,
-        kind: str,
-        position: Position,
-        parts: tuple[Part, ...],
-        changed: int,
-        step: int | None,
-        name: str | None,
-        encoding: str,
-    ) -> Manifest:
-        if position.version > MAX_VERSION:
-            raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
-        delta = kind == "delta"
-        return Manifest(
-            kind=kind,
-            run_id=self._run.run_id,
-            table_hash=self._run.table.hash,
-            epoch=self._epoch,
-            position=position,
-            parent=self._position if delta else None,
-            parent_epoch=self._position_epoch if delta else None,
-            parts=parts,
-            changed=changed,
-            created=time.time(),
-            step=step,
-            name=name,
-            encoding=encoding,
-        )
 
     def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> None:
         if self._unknown is not None:
@@ -205,14 +241,32 @@ class ChainWriter:
             self._position, self._position_epoch = manifest.position, self._epoch
             self._next_version = manifest.version + 1
             self._newest = manifest
+            self._serving = manifest.served
         if advances or self._head_is_behind:
             self._write_head()
+
+    def _next_position(self, digest: str) -> Position:
+        if self._next_version > MAX_VERSION:
+            raise ChainError(f"a run has at most {MAX_VERSION} versions: begin a new one under another prefix")
+        return Position(self._next_version, digest)
+
+    def _committed(self, version: int) -> Position:
+        if version == 0:
+            return self._run.origin
+        if version == self._position.version:
+            return self._position
+        chain = ChainIndex(self._bucket, self._run)
+        chain.survey()
+        manifest = chain.at_version(version)
+        if manifest is None:
+            raise ChainError(f"version {version} is not in {self._bucket.address}, so it cannot be served")
+        return manifest.position
 
     def _write_head(self) -> None:
         if self._newest is None:
             return
         try:
-            self._bucket.commit(Layout.HEAD, Head(self._newest, serve=self._newest.version).dumps())
+            self._bucket.commit(Layout.HEAD, Head(self._newest, self._serving).dumps())
             self._head_is_behind = False
         except BucketError as error:
             # The version is committed all the same; replicas that are told of it find it without the head.
@@ -267,12 +321,25 @@ class ChainWriter:
         self._repair_head()
 
     def _repair_head(self) -> None:
-        """A writer that died between manifest and head has left the head one version behind."""
+        """A writer that died between manifest and head has left the head one version behind.
+
+        What a head in order says of the version to serve stays; else the newest manifest tells.
+        """
         if self._newest is None:
+            self._serving = 0
             return
         data = self._bucket.read([Layout.HEAD]).get(Layout.HEAD)
-        if data != Head(self._newest, serve=self._newest.version).dumps():
+        self._serving = _serving_of(data, self._newest)
+        if data != Head(self._newest, self._serving).dumps():
             self._write_head()
+
+
+def _serving_of(head: bytes | None, newest: Manifest) -> int:
+    try:
+        found = None if head is None else Head.loads(head)
+    except FormatError:  # only a hint
+        found = None
+    return found.serve if found is not None and found.manifest.position == newest.position else newest.served
 
 
 def _first_difference(run: TensorTable, ours: TensorTable) -> str:

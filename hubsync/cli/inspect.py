@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.bucket import open_bucket
-from hubsync.chain import ChainReader, Plan
+from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
 def list_versions(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         reader = _reader(args, stack)
-        run, manifests = reader.run(), reader.manifests()
+        run, manifests = reader.run(), _with_merged(reader)
     if args.limit is not None:
         manifests = manifests[max(0, len(manifests) - args.limit) :]
     base = "an anchor in the bucket" if run.base.model is None else run.base.model
@@ -83,13 +83,14 @@ def verify_run(args: argparse.Namespace) -> int:
     """Replay the current chain from where it can begin, with every anchor on it; say what could not be checked."""
     with ExitStack() as stack:
         reader = _reader(args, stack)
-        manifests = reader.manifests()
+        manifests = _with_merged(reader)
         base = _base(args, reader)
         view = None if base is None else View(reader.run().table, base, reader.run().origin)
         checked = 0
         for manifest in manifests:
-            view = _verify(reader, manifest, view)
-            if view is not None:
+            after = _verify(reader, manifest, view)
+            view = after or view
+            if after is not None:
                 print(f"ok       {manifest.kind:6} {manifest.position}")
                 checked += 1
             else:
@@ -105,8 +106,7 @@ def pull_version(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         reader = _reader(args, stack)
         base = _base(args, reader)
-        plan = _plan(reader, args.version, base)
-        view = replay(reader, plan, base)
+        view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
         _write_checkpoint(args.out, view, _side_files(reader, args.base))
     print(f"wrote {view.position} to {args.out}")
     return 0
@@ -169,9 +169,22 @@ def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View 
             return anchor
         view.verify()
         return view
+    if manifest.kind == "merged":
+        return _verify_merged(reader, manifest, view)
     if view is None or view.position != manifest.parent:
         return None
-    view.apply(reader.patch(manifest, view.bits), manifest)
+    view.apply(reader.patch(manifest, view.bits), Step(manifest))
+    return view
+
+
+def _verify_merged(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
+    """From its end back to its start and forth again, as both have digests; or forth, where only it leads on."""
+    if view is None or view.position not in (manifest.position, manifest.parent):
+        return None
+    patch = reader.patch(manifest)
+    if view.position == manifest.position:
+        view.apply(patch, Step(manifest, inverse=True))
+    view.apply(patch, Step(manifest))
     return view
 
 
@@ -202,8 +215,16 @@ def _write_checkpoint(out: Path, view: View, side_files: list[Path]) -> None:
         raise
 
 
+def _with_merged(reader: ChainReader) -> list[Manifest]:
+    """The current chain, and after each version the merged deltas that lead to it."""
+    manifests = reader.manifests()
+    merged = reader.spans(manifests)
+    rank = {"delta": 0, "merged": 1, "anchor": 2}
+    return sorted([*manifests, *merged], key=lambda m: (m.version, rank[m.kind], -m.parent.version if m.parent else 0))
+
+
 def _row(manifest: Manifest, numel: int) -> list[str]:
-    is_delta = manifest.kind == "delta"
+    is_delta = manifest.kind != "anchor"
     return [
         str(manifest.version),
         manifest.kind,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import demo, doctor, follow, hub, inspect
+from . import compact, demo, doctor, follow, gc, hub, inspect
 
-COMMANDS = (demo, doctor, follow, hub, inspect)
+COMMANDS = (demo, doctor, follow, hub, inspect, compact, gc)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

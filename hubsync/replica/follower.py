@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind
-from hubsync.manifest import Position
 
 from .sync import CommitReport, Replica, ReplicaStatus
 
@@ -103,7 +102,7 @@ class Follower:
         """
         if self._reader is None:
             self._reader = self._open_reader()
-        target, status = served(self._reader), self._status()
+        target, status = self._reader.served(), self._status()
         if status.position == target and status.window is None:
             return None
         try:
@@ -135,14 +134,6 @@ class Follower:
     def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
         """Is the server still where it was when we decided where to bring it? If not, somebody may know better."""
         return now.position == before.position and not self._stop.is_set()
-
-
-def served(reader: ChainReader) -> Position:
-    """The position that the run's head tells replicas to serve; the newest one while the head says nothing."""
-    newest, head = reader.newest(), reader.head()
-    if head is None or head.serve == head.manifest.version:
-        return newest
-    return reader.run().origin if head.serve == 0 else reader.manifest(head.serve).position
 
 
 def _downloaded(status: ReplicaStatus) -> int | None:

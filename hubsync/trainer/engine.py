@@ -7,6 +7,7 @@ import logging
 import operator
 import os
 import secrets
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from hubsync.bucket import Bucket, open_bucket
-from hubsync.chain import ChainWriter, Layout
+from hubsync.chain import ChainReader, ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
 from hubsync.digest import digest_view
-from hubsync.errors import ConfigError, NoPath, RunMismatch
+from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.manifest import Base, Manifest, Position, Run
+from hubsync.patch import Patch, invert
+from hubsync.weights import ViewBits, digest_after
 
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Snapshot, live_tensors, published_tensors, table_of
@@ -122,7 +125,7 @@ class DeltaWeightTransferEngine:
     def run(self) -> Run:
         return self._publisher.writer.run
 
-    def publish(self, step: int | None = None, name: str | None = None) -> Ticket:
+    def publish(self, step: int | None = None, name: str | None = None, *, serve: bool = True) -> Ticket:
         """Find what has changed since the last durable version, and make it the next one in the background.
 
         Returns after detection: the model may be trained on at once. If nothing changed, no version is made. If the
@@ -132,6 +135,7 @@ class DeltaWeightTransferEngine:
         Args:
             step: the trainer's step, recorded with the version; default is the number of optimizer steps seen.
             name: free text recorded with the version; default is `config.name`.
+            serve: whether replicas that follow the run are to serve the version; else it is only saved, for `serve`.
         """
         self._require_open()
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
@@ -142,9 +146,23 @@ class DeltaWeightTransferEngine:
             self._publisher.snapshot.follow(live_tensors(self._model))
             detected = self._publisher.snapshot.detect()
             detect_s = time.perf_counter() - started
-            if not detected.changes:
-                return self._publisher.unchanged(step, detect_s)
-            return self._publisher.submit(detected, step, name or self.config.name, detect_s)
+            if detected.changes:
+                return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve)
+            if serve and self._publisher.writer.serving != self.position.version:
+                self._publisher.writer.serve(self.position.version)
+            return self._publisher.unchanged(step, detect_s)
+
+    def serve(self, version: int) -> Position:
+        """Let replicas that follow the run serve a committed version: an older one, or one that was only saved.
+
+        The training goes on where it is: the next version follows the newest one, not this. ChainError if the version
+        does not exist.
+        """
+        self._require_open()
+        with self._publishing:
+            self._publisher.wait()
+            self._publisher.settle()
+            return self._publisher.writer.serve(version)
 
     def sync(self, step: int | None = None, name: str | None = None) -> SyncReport:
         """`publish`, then `deliver`."""
@@ -232,14 +250,18 @@ class DeltaWeightTransferEngine:
             )
         publisher = self._new_publisher(ChainWriter.resume(bucket, snapshot.table), snapshot)
         writer = publisher.writer
-        if writer.position.digest != snapshot.digest.hex:
+        if writer.position.digest == snapshot.digest.hex:
+            if writer.newest is None and writer.run.base.model is None:
+                publisher.anchor()  # whoever created the run died before it could
+        elif (patch := _way_back(bucket, writer.position, snapshot)) is not None:
+            publisher.publish_patch(patch, snapshot.digest.hex, name=self.config.name)
+            logger.info("the model is at an older version of the run: it is %s now, made by a delta", writer.position)
+        else:
             logger.warning(
                 "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
                 writer.position,
             )
             publisher.anchor(Position(writer.next_version, snapshot.digest.hex), name=self.config.name)
-        elif writer.newest is None and writer.run.base.model is None:
-            publisher.anchor()  # whoever created the run died before it could
         return publisher
 
     def _new_publisher(self, writer: ChainWriter, snapshot: Snapshot) -> Publisher:
@@ -290,6 +312,28 @@ class DeltaWeightTransferEngine:
         logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
         self.anchor()
         return deployment.hotload(position, timeout=self.config.stage_timeout)
+
+
+def _way_back(bucket: Bucket, newest: Position, snapshot: Snapshot) -> Patch | None:
+    """What leads from the run's newest version back to the snapshot's, if that is an older one of the same chain."""
+    with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
+        reader = ChainReader(bucket, cache)
+        try:
+            older = reader.find(snapshot.digest.hex)
+            if older is None:
+                return None
+            # Forwards, from weights that are at hand: so compact deltas can be read, too.
+            plan = reader.plan(older, to=newest.version)
+            if plan.start is None or plan.target != newest:
+                return None
+            patch = reader.merged(plan.steps, ViewBits(snapshot.table, snapshot.tensors()))
+        except (BucketError, FormatError, NoPath) as error:
+            logger.warning("the deltas from the model's version on cannot be read: %s", error)
+            return None
+    if digest_after(snapshot.table, snapshot.tensors(), snapshot.digest, patch).hex != newest.digest:
+        logger.warning("the deltas from %s do not lead to %s", older, newest)
+        return None
+    return invert(patch)
 
 
 def _torch_optimizer(optimizer: Any) -> Any:

@@ -18,6 +18,7 @@ from hubsync.chain import ChainWriter
 from hubsync.errors import ChainError, ConfigError
 from hubsync.manifest import Manifest, Position
 from hubsync.parts import write_anchor, write_delta
+from hubsync.patch import Patch, changed
 from hubsync.weights import ViewBits
 
 from .detection import Detected, Snapshot
@@ -144,9 +145,15 @@ class Publisher:
             self.snapshot.advance(self._committing[1])
         self._committing = None
 
-    def submit(self, detected: Detected, step: int | None, name: str | None, detect_s: float) -> Ticket:
-        """Publish what was detected, in the background. Call it while no job is under way, after `settle`."""
-        self._last = Ticket(self._thread.submit(self._publish, detected, step, name, detect_s))
+    def submit(
+        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool = True
+    ) -> Ticket:
+        """Publish what was detected, in the background. Call it while no job is under way, after `settle`.
+
+        Args:
+            serve: let replicas serve the version; else it is only saved.
+        """
+        self._last = Ticket(self._thread.submit(self._publish, detected, step, name, detect_s, serve))
         if self._anchor_every:  # a job of its own: the version is durable, and its ticket done, before the anchor
             self._anchoring = self._thread.submit(self._anchor_if_due, step, name)
         return self._last
@@ -184,7 +191,18 @@ class Publisher:
         """Wait for the thread to end; errors of its last job are not raised here."""
         self._thread.shutdown(wait=True)
 
-    def _publish(self, detected: Detected, step: int | None, name: str | None, detect_s: float) -> Published:
+    def publish_patch(self, patch: Patch, digest: str, *, name: str | None = None) -> Manifest:
+        """Commit a patch of the current position, after which the view is the snapshot. In the calling thread."""
+        writer = self.writer
+        position = Position(writer.next_version, digest)
+        part = write_delta(
+            self.snapshot.table, patch, run_id=writer.run.run_id, parent=writer.position, position=position
+        )
+        return writer.commit_delta([part], digest=digest, changed=changed(patch), name=name)
+
+    def _publish(
+        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool
+    ) -> Published:
         writer = self.writer
         if detected.before.hex != writer.position.digest:
             # Only after an interrupt at the worst moment, which let this be detected beside another job.
@@ -203,14 +221,21 @@ class Publisher:
         encoded = time.perf_counter()
         self._committing = position, detected
         writer.commit_delta(
-            [part], digest=position.digest, changed=detected.changed, step=step, name=name, encoding=level
+            [part],
+            digest=position.digest,
+            changed=detected.changed,
+            step=step,
+            name=name,
+            encoding=level,
+            serve=serve,
         )
         self.snapshot.advance(detected)
         self._committing = None
         self._versions_since_anchor += 1
         durable = time.perf_counter()
         self._level.learn(level, detected.changed, len(part), encoded - started, durable - encoded)
-        self._announce(position)
+        if serve:
+            self._announce(position)
         return self._published(
             position, step, detected.changed, len(part), level, detect_s, encoded - started, durable - encoded
         )

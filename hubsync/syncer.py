@@ -245,11 +245,12 @@ class WeightSyncer:
         return full
 
     def _publish(self, name: str, serve: bool) -> Position:
-        """Make what has changed a version. With `_serve`, all that knows what followers are told."""
-        return self.engine.publish(name=name).result().position
+        """Make what has changed a version. Followers stay where they are unless `serve`."""
+        return self.engine.publish(name=name, serve=serve).result().position
 
     def _serve(self, position: Position) -> None:
         """Let followers have this position."""
+        self.engine.serve(position.version)
 
     # --- hot-loading --------------------------------------------------------------------------------
 

@@ -135,6 +135,22 @@ def test_what_is_only_saved_is_not_pushed_and_can_be_hot_loaded_later(
         assert positions(servers) == [saved[index]] * 2
 
 
+def test_followers_stay_where_they_are_until_what_was_saved_is_hot_loaded(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    reader = ChainReader(LocalBucket(tmp_path / "bucket"), tmp_path / "cache")
+    train(model, optimizer)
+    syncer.save_and_hotload("served")
+    served = syncer.engine.position
+    train(model, optimizer)
+    name = syncer.save_only("saved")
+    assert reader.served() == served != reader.newest()
+    assert syncer.hotload(str(name))
+    assert reader.served() == reader.newest()
+    assert syncer.hotload(f"served-{syncer.session}")
+    assert reader.served() == served
+
+
 def test_a_snapshot_of_another_session_is_found_by_its_full_name(
     syncer: WeightSyncer, new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
 ) -> None:

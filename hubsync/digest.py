@@ -3,14 +3,16 @@
 Two sums modulo 2^64 (lanes A and B) that do not depend on order, so they add up over shards, threads and devices, and
 follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane element i adds
 
-    (pattern + 1) * place[i mod 2048] * block(tensor, i div 2048)        modulo 2^64
+    spread(pattern) * place[i mod 2048] * block(tensor, i div 2048)      modulo 2^64
 
-where `place` is a table of odd pseudo-random numbers and `block` an odd one made of the tensor's seed. Odd factors make
-it injective in the pattern, so one changed element always changes both sums; + 1 makes zeros count. Any other
-accidental change goes unseen with a chance of about 2^-64 in each lane, as with the multilinear hash (Carter and
-Wegman) that this is. It costs one multiplication for each lane and element: factors of blocks come once for 2048.
-The digest is linear, hence no defence against somebody who chooses weights on purpose: that is what the SHA-256 of
-parts and signed manifests are for.
+where `place` is a table of odd pseudo-random numbers and `block` an odd one made of the tensor's seed. `spread` is the
+quadratic permutation y (2 y + 1) with y = pattern + 1: zeros count, and a step from a wrong pattern adds something else
+than the same step from the right one, so a delta that was applied to damaged weights is told by the digest it leads to.
+Permutation and odd factors make the mix injective in the pattern, so one changed element always changes both sums. Any
+other accidental change goes unseen with a chance of about 2^-64 in each lane, as with multilinear hashes (Carter and
+Wegman). It costs one multiplication for each lane and element, and one for both: factors of blocks come once for 2048.
+The sums are no defence against somebody who chooses weights on purpose: that is what the SHA-256 of parts and signed
+manifests are for.
 """
 
 from __future__ import annotations
@@ -141,10 +143,11 @@ def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor
             at = torch.arange(start + first, start + first + part.numel(), dtype=torch.int64, device=flat.device)
         else:
             at = indices.reshape(-1)[first : first + _TORCH_CHUNK].to(torch.int64)
-        counted = part.to(torch.int64).bitwise_and_(mask).add_(1)
+        y = part.to(torch.int64).bitwise_and_(mask).add_(1)
+        spread = (2 * y + 1).mul_(y)
         place, blocks = at & (_BLOCK - 1), _torch_blocks(seed, at >> _LOG_BLOCK)
         for lane in range(2):
-            total[lane] += (counted * places[lane, place]).mul_(blocks[lane]).sum()
+            total[lane] += (spread * places[lane, place]).mul_(blocks[lane]).sum()
     a, b = total.tolist()
     return Digest(a & _MASK, b & _MASK)
 
@@ -201,6 +204,12 @@ def _block(seed: np.uint64, number: np.uint64) -> tuple[np.uint64, np.uint64]:
 
 
 @njit(nogil=True, cache=True)
+def _spread(pattern: np.uint64) -> np.uint64:
+    y = pattern + _1
+    return y * (y + y + _1)
+
+
+@njit(nogil=True, cache=True)
 def _sum_range(
     seed: np.uint64, start: int, bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.uint64, np.uint64]:
@@ -232,7 +241,7 @@ def _sum_two(
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     a0, b0, a1, b1 = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
     for i in range(len(first)):
-        x, y = np.uint64(first[i]) + _1, np.uint64(second[i]) + _1
+        x, y = _spread(np.uint64(first[i])), _spread(np.uint64(second[i]))
         a0 += x * place_a[i]
         b0 += x * place_b[i]
         a1 += y * place_a[i]
@@ -244,7 +253,7 @@ def _sum_two(
 def _sum_part(bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
-        x = np.uint64(bits[i]) + _1
+        x = _spread(np.uint64(bits[i]))
         a += x * place_a[i]
         b += x * place_b[i]
     return a, b
@@ -261,7 +270,7 @@ def _sum_at(
         if number != last:  # indices mostly ascend
             factor_a, factor_b = _block(seed, np.uint64(number))
             last = number
-        x = np.uint64(bits[i]) + _1
+        x = _spread(np.uint64(bits[i]))
         a += x * place_a[place] * factor_a
         b += x * place_b[place] * factor_b
     return a, b

@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-<<<<<<< HEAD
 from . import compact, demo, doctor, follow, gc, hub, inspect, keys
 
 COMMANDS = (demo, doctor, follow, hub, inspect, compact, gc, keys)
-=======
-from . import compact, demo, doctor, follow, gc, hub, inspect
-
-COMMANDS = (demo, doctor, follow, hub, inspect, compact, gc)
->>>>>>> replicas-joined
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -166,7 +166,8 @@ def _digest(
     lane = tl.arange(0, BLOCK)
     i = program * BLOCK + lane - before
     inside = (i >= 0) & (i < numel)
-    counted = (tl.load(flat + i, mask=inside, other=0).to(tl.int64) & mask) + 1
+    y = (tl.load(flat + i, mask=inside, other=0).to(tl.int64) & mask) + 1
+    spread = y * (2 * y + 1)
     if SCATTERED:
         at = tl.load(indices + i, mask=inside, other=0)
         place = at % BLOCK
@@ -180,8 +181,8 @@ def _digest(
     a = (z ^ (z >> 31)).to(tl.int64, bitcast=True)
     z = (a * m3).to(tl.uint64, bitcast=True)
     b = (z ^ (z >> 33)).to(tl.int64, bitcast=True)
-    in_a = counted * tl.load(places + place) * (a | 1)
-    in_b = counted * tl.load(places + BLOCK + place) * (b | 1)
+    in_a = spread * tl.load(places + place) * (a | 1)
+    in_b = spread * tl.load(places + BLOCK + place) * (b | 1)
     tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.where(inside, in_a, 0), axis=0))
     tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.where(inside, in_b, 0), axis=0))
 

@@ -21,14 +21,9 @@ from huggingface_hub import snapshot_download
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
 from hubsync.checkpoint import Checkpoint
-<<<<<<< HEAD
 from hubsync.digest import Digest, digest_view
 from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.keys import SIGNING_KEY_VARIABLE, SigningKey
-=======
-from hubsync.digest import digest_view
-from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
->>>>>>> replicas-joined
 from hubsync.manifest import Base, Manifest, Position, Run
 from hubsync.patch import Patch, invert
 from hubsync.table import TensorTable

@@ -244,6 +244,13 @@ def test_every_version_replays_to_the_trainers_view(
         assert followed.position.version == version
 
 
+def test_a_scalar_that_is_not_a_number_is_cast_as_torch_casts_it(model: Tiny) -> None:
+    with torch.no_grad():
+        model.scale.fill_(float("nan"))
+    live = published_tensors(model)
+    assert same_bits(Snapshot(live, table_of(live, torch.bfloat16)).tensors(), view_of(model))
+
+
 def test_tensors_that_a_module_replaces_are_followed(model: Tiny, address: str, tmp_path: Path) -> None:
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         model.layers[0].weight = torch.nn.Parameter(torch.randn(6, 6))

@@ -228,10 +228,11 @@ class Snapshot:
 
     def _view(self, index: int) -> torch.Tensor:
         """The published view of what is owned of one live tensor, flat; it may share the live tensor's memory."""
-        shard = self.shards[index]
-        owned = local_part(self._live[index]).reshape(-1)[shard.start : shard.stop]
+        shard, owned = self.shards[index], local_part(self._live[index])
+        if shard.numel < owned.numel():  # else cast in its shape: torch rounds the NaN of a scalar otherwise
+            owned = owned.reshape(-1)[shard.start : shard.stop]
         view = owned.to(self._dtypes[index])
-        return view.cpu() if self._on_cpu else view
+        return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
 
     def _recomputed(self) -> Digest:
         digest = Digest()

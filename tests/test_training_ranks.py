@@ -11,7 +11,7 @@ import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader, Plan
+from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import RankError
@@ -316,7 +316,7 @@ def test_a_sharded_language_model_starts_from_its_checkpoint_and_ends_as_one(tmp
     reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
     assert [manifest.kind for manifest in reader.manifests()] == ["delta", "anchor"]
     delta, anchor = reader.manifests()
-    plan = Plan(start=None, anchor=None, base=True, deltas=[delta], target=published.position)
+    plan = Plan(start=None, anchor=None, base=True, steps=(Step(delta),), target=published.position)
     assert same_bits(replay(reader, plan, Checkpoint(base, reader.run().table)).tensors, trained)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(reader.fetch(anchor)[0].parent)
     assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)

@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from hubsync.errors import BucketUnavailable, ConfigError, ReplicaUnsuitable
-from hubsync.replica.fleet import Delivery, Fleet
-from hubsync.replica.server import VLLMServer, new_session
-from hubsync.replica.sync import Replica
+from hubsync.errors import (
+    BucketUnavailable,
+    ConfigError,
+    HubsyncError,
+    NoPath,
+    ReplicaBehind,
+    ReplicaError,
+    ReplicaUnreachable,
+    ReplicaUnsuitable,
+)
+from hubsync.manifest import Position
+from hubsync.replica.deployment import Deployment, HotloadReport
+from hubsync.replica.server import new_session
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 from hubsync.trainer.publisher import Published
@@ -30,6 +39,7 @@ from . import seam
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_PASSES = (ReplicaUnreachable, ReplicaBehind, NoPath)  # what trying again may help against
 
 # TRL's version of a sample that nobody knows the weights of. Older than `max_staleness` allows, whatever that is.
 _ANCIENT = -(2**31)
@@ -95,9 +105,9 @@ class HubWeightTransfer:
         self.quorum = quorum
         self.timeout = timeout
         self.engine: DeltaWeightTransferEngine | None = None
-        self.last: Delivery | None = None
+        self.last: HotloadReport | None = None
         self._trainer: Any = None
-        self._fleet: Fleet | None = None
+        self._deployment: Deployment | None = None
         self._calendar = Calendar()
         self._generates_on: str | None = None  # the server to ask whether it states versions, until it was asked
 
@@ -141,18 +151,20 @@ class HubWeightTransfer:
         if self._trainer is None:
             raise ConfigError("call transfer.attach(trainer) before trainer.train(): it does not know the policy")
         trainer, config = self._trainer, self.config
-        # The fleet brings servers to a version, not the engine, which would wait for all of them.
+        # The deployment brings servers to a version, not the engine, which knows no time for all of it. TRL calls this
+        # on one process only, which holds the whole policy.
         self.engine = DeltaWeightTransferEngine(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.optimizer,
-            replace(config, servers=[]),
+            replace(config, servers=[], quorum=0),
             processing_class=trainer.processing_class,
+            alone=True,
         )
-        self._fleet = Fleet(
-            [Replica(VLLMServer(url, timeout=config.commit_timeout), config.kv_cache) for url in config.servers],
-            quorum=self.quorum,
-            stage_timeout=config.stage_timeout,
-            make_path=self.engine.anchor,
+        self._deployment = Deployment(
+            config.servers,
+            kv_cache=config.kv_cache,
+            quorum=self.quorum or 0,
+            request_timeout=config.commit_timeout,
         )
 
     def pause(self) -> None:
@@ -168,11 +180,11 @@ class HubWeightTransfer:
         # First, and whatever comes after: it gathers shards with the other ranks, which would wait for ever.
         for _ in iterator:
             pass
-        if self.engine is None or self._fleet is None:
+        if self.engine is None or self._deployment is None:
             raise ConfigError("this transfer has ended: make a new one for another training")
         deadline = time.monotonic() + self.timeout
         published = self._publish(deadline)
-        self.last = self._fleet.deliver(published.position, max(deadline - time.monotonic(), 0.0))
+        self.last = self._deliver(self.engine, self._deployment, published.position, deadline)
         self._require_stated_versions()
         # TRL counts after this call, in the same thread that takes samples out of its queue.
         self._calendar.note(self._trainer.model_version + 1, published.version)
@@ -183,10 +195,10 @@ class HubWeightTransfer:
 
     def destroy(self) -> None:
         """Stop. The servers keep what they serve."""
-        fleet, engine = self._fleet, self.engine
-        self._fleet = self.engine = None
-        if fleet is not None:
-            fleet.close()
+        deployment, engine = self._deployment, self.engine
+        self._deployment = self.engine = None
+        if deployment is not None:
+            deployment.close()
         if engine is not None:
             engine.close()
 
@@ -205,6 +217,22 @@ class HubWeightTransfer:
                 if time.monotonic() + _RETRY_S > deadline:
                     raise
                 logger.warning("trying again: %s", outage)
+                time.sleep(_RETRY_S)
+
+    def _deliver(
+        self, engine: DeltaWeightTransferEngine, deployment: Deployment, position: Position, deadline: float
+    ) -> HotloadReport:
+        """Return once a quorum serves `position`. Who cannot be reached is asked again: it may be starting."""
+        while True:
+            report = deployment.hotload(position, timeout=max(deadline - time.monotonic(), 0.0))
+            if len(report.commits) >= report.needed:
+                return report
+            errors = [replica.error for replica in report.replicas if replica.error is not None]
+            if time.monotonic() + _RETRY_S > deadline or not any(isinstance(error, _PASSES) for error in errors):
+                raise _missed(report)
+            if any(isinstance(error, NoPath) for error in errors):
+                engine.anchor()
+            else:
                 time.sleep(_RETRY_S)
 
     def _date(self, sample: Any, oldest: int) -> None:
@@ -229,8 +257,8 @@ class HubWeightTransfer:
                 f"{url} does not say which weights made a sample: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
             )
 
-    def _record(self, published: Published, delivery: Delivery) -> None:
-        commits = delivery.commits
+    def _record(self, published: Published, report: HotloadReport) -> None:
+        commits = report.commits
         metrics = {
             **seam.metrics_of(published),
             "version": published.version,
@@ -240,8 +268,18 @@ class HubWeightTransfer:
             "pause_s": max(commit.pause_s for commit in commits),
         }
         seam.record(self._trainer, metrics)
-        for url, reason in delivery.behind.items():
-            logger.warning("%s does not serve version %d yet: %s", url, published.version, reason)
+
+
+def _missed(report: HotloadReport) -> HubsyncError:
+    """Names every server that is missing, and why. Of one server, its own error."""
+    missing = [replica for replica in report.replicas if replica.commit is None]
+    if len(report.replicas) == 1 and missing[0].error is not None:
+        return missing[0].error
+    why = "; ".join(f"{replica.url}: {replica.error}" for replica in missing)
+    served = f"{len(report.commits)} of {len(report.replicas)} servers serve {report.position}"
+    return ReplicaError(
+        f"{served}, and {report.needed} must. {why}. Restart what is missing, or set a quorum that does without it"
+    )
 
 
 class Calendar:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import open_bucket
-from hubsync.chain import ChainReader
+from hubsync.chain import ChainReader, Compactor, retention
 from hubsync.chain.replay import replay
 from hubsync.errors import HubsyncError, ReplicaRefused
 from hubsync.localhub import LocalHub
@@ -234,7 +234,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
     """Resumes training at a state and joins the run; answers the run's Position, or Failed and ends.
 
     Commands, each answered by a Position or Failed: ("publish", None) publishes what the weights are; ("publish",
-    number) changes them first, into a new state; ("anchor",); ("close",).
+    number) changes them first, into a new state; ("anchor",); ("serve", version); ("close",).
     """
     policy = Policy(setup.wide)
     setup.states.load(state, policy)
@@ -265,6 +265,8 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
                     pipe.send(engine.publish(state).result().position)
                 case "anchor":
                     pipe.send(engine.anchor().position)
+                case "serve":
+                    pipe.send(engine.serve(args[0]))
                 case "close":
                     engine.close()
                     pipe.send(engine.position)
@@ -311,10 +313,10 @@ class Server:
             seat = _Seat(meeting, rank, ranks) if ranks > 1 else None
             self.sessions.append(Session(lambda host=host: host, seat))  # type: ignore[misc]
 
-    def follow(self) -> None:
-        """Bring the server to the newest version, as a follower beside it would."""
+    def follow(self, served: bool = False) -> None:
+        """Bring the server to the newest version, or to the one that is to be served, as a follower beside it would."""
         self._attach()
-        position = self._reader.newest()
+        position = self._reader.served() if served else self._reader.newest()
         self._all("stage", position)
         self._settle()
         for session in self.sessions:
@@ -387,8 +389,8 @@ def _recorded(session: Session) -> HubsyncError:
 def replica(pipe: Connection, setup: Setup, home: Path, ranks: int, from_anchor: bool) -> None:
     """Starts from the base checkpoint, or the newest anchor; answers True, or Failed and ends.
 
-    Commands, answered by a Report or Failed: ("follow",), ("undo",), ("report",), and ("flip", seed), which damages
-    the weights.
+    Commands, answered by a Report or Failed: ("follow",), ("follow served",), ("undo",), ("report",), and
+    ("flip", seed), which damages the weights.
     """
     cache = home / "cache"
     try:
@@ -402,9 +404,9 @@ def replica(pipe: Connection, setup: Setup, home: Path, ranks: int, from_anchor:
     for command, *args in _commands(pipe):
         try:
             match command:
-                case "follow":
+                case "follow" | "follow served":
                     try:
-                        server.follow()
+                        server.follow(served=command == "follow served")
                     finally:
                         server.forward()
                 case "undo":
@@ -429,6 +431,26 @@ def _tensors(setup: Setup, checkpoint: Path, cache: Path) -> dict[str, torch.Ten
     table = ChainReader(open_bucket(setup.address), cache).run().table
     opened = open_anchor(sorted(checkpoint.glob("*.safetensors")), table)
     return {spec.name: opened[spec.name] for spec in table}
+
+
+# --- who keeps the run ----------------------------------------------------------------------------------
+
+
+def keeper(pipe: Connection, setup: Setup, home: Path) -> None:
+    """`hubsync compact` and `gc`: ("compact",) and ("collect", versions to keep), answered by a count or Failed."""
+    bucket = open_bucket(setup.address)
+    for command, *args in _commands(pipe):
+        reader = ChainReader(bucket, home / "cache")
+        try:
+            match command:
+                case "compact":
+                    base = load_file(setup.base / "model.safetensors") if setup.has_base else None
+                    pipe.send(sum(1 for _ in Compactor(bucket, reader, base).run()))
+                case "collect":
+                    policy = retention.Policy(keep_last=args[0], grace=0.0)
+                    pipe.send(len(retention.Collector(bucket, reader, policy).collect()))
+        except HubsyncError as error:
+            pipe.send(Failed(type(error).__name__, str(error)))
 
 
 # --- the auditor --------------------------------------------------------------------------------------

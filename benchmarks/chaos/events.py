@@ -97,6 +97,65 @@ def undo(history: History) -> bool:
     return isinstance(history.ask_replica(replica, "undo"), Report)
 
 
+@event("rolled back in service")
+def serve_an_older_version(history: History) -> bool:
+    """Replicas are told to go back to an older version, by deltas undone; the trainer goes on where it is."""
+    publisher = _publisher(history)
+    older = history.publish_change()
+    history.publish_change()
+    replica = _some_replica(history)
+    history.follow(replica)
+    if history.publisher is not publisher:
+        return False  # it was fenced meanwhile
+    answer = publisher.ask("serve", older.version)
+    if isinstance(answer, Failed):
+        raise Broken(f"a committed version cannot be served: {answer}")
+    back = history.ask_replica(replica, "follow served")
+    if isinstance(back, Report) and back.in_service and set(back.positions) != {older}:
+        raise Broken(f"{replica.name} was to serve {older}, and is {back}")
+    return isinstance(back, Report)
+
+
+@event("compacted")
+def compact(history: History) -> bool:
+    """Merged deltas, beside a publisher that goes on; who lags takes them."""
+    for _ in range(history.chance.randint(2, 4)):
+        history.publish_change()
+    made = _keep(history, "compact")
+    history.follow(_some_replica(history))
+    if len(history.replicas) < 3:
+        history.follow(history.join())
+    return bool(made)
+
+
+@event("collected")
+def collect(history: History) -> bool:
+    """Old versions are deleted, without any grace, beside replicas that may need them."""
+    for _ in range(history.chance.randint(1, 3)):
+        history.publish_change()
+    if history.chance.random() < 0.5:
+        history.follow(_some_replica(history))
+    deleted = _keep(history, "collect", history.chance.randint(1, 3))
+    for replica in history.replicas:
+        history.follow(replica)
+    return bool(deleted)
+
+
+@event("keeper killed")
+def kill_keeper(history: History) -> bool:
+    """Anywhere in a compaction or a collection."""
+    for _ in range(history.chance.randint(1, 3)):
+        history.publish_change()
+    keeper = _start_keeper(history)
+    keeper.tell(*history.chance.choice([("compact",), ("collect", 1)]))
+    _wait_anywhere(history)
+    keeper.kill()
+    history.publish()
+    for replica in history.replicas:
+        history.follow(replica)
+    return True
+
+
 # --- processes die and stall --------------------------------------------------------------------------
 
 
@@ -316,6 +375,24 @@ def _publisher(history: History) -> Actor:
 
 def _some_replica(history: History) -> Actor:
     return history.chance.choice(history.replicas)
+
+
+def _start_keeper(history: History) -> Actor:
+    name = f"keeper-{time.monotonic_ns()}"
+    return actors.start(name, actors.keeper, history.setup, history.home / name)
+
+
+def _keep(history: History, *command: Any) -> int:
+    """What a compactor made, or a collector deleted, on a healthy storage."""
+    keeper = _start_keeper(history)
+    try:
+        answer = keeper.ask(*command)
+    finally:
+        keeper.kill()
+    history.say(f"{command}: {answer}")
+    if isinstance(answer, Failed):
+        raise Broken(f"{command[0]} on a healthy storage: {answer}")
+    return int(answer)
 
 
 def _wait_anywhere(history: History) -> None:

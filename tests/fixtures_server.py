@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,11 +67,20 @@ def hub_environment(hub_process: LocalHub) -> Iterator[dict[str, str]]:
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start_server(
     hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., str]]:
-    """Starts vLLM servers that end with the session: `start_server(model, bucket=..., ...) -> URL`."""
+    """Starts vLLM servers that end with the module: `start_server(model, bucket=..., ...) -> URL`.
+
+    Each takes more than a gigabyte, so they must not outlive what needs them.
+    """
+    with _servers(tmp_path_factory) as start:
+        yield start
+
+
+@contextmanager
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     processes: list[ServerProcess] = []
 
     def start(model: Path, **options: object) -> str:
@@ -79,15 +89,15 @@ def start_server(
         process.wait_ready()
         return process.url
 
-    yield start
-    for process in processes:
-        process.stop()
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.stop()
 
 
 @pytest.fixture(scope="session")
-def served(
-    start_server: Callable[..., str], hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def served(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A tiny Qwen3 in fp32, published from its bf16 checkpoint, and a server of that checkpoint."""
     import transformers  # seconds, which tests without a server should not pay
 
@@ -96,13 +106,14 @@ def served(
     base = save_checkpoint("qwen3_tied", tmp_path_factory.mktemp("base"))
     save_tokenizer(base)
     address = "hf://buckets/me/end-to-end/run"
-    url = start_server(
-        base,
-        bucket=address,
-        environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S)},
-        arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
-    )
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
-        engine.sync()  # the server finds its place
-        yield Served(base, address, url, model, engine, hub_environment)
+    with _servers(tmp_path_factory) as start:
+        url = start(
+            base,
+            bucket=address,
+            environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S)},
+            arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
+        )
+        with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
+            engine.sync()  # the server finds its place
+            yield Served(base, address, url, model, engine, hub_environment)

@@ -531,6 +531,19 @@ def test_a_replaced_engine_is_fenced_and_its_successor_continues_with_deltas(
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
+def test_a_replaced_engine_is_fenced_although_nothing_has_changed(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str
+) -> None:
+    """Else `sync` would bring servers back to where its successor was long ago."""
+    old = DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address))
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)):
+        with pytest.raises(Fenced):
+            old.publish(1)
+        with pytest.raises(Fenced):
+            old.sync(2)
+    old.close()
+
+
 def test_an_engine_whose_weights_moved_meanwhile_begins_anew_with_an_anchor(
     model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
 ) -> None:

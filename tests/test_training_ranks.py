@@ -320,3 +320,18 @@ def test_a_sharded_language_model_starts_from_its_checkpoint_and_ends_as_one(tmp
     assert same_bits(replay(reader, plan, Checkpoint(base, reader.run().table)).tensors, trained)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(reader.fetch(anchor)[0].parent)
     assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)
+
+
+def finds_nothing_to_publish_once_replaced(rank: int, address: str) -> tuple[str, str] | None:
+    _, _, old = engine_of("ddp", address)
+    _, _, new = engine_of("ddp", address)
+    fenced = outcome(old.publish)
+    assert new.publish().result().changed == 0
+    old.close()
+    new.close()
+    return fenced
+
+
+def test_all_ranks_of_a_replaced_training_are_fenced_although_nothing_has_changed(tmp_path: Path) -> None:
+    outcomes = run(2, finds_nothing_to_publish_once_replaced, tmp_path / "run")
+    assert [kind for kind, _ in outcomes] == ["Fenced", "Fenced"]

@@ -126,7 +126,7 @@ class ChainWriter:
         version does not exist; Fenced if another writer has taken over. After any other BucketError the word may or
         may not be given, and the next commit repeats it.
         """
-        self._check_fence()
+        self.check_fence()
         position = self._committed(version)
         if self._newest is None:
             return position  # version 0, which is served as long as there is nothing else
@@ -134,6 +134,15 @@ class ChainWriter:
         self._bucket.commit(Layout.HEAD, Head(self._newest, version).dumps())
         self._head_is_behind = False
         return position
+
+    def check_fence(self) -> None:
+        """Fenced if another writer has taken over. One listing."""
+        epochs = self._epochs()
+        if epochs and epochs[-1] > self._epoch:
+            raise Fenced(
+                f"another publisher has taken over {self._bucket.address} (epoch {epochs[-1]}, ours is {self._epoch}): "
+                "this one must stop"
+            )
 
     def settle(self) -> Manifest | None:
         """Call this before preparing a version. Does nothing unless the outcome of the last manifest is unknown.
@@ -144,7 +153,7 @@ class ChainWriter:
         if self._unknown is None:
             return None
         lost, before = self._unknown, self._position
-        self._check_fence()
+        self.check_fence()
         self._open_epoch()
         self._unknown = None
         if self._position == before:
@@ -278,7 +287,7 @@ class ChainWriter:
         advances = manifest.position != self._position
         if sources:
             _put(self._bucket, manifest, manifest.parts, sources)
-        self._check_fence()
+        self.check_fence()
         try:
             self._bucket.commit(Layout.manifest(manifest), data)
         except BucketUnavailable:
@@ -318,14 +327,6 @@ class ChainWriter:
                 "%s is committed, but the head could not be written (%s): replicas that poll see it one version later",
                 self._newest.position,
                 error,
-            )
-
-    def _check_fence(self) -> None:
-        epochs = self._epochs()
-        if epochs and epochs[-1] > self._epoch:
-            raise Fenced(
-                f"another publisher has taken over {self._bucket.address} (epoch {epochs[-1]}, ours is {self._epoch}): "
-                "this one must stop"
             )
 
     # --- epochs -------------------------------------------------------------------------------------

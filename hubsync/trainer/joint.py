@@ -38,6 +38,10 @@ class JointWriter:
             self.position = manifest.position
         return manifest
 
+    def check_fence(self, ranks: Ranks) -> None:
+        """`ChainWriter.check_fence`."""
+        ranks.first(lambda: self._first.check_fence())
+
     def next_version(self, ranks: Ranks) -> int:
         """`ChainWriter.next_version`."""
         return ranks.first(lambda: self._first.next_version)

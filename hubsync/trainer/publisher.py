@@ -208,7 +208,8 @@ class Publisher:
         return self._last
 
     def unchanged(self, step: int | None, detect_s: float) -> Ticket:
-        """The ticket of a publish that found nothing to do."""
+        """The ticket of a publish that found nothing to do. Fenced if another publisher goes on from elsewhere."""
+        self.writer.check_fence(self._ranks)
         future: Future[Published] = Future()
         future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
         return Ticket(future)

@@ -190,7 +190,7 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
     os.environ["HF_XET_CACHE"] = str(setup.home / name / "xet")
     if setup.hub_url is not None:
         os.environ["HF_ENDPOINT"] = setup.hub_url
-    # Torch makes its pool of threads anew after a fork, when it is first used; two threads that do so at once find none.
+    # Torch makes its pool of threads anew after a fork, when first asked; two threads that ask at once find none.
     torch.set_num_threads(1)
     try:
         target(pipe, setup, *args)

@@ -426,6 +426,20 @@ def test_a_wrong_base_checkpoint_heals_nothing(tmp_path: Path, trainer: Trainer,
         replica.session.before_forward()
 
 
+def test_a_server_that_was_started_from_an_anchor_does_not_take_that_for_the_base(
+    tmp_path: Path, trainer: Trainer
+) -> None:
+    """Its checkpoint is not version 0, although the way from there would be fewer bytes."""
+    trainer.publish(1)
+    trainer.anchor(tmp_path / "anchor")
+    replica = Replica(tmp_path, trainer.address, VIEWS[1], checkpoint=tmp_path / "anchor").attached()
+    replica.follow(trainer.publish(2))
+    replica.model.qkv.data[0] = 0
+    replica.session.weights_lost("a test")
+    replica.session.before_forward()
+    replica.assert_serves(2)
+
+
 def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None:
     """One, then two at once, mixed with a fast one; and after damage from the base checkpoint."""
     trainer = Trainer(tmp_path)

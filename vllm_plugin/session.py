@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,17 @@ import torch
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Plan
 from hubsync.checkpoint import Checkpoint, Patched
-from hubsync.digest import Digest
-from hubsync.errors import FormatError, HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
+from hubsync.digest import Digest, digest_view
+from hubsync.errors import (
+    ConfigError,
+    FormatError,
+    HubsyncError,
+    NoPath,
+    ReplicaPoisoned,
+    ReplicaRefused,
+    RunMismatch,
+    WrongParent,
+)
 from hubsync.keys import PublicKey
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
@@ -107,9 +117,25 @@ class _Attached:
             return None
         return Checkpoint(self.host.checkpoint, self.applier.table)
 
+    @cached_property
+    def _holds_base(self) -> bool:
+        """Is the checkpoint on this machine version 0? It is another where the server was started from an anchor."""
+        checkpoint = self.checkpoint()
+        assert checkpoint is not None
+        try:
+            checkpoint.check()
+        except ConfigError:  # a tensor is missing, or has another shape
+            return False
+        return digest_view(self.applier.table, checkpoint).hex == self.reader.run().digest
+
     def plan(self, have: Position | None, target: Position) -> Plan:
         """The way from `have` to exactly `target`."""
         plan = self.reader.plan(have, to=target.version, base_available=self.host.checkpoint is not None)
+        if plan.base and not self._holds_base:
+            try:
+                plan = self.reader.plan(have, to=target.version)
+            except NoPath:
+                pass  # then the digest of what it leads to says what is wrong
         if plan.target != target:
             raise WrongParent(
                 f"version {target.version} of the run has digest {plan.target.digest}, not {target.digest}"

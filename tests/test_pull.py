@@ -91,6 +91,21 @@ def test_a_publisher_that_pushes_and_two_followers_bring_the_server_to_the_same_
     deployment.close()
 
 
+def test_a_follower_goes_back_with_what_is_to_be_served_and_forward_again(site: Site) -> None:
+    older, newest = site.publish(), site.publish()
+    with following(site) as follower, Load(site.url):
+        seen = commits(follower.stdout)
+        while next(seen)["version"] != newest.version:
+            pass
+        site.publisher.writer.serve(older.version)
+        commit = next(seen)
+        assert (commit["version"], commit["digest"], commit["lag"]) == (older.version, older.digest, -1)
+        site.assert_whole(older)
+        site.publisher.writer.serve(newest.version)
+        assert next(seen)["digest"] == newest.digest
+        site.assert_whole(newest)
+
+
 # --- hosts that reach only the Hub
 
 

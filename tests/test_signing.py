@@ -169,3 +169,33 @@ def test_the_command_makes_keys_and_checks_runs(run: str, tmp_path: Path, capsys
 def test_every_document_of_a_signed_run_has_its_signature(run: str) -> None:
     assert {path.name for path in documents(run)} >= {Layout.RUN, Layout.HEAD, "epoch.json", "00000002.json"}
     assert all("signature" in json.loads(path.read_text()) for path in documents(run))
+
+
+@pytest.mark.parametrize("command", [["compact"], ["gc", "--keep-last", "1", "--grace", "0"]])
+def test_nothing_is_written_to_a_signed_run_without_its_key(
+    run: str, key_file: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = documents(run)
+    name, *options = command
+    assert main([name, run, *options]) == 1
+    assert "this run is signed" in capsys.readouterr().err
+    assert documents(run) == before
+    assert main([name, run, *options, "--signing-key", key_file]) == 0
+
+
+def test_an_empty_key_is_an_error_and_not_none(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["ls", run, "--public-key", ""]) == 1
+    monkeypatch.setenv("HUBSYNC_SIGNING_KEY", "")
+    with pytest.raises(ConfigError, match="signing key"):
+        DeltaWeightTransferEngine(torch.nn.Linear(64, 64), None, SyncConfig(bucket=run))
+
+
+def test_a_merged_delta_that_is_not_signed_is_passed_over(
+    run: str, key_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["compact", run, "--signing-key", key_file]) == 0
+    (merged,) = Path(run).rglob("merged/*/manifest.json")
+    signed(merged, run, FOREIGN)
+    ours = reader(run, tmp_path / "cache", KEY.public)
+    replay(ours, ours.plan(None)).verify()
+    assert "passing over a merged delta" in caplog.text

@@ -320,8 +320,8 @@ def _settings(config: Any) -> _Settings:
         )
     cache = pinned.get("cache") or default_cache()
     dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
-    key = pinned.get("public_key") or os.environ.get(PUBLIC_KEY_VARIABLE)
-    return _Settings(str(bucket), Path(cache), bool(dense), PublicKey.load(str(key)) if key else None)
+    key = pinned.get("public_key", os.environ.get(PUBLIC_KEY_VARIABLE))
+    return _Settings(str(bucket), Path(cache), bool(dense), None if key is None else PublicKey.load(str(key)))
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -52,6 +52,7 @@ class ChainIndex:
         self._run = run
         self._manifests: dict[str, Manifest] = {}
         self._epochs: dict[str, EpochNames] = {}
+        self._ignored: set[str] = set()  # names of merged deltas that cannot be used
         self._merged: dict[int, list[tuple[int, str]]] = {}  # where merged deltas lead -> where from, and their names
 
     @property
@@ -165,7 +166,7 @@ class ChainIndex:
         """Merged deltas of the last survey whose versions all lie in `low..high`, by where they lead."""
         ends = sorted(last for last in self._merged if low <= last <= high)
         paths = [path for last in ends for first, path in self._merged[last] if low <= first]
-        self._load(paths)
+        self._load_shortcuts(paths)
         return [self._manifests[path] for path in paths if path in self._manifests]
 
     def merged_into(self, position: Position, *, floor: int = 0) -> list[Manifest]:
@@ -174,7 +175,9 @@ class ChainIndex:
         paths = [path for _, path in self._merged.get(last, ())]
         if any(path not in self._manifests for path in paths):
             ahead = range(max(floor, last - READ_AHEAD), last)
-            self._load([*paths, *(path for to in ahead for first, path in self._merged.get(to, ()) if first >= floor)])
+            self._load_shortcuts(
+                [*paths, *(path for to in ahead for first, path in self._merged.get(to, ()) if first >= floor)]
+            )
         found = (self._manifests.get(path) for path in paths)
         return [manifest for manifest in found if manifest is not None and manifest.position == position]
 
@@ -182,9 +185,22 @@ class ChainIndex:
         # An anchor does not say which epoch has the delta to the same version: it may be the anchor's own or any
         # earlier one, if the writer was resumed at this version.
         epochs = [epoch for epoch, names in self._epochs.items() if position.version in names.deltas]
-        self._load(Layout.delta(epoch, position.version) for epoch in epochs)
+        self._load_shortcuts(Layout.delta(epoch, position.version) for epoch in epochs)
         found = (self._manifests.get(Layout.delta(epoch, position.version)) for epoch in epochs)
         return next((delta for delta in found if delta is not None and delta.position == position), None)
+
+    def _load_shortcuts(self, paths: Iterable[str]) -> None:
+        """As `_load`, but a merged delta that is damaged or not signed is passed over: others lead there too."""
+        wanted = [path for path in paths if path not in self._ignored]
+        try:
+            self._load(wanted)
+        except FormatError:
+            for path in wanted:
+                try:
+                    self._load([path])
+                except FormatError as error:
+                    logger.warning("passing over a merged delta: %s", error)
+                    self._ignored.add(path)
 
     def _load(self, paths: Iterable[str]) -> None:
         unknown = [path for path in paths if path not in self._manifests]

@@ -15,7 +15,7 @@ from hubsync.chain.compaction import MAX_SPAN
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import BucketUnavailable
 
-from .keys import add_signing_key, signing_key
+from .keys import add_signing_key, require_signing_key, signing_key
 
 DESCRIPTION = """\
 Merge deltas over 2, 4, 8 and more versions, so that a server that is far behind downloads few of them. It may run
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     bucket = open_bucket(args.address, token=args.token, key=signing_key(args))
     with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
         reader = ChainReader(bucket, cache)
+        require_signing_key(args, reader.run())
         base = None
         if args.base is not None:
             base = Checkpoint(args.base, reader.run().table)

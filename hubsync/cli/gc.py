@@ -11,7 +11,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.chain.retention import Collector, Garbage, Policy
 
-from .keys import add_signing_key, signing_key
+from .keys import add_signing_key, require_signing_key, signing_key
 
 DESCRIPTION = """\
 Delete versions that are not kept, and what writers that died have left. Kept are the newest version, the one to
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     bucket = open_bucket(args.address, token=args.token, key=signing_key(args))
     policy = Policy(args.keep_last, args.keep_every, args.ttl, args.grace)
     with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
-        collector = Collector(bucket, ChainReader(bucket, cache), policy)
+        reader = ChainReader(bucket, cache)
+        require_signing_key(args, reader.run())
+        collector = Collector(bucket, reader, policy)
         garbage = collector.look() if args.dry_run else collector.collect()
     done = "would delete" if args.dry_run else "deleted"
     for found in garbage:

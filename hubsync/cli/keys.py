@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hubsync.errors import ConfigError
 from hubsync.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, PublicKey, SigningKey
+from hubsync.manifest import Run
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,7 +39,7 @@ def add_public_key(parser: argparse.ArgumentParser) -> None:
 
 def public_key(args: argparse.Namespace) -> PublicKey | None:
     """What `--public-key` says."""
-    return PublicKey.load(args.public_key) if args.public_key else None
+    return None if args.public_key is None else PublicKey.load(args.public_key)
 
 
 def add_signing_key(parser: argparse.ArgumentParser) -> None:
@@ -52,4 +54,10 @@ def add_signing_key(parser: argparse.ArgumentParser) -> None:
 
 def signing_key(args: argparse.Namespace) -> SigningKey | None:
     """What `--signing-key` says."""
-    return SigningKey.load(args.signing_key) if args.signing_key else None
+    return None if args.signing_key is None else SigningKey.load(args.signing_key)
+
+
+def require_signing_key(args: argparse.Namespace, run: Run) -> None:
+    """ConfigError if the run is signed and there is no key: what is written without one would be refused."""
+    if run.public_key is not None and args.signing_key is None:
+        raise ConfigError("this run is signed: name the file of its key with --signing-key")

@@ -405,8 +405,8 @@ class DeltaWeightTransferEngine:
 
 
 def _signing_key(config: SyncConfig) -> SigningKey | None:
-    source = config.signing_key or os.environ.get(SIGNING_KEY_VARIABLE)
-    return SigningKey.load(source) if source else None
+    source = os.environ.get(SIGNING_KEY_VARIABLE) if config.signing_key is None else config.signing_key
+    return None if source is None else SigningKey.load(source)
 
 
 def _way_back(bucket: Bucket, newest: Position, snapshot: Detector) -> Patch | None:

@@ -15,6 +15,7 @@ from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Compactor, Layout, Step
 from hubsync.cli import compact, inspect
+from hubsync.cli.main import main
 from hubsync.errors import FormatError
 from hubsync.manifest import Head, Manifest, Position
 from hubsync.parts import write_delta
@@ -344,3 +345,9 @@ def test_a_step_knows_where_it_starts_and_ends(history: History) -> None:
     first = history.publish()
     assert (Step(first).start, Step(first).end) == (first.parent, first.position)
     assert (Step(first, inverse=True).start, Step(first, inverse=True).end) == (first.position, first.parent)
+
+
+@pytest.mark.parametrize("options", [["--interval", "nan"], ["--interval", "-1"], ["--max-span", "0"]])
+def test_numbers_that_make_no_sense_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compact", "anywhere", *options]) == 1
+    assert f"ConfigError: {options[0]} must be" in capsys.readouterr().err

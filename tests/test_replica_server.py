@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hubsync.errors import HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.replica.server import VLLMServer
 
 Answers = dict[str, tuple[int, Any]]  # path -> status, JSON document or text
@@ -91,3 +91,11 @@ def test_every_failure_of_a_request_says_what_to_do(
 ) -> None:
     with pytest.raises(error, match=says):
         serve(answers).rpc("hubsync_undo")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost", "localhost:8000", "ftp://x", "http://", "http://[::1", "http://x:port", "http://x\n"]
+)
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not the URL of a server"):
+        VLLMServer(url)

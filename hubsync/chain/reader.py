@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from hubsync.bucket.base import Bucket, Download
 from hubsync.codec import OldBits
-from hubsync.errors import FormatError, HeadTooOld, NoPath, ObjectMissing
+from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing
 from hubsync.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose, invert
@@ -45,6 +45,8 @@ class ChainReader:
     def __init__(self, bucket: Bucket, cache_dir: str | os.PathLike[str], *, max_head_age: float | None = None):
         self._bucket = bucket
         self._cache = Path(cache_dir)
+        if max_head_age is not None and not max_head_age > 0:
+            raise ConfigError(f"max_head_age must be a positive number of seconds, not {max_head_age:g}")
         self._max_head_age = max_head_age
         self._run: Run | None = None
         self._chain: ChainIndex | None = None

@@ -185,8 +185,8 @@ class ChainWriter:
         draft = self.draft_delta(
             digest=digest, changed=changed, step=step, name=name, encoding=encoding, serve=serve, expires=expires
         )
-        parts = [Part(_size(file), _sha256(file), rank) for rank, file in enumerate(files)]
-        return self._commit(replace(draft, parts=tuple(parts)), files)
+        uploaded = (upload_parts(self._bucket, draft, [file], rank) for rank, file in enumerate(files))
+        return self.commit_draft(draft, [part for parts in uploaded for part in parts])
 
     def commit_anchor(
         self,
@@ -202,10 +202,8 @@ class ChainWriter:
         `at` is the current position; or, to go on with weights that are unrelated to it, a new one with
         `next_version`: the chain begins anew there, and replicas are to serve that unless `serve` is False.
         """
-        files = anchor_sources(directory)
         draft = self.draft_anchor(at=at, step=step, name=name, serve=serve)
-        parts = [Part(_size(file), _sha256(file), file=file.name) for file in files]
-        return self._commit(replace(draft, parts=tuple(parts)), files)
+        return self.commit_draft(draft, upload_parts(self._bucket, draft, anchor_sources(directory)))
 
     # --- several ranks: each uploads its own parts of a draft (`upload_parts`), and then it is committed ---
 
@@ -257,7 +255,24 @@ class ChainWriter:
 
     def commit_draft(self, draft: Manifest, parts: Sequence[Part]) -> Manifest:
         """Make a draft durable, whose parts are. Returns and raises as `commit_delta`."""
-        return self._commit(replace(draft, parts=tuple(parts)), ())
+        manifest = replace(draft, parts=tuple(parts))
+        data = manifest.dumps()
+        Manifest.loads(data)  # what no reader would accept is not written
+        advances = manifest.position != self._position
+        self.check_fence()
+        try:
+            self._bucket.commit(Layout.manifest(manifest), data)
+        except BucketUnavailable:
+            self._unknown = manifest
+            raise
+        if advances:
+            self._position, self._position_epoch = manifest.position, self._epoch
+            self._next_version = manifest.version + 1
+            self._newest = manifest
+            self._serving = manifest.served
+        if advances or self._head_is_behind:
+            self._write_head()
+        return manifest
 
     # --- commit -------------------------------------------------------------------------------------
 
@@ -279,28 +294,6 @@ class ChainWriter:
             created=time.time(),
             **fields,
         )
-
-    def _commit(self, manifest: Manifest, sources: Sequence[Path | bytes]) -> Manifest:
-        """Upload what is not yet durable, and commit."""
-        data = manifest.dumps()
-        Manifest.loads(data)  # what no reader would accept is not written
-        advances = manifest.position != self._position
-        if sources:
-            _put(self._bucket, manifest, manifest.parts, sources)
-        self.check_fence()
-        try:
-            self._bucket.commit(Layout.manifest(manifest), data)
-        except BucketUnavailable:
-            self._unknown = manifest
-            raise
-        if advances:
-            self._position, self._position_epoch = manifest.position, self._epoch
-            self._next_version = manifest.version + 1
-            self._newest = manifest
-            self._serving = manifest.served
-        if advances or self._head_is_behind:
-            self._write_head()
-        return manifest
 
     def _committed(self, version: int) -> Position:
         if version == 0:
@@ -393,17 +386,13 @@ def upload_parts(bucket: Bucket, draft: Manifest, sources: Sequence[Path | bytes
     else:
         parts = tuple(Part(_size(source), _sha256(source), rank) for source in sources)
     if parts:
-        _put(bucket, draft, parts, sources)
+        bucket.put([Upload(Layout.part(draft, part), source) for part, source in zip(parts, sources, strict=True)])
     return parts
 
 
 def anchor_sources(directory: Path) -> list[Path]:
     """What of a directory belongs to an anchor: model shards and side files, sorted."""
     return sorted(file for file in Path(directory).iterdir() if _belongs_to_anchor(file.name))
-
-
-def _put(bucket: Bucket, manifest: Manifest, parts: Sequence[Part], sources: Sequence[Path | bytes]) -> None:
-    bucket.put([Upload(Layout.part(manifest, part), source) for part, source in zip(parts, sources, strict=True)])
 
 
 def _first_difference(run: TensorTable, ours: TensorTable) -> str:

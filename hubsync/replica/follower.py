@@ -21,6 +21,7 @@ from .sync import CommitReport, Replica, ReplicaStatus
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 60.0
+_FOREVER_S = 1e6  # waiting functions take no infinity
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Follower:
         interval: float = 5.0,
         stage_timeout: float = 600.0,
     ):
-        if interval <= 0:
-            raise ConfigError(f"interval must be a positive number of seconds, not {interval:g}")
+        for what, seconds in (("interval", interval), ("stage_timeout", stage_timeout)):
+            if not 0 < seconds < _FOREVER_S:  # nor what is not a number
+                raise ConfigError(f"{what} must be a positive number of seconds, not {seconds:g}")
         self._open_reader = open_reader
         self._replica = replica
         self._interval = interval

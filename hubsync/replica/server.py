@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import requests
 
 from hubsync import errors
-from hubsync.errors import HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
 OLDEST = (0, 26)
 _LABELS_SINCE = (0, 27)
@@ -36,7 +36,7 @@ class VLLMServer:
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
-        self.url = url.rstrip("/")
+        self.url = checked_url(url)
         self.timeout = timeout
         self._labels = True
         self._session = new_session(url)
@@ -155,6 +155,18 @@ class VLLMServer:
         if not answer.ok or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
         return document
+
+
+def checked_url(url: str) -> str:
+    """The base URL of a server, without a slash at its end. ConfigError for anything else."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # brackets that do not match, a port that is no number
+        valid = False
+    if not valid:
+        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
+    return url.rstrip("/")
 
 
 def new_session(url: str) -> requests.Session:

@@ -75,7 +75,7 @@ def measure(weights: Weights, device: torch.device, repeats: int) -> list[Row]:
     table, classes = weights.table, ClassMap.of("BF16", _LOWEST)
     olds = [weights.old[spec.name].view(torch.int16).view(-1) for spec in table]
     news = [weights.new[spec.name].view(torch.int16).view(-1) for spec in table]
-    spare = torch.empty_like(olds[0])
+    spare = [torch.empty_like(old) for old in olds]  # one for all would stay in a cache
     bits: list[kernels.Bits] = [old if device.type == "cuda" else old.numpy().view(np.uint16) for old in olds]
     positions = [delta.indices.astype(np.int32) for delta in weights.patch.values()]
     ranked = [kernels.rank(b, p, classes) for b, p in zip(bits, positions, strict=True)]
@@ -100,7 +100,7 @@ def measure(weights: Weights, device: torch.device, repeats: int) -> list[Row]:
             digest_change(index, delta.indices, after, after)
 
     passes: list[tuple[str, Callable[[], object]]] = [
-        ("copy", lambda: [spare.copy_(old) for old in olds]),
+        ("copy", lambda: [a.copy_(b) for a, b in zip(spare, olds, strict=True)]),
         ("compare and list", compare),
         ("digest, whole", lambda: [digest_torch(1, old) for old in olds]),
         ("digest, updated from a delta", update),

@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from hubsync.parallel import each, pieces
+
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -29,6 +31,9 @@ _CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 _TORCH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _COMPARED = 64  # elements compared at once: a bit of a word for each
 _STRETCH = 32 * _COMPARED  # elements read before their changes are listed; they fit the nearest cache
+_AHEAD = 2048  # bytes: what is asked of memory before it is compared, so that it comes while changes are listed
+_LINE = 64  # bytes that come from memory together
+_PIECE = 1 << 21  # elements for which another thread is worth it
 _ROOM = 1 << 14  # changes to begin with
 
 
@@ -81,6 +86,16 @@ def find_changes(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray
             f"cannot compare {old_bits.dtype}{list(old_bits.shape)} with {new_bits.dtype}{list(new_bits.shape)}"
         )
     old_bits, new_bits = np.ascontiguousarray(old_bits), np.ascontiguousarray(new_bits)
+    cuts = pieces(len(old_bits), _PIECE)
+    found = each(lambda cut: _find(old_bits[cut], new_bits[cut]), cuts)
+    if len(found) == 1:
+        return found[0]
+    indices = np.concatenate([own + cut.start for cut, (own, _) in zip(cuts, found, strict=True)])
+    return indices, np.concatenate([diffs for _, diffs in found])
+
+
+def _find(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`find_changes` on one thread."""
     whole = len(old_bits) // _COMPARED * _COMPARED
     indices = np.empty(_ROOM, np.int64)
     diffs = np.empty(_ROOM, SIGNED[8 * old_bits.itemsize])
@@ -158,6 +173,23 @@ def unequal_mask(typing_context, old, new, start):  # type: ignore[no-untyped-de
 
 
 @intrinsic
+def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an element that is read soon; for compiled code only. Beyond the end is no harm."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte = ir.IntType(8).as_pointer()
+        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(function, [address, flag(0), flag(3), flag(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def ones(typing_context, word):  # type: ignore[no-untyped-def]
     """Number of set bits of a uint64; for compiled code only."""
 
@@ -173,7 +205,8 @@ def _unequal(
 ) -> tuple[int, int]:
     """Append the changes of `start .. stop`, multiples of 64, while there is room for a stretch of changes more.
 
-    A stretch is first read, as fast as memory can be; then its changes are listed. Two changes of 64 elements are
+    A stretch is first read, as fast as memory can be; then its changes are listed, while memory brings what is next:
+    left alone it would rest meanwhile, which costs a fifth of the time. Two changes of 64 elements are
     written down before it is known whether there are any: more are rare, and a branch that cannot be foretold costs
     more than both (as simdjson flattens its bits).
 
@@ -185,10 +218,14 @@ def _unequal(
     sign = np.uint64(1) << top
     mask = sign | (sign - np.uint64(1))
     unequal = np.empty(_STRETCH // _COMPARED, np.uint64)
+    ahead, line = _AHEAD // old.itemsize, _LINE // old.itemsize
     while start < stop and found + _STRETCH <= len(indices):
         end, first, any_unequal = min(start + _STRETCH, stop), found, np.uint64(0)
         count = (end - start) // _COMPARED
         for i in range(count):
+            for at in range(start + i * _COMPARED + ahead, start + (i + 1) * _COMPARED + ahead, line):
+                prefetch(old, at)
+                prefetch(new, at)
             unequal[i] = unequal_mask(old, new, start + i * _COMPARED)
             any_unequal |= unequal[i]
         if any_unequal == 0:

@@ -30,6 +30,7 @@ from numba import njit
 from . import kernels
 from .bits import UNSIGNED, bits_of
 from .errors import FormatError
+from .parallel import each, pieces
 from .table import TensorTable
 
 _MASK = (1 << 64) - 1
@@ -47,6 +48,7 @@ _1, _27, _30, _31, _33 = (np.uint64(count) for count in (1, 27, 30, 31, 33))
 _LOG_BLOCK = 11
 _BLOCK = 1 << _LOG_BLOCK  # elements with one factor of their block: those of places fit a core's nearest cache
 
+_PIECE = 1 << 21  # elements for which another thread is worth it
 _TORCH_CHUNK = 1 << 20  # elements; bounds the int64 temporaries of `digest_torch` to a few times 8 MiB
 
 
@@ -86,7 +88,11 @@ def tensor_seed(name: str) -> int:
 
 def digest_range(seed: int, bits: np.ndarray, start: int = 0) -> Digest:
     """Digest of elements `start .. start + len(bits)` of a tensor, given as a flat unsigned array."""
-    return Digest(*map(int, _sum_range(np.uint64(seed), start, bits, *_PLACES)))
+
+    def sums(cut: slice) -> Digest:
+        return Digest(*map(int, _sum_range(np.uint64(seed), start + cut.start, bits[cut], *_PLACES)))
+
+    return sum(each(sums, pieces(len(bits), _PIECE)), Digest())
 
 
 def digest_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> Digest:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lower rooms first: a room may import itself and what stands on a lower line.
 FLOORS = [
-    {"hubsync.errors", "hubsync.cache"},
+    {"hubsync.errors", "hubsync.cache", "hubsync.parallel"},
     {"hubsync.table", "hubsync.bits", "hubsync.keys"},
     {"hubsync.kernels"},
     {"hubsync.digest", "hubsync.patch", "hubsync.manifest"},

@@ -19,6 +19,7 @@ from hubsync.bits import (
     ordered,
     unordered,
 )
+from hubsync.digest import digest_at, digest_range
 from hubsync.table import WIDTHS
 
 compiling = settings(deadline=None)  # the first example of a test may compile a kernel
@@ -123,3 +124,27 @@ def test_bits_of_refuses_what_it_would_have_to_copy_or_convert():
         bits_of(torch.ones(2, 3).bfloat16().t())
     with pytest.raises(ValueError, match="cannot be synced"):
         bits_of(torch.ones(2, dtype=torch.int64))
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_threads_find_the_same_changes(three_threads):
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 1 << 16, 3 * (1 << 21) + 77).astype(np.uint16)
+    new = old.copy()
+    new[rng.integers(0, len(new), 5000)] += 1
+    indices, diffs = find_changes(old, new)
+    expected = np.flatnonzero(old != new)
+    assert np.array_equal(indices, expected)
+    assert np.array_equal(diffs, difference(old[expected], new[expected]))
+
+
+def test_several_threads_give_the_same_digest(three_threads):
+    bits = np.random.default_rng(1).integers(0, 1 << 16, 3 * (1 << 21) + 77).astype(np.uint16)
+    assert digest_range(5, bits, start=11) == digest_at(5, np.arange(11, 11 + len(bits)), bits)

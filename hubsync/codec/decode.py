@@ -13,6 +13,7 @@ import numpy as np
 from hubsync import kernels
 from hubsync.bits import SIGNED
 from hubsync.errors import FormatError
+from hubsync.parallel import each
 from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
@@ -21,7 +22,6 @@ from .bitio import words_from
 from .book import Book, one_class
 from .grid import MAX_ELEMENTS, Grid
 from .layout import CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
-from .parallel import each
 from .rows import BYTES, SHIFT, RowReader
 
 
@@ -134,15 +134,17 @@ def _assemble(jobs: list[_Job], found: list[tuple[np.ndarray, np.ndarray] | None
     for job, part in zip(jobs, found, strict=True):
         if part is not None:
             parts.setdefault(job.index, []).append(part)
-    patch = {}
-    for index, own in parts.items():
-        indices = np.concatenate([part[0] for part in own])
-        diffs = np.concatenate([part[1] for part in own])
-        if not ascends[index]:
-            order = np.argsort(indices, kind="stable")  # merges the chunks, each of which ascends
-            indices, diffs = indices[order], diffs[order]
-        patch[index] = TensorDelta(indices, diffs)
-    return patch
+    indices = list(parts)
+    return dict(zip(indices, each(lambda index: _joined(parts[index], ascends[index]), indices), strict=True))
+
+
+def _joined(parts: list[tuple[np.ndarray, np.ndarray]], ascends: bool) -> TensorDelta:
+    indices = np.concatenate([part[0] for part in parts])
+    diffs = np.concatenate([part[1] for part in parts])
+    if not ascends:
+        order = np.argsort(indices, kind="stable")  # merges the chunks, each of which ascends
+        indices, diffs = indices[order], diffs[order]
+    return TensorDelta(indices, diffs)
 
 
 def _grid(spec: TensorSpec, record: np.ndarray) -> Grid:

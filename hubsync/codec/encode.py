@@ -1,7 +1,8 @@
 """A patch -> records, code books, chunk rows and payload. docs/FORMAT.md is the specification.
 
 Chunks are independent jobs, on as many threads as torch is given. The code parameters are shared by all tensors of a
-dtype, so the work has two passes: look at every chunk, then choose parameters and write.
+dtype, so the work has two passes: look at every chunk, then choose parameters and write. What is done with a chunk is a
+few calls of compiled code: threads that come back to Python often wait for each other.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import numpy as np
 
 from hubsync import kernels
 from hubsync.kernels.classes import CLASSES, ClassMap
+from hubsync.parallel import add_up, each
 from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
 from . import streams
-from .bitio import words_of
 from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
 from .grid import Grid
 from .layout import CODED, RECORD_COLUMNS, OldBits
-from .parallel import add_up, each
 from .rows import SHIFT, RowWriter, zigzag
 from .streams import MAX_GAP_K
 
@@ -60,7 +60,7 @@ class _Chunk:
     gaps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     gap_cost: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     shift: int = 0
-    nbytes: int = 0
+    payload: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
 
 
 def encode(
@@ -96,7 +96,7 @@ def encode(
                 records.append((index, grid.chunk_rows, grid.chunk_cols, CODED | len(books) << 8))
                 numbers = np.array([chunk.number for chunk in coded[index]])
                 rows.append(book, numbers, _rows(coded[index]), grid.count)
-                payload += each(partial(_write, book), coded[index])
+                payload += [chunk.payload for chunk in coded[index]]
             else:
                 records.append((index, 0, 0, 0))
                 payload.append(_dense(table[index], patch[index]))
@@ -111,7 +111,7 @@ def encode(
 
 
 def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: OldBits | None, count: int) -> Book:
-    """The code parameters for these chunks; afterwards each is in class order, and measured.
+    """The code parameters for these chunks; afterwards each is in class order, and written.
 
     Args:
         old: without it all elements are of class 0, the highest exponent and all below it.
@@ -120,7 +120,8 @@ def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: 
     highest = 0 if count == 1 else ClassMap.of(dtype, 0).mask
     low = highest if old is None else _lowest_class(dtype, chunks, old)
     classes = None if old is None else ClassMap.of(dtype, low)
-    (magnitudes,) = add_up(partial(_look, classes, old, count), chunks)
+    look = partial(_look, classes, old, count)
+    (magnitudes,) = add_up(look, chunks, lambda: (np.zeros((count, streams.MAGNITUDES), np.int64),))
     book = _fit(low, chunks, magnitudes, table[chunks[0].index].width)
     each(partial(_finish, book), chunks)
     return book
@@ -160,18 +161,20 @@ def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
-def _look(classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk) -> tuple[np.ndarray]:
-    """Bring the changes into class order, and find what their gaps cost. Returns how often magnitudes occur."""
+def _look(
+    classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk, totals: tuple[np.ndarray, ...]
+) -> None:
+    """Bring the changes into class order, find what their gaps cost, and count their magnitudes in `totals`."""
     if classes is None or old is None:
         chunk.counts = one_class(count, len(chunk.positions))
         chunk.sizes = one_class(count, (chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start))
     else:
         chunk.sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, classes)
         chunk.counts, chunk.positions, chunk.diffs = streams.by_class(CLASSES, class_of, ranks, chunk.diffs)
-    chunk.listed, chunk.gaps, chunk.gap_cost, magnitudes = streams.look(
-        chunk.counts, chunk.sizes, chunk.positions, chunk.diffs
+    (magnitudes,) = totals
+    chunk.listed, chunk.gaps, chunk.gap_cost = streams.look(
+        chunk.counts, chunk.sizes, chunk.positions, chunk.diffs, magnitudes
     )
-    return (magnitudes,)
 
 
 def _fit(low: int, chunks: Sequence[_Chunk], magnitudes: np.ndarray, width: int) -> Book:
@@ -180,7 +183,11 @@ def _fit(low: int, chunks: Sequence[_Chunk], magnitudes: np.ndarray, width: int)
     codes = np.full((count, 3 + MAX_PLANES), NO_PLANE, np.uint8)
     codes[:, GAP] = np.argmin(np.sum([chunk.gap_cost for chunk in chunks], axis=0), axis=1)
     codes[:, USUAL] = np.maximum(1, np.argmax(magnitudes[:, : 1 << (width - 1)], axis=1))
-    found, beyond = add_up(lambda chunk: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL]), chunks)
+    found, beyond = add_up(
+        lambda chunk, totals: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL], *totals),
+        chunks,
+        lambda: (np.zeros((count, streams.DISTANCES), np.int64), np.zeros((2, count, MAX_K + 1), np.int64)),
+    )
     lists = np.sum([chunk.counts > 0 for chunk in chunks], axis=0)
     for c in range(count):
         codes[c, TAIL:] = _fit_magnitudes(found[c], beyond[:, c], int(lists[c]), width)
@@ -245,16 +252,15 @@ def _best_tail(found: np.ndarray, beyond: np.ndarray, width: int) -> tuple[float
 
 
 def _finish(book: Book, chunk: _Chunk) -> None:
-    """Choose the shift of a chunk, and measure it."""
-    chunk.shift = streams.best_shift(chunk.counts, chunk.sizes, chunk.gap_cost, book.codes)
-    chunk.nbytes = streams.measure(
-        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, book.codes, chunk.shift
+    """Choose the shift of a chunk, and write it."""
+    chunk.shift, chunk.payload = streams.finish(
+        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.gap_cost, chunk.diffs, book.codes
     )
 
 
 def _rows(chunks: Sequence[_Chunk]) -> np.ndarray:
     """int64[chunks, classes + FIELDS]: the columns of their rows."""
-    rest = np.array([[c.shift, c.nbytes] for c in chunks], np.int64).reshape(-1, FIELDS)
+    rest = np.array([[c.shift, len(c.payload)] for c in chunks], np.int64).reshape(-1, FIELDS)
     rest[:, SHIFT] = zigzag(rest[:, SHIFT])
     return np.concatenate([np.array([c.counts for c in chunks], np.int64), rest], axis=1)
 
@@ -267,13 +273,7 @@ def _fit_orders(book: Book, chunks: Sequence[_Chunk]) -> None:
 
 
 def _is_larger_than_dense(chunks: Sequence[_Chunk], spec: TensorSpec) -> bool:
-    return sum(chunk.nbytes + chunk.counts.nbytes // 4 + 8 for chunk in chunks) > spec.nbytes
-
-
-def _write(book: Book, chunk: _Chunk) -> np.ndarray:
-    words = words_of(chunk.nbytes)
-    streams.write(chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.diffs, book.codes, chunk.shift, words)
-    return words.view(np.uint8)[: chunk.nbytes]
+    return sum(len(chunk.payload) + chunk.counts.nbytes // 4 + 8 for chunk in chunks) > spec.nbytes
 
 
 def _dense(spec: TensorSpec, delta: TensorDelta) -> np.ndarray:

@@ -88,13 +88,11 @@ class Grid:
         return chunk_of[starts], np.append(starts, len(indices)), order, positions
 
     def indices(self, number: int, positions: np.ndarray) -> np.ndarray:
-        """Flat indices (int64) of positions in a chunk."""
+        """Flat indices (int64) of positions (int32, ascending) in a chunk."""
         rows, cols = self.slices(number)
-        width = cols.stop - cols.start
         if self.ascends:
             return positions.astype(np.int64) + (rows.start * self.cols + cols.start)
-        row, col = np.divmod(positions, np.int32(width))
-        return (row + np.int64(rows.start)) * self.cols + (col + cols.start)
+        return _indices(positions, rows.start, cols.start, cols.stop - cols.start, self.cols)
 
 
 def _part(size: int, parts: int) -> int:
@@ -133,3 +131,15 @@ def _split(
         width = min(chunk_cols, cols - left)
         chunk_of[i] = down * across + right
         positions[i] = (row - down * chunk_rows) * width + col - left
+
+
+@njit(nogil=True, cache=True)
+def _indices(positions: np.ndarray, top: int, left: int, width: int, cols: int) -> np.ndarray:
+    out = np.empty(len(positions), np.int64)
+    row_start, flat_start = 0, top * cols + left
+    for i in range(len(positions)):
+        down = (positions[i] - row_start) // width
+        row_start += down * width
+        flat_start += down * cols
+        out[i] = flat_start + positions[i] - row_start
+    return out

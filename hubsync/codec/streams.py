@@ -22,6 +22,7 @@ from .bitio import exponent_of, get, next_one, put, put_unary
 from .book import GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, PLANES, RICE, TAIL, USUAL
 
 MAX_GAP_K = 24  # no chunk has more elements than 2^24
+MAGNITUDES = 256  # magnitudes that `magnitude_counts` tells apart
 DISTANCES = 256  # distances that `distance_counts` tells apart
 
 # What `read` finds wrong.
@@ -55,11 +56,12 @@ def by_class(
 
 @njit(nogil=True, cache=True)
 def look(
-    counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray, diffs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray, diffs: np.ndarray, magnitudes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What has to be known of a chunk before code parameters are chosen: `separate`, `gap_cost`, `magnitude_counts`."""
+    magnitude_counts(counts, diffs, magnitudes)
     listed, gaps = separate(counts, sizes, ranks)
-    return listed, gaps, gap_cost(listed, gaps), magnitude_counts(counts, diffs)
+    return listed, gaps, gap_cost(listed, gaps)
 
 
 @njit(nogil=True, cache=True)
@@ -138,28 +140,27 @@ def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def magnitude_counts(counts: np.ndarray, diffs: np.ndarray) -> np.ndarray:
-    """How often each class has each magnitude, int64[classes, 256]; larger ones are left out."""
-    found = np.zeros((len(counts), 256), np.int64)
+def magnitude_counts(counts: np.ndarray, diffs: np.ndarray, found: np.ndarray) -> None:
+    """Add to `found` how often each class has each magnitude, int64[classes, MAGNITUDES]; larger ones are left out."""
     i = 0
     for c in range(len(counts)):
         for _ in range(counts[c]):
             magnitude = abs(np.int64(diffs[i]))
-            if magnitude < 256:
+            if magnitude < MAGNITUDES:
                 found[c, magnitude] += 1
             i += 1
-    return found
 
 
 @njit(nogil=True, cache=True)
-def distance_counts(counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often each class has each distance, int64[classes, DISTANCES]; and what larger ones cost.
+def distance_counts(
+    counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray, found: np.ndarray, cost: np.ndarray
+) -> None:
+    """Add to `found` how often each class has each distance, and to `cost` what larger ones cost.
 
-    Returns:
-        (found, cost): cost is int64[2, classes, MAX_K + 1], bits in an Exp-Golomb and in a Rice code, by parameter.
+    Args:
+        found: int64[classes, DISTANCES].
+        cost: int64[2, classes, MAX_K + 1], bits in an Exp-Golomb and in a Rice code, by parameter.
     """
-    found = np.zeros((len(counts), DISTANCES), np.int64)
-    cost = np.zeros((2, len(counts), MAX_K + 1), np.int64)
     i = 0
     for c in range(len(counts)):
         for _ in range(counts[c]):
@@ -171,7 +172,24 @@ def distance_counts(counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray) ->
             for k in range(MAX_K + 1):
                 cost[0, c, k] += 2 * exponent_of(value, k) + k + 1
                 cost[1, c, k] += (value >> k) + k + 1
-    return found, cost
+
+
+@njit(nogil=True, cache=True)
+def finish(
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    listed: np.ndarray,
+    gaps: np.ndarray,
+    cost: np.ndarray,
+    diffs: np.ndarray,
+    codes: np.ndarray,
+) -> tuple[int, np.ndarray]:
+    """`best_shift`, and the chunk as uint8[bytes]."""
+    shift = best_shift(counts, sizes, cost, codes)
+    nbytes = measure(counts, sizes, listed, gaps, diffs, codes, shift)
+    words = np.zeros(nbytes // 8 + 2, np.uint64)  # as `words_of`
+    write(counts, sizes, listed, gaps, diffs, codes, shift, words)
+    return shift, words.view(np.uint8)[:nbytes]
 
 
 @njit(nogil=True, cache=True)

@@ -41,27 +41,34 @@ def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
     return [results[number] for number in range(len(items))]
 
 
-def add_up(job: Callable[[T], tuple[np.ndarray, ...]], items: Sequence[T]) -> tuple[np.ndarray, ...]:
-    """The arrays that `job` returns for each item, added up; at most one set for each thread is held."""
-    total: list[np.ndarray] = []
-    adding = threading.Lock()
+def pieces(size: int, least: int) -> list[slice]:
+    """Equal cuts of a row of `size` things, one for each thread, if all of them have at least `least`."""
+    count = max(1, min(torch.get_num_threads(), size // least))
+    bounds = [size * number // count for number in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def add_up(
+    job: Callable[[T, tuple[np.ndarray, ...]], None], items: Sequence[T], zeros: Callable[[], tuple[np.ndarray, ...]]
+) -> tuple[np.ndarray, ...]:
+    """Arrays to which `job` adds what it finds in each item; each thread has a set of its own until the end."""
+    own = threading.local()
+    sets: list[tuple[np.ndarray, ...]] = [zeros()]
 
     def work(item: T) -> None:
-        found = job(item)
-        with adding:
-            if not total:
-                total.extend(np.zeros_like(array) for array in found)
-            for array, more in zip(total, found, strict=True):
-                array += more
+        if not hasattr(own, "arrays"):
+            own.arrays = zeros()
+            sets.append(own.arrays)
+        job(item, own.arrays)
 
     each(work, items)
-    return tuple(total)
+    return tuple(np.sum(arrays, axis=0) for arrays in zip(*sets, strict=True))
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """Threads that stay: starting some for every list of jobs took a fifth of the time of encoding."""
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hubsync-codec")
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hubsync-kernel")
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

@@ -88,7 +88,7 @@ class Setup:
     @property
     def patience_s(self) -> float:
         """For an answer; a loaded machine needs a few seconds for what takes a fraction of one."""
-        return 300.0 if self.vllm else 60.0
+        return 900.0 if self.vllm else 60.0
 
     @property
     def room(self) -> int:

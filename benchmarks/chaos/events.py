@@ -17,9 +17,11 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from hubsync.manifest import SIGNATURE, Head
 
 from . import actors
 from .actors import Actor, Failed, Report
@@ -519,8 +521,11 @@ def forge_head(history: History) -> bool:
     if not (history.setup.signed and head.exists()):
         return False
     newest = history.publish_change()
-    document = json.loads(head.read_bytes())
-    _replace(head, json.dumps(document | {"serve": 0}).encode())
+    signed = head.read_bytes()
+    forged = json.loads(replace(Head.loads(signed), serve=0).dumps())
+    if history.chance.random() < 0.5:
+        forged[SIGNATURE] = json.loads(signed)[SIGNATURE]
+    _replace(head, json.dumps(forged).encode())
     for replica in history.replicas:
         answer = history.ask_replica(replica, "follow served")
         if isinstance(answer, Report) and answer.in_service and set(answer.positions) != {newest}:

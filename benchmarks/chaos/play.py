@@ -76,10 +76,16 @@ class Manner:
     endless: bool = False
     vllm: bool = False
 
+    def others(self, chance: random.Random) -> int:
+        """Events besides the one that a history promises. More where it takes long to start a server."""
+        if self.endless:
+            return 0
+        return chance.randint(7, 10) if self.vllm else chance.randint(2, 4)
+
     @property
     def deadline_s(self) -> float:
         """For a history; without load a small part of that is enough."""
-        return 1800.0 if self.vllm else 180.0
+        return 5400.0 if self.vllm else 180.0
 
 
 def play_all(seeds: Sequence[int], jobs: int, root: Path, manner: Manner) -> Iterator[Outcome]:
@@ -172,7 +178,7 @@ def _play_script(seed: int, home: Path, manner: Manner, outcome: Outcome) -> Non
     must = promised[seed % len(promised)]
     on = chance.choice(must.on)
     others = [event for event in EVENTS.values() if on in event.on]
-    script = [must, *chance.choices(others, k=0 if manner.endless else chance.randint(2, 4))]
+    script = [must, *chance.choices(others, k=manner.others(chance))]
     chance.shuffle(script)
     history = History(seed, home, on, signed=must.kind in SIGNED, hurried=manner.endless, vllm=manner.vllm)
     outcome.loud, outcome.out_of_service = history.loud, history.out_of_service

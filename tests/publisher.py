@@ -26,7 +26,8 @@ RUN_ID = "feedc0de" * 4
 class Publisher:
     """A run whose versions change 1 % of the elements of every tensor, and a checkpoint of each version."""
 
-    def __init__(self, root: Path, base: Path):
+    def __init__(self, root: Path, base: Path, run_id: str = RUN_ID):
+        self.run_id = run_id
         self.root = root
         self.base = base
         self.views = [load_file(base / "model.safetensors")]
@@ -35,7 +36,7 @@ class Publisher:
         )
         self.positions = [Position(0, digest_view(self.table, self.views[0]).hex)]
         self.address = str(root / "bucket")
-        run = Run(RUN_ID, self.table, self.positions[0].digest, created=time.time())
+        run = Run(run_id, self.table, self.positions[0].digest, created=time.time())
         self.writer = ChainWriter.create(open_bucket(self.address, create=True), run)
 
     def publish(
@@ -51,7 +52,7 @@ class Publisher:
         position = Position(version, digest_view(self.table, new).hex)
         patch = patch_between(self.views[-1], new, self.table)
         old = ViewBits(self.table, self.views[-1]) if compact else None
-        part = write_delta(self.table, patch, run_id=RUN_ID, parent=self.positions[-1], position=position, old=old)
+        part = write_delta(self.table, patch, run_id=self.run_id, parent=self.positions[-1], position=position, old=old)
         encoding = "compact" if compact else "fast"
         changed = sum(map(len, patch.values()))
         self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)

@@ -25,11 +25,15 @@ class StandIn(ModelServer):
         stuck: while not set, every request waits.
         cold: as many requests to generate fail.
         generated: how many did not.
+        run_id: of the run that it is pinned to.
+        mismatch: while set, why its weights are at no version of the run.
     """
 
     def __init__(self, base: Position = BASE, *, atomic: bool = True):
         super().__init__(atomic=atomic)
         self.base = base
+        self.run_id: str | None = None
+        self.mismatch: str | None = None
         self.cold = self.generated = self.attached = 0
         self.stuck = threading.Event()
         self.stuck.set()
@@ -68,11 +72,17 @@ class StandIn(ModelServer):
 
     def hubsync_status(self, engine: int) -> list[dict[str, Any]]:
         ranks = super().hubsync_status(engine)
-        unknown = {"version": None, "digest": None} if self.state == "detached" else {}
-        return [{**rank, **unknown, "metrics": {"stage_bytes": 1000}} for rank in ranks]
+        more: dict[str, Any] = {"metrics": {"stage_bytes": 1000}, "run_id": self.run_id}
+        if self.state in ("detached", "refused"):
+            more |= {"version": None, "digest": None}
+        if self.mismatch is not None:
+            more["error"] = {"type": "RunMismatch", "message": self.mismatch}
+        return [rank | more for rank in ranks]
 
     def hubsync_attach(self, engine: int) -> list[dict[str, Any]]:
-        if self.state == "detached":
+        if self.mismatch is not None:
+            self.state = "refused"
+        elif self.state in ("detached", "refused"):
             self.state, self.attached = "ready", self.attached + 1
         return super().hubsync_attach(engine)
 

@@ -814,3 +814,6 @@ def test_who_joins_can_ask_for_a_fresh_head(bucket: FaultyBucket, tmp_path: Path
     with pytest.raises(HeadTooOld, match="was written 100 s ago"):
         ChainReader(bucket, tmp_path / "c", max_head_age=60).newest()
     assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position, "it has joined before"
+    bucket.commit(Layout.HEAD, dataclasses.replace(head, written=head.written + 1000).dumps())
+    with pytest.raises(HeadTooOld, match="in the future: set the clocks right"):
+        ChainReader(bucket, tmp_path / "d", max_head_age=60).newest()

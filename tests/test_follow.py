@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from hubsync.bucket import open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Layout
-from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaUnreachable
+from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaUnreachable, RunMismatch
 from hubsync.localhub import LocalHub
 from hubsync.manifest import Head
 from hubsync.replica.deployment import Deployment
@@ -28,6 +30,7 @@ from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import Replica
 
 from .faults import FaultyBucket
+from .fixtures_hub import TOKEN
 from .publisher import Publisher, small_steps
 from .standin import StandIn
 from .test_deployment import PATIENCE_S, hold, until
@@ -216,6 +219,75 @@ def test_a_run_that_does_not_exist_yet_is_waited_for(server: StandIn, publisher:
         until(lambda: server.position == publisher.positions[2])
 
 
+def test_a_run_that_was_made_anew_in_the_same_place_is_noticed(
+    follower: Follower, server: StandIn, publisher: Publisher, tmp_path: Path
+) -> None:
+    """Servers are pinned to the run that they were started with, so nobody can go on: a person has to be told."""
+    follower.step()
+    shutil.rmtree(publisher.address)
+    with pytest.raises(HubsyncError):
+        follower.step()
+    again = Publisher(tmp_path, publisher.base, run_id="0" * 32)
+    for _ in range(3):
+        publish(again)
+        with pytest.raises(ConfigError, match="another run"):
+            follower.step()
+    assert server.position == publisher.positions[2]
+
+
+def test_a_server_of_another_run_is_left_alone(follower: Follower, server: StandIn, publisher: Publisher) -> None:
+    server.run_id = "0" * 32
+    with pytest.raises(ConfigError, match=f"follows the run {'0' * 32}, and .* holds {publisher.run_id}"):
+        follower.run()
+    assert server.calls[-1] == "hubsync_status"
+
+
+def test_a_server_of_another_model_is_asked_again_since_it_may_be_restarted(
+    follower: Follower, server: StandIn, publisher: Publisher
+) -> None:
+    told: list[HubsyncError] = []
+    follower.on_error = lambda error, retry_s: told.append(error)
+    server.mismatch = "this server was not started from a version of the run"
+    with running(follower):
+        until(lambda: len(told) > 2)
+        server.mismatch = None
+        until(lambda: server.position == publisher.positions[2])
+    assert {type(error) for error in told} == {RunMismatch}
+
+
+def test_a_hub_that_was_away_is_caught_up_with(
+    hub_address: str, server: StandIn, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+    hub, told = LocalHub(tmp_path / "hub").start(), []
+    port = int(hub.url.rsplit(":", 1)[1])
+    copy_run(publisher.address, hub.url, hub_address)
+    follower = Follower(
+        lambda: ChainReader(HubBucket(hub_address, endpoint=hub.url), tmp_path / "cache"),
+        Replica(VLLMServer(server.url)),
+        interval=0.01,
+    )
+    follower.on_error = lambda error, retry_s: told.append(error)
+    with running(follower):
+        until(lambda: server.position == publisher.positions[2])
+        hub.stop()
+        until(lambda: len(told) > 1)
+        publish(publisher)
+        hub = LocalHub(tmp_path / "hub", port).start()
+        copy_run(publisher.address, hub.url, hub_address)
+        until(lambda: server.position == publisher.positions[3])
+    hub.stop()
+    assert {type(error) for error in told} == {BucketUnavailable}
+    assert all("later" in str(error) for error in told)
+
+
+def copy_run(address: str, endpoint: str, to: str) -> None:
+    source, target = open_bucket(address), HubBucket(to, create=True, token=TOKEN, endpoint=endpoint)
+    paths = [stat.path for stat in source.list()]
+    for path, data in source.read(paths).items():
+        target.commit(path, data)
+
+
 def test_a_setting_that_cannot_work_is_not_tried_again(server: StandIn, tmp_path: Path) -> None:
     follower = Follower(lambda: ChainReader(open_bucket("s3://x"), tmp_path), Replica(VLLMServer(server.url)))
     with pytest.raises(ConfigError):
@@ -279,6 +351,32 @@ def test_an_idle_look_costs_the_hub_few_requests(
         local_hub.reset()
         assert follower.step() is None
     assert 0 < local_hub.api_calls() <= 4
+
+
+def test_a_login_after_the_token_has_expired_is_enough(
+    hub_bucket: HubBucket,
+    local_hub: LocalHub,
+    publisher: Publisher,
+    server: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`hf auth login` on the host; nothing has to be started again."""
+    login = tmp_path / "token"
+    login.write_text("hf_expired")
+    copy_run(publisher.address, local_hub.url, hub_bucket.address)
+    environment = {"HF_ENDPOINT": local_hub.url, "HF_TOKEN_PATH": str(login), "HF_TOKEN": ""}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with command(publisher, server, "--bucket", hub_bucket.address, "--json") as process:
+        for _ in range(2):
+            error = line(process)
+            assert (error["error"], error["event"]) == ("BucketDenied", "error")
+            assert "hf auth login" in error["message"]
+        login.write_text(TOKEN)
+        while (event := line(process))["event"] == "error":
+            pass
+    assert event["version"] == 2
 
 
 # --- the command

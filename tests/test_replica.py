@@ -205,7 +205,25 @@ def test_ranks_join_once_all_have_mapped_what_they_hold(spans_engines: bool) -> 
 def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
     server = staged_server(atomic=False)
     assert Replica(server).commit(BASE).pause_s == 0
-    assert server.calls == ["hubsync_status", "label"]
+    assert server.calls == ["hubsync_status", "label", "hubsync_status"]
+
+
+@pytest.mark.parametrize("look", [lambda replica: replica.attach(), lambda replica: replica.commit(BASE)])
+def test_a_label_that_is_set_too_late_does_not_hide_the_commit_of_another_client(
+    look: Callable[[Replica], object],
+) -> None:
+    """A follower beside a publisher that pushes."""
+    server = staged_server()
+
+    def commit_in_between(call: str, before: bool) -> None:
+        if call == "label" and before:
+            server.fault = lambda call, before: None
+            Replica(server).commit(NEXT)
+
+    server.fault = commit_in_between
+    look(Replica(server))
+    assert server.positions == [[NEXT]]
+    server.assert_whole()
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

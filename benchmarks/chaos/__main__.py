@@ -21,20 +21,22 @@ if TYPE_CHECKING:
 def main() -> int:
     arguments = _parser().parse_args()
     if arguments.kinds:
-        from .events import EVENTS
+        from .events import ENDLESS, EVENTS
 
-        print(json.dumps(list(EVENTS)))
+        kinds = ENDLESS if arguments.endless else EVENTS
+        print(json.dumps([event.kind for event in kinds.values()]))
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and take all processes along
     root = Path(tempfile.mkdtemp(prefix="hubsync-chaos-"))
     _set_environment(root)
-    from .play import play_all, prepare  # what these import reads the environment
+    from .play import Manner, play_all, prepare  # what these import reads the environment
 
     began = time.monotonic()
     prepare()
     seeds = [arguments.only] if arguments.only is not None else range(arguments.seed, arguments.seed + arguments.runs)
     outcomes = []
-    for outcome in play_all(seeds, arguments.jobs, root, plant=arguments.plant):
+    manner = Manner(plant=arguments.plant, endless=arguments.endless, vllm=arguments.vllm)
+    for outcome in play_all(seeds, arguments.jobs, root, manner):
         outcomes.append(outcome)
         if not arguments.json:
             _progress(outcome, root)
@@ -80,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=4 * (os.cpu_count() or 1), help="histories at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     parser.add_argument("--kinds", action="store_true", help="list the kinds of events as JSON, and play nothing")
+    parser.add_argument(
+        "--vllm", action="store_true", help="replicas are real vLLM servers: minutes for a history (say --jobs 1)"
+    )
+    parser.add_argument(
+        "--endless",
+        action="store_true",
+        help="in each history the Hub has a fault that outlasts all tries of all clients, one kind after the other",
+    )
     parser.add_argument(
         "--plant",
         action="store_true",

@@ -7,6 +7,7 @@ there in milliseconds.
 from __future__ import annotations
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -26,20 +26,27 @@ import torch
 from safetensors.torch import load_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bits import bits_of
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Compactor, retention
 from hubsync.chain.replay import replay
-from hubsync.errors import HubsyncError, ReplicaRefused
+from hubsync.cli.main import main
+from hubsync.errors import HubsyncError
+from hubsync.keys import PublicKey, SigningKey
 from hubsync.localhub import LocalHub
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
+from hubsync.replica.deployment import Deployment
+from hubsync.replica.server import VLLMServer
+from hubsync.replica.sync import Replica
 from hubsync.trainer.config import VIEW_DTYPES
 from vllm_plugin.session import Host, Session
 
-from .model import Policy, States, served
+from .model import Policy, States, Tensors, fingerprint, served
+from .serving import Engine, listen
 
-PATIENCE_S = 60.0  # for an answer; a loaded machine needs a few seconds for what takes a fraction of one
-_BUSY = ("attaching", "staging", "applied")
+PID_FILE = "server.pid"  # in a replica's directory: of a vLLM server, which is a process group of its own
+
 
 _fork = multiprocessing.get_context("fork")
 
@@ -56,6 +63,11 @@ class Setup:
         view_dtype, encoding, anchor_every, has_base: of the publisher's config. With a base, servers start from a
             checkpoint that the run names; else version 0 is an anchor.
         wide: has the policy a tensor of several chunks?
+        sliced: does an optimizer change the weights, and the publisher look at its steps?
+        signed: is there a key, with which the publisher signs the run, and that replicas ask for?
+        windows: must servers be paused for a commit, as those must that share experts?
+        hurried: does nobody sleep for long? Clients give up in a second instead of half a minute.
+        vllm: are servers real ones?
     """
 
     seed: int
@@ -67,6 +79,30 @@ class Setup:
     anchor_every: int
     has_base: bool
     wide: bool
+    sliced: bool
+    signed: bool
+    windows: bool
+    hurried: bool = False
+    vllm: bool = False
+
+    @property
+    def patience_s(self) -> float:
+        """For an answer; a loaded machine needs a few seconds for what takes a fraction of one."""
+        return 900.0 if self.vllm else 60.0
+
+    @property
+    def room(self) -> int:
+        """Replicas at a time, besides one that joins at the end."""
+        return 1 if self.vllm else 3
+
+    def policy(self) -> Policy:
+        return Policy.of_checkpoint(self.base) if self.vllm else Policy.small(self.wide)
+
+    def memory(self, view: Tensors, ranks: int) -> list[dict[str, bytes]]:
+        """What each rank must report that serves this view."""
+        if self.vllm:
+            return [{name: fingerprint(bits_of(tensor)) for name, tensor in view.items()}]
+        return [shard.memory() for shard in served(view, ranks)]
 
     @property
     def base(self) -> Path:
@@ -80,6 +116,22 @@ class Setup:
     def dtype(self) -> torch.dtype:
         return VIEW_DTYPES[self.view_dtype]
 
+    @property
+    def key_file(self) -> Path:
+        return self.home / "key"
+
+    @property
+    def key(self) -> SigningKey | None:
+        return SigningKey.load(str(self.key_file)) if self.signed else None
+
+    @property
+    def public_key(self) -> PublicKey | None:
+        key = self.key
+        return None if key is None else key.public
+
+    def reader(self, cache: Path) -> ChainReader:
+        return ChainReader(open_bucket(self.address, key=self.public_key), cache)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -89,11 +141,13 @@ class Report:
         states: of its ranks; see `vllm_plugin.session.Session.state`.
         positions: of the live weights, by what each rank says; None if it does not know.
         memory: per rank, every byte of every parameter.
+        mixed: what a forward pass met that none must meet.
     """
 
     states: tuple[str, ...]
     positions: tuple[Position | None, ...]
     memory: tuple[dict[str, bytes], ...]
+    mixed: str | None = None
 
     @property
     def in_service(self) -> bool:
@@ -131,6 +185,8 @@ class Actor:
     name: str
     process: ForkProcess
     pipe: Connection
+    home: Path
+    patience_s: float
     details: dict[str, Any] = field(default_factory=dict)
 
     def tell(self, *command: Any) -> None:
@@ -139,13 +195,13 @@ class Actor:
         except OSError:
             raise Died(f"{self.name} has ended by itself") from None
 
-    def answer(self, patience: float = PATIENCE_S) -> Any:
+    def answer(self) -> Any:
         """What it says next. Hung, with its stacks in its log, or Died."""
-        if not self.pipe.poll(patience):
+        if not self.pipe.poll(self.patience_s):
             assert self.process.pid is not None
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.2)
-            raise Hung(f"{self.name} did not answer within {patience:g} s")
+            raise Hung(f"{self.name} did not answer within {self.patience_s:g} s")
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
@@ -159,6 +215,8 @@ class Actor:
     def kill(self) -> None:
         """SIGKILL: nothing is flushed, nothing is closed."""
         self.process.kill()
+        if (self.home / PID_FILE).exists():
+            end_group(int((self.home / PID_FILE).read_text()))
         self.process.join()
         self.pipe.close()
 
@@ -178,7 +236,15 @@ def start(name: str, target: Callable[..., None], setup: Setup, *args: Any) -> A
     process = _fork.Process(target=_run, args=(name, target, setup, theirs, *args), name=name)
     process.start()
     theirs.close()
-    return Actor(name, process, ours)
+    return Actor(name, process, ours, setup.home / name, setup.patience_s)
+
+
+def end_group(number: int) -> None:
+    """SIGKILL for a process group; nothing if it has ended."""
+    try:
+        os.killpg(number, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection, *args: Any) -> None:
@@ -192,6 +258,8 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
         os.environ["HF_ENDPOINT"] = setup.hub_url
     # Torch makes its pool of threads anew after a fork, when first asked; two threads that ask at once find none.
     torch.set_num_threads(1)
+    if setup.hurried:
+        _hurry()
     try:
         target(pipe, setup, *args)
     except BaseException:
@@ -199,6 +267,12 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)
+
+
+def _hurry() -> None:
+    """huggingface_hub waits 23 s in all before it gives up, and has no setting for it."""
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(float(seconds), 0.02))
 
 
 def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
@@ -238,18 +312,20 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
     Commands, each answered by a Position or Failed: ("publish", None) publishes what the weights are; ("publish",
     number) changes them first, into a new state; ("anchor",); ("serve", version); ("close",).
     """
-    policy = Policy(setup.wide)
+    policy = setup.policy()
     setup.states.load(state, policy)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0) if setup.sliced else None
     try:
         engine = DeltaWeightTransferEngine(
             policy,
-            None,
+            optimizer,
             SyncConfig(
                 bucket=setup.address,
                 view_dtype=setup.view_dtype,
                 encoding=setup.encoding,
                 base_model=str(setup.base) if setup.has_base else None,
                 anchor_every=setup.anchor_every,
+                signing_key=str(setup.key_file) if setup.signed else None,
             ),
         )
     except HubsyncError as error:
@@ -262,7 +338,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
                 case "publish":
                     if args[0] is not None:
                         state = args[0]
-                        policy.change(setup.seed, state)
+                        policy.change(setup.seed, state, optimizer)
                         setup.states.save(state, policy, setup.dtype)
                     pipe.send(engine.publish(state).result().position)
                 case "anchor":
@@ -284,7 +360,7 @@ class _Meeting:
 
     def __init__(self, size: int):
         self.words: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=PATIENCE_S / 2)
+        self.barrier = threading.Barrier(size, timeout=30.0)
 
 
 @dataclass
@@ -301,127 +377,102 @@ class _Seat:
         return words
 
 
-class Server:
-    """A server without vLLM: the ranks' weights, their sessions, and one thread for each that is its main thread."""
+def replica(pipe: Connection, setup: Setup, home: Path, port: int, ranks: int, from_anchor: bool) -> None:
+    """A server, started from the base checkpoint or the newest anchor; answers its port, or Failed and ends.
 
-    def __init__(self, setup: Setup, cache: Path, checkpoint: Path, tensors: dict[str, torch.Tensor], ranks: int):
-        self.shards = served(tensors, ranks)
-        self._reader = ChainReader(open_bucket(setup.address), cache)
-        meeting = _Meeting(ranks)
-        self._threads = [ThreadPoolExecutor(1) for _ in range(ranks)]
-        self.sessions = []
-        for rank, shard in enumerate(self.shards):
-            host = Host((shard,), torch.device("cpu"), setup.address, cache, checkpoint)
-            seat = _Seat(meeting, rank, ranks) if ranks > 1 else None
-            self.sessions.append(Session(lambda host=host: host, seat))  # type: ignore[misc]
+    Commands, answered by a Report or Failed: ("report",), ("flip", seed), which damages the weights, and those of
+    `_command`, which a client carries out that lives and dies with the server.
+    """
+    cache = home / "cache"
+    try:
+        checkpoint = download_anchor(setup, cache) if from_anchor else setup.base
+        shards = served(_tensors(setup, checkpoint, cache), ranks)
+    except HubsyncError as error:
+        pipe.send(Failed(type(error).__name__, str(error)))
+        return
+    meeting, sessions = _Meeting(ranks), []
+    for rank, shard in enumerate(shards):
+        host = Host((shard,), torch.device("cpu"), setup.address, cache, checkpoint, public_key=setup.public_key)
+        seat = _Seat(meeting, rank, ranks) if ranks > 1 else None
+        sessions.append(Session(lambda host=host: host, seat))  # type: ignore[misc]
+    engine = Engine(sessions, alone=not setup.windows)
+    port = _listen(engine, port)
+    threading.Thread(target=engine.run, name="engine", daemon=True).start()
 
-    def follow(self, served: bool = False) -> None:
-        """Bring the server to the newest version, or to the one that is to be served, as a follower beside it would."""
-        self._attach()
-        position = self._reader.served() if served else self._reader.newest()
-        self._all("stage", position)
-        self._settle()
-        for session in self.sessions:
-            status = session.status()
-            if position not in (_position(status), _position(status["staged"] or {})):
-                raise _recorded(session)
-        self._all("commit", position)
-        self._settle()
-
-    def undo(self) -> None:
-        self._attach()
-        self._all("undo")
-        self._settle()
-
-    def forward(self) -> None:
-        """What comes ahead of every forward pass: poisoned weights are rebuilt, or none is run."""
-        self._all("before_forward")
-
-    def report(self) -> Report:
-        answers = [session.status() for session in self.sessions]
+    def report() -> Report:
+        answers = engine.native("status")
         return Report(
             states=tuple(answer["state"] for answer in answers),
             positions=tuple(map(_position, answers)),
-            memory=tuple(shard.memory() for shard in self.shards),
+            memory=tuple(shard.memory() for shard in shards),
+            mixed=engine.mixed,
         )
 
-    def _attach(self) -> None:
-        self._all("attach")
-        self._settle()
-        if "mapped" in self._states():
-            self._all("join")
-            self._settle()
-        for session in self.sessions:
-            if session.state == "refused":
-                raise _recorded(session)
+    pipe.send(port)
+    obey(
+        pipe,
+        Replica(VLLMServer(f"http://127.0.0.1:{port}")),
+        setup,
+        cache,
+        report=lambda: engine.between(report),
+        flip=lambda seed: engine.between(lambda: shards[0].flip(seed)),
+    )
 
-    def _settle(self) -> None:
-        """Wait until the background threads have nothing left to do."""
-        deadline = time.monotonic() + PATIENCE_S
-        while any(state in _BUSY for state in self._states()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the ranks are {self._states()} for ever")
-            time.sleep(0.002)
 
-    def _states(self) -> list[str]:
-        return [session.state for session in self.sessions]
+def obey(
+    pipe: Connection,
+    client: Replica,
+    setup: Setup,
+    cache: Path,
+    *,
+    report: Callable[[], Report],
+    flip: Callable[[int], str],
+    behave: Callable[[], Any] = lambda: None,
+) -> None:
+    """Carry out what a server's pipe says: ("behave",) too, where there is more to compare than memory."""
+    reader = setup.reader(cache)
+    for command, *args in _commands(pipe):
+        try:
+            if command == "flip":
+                print(flip(args[0]), flush=True)
+            else:
+                _command(client, reader, command, setup.patience_s / 2)
+            pipe.send(behave() if command == "behave" else report())
+        except HubsyncError as error:
+            pipe.send(Failed(type(error).__name__, str(error), report()))
 
-    def _all(self, method: str, *args: Any) -> None:
-        """One request to all ranks, which meet in it; the first error once all have answered."""
-        asked = [
-            thread.submit(getattr(session, method), *args)
-            for thread, session in zip(self._threads, self.sessions, strict=True)
-        ]
-        errors = [future.exception() for future in asked]
-        for error in errors:
-            if error is not None:
-                raise error
+
+def _command(client: Replica, reader: ChainReader, command: str, patience_s: float) -> None:
+    """("follow",): bring the server to the newest version; ("follow served",): to what is to be served; ("undo",)."""
+    match command:
+        case "follow" | "follow served":
+            target = reader.served() if command == "follow served" else reader.newest()
+            client.prepare(target, patience_s)
+            client.commit(target)
+            client.wait_verified(target, patience_s)
+        case "undo":
+            client.attach(patience_s)
+            client.server.rpc("hubsync_undo")
+
+
+def _listen(engine: Engine, port: int) -> int:
+    """A server that is started again finds its port free, or in the hands of the one that was just killed."""
+    for _ in range(50):
+        try:
+            listen(engine, port)
+        except OSError:
+            time.sleep(0.05)
+            continue
+        return port
+    raise RuntimeError(f"port {port} is taken")
 
 
 def _position(status: dict[str, Any]) -> Position | None:
     return None if status.get("version") is None else Position(status["version"], status["digest"])
 
 
-def _recorded(session: Session) -> HubsyncError:
-    """What the background thread could not do."""
-    error = session.status()["error"] or {"type": "ReplicaRefused", "message": f"it is {session.state}"}
-    return ReplicaRefused(f"{error['type']}: {error['message']}")
-
-
-def replica(pipe: Connection, setup: Setup, home: Path, ranks: int, from_anchor: bool) -> None:
-    """Starts from the base checkpoint, or the newest anchor; answers True, or Failed and ends.
-
-    Commands, answered by a Report or Failed: ("follow",), ("follow served",), ("undo",), ("report",), and
-    ("flip", seed), which damages the weights.
-    """
-    cache = home / "cache"
-    try:
-        checkpoint = _download_anchor(setup, cache) if from_anchor else setup.base
-        tensors = _tensors(setup, checkpoint, cache)
-        server = Server(setup, cache, checkpoint, tensors, ranks)
-    except HubsyncError as error:
-        pipe.send(Failed(type(error).__name__, str(error)))
-        return
-    pipe.send(True)
-    for command, *args in _commands(pipe):
-        try:
-            match command:
-                case "follow" | "follow served":
-                    try:
-                        server.follow(served=command == "follow served")
-                    finally:
-                        server.forward()
-                case "undo":
-                    server.undo()
-                case "flip":
-                    print(server.shards[0].flip(args[0]), flush=True)
-            pipe.send(server.report())
-        except HubsyncError as error:
-            pipe.send(Failed(type(error).__name__, str(error), server.report()))
-
-
-def _download_anchor(setup: Setup, cache: Path) -> Path:
-    reader = ChainReader(open_bucket(setup.address), cache)
+def download_anchor(setup: Setup, cache: Path) -> Path:
+    reader = setup.reader(cache)
     plan = reader.plan(None)
     assert plan.anchor is not None, "a way from nothing begins with an anchor"
     return reader.fetch(plan.anchor)[0].parent
@@ -430,9 +481,33 @@ def _download_anchor(setup: Setup, cache: Path) -> Path:
 def _tensors(setup: Setup, checkpoint: Path, cache: Path) -> dict[str, torch.Tensor]:
     if checkpoint == setup.base:
         return load_file(checkpoint / "model.safetensors")
-    table = ChainReader(open_bucket(setup.address), cache).run().table
+    table = setup.reader(cache).run().table
     opened = open_anchor(sorted(checkpoint.glob("*.safetensors")), table)
     return {spec.name: opened[spec.name] for spec in table}
+
+
+# --- clients of a server --------------------------------------------------------------------------------
+
+
+def follower(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
+    """`hubsync follow`, as it runs beside a server. What it tells is in its log."""
+    options = ["--bucket", setup.address, "--server", url, "--cache", str(cache), "--interval", "0.1", "--json"]
+    if setup.public_key is not None:
+        options += ["--public-key", setup.public_key.hex]
+    code = main(["follow", *options])
+    print(json.dumps({"event": "ended", "code": code}), flush=True)
+    os._exit(code)
+
+
+def pusher(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
+    """Pushes the newest version to a server as a trainer does, once; answers True, or Failed."""
+    deployment = Deployment([url])
+    try:
+        deployment.hotload(setup.reader(cache).newest(), timeout=setup.patience_s / 2).raise_for_quorum()
+        pipe.send(True)
+    except HubsyncError as error:
+        pipe.send(Failed(type(error).__name__, str(error)))
+    deployment.close()
 
 
 # --- who keeps the run ----------------------------------------------------------------------------------
@@ -440,7 +515,7 @@ def _tensors(setup: Setup, checkpoint: Path, cache: Path) -> dict[str, torch.Ten
 
 def keeper(pipe: Connection, setup: Setup, home: Path) -> None:
     """`hubsync compact` and `gc`: ("compact",) and ("collect", versions to keep), answered by a count or Failed."""
-    bucket = open_bucket(setup.address)
+    bucket = open_bucket(setup.address, key=setup.key)
     for command, *args in _commands(pipe):
         reader = ChainReader(bucket, home / "cache")
         try:
@@ -460,11 +535,11 @@ def keeper(pipe: Connection, setup: Setup, home: Path) -> None:
 
 def auditor(pipe: Connection, setup: Setup, home: Path) -> None:
     """Rebuilds every version of the current chain from nothing; answers a list of (Position, view as bytes)."""
-    reader = ChainReader(open_bucket(setup.address), home / "cache")
+    reader = setup.reader(home / "cache")
     base = load_file(setup.base / "model.safetensors")
     found = []
     for position in dict.fromkeys(manifest.position for manifest in reader.manifests()):
         plan = reader.plan(None, position.version, base_available=setup.has_base)
         view = replay(reader, plan, base if plan.base else None)
-        found.append((view.position, [shard.memory() for shard in served(view.tensors, 1)]))
+        found.append((view.position, setup.memory(view.tensors, 1)))
     pipe.send(found)

@@ -13,12 +13,15 @@ took place (a fault may find nothing to strike), and raises `Broken` where it se
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from hubsync.manifest import SIGNATURE, Head
 
 from . import actors
 from .actors import Actor, Failed, Report
@@ -37,6 +40,7 @@ class Event:
 
 
 EVENTS: dict[str, Event] = {}
+SIGNED = {"head forged"}  # happen in signed runs only
 
 
 def event(kind: str, on: tuple[str, ...] = ("hub", "directory")) -> Callable[[Happening], Happening]:
@@ -82,7 +86,7 @@ def anchor(history: History) -> bool:
 
 @event("joined")
 def join(history: History) -> bool:
-    if len(history.replicas) == 3:
+    if len(history.replicas) >= history.setup.room:
         return False
     history.follow(history.join())
     return True
@@ -123,7 +127,7 @@ def compact(history: History) -> bool:
         history.publish_change()
     made = _keep(history, "compact")
     history.follow(_some_replica(history))
-    if len(history.replicas) < 3:
+    if len(history.replicas) < history.setup.room:
         history.follow(history.join())
     return bool(made)
 
@@ -250,6 +254,114 @@ def kill_replica(history: History) -> bool:
     return True
 
 
+# --- clients of a server die and stall -----------------------------------------------------------------
+
+
+@event("followed")
+def follow_by_itself(history: History) -> bool:
+    """`hubsync follow` beside a server, which nobody else looks after."""
+    replica = _followed_replica(history)
+    for _ in range(history.chance.randint(1, 3)):
+        newest = history.publish_change()
+    return isinstance(history.await_follower(replica, newest), Report)
+
+
+@event("follower killed")
+def kill_follower(history: History) -> bool:
+    """Anywhere while it stages or commits. The next one goes on."""
+    replica = _followed_replica(history)
+    history.publish()
+    _wait_anywhere(history)
+    history.kill_follower(_follower_of(history, replica))
+    newest = history.publish_change()
+    history.start_follower(replica)
+    return isinstance(history.await_follower(replica, newest), Report)
+
+
+@event("follower stalled")
+def stall_follower(history: History) -> bool:
+    """Anywhere; the run and its keeper go on meanwhile, and it wakes up far behind."""
+    replica = _followed_replica(history)
+    history.publish()
+    _wait_anywhere(history)
+    follower = _follower_of(history, replica)
+    follower.stop()
+    for _ in range(history.chance.randint(1, 4)):
+        newest = history.publish_change()
+    if history.chance.random() < 0.5:
+        _keep(history, *history.chance.choice([("compact",), ("collect", 1)]))
+    follower.wake()
+    return isinstance(history.await_follower(replica, newest), Report)
+
+
+@event("push client killed")
+def kill_pusher(history: History) -> bool:
+    """Anywhere while it stages or commits; a window that it has left open is ended by somebody."""
+    replica = _some_replica(history)
+    history.publish()
+    pusher = history.start_pusher(replica)
+    _wait_anywhere(history)
+    pusher.kill()
+    if history.chance.random() < 0.5:
+        history.publish()
+    history.follow(replica)
+    return True
+
+
+@event("pushed beside a follower")
+def push_beside_follower(history: History) -> bool:
+    """Both bring the server to each version, and neither disturbs the other."""
+    replica = _followed_replica(history)
+    for _ in range(history.chance.randint(1, 3)):
+        newest = history.publish_change()
+        answer = history.start_pusher(replica).answer()
+        if isinstance(answer, Failed):
+            history.hear("the pusher", answer)
+    return isinstance(history.await_follower(replica, newest), Report)
+
+
+@event("server of a follower killed")
+def kill_server_of_follower(history: History) -> bool:
+    """Anywhere while it is brought to a version; it starts again from the beginning, and its follower finds it."""
+    replica = _followed_replica(history)
+    history.publish()
+    _wait_anywhere(history)
+    replica.kill()
+    newest = history.publish_change()
+    replica = history.restart(replica)
+    return isinstance(history.await_follower(replica, newest), Report)
+
+
+@event("rolled back beside a follower")
+def serve_an_older_version_to_follower(history: History) -> bool:
+    """What is to be served goes back, and forward again with the next version; the follower goes along."""
+    publisher = _publisher(history)
+    older = history.publish_change()
+    newest = history.publish_change()
+    replica = _followed_replica(history)
+    history.await_follower(replica, newest)
+    if history.publisher is not publisher:
+        return False  # it was fenced meanwhile
+    answer = publisher.ask("serve", older.version)
+    if isinstance(answer, Failed):
+        raise Broken(f"a committed version cannot be served: {answer}")
+    back = history.await_follower(replica, older)
+    history.await_follower(replica, history.publish_change())
+    return isinstance(back, Report)
+
+
+@event("hub away from a follower", on=("hub",))
+def kill_hub_of_follower(history: History) -> bool:
+    """For some looks of a follower in a row."""
+    replica = _followed_replica(history)
+    history.publish()
+    assert history.hub is not None
+    history.hub.kill()
+    time.sleep(history.chance.uniform(0.2, 2.0))
+    history.restart_hub()
+    return isinstance(history.await_follower(replica, history.publish_change()), Report)
+
+
 @event("replica damaged")
 def damage_replica(history: History) -> bool:
     """A bit of its weights flips. The digest of the next commit sees it, and no forward pass runs on it then."""
@@ -318,13 +430,14 @@ def _fault(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
         route = history.chance.choice(routes)
         before = history.loud.copy()
         history.break_hub(match=route, times=times, **fault)
-        history.chance.choice([_publish_and_follow, _resume_and_publish, _join_and_follow])(history)
+        ways = [_publish_and_follow, _publish_and_await_follower, _resume_and_publish, _join_and_follow]
+        history.chance.choice(ways)(history)
         if history.heal_hub() == times:
             history.say(f"{kind} found nothing to strike")
             return False
         errors = history.loud - before
         del errors["NoPath"]  # there is no anchor to start from: no fault of the Hub
-        if kind in PASSING and errors:
+        if kind in PASSING and errors and not history.followers:  # clients of one server may refuse each other
             raise Broken(f"{kind}, {times} times, was not passed over by a retry: {dict(errors)}")
         return True
 
@@ -333,6 +446,41 @@ def _fault(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
 
 for _kind, (_routes, _arguments) in _FAULTS.items():
     event(_kind, on=("hub",))(_fault(_kind, _routes, _arguments))
+
+
+# --- faults of the Hub that do not end, once for each kind ---------------------------------------------
+
+ENDLESS: dict[str, Event] = {}
+_FOREVER = 1 << 20
+_QUIET = {"answer delayed", "names stale"}  # slow, or old: nobody can know that
+
+
+def _endless(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
+    def outlast(history: History) -> bool:
+        """All tries of all clients: they say so, serve on what they have, and go on once it is over."""
+        answer = newest = history.publish_change()
+        publisher, replica = _publisher(history), _followed_replica(history)
+        before = history.loud.copy()
+        history.break_hub(match="|".join(routes), times=_FOREVER, **fault)
+        while answer == newest:  # some steps change nothing
+            answer = publisher.ask("publish", history.next_state())
+        if isinstance(answer, Failed):
+            history.hear(publisher.name, answer)
+        history.follow(replica)
+        if history.heal_hub() == _FOREVER:
+            return False
+        if history.loud == before and kind not in _QUIET:
+            raise Broken(f"{kind} without end, and nobody says so")
+        back = history.await_follower(replica, history.publish_change())
+        if isinstance(back, Failed):
+            raise Broken(f"{kind} has ended, and its follower does not get over it: {back}")
+        return True
+
+    return outlast
+
+
+for _kind, (_routes, _arguments) in _FAULTS.items():
+    ENDLESS[_kind] = Event(f"{_kind} without end", _endless(_kind, _routes, _arguments), ("hub",))
 
 
 # --- faults of a directory ----------------------------------------------------------------------------
@@ -360,8 +508,28 @@ def go_back_in_the_head(history: History) -> bool:
     _replace(head, old)
     for replica in history.replicas:
         history.follow(replica)
-    if len(history.replicas) < 3:
+    if len(history.replicas) < history.setup.room:
         history.follow(history.join())
+    history.publish()
+    return True
+
+
+@event("head forged", on=("directory",))
+def forge_head(history: History) -> bool:
+    """Somebody without the key writes a head that serves an old version: who has the public key must not follow."""
+    head = Path(history.setup.address, "head.json")
+    if not (history.setup.signed and head.exists()):
+        return False
+    newest = history.publish_change()
+    signed = head.read_bytes()
+    forged = json.loads(replace(Head.loads(signed), serve=0).dumps())
+    if history.chance.random() < 0.5:
+        forged[SIGNATURE] = json.loads(signed)[SIGNATURE]
+    _replace(head, json.dumps(forged).encode())
+    for replica in history.replicas:
+        answer = history.ask_replica(replica, "follow served")
+        if isinstance(answer, Report) and answer.in_service and set(answer.positions) != {newest}:
+            raise Broken(f"{replica.name} took a forged head for that of the run, and is {answer}")
     history.publish()
     return True
 
@@ -410,6 +578,23 @@ def _publish_and_follow(history: History) -> None:
     history.follow(_some_replica(history))
 
 
+def _publish_and_await_follower(history: History) -> None:
+    history.await_follower(_followed_replica(history), history.publish_change())
+
+
+def _followed_replica(history: History) -> Actor:
+    """A replica with a follower beside it; at most one is."""
+    for follower in history.followers:
+        return next(replica for replica in history.replicas if replica.name == follower.details["beside"])
+    replica = _some_replica(history)
+    history.start_follower(replica)
+    return replica
+
+
+def _follower_of(history: History, replica: Actor) -> Actor:
+    return next(follower for follower in history.followers if follower.details["beside"] == replica.name)
+
+
 def _resume_and_publish(history: History) -> None:
     if history.publisher is not None:
         history.kill_publisher()
@@ -419,7 +604,7 @@ def _resume_and_publish(history: History) -> None:
 
 
 def _join_and_follow(history: History) -> None:
-    if len(history.replicas) < 3:
+    if len(history.replicas) < history.setup.room:
         history.follow(history.join())
         return
     replica = _some_replica(history)

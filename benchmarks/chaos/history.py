@@ -5,24 +5,32 @@ The process that holds a `History` never starts a thread, because it forks all o
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import random
+import shutil
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from hubsync.digest import digest_view
+from hubsync.keys import SigningKey
 from hubsync.manifest import Position
 from hubsync.trainer.detection import table_of
 
-from . import actors
+from . import actors, live
 from .actors import Actor, Failed, Report, Setup
-from .model import Policy, Tensors, served
+from .model import Tensors
 
+_CAN_SIGN = importlib.util.find_spec("cryptography") is not None
 _TRIES = 5  # faults repeat twice, so this many must get through
+_LASTING = 4  # errors in a row of a follower, with nothing wrong at the Hub
 _PORTS = (
     15_000,
     32_000,
@@ -43,19 +51,25 @@ class History:
     Attributes:
         chance: every decision of the script comes from it, so it depends on the seed alone.
         hub, publisher, replicas: running processes; None while there is none.
+        followers: of replicas; `details["beside"]` is the name of its replica.
         occurred: how often each kind of event really took place.
         loud: errors that somebody reported, by class.
         out_of_service: why replicas ended without serving the newest version, as they said themselves.
     """
 
-    def __init__(self, seed: int, home: Path, on: str):
+    def __init__(
+        self, seed: int, home: Path, on: str, *, signed: bool = False, hurried: bool = False, vllm: bool = False
+    ):
         self.seed = seed
+        self._signed, self._hurried, self._vllm = signed, hurried, vllm
         self.home = home
         self.chance = random.Random(seed)
         self.port = self.chance.randrange(*_PORTS)
         self.hub: Actor | None = None
         self.publisher: Actor | None = None
         self.replicas: list[Actor] = []
+        self.followers: list[Actor] = []
+        self._references: list[Actor] = []
         self.occurred: Counter[str] = Counter()
         self.loud: Counter[str] = Counter()
         self.out_of_service: list[str] = []
@@ -80,7 +94,15 @@ class History:
             anchor_every=self.chance.choice([0, 0, 2, 3]),
             has_base=self.chance.random() < 0.6,
             wide=self.chance.random() < 0.2,
+            sliced=self.chance.random() < 0.3,
+            signed=(self.chance.random() < 0.3 or self._signed) and _CAN_SIGN,
+            windows=self.chance.random() < 0.3,
+            hurried=self._hurried,
         )
+        if self._vllm:
+            setup = replace(setup, vllm=True, view_dtype="bfloat16", has_base=True, wide=False, windows=False)
+        if setup.signed:
+            SigningKey.generate().save(setup.key_file)
         return setup if on == "directory" else self._with_hub(setup)
 
     def _with_hub(self, setup: Setup) -> Setup:
@@ -92,7 +114,7 @@ class History:
                 (self.home / "logs" / "hub.log").unlink()
                 continue
             self.hub, self.port = hub, port
-            return Setup(**{**vars(setup), "hub_url": f"http://127.0.0.1:{port}"})
+            return replace(setup, hub_url=f"http://127.0.0.1:{port}")
         raise Broken("no port is free")
 
     def _ports(self) -> Iterator[int]:
@@ -104,26 +126,33 @@ class History:
 
     def begin(self) -> None:
         """State 0, a publisher that has published something, and one to three replicas that follow."""
-        policy = Policy(self.setup.wide)
+        if self.setup.vllm:
+            actors.start("base", live.base, self.setup).answer()
+        policy = self.setup.policy()
         self.setup.states.save(0, policy, self.setup.dtype)
-        save_file(policy.view(self.setup.dtype), self.setup.base / "model.safetensors")
+        if not self.setup.vllm:
+            save_file(policy.view(self.setup.dtype), self.setup.base / "model.safetensors")
         self.say(f"seed {self.seed}: {self.setup}")
         self.start_publisher(0)
         self.publish()
-        for _ in range(self.chance.choice([1, 1, 2, 3])):
+        for _ in range(min(self.chance.choice([1, 1, 2, 3]), self.setup.room)):
             self.follow(self.join())
 
     def finish(self) -> None:
         """With all faults gone, everybody and one who joins now must have the publisher's weights, or say no."""
         self.heal_hub()
         final = self.publish_change()
-        for replica in [*self.replicas, self.join("joiner")]:
-            answer = self.follow(replica)
+        followed = {follower.details["beside"] for follower in self.followers}
+        present = [*self.replicas, self.join("joiner")]
+        for replica in present:
+            answer = self.await_follower(replica, final) if replica.name in followed else self.follow(replica)
             for _ in range(2):
                 if isinstance(answer, Failed):
                     answer = self.follow(replica)
             self._judge_end(replica, answer, final)
         self._audit(final)
+        if self.setup.vllm:
+            self._compare_with_fresh_server(present, final)
         self._find_tracebacks()
 
     def _judge_end(self, replica: Actor, answer: Report | Failed, final: Position) -> None:
@@ -133,6 +162,30 @@ class History:
             self.out_of_service.append(f"{replica.name} is {answer}")
         elif set(answer.positions) != {final}:
             raise Divergence(f"{replica.name} is {answer} without complaint, but {final} is the newest")
+
+    def _compare_with_fresh_server(self, replicas: list[Actor], final: Position) -> None:
+        """A server of a checkpoint with the final weights has the same memory, and generates the same."""
+        state = self._state_of(final)
+        assert state is not None, "judged before"
+        checkpoint = self.home / "final"
+        shutil.copytree(self.setup.base, checkpoint)
+        save_file(self.setup.states.view(state), checkpoint / "model.safetensors", {"format": "pt"})
+        behaviours = {}
+        for replica in replicas:
+            report = replica.ask("report")
+            if report.in_service and set(report.positions) == {final}:
+                behaviours[replica.name] = replica.ask("behave")
+            replica.kill()
+        name = "reference"
+        reference = actors.start(name, live.replica, self.setup, self.home / name, _free_port(), 1, False, checkpoint)
+        self._references.append(reference)
+        reference.answer()
+        right = reference.ask("behave")
+        for who, behaviour in behaviours.items():
+            for what, expected in right.items():
+                if behaviour[what] != expected:
+                    raise Divergence(f"the {what} of {who} at {final} are not those of a server of that checkpoint")
+        self.say(f"{', '.join(behaviours)}: as a server of the checkpoint of state {state}")
 
     def _audit(self, final: Position) -> None:
         """Every version of the chain is readable, from nothing, and is a state that the publisher was in."""
@@ -150,7 +203,7 @@ class History:
 
     def end(self) -> None:
         """Kill whatever runs."""
-        for actor in [self.publisher, *self.replicas, self.hub]:
+        for actor in [self.publisher, *self.followers, *self.replicas, *self._references, self.hub]:
             if actor is not None:
                 actor.kill()
 
@@ -213,27 +266,27 @@ class History:
         """Another server, from the base checkpoint or the newest anchor."""
         name = name or f"replica-{len(self.replicas)}"
         # Ranks that hold parts of small tensors cannot follow compact deltas, and say so: it would be all they do.
-        ranks = self.chance.choice([1, 2]) if self.setup.encoding == "fast" else 1
-        replica = self._start_replica(name, ranks)
+        ranks = self.chance.choice([1, 2]) if self.setup.encoding == "fast" and not self.setup.vllm else 1
+        replica = self._start_replica(name, ranks, _free_port())
         if name != "joiner":
             self.replicas.append(replica)
         return replica
 
     def restart(self, replica: Actor) -> Actor:
         """The same server again, after it was killed; what it had downloaded is still there."""
-        again = self._start_replica(replica.name, replica.details["ranks"])
+        again = self._start_replica(replica.name, replica.details["ranks"], replica.details["port"])
         self.replicas[self.replicas.index(replica)] = again
         return again
 
-    def _start_replica(self, name: str, ranks: int) -> Actor:
+    def _start_replica(self, name: str, ranks: int, port: int) -> Actor:
         from_anchor = not self.setup.has_base or self.chance.random() < 0.4
-        home = self.home / name
         for _ in range(_TRIES):
-            replica = actors.start(name, actors.replica, self.setup, home, ranks, from_anchor)
+            kind = live.replica if self.setup.vllm else actors.replica
+            replica = actors.start(name, kind, self.setup, self.home / name, port, ranks, from_anchor)
             answer = replica.answer()
             if not isinstance(answer, Failed):
                 self.say(f"{name} started from {'an anchor' if from_anchor else 'the base'} with {ranks} ranks")
-                replica.details["ranks"] = ranks
+                replica.details |= {"ranks": ranks, "port": answer}
                 return replica
             self.hear(name, answer)
             if answer.error == "NoPath" and self.setup.has_base:
@@ -253,6 +306,68 @@ class History:
             self.say(f"{replica.name} is {report} after {command}")
             self.judge(replica.name, report)
         return answer
+
+    # --- clients of replicas ------------------------------------------------------------------------
+
+    def start_follower(self, replica: Actor) -> Actor:
+        """`hubsync follow` beside a replica, until it is killed."""
+        follower = self._start_client("follower", actors.follower, replica)
+        follower.details["beside"] = replica.name
+        self.followers.append(follower)
+        return follower
+
+    def kill_follower(self, follower: Actor) -> None:
+        follower.kill()
+        self.followers.remove(follower)
+        self.say(f"{follower.name} was killed")
+
+    def start_pusher(self, replica: Actor) -> Actor:
+        """A client that pushes the newest version to a replica, and answers once."""
+        return self._start_client("pusher", actors.pusher, replica)
+
+    def await_follower(self, replica: Actor, position: Position) -> Report | Failed:
+        """Look on while a replica is brought to `position`, which is to be served, by followers alone.
+
+        Returns:
+            what it serves then; Failed if a follower says again and again why it does not get there, or has ended with
+            an error.
+
+        Raises:
+            Divergence: it stays elsewhere, and nobody says why.
+        """
+        beside = [follower for follower in self.followers if follower.details["beside"] == replica.name]
+        told = {follower.name: len(self._errors_of(follower)) for follower in beside}
+        deadline = time.monotonic() + self.setup.patience_s
+        while True:
+            report: Report = replica.ask("report")
+            self.judge(replica.name, report)
+            if report.in_service and set(report.positions) == {position}:
+                self.say(f"{replica.name} was brought to {position}")
+                return report
+            errors = [error for follower in beside for error in self._errors_of(follower)[told[follower.name] :]]
+            late = time.monotonic() > deadline
+            if errors and (late or len(errors) >= _LASTING or not any(one.process.is_alive() for one in beside)):
+                failed = Failed(errors[-1]["error"], errors[-1]["message"], report)
+                self.hear(beside[0].name, failed)
+                return failed
+            if late:
+                raise Divergence(f"{replica.name} is {report} and not at {position}, and its follower says nothing")
+            time.sleep(0.03)
+
+    def _start_client(self, kind: str, target: Callable[..., None], replica: Actor) -> Actor:
+        name, url = f"{kind}-{time.monotonic_ns()}", f"http://127.0.0.1:{replica.details['port']}"
+        self.say(f"{name} beside {replica.name}")
+        return actors.start(name, target, self.setup, self.home / replica.name / "cache", url)
+
+    def _errors_of(self, follower: Actor) -> list[dict[str, Any]]:
+        """What it has told of errors, oldest first."""
+        log = self.home / "logs" / f"{follower.name}.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        ends = [line for line in lines if line.startswith("hubsync: ")]
+        return [event for event in events if event["event"] == "error"] + [
+            {"error": line.split(": ")[1], "message": line} for line in ends
+        ]
 
     # --- the Hub ------------------------------------------------------------------------------------
 
@@ -279,6 +394,8 @@ class History:
 
     def judge(self, who: str, report: Report) -> None:
         """Divergence unless a replica that claims to be in service has, bit for bit, a state of the publisher."""
+        if report.mixed is not None:
+            raise Divergence(f"{who}: {report.mixed}")
         if not report.in_service:
             return
         position, *others = set(report.positions)
@@ -291,9 +408,9 @@ class History:
         state = self._state_of(position)
         if state is None:
             raise Divergence(f"{who} has {position}, which the publisher never was at")
-        expected = served(self.setup.states.view(state), len(memory))
-        for rank, shard in enumerate(expected):
-            for name, right in shard.memory().items():
+        expected = self.setup.memory(self.setup.states.view(state), len(memory))
+        for rank, tensors in enumerate(expected):
+            for name, right in tensors.items():
                 if memory[rank][name] != right:
                     different = sum(a != b for a, b in zip(memory[rank][name], right, strict=True))
                     raise Divergence(
@@ -324,3 +441,16 @@ class History:
         """Somebody reports an error: that is what they should do."""
         self.loud[failed.error] += 1
         self.say(f"{who} says {failed}")
+
+
+def _free_port() -> int:
+    """For a server that is started again there: nobody gets it by himself meanwhile."""
+    for _ in range(100):
+        port = random.randrange(*_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise Broken("no port is free")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,27 +32,64 @@ _VOCABULARY = 64  # rows of the served embedding: padded
 
 
 class Policy(torch.nn.Module):
-    """What the publisher trains: flat parameters by checkpoint name."""
+    """What the publisher trains: parameters by checkpoint name.
 
-    def __init__(self, wide: bool):
+    Args:
+        tensors: where training begins.
+        sane: are the weights to stay such that a model can compute with them?
+    """
+
+    def __init__(self, tensors: Tensors, *, sane: bool = False):
         super().__init__()
-        self.wide = wide
+        self._sane = sane
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            module: torch.nn.Module = self
+            for step in path:
+                if step not in module._modules:
+                    module.add_module(step, torch.nn.Module())
+                module = module.get_submodule(step)
+            module.register_parameter(last, torch.nn.Parameter(tensor))
+
+    @classmethod
+    def small(cls, wide: bool) -> Policy:
+        """Several dtypes and shapes that servers lay out in several ways."""
         generator = torch.Generator().manual_seed(0)
-        for name, (shape, dtype) in (POLICY | WIDE if wide else POLICY).items():
-            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+        shapes = POLICY | WIDE if wide else POLICY
+        return cls({name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in shapes.items()})
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path) -> Policy:
+        """A model that vLLM can serve, in float32."""
+        tensors = load_file(directory / "model.safetensors")
+        return cls({name: tensor.float() for name, tensor in tensors.items()}, sane=True)
 
     def view(self, dtype: torch.dtype) -> Tensors:
         """What a version of these weights has to be."""
         return {name: tensor.detach().to(dtype, copy=True) for name, tensor in self.named_parameters()}
 
+    def change(self, seed: int, number: int, optimizer: torch.optim.SGD | None = None) -> None:
+        """Another state, reproducible from both: steps of a trainer, single bits, everything, noise, nothing.
+
+        With an optimizer (of learning rate 1) it makes the change, as far as arithmetic allows.
+        """
+        if optimizer is None:
+            self._change(seed, number)
+            return
+        goal = copy.deepcopy(self)
+        goal._change(seed, number)
+        for parameter, wanted in zip(self.parameters(), goal.parameters(), strict=True):
+            parameter.grad = parameter.detach() - wanted.detach()
+        optimizer.step()
+
     @torch.no_grad()
-    def change(self, seed: int, number: int) -> None:
-        """Another state, reproducible from both: steps of a trainer, single bits, everything, noise, nothing."""
+    def _change(self, seed: int, number: int) -> None:
         generator = np.random.default_rng((seed, number))
-        how = generator.choice(["step", "step", "step", "bit", "noise", "all", "nothing"])
+        how = generator.choice(["step", "step", "step", "bit", "step" if self._sane else "noise", "all", "nothing"])
+        chosen_one = str(generator.choice(sorted(name for name, _ in self.named_parameters())))
         for name, tensor in self.named_parameters():
             bits = bits_of(tensor.detach())
-            if how == "bit" and name == "down":
+            if how == "bit" and name == chosen_one:
                 bits[generator.integers(len(bits))] ^= 1
             elif how == "noise":  # NaN payloads, infinities and both zeros: what no model survives, and every bit must
                 noisy = generator.random(len(bits)) < 0.05
@@ -61,6 +100,11 @@ class Policy(torch.nn.Module):
                 chosen = torch.from_numpy(np.asarray(generator.random(shape) < density))
                 step = torch.from_numpy(np.asarray(generator.normal(0, 0.02, shape)))
                 tensor.copy_(torch.where(chosen, tensor + step.to(tensor.dtype), tensor))
+
+
+def fingerprint(bits: np.ndarray) -> bytes:
+    """Of all patterns of a tensor, in checkpoint order: short enough to be sent for comparison."""
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
 
 
 class Shard(torch.nn.Module):

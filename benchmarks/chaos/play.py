@@ -29,12 +29,10 @@ from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 from hubsync.weights import ViewBits
 from vllm_plugin.applier import Applier
 
-from .actors import Report
-from .events import EVENTS
+from .actors import PID_FILE, Report, end_group
+from .events import ENDLESS, EVENTS, SIGNED
 from .history import Divergence, History
 from .model import Policy, served
-
-DEADLINE_S = 180.0  # for a history; without load it takes a few seconds
 
 _LAST_LINES = 12
 _fork = multiprocessing.get_context("fork")
@@ -64,7 +62,33 @@ class Outcome:
         return self.divergence is None and self.failure is None
 
 
-def play_all(seeds: Sequence[int], jobs: int, root: Path, *, plant: bool = False) -> Iterator[Outcome]:
+@dataclass(frozen=True)
+class Manner:
+    """How histories are played.
+
+    Attributes:
+        plant: flip a bit of a replica after its last verification.
+        endless: each has a fault of the Hub that outlasts all tries, one kind after the other.
+        vllm: replicas are real vLLM servers.
+    """
+
+    plant: bool = False
+    endless: bool = False
+    vllm: bool = False
+
+    def others(self, chance: random.Random) -> int:
+        """Events besides the one that a history promises. More where it takes long to start a server."""
+        if self.endless:
+            return 0
+        return chance.randint(7, 10) if self.vllm else chance.randint(2, 4)
+
+    @property
+    def deadline_s(self) -> float:
+        """For a history; without load a small part of that is enough."""
+        return 5400.0 if self.vllm else 180.0
+
+
+def play_all(seeds: Sequence[int], jobs: int, root: Path, manner: Manner) -> Iterator[Outcome]:
     """Play a history for each seed, `jobs` at a time; outcomes as they come. Failed ones keep their directory.
 
     Call it in a process that has never started a thread, after `prepare`.
@@ -76,7 +100,7 @@ def play_all(seeds: Sequence[int], jobs: int, root: Path, *, plant: bool = False
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                started = _Running.start(waiting.pop(), root, plant)
+                started = _Running.start(waiting.pop(), root, manner)
                 running[started.pipe] = started
             ready = wait(list(running), timeout=1.0)
             late = [pipe for pipe, one in running.items() if one.late and pipe not in ready]
@@ -95,22 +119,23 @@ class _Running:
     process: ForkProcess
     pipe: Connection
     began: float
+    deadline_s: float
 
     @classmethod
-    def start(cls, seed: int, root: Path, plant: bool) -> _Running:
+    def start(cls, seed: int, root: Path, manner: Manner) -> _Running:
         home = root / str(seed)
         ours, theirs = _fork.Pipe()
-        process = _fork.Process(target=_play, args=(seed, home, plant, theirs))
+        process = _fork.Process(target=_play, args=(seed, home, manner, theirs))
         process.start()
         theirs.close()
-        return cls(seed, home, process, ours, time.monotonic())
+        return cls(seed, home, process, ours, time.monotonic(), manner.deadline_s)
 
     @property
     def late(self) -> bool:
-        return time.monotonic() - self.began > DEADLINE_S
+        return time.monotonic() - self.began > self.deadline_s
 
     def outcome(self) -> Outcome:
-        outcome = Outcome(self.seed, failure=f"it hangs: not done after {DEADLINE_S:g} s")
+        outcome = Outcome(self.seed, failure=f"it hangs: not done after {self.deadline_s:g} s")
         if self.pipe.poll():
             try:
                 outcome = self.pipe.recv()
@@ -125,21 +150,20 @@ class _Running:
         return outcome
 
     def end(self) -> None:
-        """End it, and everything that it has started: they are one process group."""
-        try:
-            os.killpg(self.process.pid or 0, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """End it, and everything that it has started: one process group, and one of each vLLM server."""
+        end_group(self.process.pid or 0)
+        for file in self.home.glob(f"*/{PID_FILE}"):
+            end_group(int(file.read_text()))
         self.process.join()
         self.pipe.close()
 
 
-def _play(seed: int, home: Path, plant: bool, pipe: Connection) -> None:
+def _play(seed: int, home: Path, manner: Manner, pipe: Connection) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     outcome = Outcome(seed)
     try:
-        _play_script(seed, home, plant, outcome)
+        _play_script(seed, home, manner, outcome)
     except Divergence as error:
         outcome.divergence = str(error)
     except Exception as error:
@@ -148,14 +172,15 @@ def _play(seed: int, home: Path, plant: bool, pipe: Connection) -> None:
     pipe.send(outcome)
 
 
-def _play_script(seed: int, home: Path, plant: bool, outcome: Outcome) -> None:
+def _play_script(seed: int, home: Path, manner: Manner, outcome: Outcome) -> None:
     chance = random.Random(seed)
-    must = EVENTS[list(EVENTS)[seed % len(EVENTS)]]
+    promised = list((ENDLESS if manner.endless else EVENTS).values())
+    must = promised[seed % len(promised)]
     on = chance.choice(must.on)
     others = [event for event in EVENTS.values() if on in event.on]
-    script = [must, *chance.choices(others, k=chance.randint(2, 4))]
+    script = [must, *chance.choices(others, k=manner.others(chance))]
     chance.shuffle(script)
-    history = History(seed, home, on)
+    history = History(seed, home, on, signed=must.kind in SIGNED, hurried=manner.endless, vllm=manner.vllm)
     outcome.loud, outcome.out_of_service = history.loud, history.out_of_service
     try:
         history.begin()
@@ -168,7 +193,7 @@ def _play_script(seed: int, home: Path, plant: bool, outcome: Outcome) -> None:
                 if event.happen(history):
                     history.occurred[event.kind] += 1
                     break
-        if plant:
+        if manner.plant:
             _plant(history)
         history.finish()
     finally:
@@ -200,7 +225,7 @@ def prepare() -> None:
     """Compile every kernel here, in the one thread, so that forked processes have them."""
     torch.set_num_threads(1)
     for dtype in VIEW_DTYPES.values():
-        policy = Policy(wide=True)
+        policy = Policy.small(wide=True)
         old = policy.view(dtype)
         tensors = published_tensors(policy)
         table = table_of(tensors, dtype)

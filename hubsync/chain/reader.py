@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from hubsync.bucket.base import Bucket, Download
 from hubsync.codec import OldBits
-from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing
+from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
 from hubsync.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.parts import read_delta
 from hubsync.patch import Patch, compose, invert
@@ -291,10 +291,23 @@ class ChainReader:
             return None
         try:
             head = Head.loads(data)
+            self._require_same_run(head.manifest.run_id)
             self._index.add(head.manifest)
         except FormatError:
             return None  # only a hint: the manifests tell, and they are not forgiven anything
         return head
+
+    def _require_same_run(self, run_id: str) -> None:
+        """RunMismatch if the run was deleted and made anew: nothing that we hold belongs to it."""
+        ours = self.run().run_id
+        if run_id == ours:
+            return
+        data = self._bucket.read([Layout.RUN]).get(Layout.RUN)
+        if data is not None and (found := Run.loads(data).run_id) != ours:
+            raise RunMismatch(
+                f"{self._bucket.address} holds another run now ({found}, which was {ours}): it was deleted and made "
+                "anew; start again whoever followed the old one, servers from the model that the new one starts from"
+            )
 
     def _survey(self) -> None:
         self._index.survey()
@@ -330,8 +343,10 @@ class ChainReader:
         if self._max_head_age is None:
             return
         age = None if head is None else time.time() - head.written
-        if age is None or age > self._max_head_age:
+        if age is None or abs(age) > self._max_head_age:
             what = "there is none" if age is None else f"it was written {age:.0f} s ago"
+            if age is not None and age < 0:
+                what = f"by the clock of this host it was written {-age:.0f} s in the future: set the clocks right"
             raise HeadTooOld(
                 f"the head of {self._bucket.address} must not be older than {self._max_head_age:g} s, and {what}: is "
                 "the trainer running? Allow more, or wait for its next version"

@@ -74,6 +74,11 @@ class ServerProcess:
                 start_new_session=True,  # its own process group, so that the engine's processes end with it
             )
 
+    @property
+    def pid(self) -> int:
+        """Also the number of its process group."""
+        return self._process.pid
+
     def wait_ready(self, timeout: float = 300.0) -> VLLMServer:
         """A client, once the server answers; ReplicaUnreachable, with the end of its log, if it does not."""
         server, deadline = VLLMServer(self.url), time.monotonic() + timeout

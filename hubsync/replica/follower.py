@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hubsync.chain import ChainReader
-from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind
+from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
 from .sync import CommitReport, Replica, ReplicaStatus
 
@@ -101,10 +101,18 @@ class Follower:
 
         Returns:
             what was committed; None if the server is there already, or another client is moving it.
+
+        Raises:
+            ConfigError: waiting does not help: another run is in the bucket now, or the server follows another one.
         """
         if self._reader is None:
             self._reader = self._open_reader()
-        target, status = self._reader.served(), self._status()
+        try:
+            target = self._reader.served()
+        except RunMismatch as replaced:
+            raise ConfigError(str(replaced)) from replaced
+        status = self._status()
+        self._require_same_run(self._reader.run().run_id, status)
         if status.position == target and status.window is None:
             return None
         try:
@@ -132,6 +140,13 @@ class Follower:
         if status.position is None:
             return self._replica.attach(self._stage_timeout)
         return status
+
+    def _require_same_run(self, ours: str, status: ReplicaStatus) -> None:
+        if status.run_id not in (None, ours):
+            raise ConfigError(
+                f"{self._replica.server.url} follows the run {status.run_id}, and the bucket given here holds {ours}: "
+                "give both the same bucket (HUBSYNC_BUCKET of the server); restart the server if its run was made anew"
+            )
 
     def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
         """Is the server still where it was when we decided where to bring it? If not, somebody may know better."""

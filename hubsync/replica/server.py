@@ -40,6 +40,7 @@ class VLLMServer:
         self.timeout = timeout
         self._labels = True
         self._session = new_session(url)
+        self._key_hint = "an API key, and none was given" if api_key is None else "another API key than the one given"
         if api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 
@@ -138,7 +139,7 @@ class VLLMServer:
         except requests.exceptions.RequestException as error:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
         if answer.status_code in (401, 403):
-            raise ReplicaUnsuitable(f"{self.url} wants an API key, and hubsync sends none: start it without --api-key")
+            raise ReplicaUnsuitable(f"{self.url} wants {self._key_hint}")
         if answer.status_code == 404 and path not in ("/health", "/version"):
             raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
         if answer.status_code in (502, 503, 504):

@@ -189,10 +189,7 @@ class Replica:
             self._join(status)
             status = self._settled(timeout)
         self._raise_if_lost(status)
-        status = self._without_window()
-        if status.position is not None:
-            self.server.set_weight_version(str(status.position.version))
-        return status
+        return self._labelled(self._without_window())
 
     def stage(self, position: Position) -> None:
         """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
@@ -243,7 +240,7 @@ class Replica:
         """
         status = self._without_window()
         if status.all_at(position):
-            self.server.set_weight_version(str(position.version))
+            self._labelled(status)
             return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
         pause = not status.atomic if self._pause is None else self._pause
         if not pause:
@@ -324,6 +321,19 @@ class Replica:
                 self._recover(status)
             else:
                 time.sleep(_PAUSE_S)
+
+    def _labelled(self, status: ReplicaStatus) -> ReplicaStatus:
+        """Have responses state the version that is served. Returns the status afterwards.
+
+        A commit sets the label itself. If another client makes one between our look and our word, ours is wrong: so the
+        last who sets it looks again.
+        """
+        while status.position is not None:
+            self.server.set_weight_version(str(status.position.version))
+            before, status = status, self.status()
+            if status.position == before.position:
+                break
+        return status
 
     def _commit(self, position: Position) -> list[dict[str, Any]]:
         """The commit itself. Data parallel engines each vote for themselves; none of them is left behind."""

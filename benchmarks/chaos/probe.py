@@ -1,0 +1,41 @@
+"""hubsync's worker extension, with two more methods: what histories see of a real server's memory, and do to it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from vllm_plugin.extension import DeltaWorkerExtension
+
+# What imports numba is imported when it is asked for: see `vllm_plugin.compat`.
+
+
+class Probe(DeltaWorkerExtension):
+    """For `--worker-extension-cls`."""
+
+    def chaos_memory(self) -> dict[str, Any]:
+        """`status`; fingerprints of the live weights in checkpoint coordinates; and hashes of all that vLLM holds."""
+        from vllm_plugin.exam import memory_of
+        from vllm_plugin.worker import session_of, status_of
+
+        from .model import fingerprint
+
+        attached, tensors = session_of(self)._attached, {}
+        if attached is not None:
+            held, everything = attached.applier.old_bits(), slice(None)
+            for index, spec in enumerate(attached.applier.table):
+                bits = held.rectangle(index, everything, everything)
+                tensors[spec.name] = fingerprint(bits).hex()  # type: ignore[arg-type]
+        return {"status": status_of(self), "tensors": tensors, "parameters": memory_of(self)}
+
+    def chaos_flip(self, seed: int) -> dict[str, Any]:
+        """Flip one bit of a weight, as nobody should."""
+        from hubsync.bits import bits_of
+
+        chance = random.Random(seed)
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        name, parameter = next((n, p) for n, p in model.named_parameters() if n.endswith("o_proj.weight"))
+        bits = bits_of(parameter.detach())
+        place, bit = chance.randrange(len(bits)), chance.randrange(8 * bits.itemsize)
+        bits[place] ^= bits.dtype.type(1 << bit)
+        return {"where": f"bit {bit} of element {place} of {name}"}

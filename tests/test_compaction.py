@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Compactor, Layout, Step
+from hubsync.chain.retention import Collector, Policy
 from hubsync.cli import compact, inspect
 from hubsync.cli.main import main
 from hubsync.errors import FormatError
@@ -181,6 +183,29 @@ def test_a_merged_delta_whose_part_is_gone_is_gone_around(
     history.bucket.delete([Layout.part(merged, merged.parts[0])])
     plan = history.go(reader, Position(0, reader.run().digest))
     assert [delta.version for delta in plan.deltas] == [2, 4]
+
+
+@pytest.mark.parametrize("change", ["digest of the parent", "epoch of the parent"])
+def test_a_merged_delta_that_starts_where_the_run_has_never_been_blocks_nobody(
+    history: History, reader: ChainReader, tmp_path: Path, change: str
+) -> None:
+    for _ in range(5):
+        history.publish()
+    made = compacted(history, tmp_path)
+    for merged in reader.spans(reader.manifests()):
+        if merged.parent.version:
+            parent = Position(merged.parent.version, "0" * 32)
+            wrong = {"parent": parent} if "digest" in change else {"parent_epoch": "00000009-00000000"}
+            history.bucket.commit(Layout.manifest(merged), replace(merged, **wrong).dumps())
+    fresh = history.reader(tmp_path / "fresh")
+    for have in [None, *history.views]:
+        for target in history.views:
+            history.go(fresh, have, target.version)
+    if "digest" in change:
+        assert all(merged.parent.version == 0 for merged in fresh.spans(fresh.manifests()))
+        assert len(compacted(history, tmp_path)) == sum(1 for first, _ in made if first)  # as if there were none
+    Collector(history.bucket, history.reader(tmp_path / "gc"), Policy(keep_last=2, grace=0)).collect()
+    history.go(history.reader(tmp_path / "last"), None)
 
 
 def test_two_compactors_do_no_harm(history: History, reader: ChainReader, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from hubsync.bucket.base import Bucket, Upload
 from hubsync.manifest import Manifest, Part, Position
 from hubsync.parts import write_delta
-from hubsync.patch import Patch, changed
+from hubsync.patch import Patch, changed, compose
 
 from .layout import Layout
 from .reader import ChainReader
@@ -49,9 +49,11 @@ class Compactor:
         base: the tensors of version 0. With them also *compact* deltas are merged, which are coded against the weights
             before them: a view of the whole model is then held and moved along.
         max_span: the most versions that one merged delta spans; memory is O(changes) of that.
+        patches: what is known of single deltas by who has made them, by where they lead; read in each `run`. With it
+            compact deltas are merged without weights.
 
     Attributes:
-        skipped: spans that the last `run` could not make, because they hold compact deltas and there is no `base`.
+        skipped: spans that the last `run` could not make, because they hold compact deltas, and there is no `base`.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Compactor:
         reader: ChainReader,
         base: Mapping[str, torch.Tensor] | None = None,
         max_span: int = MAX_SPAN,
+        patches: Mapping[Position, Patch] | None = None,
     ):
         self.skipped = 0
         self._bucket = bucket
         self._reader = reader
         self._base = base
         self._max_span = max_span
+        self._patches = {} if patches is None else patches
         self._place = f"compact-{secrets.token_hex(4)}"
         self._view: View | None = None
         self._from: dict[Position, list[Manifest]] = {}  # merged deltas that exist, by where they start
@@ -82,9 +86,11 @@ class Compactor:
             if self._exists(span):
                 continue
             steps = self._steps(span)
-            if all(step.manifest.encoding == "fast" for step in steps):
-                if len(steps) > 1:
-                    yield self._commit(span, self._reader.merged(steps))
+            if len(steps) == 1 and steps[0].manifest.encoding == "fast":
+                continue
+            patch = self._merged(steps)
+            if patch is not None:
+                yield self._commit(span, patch)
             elif self._base is not None:
                 yield self._commit_from_view(span, steps)
             else:
@@ -102,6 +108,17 @@ class Compactor:
             steps.append(Step(longest))
             del remaining[: ends[longest.position]]
         return steps
+
+    def _merged(self, steps: Sequence[Step]) -> Patch | None:
+        """The steps as one patch, without weights; None if they are needed."""
+        known = {step.end: self._patches.get(step.end) for step in steps if step.manifest.kind == "delta"}
+        if any(step.manifest.encoding != "fast" and known[step.end] is None for step in steps):
+            return None
+        patch: Patch = {}
+        for step in steps:
+            delta = known.get(step.end)
+            patch = compose(patch, self._reader.patch(step.manifest) if delta is None else delta)
+        return patch
 
     def _commit_from_view(self, span: Span, steps: Sequence[Step]) -> Manifest:
         """As `_commit`, for deltas that are coded against weights; compared with the digest before it is committed."""

@@ -29,6 +29,7 @@ from hubsync.patch import Patch, invert
 from hubsync.table import TensorTable
 from hubsync.weights import ViewBits, digest_after
 
+from .compacting import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Detected, Detector, Snapshot, live_tensors, published_tensors, table_of
 from .division import divided
@@ -303,6 +304,7 @@ class DeltaWeightTransferEngine:
             anchor_fraction=self.config.anchor_fraction,
             catch_up=lambda position: _bytes_from(bucket, position),
             announce=self._announce,
+            compactor=BackgroundCompactor(bucket) if self.config.compaction and self.ranks.rank == 0 else None,
             ranks=self.ranks,
             division=division,
         )

@@ -135,6 +135,7 @@ class Publisher:
         anchor_fraction: commit an anchor once catching up from the last one costs more than this fraction of its bytes;
             0 for never.
         catch_up: bytes that catching up from a position costs; asked in the background, when deltas alone cost more.
+        copy_base: makes the parts of an anchor of version 0 without an upload; None if that is not possible.
         compactor: merges deltas between publishes; None on other ranks than 0, and where nobody wants that.
         announce: called in the background with every version that has become durable, on rank 0.
         ranks: those of the training thread. `begin`, `submit` and `anchor` are called by all of them, in one order.
@@ -152,6 +153,7 @@ class Publisher:
         anchor_fraction: float,
         catch_up: Callable[[Position], int],
         announce: Callable[[Position], None],
+        copy_base: Callable[[Manifest], tuple[Part, ...] | None],
         compactor: BackgroundCompactor | None,
         ranks: Ranks,
         division: Sequence[Sequence[Shard]],
@@ -169,6 +171,7 @@ class Publisher:
         self._anchored_at = writer.position  # of an older run's last anchor nothing is known
         self._bytes_since_anchor = 0
         self._announce = announce
+        self._copy_base = copy_base
         self._compactor = compactor
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
@@ -244,7 +247,18 @@ class Publisher:
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
-        return self._commit_anchor(self._ranks, at, step, name, serve)
+        is_base = at == self.writer.position == self.writer.run.origin
+        copied = self._commit_copy(at, step, name, serve) if is_base else None
+        return copied or self._commit_anchor(self._ranks, at, step, name, serve)
+
+    def _commit_copy(self, at: Position, step: int | None, name: str | None, serve: bool) -> Manifest | None:
+        """Commit an anchor of version 0 that the storage has copied from the base model; None if it cannot."""
+        draft = self.writer.draft_anchor(self._ranks, at=at, step=step, name=name, serve=serve)
+        parts = self._ranks.first(lambda: self._copy_base(draft))
+        if parts is None:
+            return None
+        self._anchored = self.writer.commit(self._ranks, draft, parts)
+        return self._anchored
 
     def _commit_anchor(
         self, ranks: Ranks, at: Position, step: int | None, name: str | None, serve: bool = True

@@ -67,7 +67,6 @@ class HubBucket(Bucket):
         "stat": 1,
         "list": 1,
         "fetch": 2,
-        "copy_in": 3,
         "delete": 1,
     }
 

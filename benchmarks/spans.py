@@ -1,4 +1,5 @@
-"""Bytes and seconds to bring a replica several versions ahead: one merged delta, or the single ones in a row.
+"""Bytes and seconds to bring a replica several versions ahead: one merged delta, the single ones in a row, or the
+cheapest way through the merged deltas that a compactor makes.
 
     python -m benchmarks.spans --trace DIR
     python -m benchmarks.spans                     a synthetic run, made here
@@ -10,7 +11,7 @@ snapshot, moved by momentum-like updates of about the density of the trace's las
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.bits import bits_of
-from hubsync.manifest import Position
+from hubsync.chain.compaction import MAX_SPAN, due
+from hubsync.manifest import Manifest, Position
 from hubsync.parts import read_delta, write_delta
 from hubsync.patch import Patch, compose
 from hubsync.weights import Advanced
@@ -32,6 +34,8 @@ from .snapshots import Pair, synthetic_pair, trace_pairs
 
 SPANS = (1, 4, 16, 64)
 _MOMENTUM = 0.9
+
+Span = tuple[int, int]  # versions: from, to
 
 
 def _steps(trace: Path | None, count: int) -> Iterator[Pair]:
@@ -81,23 +85,106 @@ def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, compact: bo
     apply_patch(weights, patch, pair)
 
 
+class Bytes:
+    """Size of the merged delta (fast level) from any version to any later one, measured when first asked for."""
+
+    def __init__(self, pairs: Sequence[Pair]):
+        self._table = pairs[0].table
+        self._views = [pairs[0].old, *(pair.new for pair in pairs)]
+        self._known: dict[Span, int] = {}
+
+    def __getitem__(self, span: Span) -> int:
+        if span not in self._known:
+            first, last = span
+            pair = Pair(f"{first} to {last}", self._table, self._views[first], self._views[last])
+            self._known[span] = len(_part(pair, compact=False))
+        return self._known[span]
+
+    def of(self, spans: Iterable[Span]) -> int:
+        return sum(self[span] for span in spans)
+
+
+def _spans(newest: int, overlapping: bool) -> list[Span]:
+    """Merged deltas that are kept while a version is the newest."""
+    made = [(span[0].version - 1, span[-1].version) for span in due(_chain(newest), MAX_SPAN)]
+    return [(first, last) for first, last in made if overlapping or first % (last - first) == 0]
+
+
+def _chain(newest: int) -> list[Manifest]:
+    """Manifests as far as a compactor looks at them: which version leads to which."""
+    blank = Manifest("delta", "", "", "", Position(0, ""), None, None, (), 0, 0.0)
+    versions = range(1, newest + 1)
+    return [replace(blank, position=Position(v, ""), parent=Position(v - 1, "")) for v in versions]
+
+
+def _ways(newest: int, spans: Sequence[Span], nbytes: Bytes) -> list[tuple[int, int]]:
+    """Bytes and objects of the cheapest way to the newest version, from each version before it."""
+    ways = [(0, 0)] * (newest + 1)
+    for first in range(newest - 1, -1, -1):
+        ends = [first + 1, *(last for start, last in spans if start == first)]
+        ways[first] = min((nbytes[first, last] + ways[last][0], ways[last][1] + 1) for last in ends)
+    return ways[:-1]
+
+
+def _policies(pairs: Sequence[Pair]) -> Table:
+    """What merged deltas cost and save, over all k up to the number of steps, with each version as the newest."""
+    nbytes, count = Bytes(pairs), len(pairs)
+    singles = nbytes.of((first, first + 1) for first in range(count))
+    title = f"k versions behind, k = 2 to {count}: bytes over those of the single best merged delta"
+    table = Table(title=title)
+    for heading in ("merged deltas", "worst", "at", "mean", "most objects", "k with > 2 log2 k", "kept", "uploaded"):
+        table.add_column(heading, justify="right")
+    policies: dict[str, Callable[[int], list[Span]]] = {
+        "none": lambda newest: [],
+        "aligned": lambda newest: _spans(newest, overlapping=False),
+        "as made": lambda newest: _spans(newest, overlapping=True),
+    }
+    for name, spans in policies.items():
+        ratios: list[tuple[float, int, int]] = []
+        for newest in range(2, count + 1):
+            ways = _ways(newest, spans(newest), nbytes)[: newest - 1]
+            ratios += [(way / nbytes[first, newest], newest - first, n) for first, (way, n) in enumerate(ways)]
+        worst, behind, _ = max(ratios)
+        made = {span for newest in range(1, count + 1) for span in spans(newest)}
+        table.add_row(
+            name, f"{worst:.2f}", f"k = {behind}", f"{np.mean([ratio for ratio, _, _ in ratios]):.2f}",
+            str(max(n for _, _, n in ratios)), str(sum(n > 2 * np.log2(k) for _, k, n in ratios)),
+            f"{nbytes.of(spans(count)) / singles:.1f}", f"{nbytes.of(made) / singles:.1f}",
+        )  # fmt: skip
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.spans", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.spans", description=__doc__.split("\n\n")[0])
     parser.add_argument("--trace", type=Path, help="directory with base.safetensors and step-NN.safetensors")
     parser.add_argument("--spans", type=int, nargs="+", default=SPANS, help="versions to go ahead, default 1 4 16 64")
+    parser.add_argument("--behind", type=int, default=18, help="all numbers of versions behind up to this, default 18")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    Console(width=120).print(_policies(list(_steps(options.trace, options.behind))))
+    print(
+        "'kept' and 'uploaded': bytes of merged deltas over those of all single deltas; kept in the end, if retention "
+        "runs.\n"
+    )
+    Console(width=120).print(_single_and_merged(options.trace, options.spans))
+    print(
+        "Spans begin at the first step. 'merged s' and 'chain s': CPU seconds of one core to decode, compose and "
+        "apply; 'merge s': to encode the merged delta once."
+    )
+
+
+def _single_and_merged(trace: Path | None, spans: Sequence[int]) -> Table:
     levels = ("fast", "compact")
     singles: dict[str, list[bytes]] = {level: [] for level in levels}
     table = Table("span")
     for heading in ("level", "merged kB", "chain kB", "of chain", "merge s", "merged s", "chain s", "merged b/change"):
         table.add_column(heading, justify="right")
     start: np.ndarray | None = None
-    for number, pair in enumerate(_steps(options.trace, max(options.spans)), 1):
+    for number, pair in enumerate(_steps(trace, max(spans)), 1):
         start = pair.old if start is None else start
         for level in levels:
             singles[level].append(_part(pair, level == "compact"))
-        if number not in options.spans:
+        if number not in spans:
             continue
         whole = Pair(f"{number} versions", pair.table, start, pair.new)
         for level in levels:
@@ -118,11 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 str(number), level, f"{len(merged) / 1e3:.0f}", f"{chain / 1e3:.0f}", f"{len(merged) / chain:.2f}",
                 f"{merge_s:.3f}", f"{seconds[0]:.3f}", f"{seconds[1]:.3f}", f"{bits:.2f}",
             )  # fmt: skip
-    Console(width=120).print(table)
-    print(
-        "Spans begin at the first step. 'merged s' and 'chain s': CPU seconds of one core to decode, compose and "
-        "apply; 'merge s': to encode the merged delta once."
-    )
+    return table
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ class FormatError(HubsyncError):
     """A file, manifest or message that breaks the format: truncated, hostile, or of an unknown version."""
 
 
+class UnknownFormat(FormatError):
+    """A document in a format that this hubsync does not know: a newer one may read it."""
+
+
 class Untrusted(FormatError):
     """A document that the key of the run has not signed."""
 

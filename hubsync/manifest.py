@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .errors import FormatError
+from .errors import FormatError, UnknownFormat
 from .table import TensorTable
 
 FORMAT = "hubsync/1"
@@ -316,7 +316,7 @@ def _versioned(doc: object, what: str) -> dict[str, Any]:
     if not isinstance(doc, dict):
         raise FormatError(f"{what}: expected a JSON object")
     if doc.get("format") != FORMAT:
-        raise FormatError(
+        raise UnknownFormat(
             f"{what}: format {doc.get('format')!r} is not {FORMAT!r}; upgrade hubsync on the side that reads"
         )
     return doc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hubsync.bucket.base import Bucket, Download, Stat, Upload
@@ -38,6 +38,9 @@ class FaultyBucket(Bucket):
         if error is not None:
             raise error
         return result
+
+    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> Any:
+        return self._call("copy_in", repo, revision, paths)
 
     def put(self, uploads: Sequence[Upload]) -> None:
         self._call("put", uploads)

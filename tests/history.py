@@ -28,7 +28,7 @@ View = dict[str, torch.Tensor]
 class History:
     """Publishes random changes of `rows x 64` and 64 elements, and remembers every view that it committed."""
 
-    def __init__(self, bucket: Bucket, rows: int = 16, fraction: float = 0.05):
+    def __init__(self, bucket: Bucket, rows: int = 16, fraction: float = 0.05, public_key: str | None = None):
         self.bucket = bucket
         self.table = TensorTable([TensorSpec("weight", (rows, 64), "BF16"), TensorSpec("bias", (64,), "BF16")])
         self._random = np.random.default_rng(0)
@@ -40,7 +40,9 @@ class History:
         self.base = view
         origin = Position(0, digest_view(self.table, view).hex)
         self.views: dict[Position, View] = {origin: view}
-        self.writer = ChainWriter.create(bucket, Run(RUN_ID, self.table, origin.digest, Base("base/model"), 1.0))
+        self.writer = ChainWriter.create(
+            bucket, Run(RUN_ID, self.table, origin.digest, Base("base/model"), 1.0, public_key)
+        )
 
     @property
     def view(self) -> View:

@@ -38,6 +38,7 @@ def address(tmp_path: Path) -> str:
         ("pull {run} {tmp}/file/out", "{tmp}/file"),
         ("pull {run} /proc/out", "/proc"),
         ("hub --root {tmp}/file", "{tmp}/file"),
+        ("hub --root=", "--root must name a directory"),
         ("hub --root {tmp}/hub --port 99999", "choose another port"),
         ("demo --steps 0", "--steps must be at least 1"),
         ("demo --workdir {tmp}/file", "{tmp}/file"),
@@ -58,7 +59,8 @@ def test_a_wrong_use_is_explained_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "words", ["", "list", "ls", "show {run} x", "show {run} 100000000", "pull {run} out --version -1"]
+    "words",
+    ["", "list", "ls", "show {run} x", "show {run} 100000000", "pull {run} out --version -1", "ls {run} --limit -5"],
 )
 def test_a_wrong_command_line_shows_its_usage(address: str, capsys: pytest.CaptureFixture[str], words: str) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Compactor, Layout, Step
+from hubsync.chain.retention import Collector, Policy
 from hubsync.cli import compact, inspect
 from hubsync.cli.main import main
 from hubsync.errors import FormatError
@@ -40,14 +42,22 @@ def compacted(history: History, tmp_path: Path, **options: object) -> list[tuple
     return [(merged.parent.version, merged.version) for merged in compactor.run()]
 
 
-def test_spans_are_aligned_to_powers_of_two(history: History, tmp_path: Path) -> None:
+def test_spans_are_powers_of_two_and_overlap_near_the_newest_version(history: History, tmp_path: Path) -> None:
     for _ in range(9):
         history.publish()
     made = compacted(history, tmp_path)
-    assert made == [(0, 2), (2, 4), (4, 6), (6, 8), (0, 4), (4, 8), (0, 8)]
+    twos = [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert made == [*twos, (0, 4), (1, 5), (2, 6), (3, 7), (4, 8), (5, 9), (0, 8), (1, 9)]
     assert compacted(history, tmp_path) == []
     history.publish()
-    assert compacted(history, tmp_path) == [(8, 10)]
+    assert compacted(history, tmp_path) == [(8, 10), (6, 10), (2, 10)]
+
+
+def test_far_behind_the_newest_version_spans_do_not_overlap(history: History, tmp_path: Path) -> None:
+    for _ in range(24):
+        history.publish()
+    fours = [first for first, last in compacted(history, tmp_path) if last - first == 4]
+    assert fours == [0, 4, 8, 12, 16, 17, 18, 19, 20]
 
 
 def test_a_span_may_be_limited(history: History, tmp_path: Path) -> None:
@@ -80,7 +90,7 @@ def test_far_behind_is_few_objects_and_few_bytes(tmp_path: Path) -> None:
         plan = reader.plan(have)
         assert len(plan.deltas) <= 2 * math.log2(behind)
         best = write_delta(history.table, reader.merged(plan.steps), run_id=RUN_ID, parent=have, position=target)
-        assert plan.nbytes <= 2 * len(best)
+        assert plan.nbytes <= 1.7 * len(best)
 
 
 def test_the_way_back_undoes_merged_deltas(history: History, reader: ChainReader, tmp_path: Path) -> None:
@@ -173,6 +183,29 @@ def test_a_merged_delta_whose_part_is_gone_is_gone_around(
     history.bucket.delete([Layout.part(merged, merged.parts[0])])
     plan = history.go(reader, Position(0, reader.run().digest))
     assert [delta.version for delta in plan.deltas] == [2, 4]
+
+
+@pytest.mark.parametrize("change", ["digest of the parent", "epoch of the parent"])
+def test_a_merged_delta_that_starts_where_the_run_has_never_been_blocks_nobody(
+    history: History, reader: ChainReader, tmp_path: Path, change: str
+) -> None:
+    for _ in range(5):
+        history.publish()
+    made = compacted(history, tmp_path)
+    for merged in reader.spans(reader.manifests()):
+        if merged.parent.version:
+            parent = Position(merged.parent.version, "0" * 32)
+            wrong = {"parent": parent} if "digest" in change else {"parent_epoch": "00000009-00000000"}
+            history.bucket.commit(Layout.manifest(merged), replace(merged, **wrong).dumps())
+    fresh = history.reader(tmp_path / "fresh")
+    for have in [None, *history.views]:
+        for target in history.views:
+            history.go(fresh, have, target.version)
+    if "digest" in change:
+        assert all(merged.parent.version == 0 for merged in fresh.spans(fresh.manifests()))
+        assert len(compacted(history, tmp_path)) == sum(1 for first, _ in made if first)  # as if there were none
+    Collector(history.bucket, history.reader(tmp_path / "gc"), Policy(keep_last=2, grace=0)).collect()
+    history.go(history.reader(tmp_path / "last"), None)
 
 
 def test_two_compactors_do_no_harm(history: History, reader: ChainReader, tmp_path: Path) -> None:

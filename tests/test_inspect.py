@@ -14,8 +14,11 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bits import bits_of
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader, Layout
+from hubsync.chain.retention import Collector, Policy
 from hubsync.cli import inspect
 from hubsync.errors import BucketMissing, ConfigError, NoPath, ObjectCorrupt, WrongParent
+
+from .history import History
 
 
 def hubsync(*argv: object) -> int:
@@ -98,8 +101,26 @@ def test_verify_starts_at_an_anchor_too(
             model.weight[5] += 1
         engine.publish(20)
     assert hubsync("verify", address) == 1
-    assert "2 of 5 replayed" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "ok       delta  version 3" in output  # undone from the anchor, and done again
+    assert "3 of 5 replayed" in output
     assert hubsync("verify", address, "--base", base) == 0
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["fast", "compact"])
+def test_verify_begins_at_the_oldest_anchor_that_retention_has_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compact: bool
+) -> None:
+    history = History(LocalBucket(tmp_path / "bucket", create=True))
+    for number in range(6):
+        history.publish(compact=compact)
+        if number == 3:
+            history.anchor(tmp_path / "anchor")
+    Collector(history.bucket, history.reader(tmp_path / "gc"), Policy(keep_last=3, grace=0)).collect()
+    assert hubsync("verify", history.bucket.address) == 0
+    output = capsys.readouterr().out
+    assert ("3 of 4 replayed" if compact else "4 of 4 replayed") in output
+    assert ("what it applies to has been deleted" in output) == compact
 
 
 def test_verify_finds_damage_and_a_wrong_base(address: str, base: Path, tmp_path: Path) -> None:
@@ -129,6 +150,23 @@ def test_pull_writes_a_version_as_a_checkpoint(
     with torch.no_grad():
         model.weight[2] = load_file(base / "model.safetensors")["weight"][2]
     assert is_the_view_of(tmp_path / "second", model)
+
+
+@pytest.mark.parametrize("limit", ["-5", "0", "many"])
+def test_ls_refuses_a_limit_that_makes_no_sense(address: str, limit: str) -> None:
+    with pytest.raises(SystemExit):
+        hubsync("ls", address, "--limit", limit)
+
+
+def test_pull_to_a_place_through_a_directory_that_is_not_there(
+    address: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"new/\.\. is not empty"):
+        hubsync("pull", address, "new/..", "--base", base)
+    assert hubsync("pull", address, "new/../out", "--base", base) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_pull_from_an_anchor_needs_no_base(address: str, model: torch.nn.Linear, tmp_path: Path) -> None:

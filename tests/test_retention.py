@@ -12,14 +12,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hubsync.bucket import LocalBucket
+from hubsync.bucket import LocalBucket, SignedBucket
 from hubsync.bucket.base import Stat
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Compactor, Layout
 from hubsync.chain.retention import Collector, Garbage, Policy
 from hubsync.cli import gc
 from hubsync.errors import BucketError, BucketUnavailable, NoPath
-from hubsync.manifest import Position
+from hubsync.keys import SigningKey
+from hubsync.manifest import FORMAT, Position, seal
 
 from .faults import FaultyBucket
 from .history import History
@@ -96,19 +97,30 @@ def test_behind_an_anchor_only_the_last_versions_are_kept(
 def test_the_base_and_merged_deltas_stand_in_for_single_ones(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
-    for _ in range(9):
+    for _ in range(8):
         history.publish()
     merge(history, tmp_path)
     collect(history, tmp_path)
-    assert versions(reader) == [8, 9]
+    assert versions(reader)[-2:] == [7, 8]
+    assert len(versions(reader)) < 5
     for have in [None, *history.views]:
         history.go(reader, have)
-    for _ in range(7):
+    for _ in range(8):
         history.publish()
     merge(history, tmp_path)  # of merged deltas, where single ones are gone
     collect(history, tmp_path)
     assert len(history.go(reader, None).steps) == 1
-    assert versions(reader) == [15, 16]
+    assert versions(reader)[-2:] == [15, 16]
+
+
+def test_a_run_with_fewer_versions_than_are_to_be_kept_keeps_all(
+    history: History, reader: ChainReader, tmp_path: Path
+) -> None:
+    for _ in range(4):
+        history.publish()
+    history.anchor(tmp_path / "anchor")
+    assert collect(history, tmp_path, Policy(keep_last=6, grace=0)) == []
+    assert versions(reader) == [1, 2, 3, 4]
 
 
 def test_round_numbers_the_served_version_and_the_newest_are_kept(
@@ -251,6 +263,51 @@ def test_a_damaged_memory_only_makes_the_grace_begin_anew(
     bucket.commit(Layout.GARBAGE, b"{}")
     bucket.ahead = 4000
     assert {found.wait for found in collect(history, tmp_path, policy)} == {3600}
+
+
+@pytest.mark.parametrize("mark", [True, "soon", -1e9, 1e300, float("nan"), float("inf"), [0]], ids=str)
+def test_times_that_make_no_sense_neither_delete_nor_keep(
+    bucket: LaterBucket, history: History, tmp_path: Path, mark: object
+) -> None:
+    history.publish(), history.publish()
+    history.anchor(tmp_path / "anchor")
+    policy = Policy(keep_last=1, grace=3600)
+    paths = [path for found in collect(history, tmp_path, policy) for path in found.paths]
+    bucket.commit(Layout.GARBAGE, seal({"format": FORMAT, "since": dict.fromkeys(paths, mark)}))
+    assert {found.wait for found in collect(history, tmp_path, policy)} == {3600}
+    bucket.ahead = 4000
+    assert {found.wait for found in collect(history, tmp_path, policy)} == {0}
+
+
+def test_a_memory_that_the_key_has_not_signed_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = LocalBucket(tmp_path / "bucket", create=True)
+    history = History(SignedBucket(plain, SigningKey.generate()))
+    history.publish(), history.publish()
+    history.anchor(tmp_path / "anchor")
+    policy = Policy(keep_last=1, grace=3600)
+    found = collect(history, tmp_path, policy)
+    ripe = dict.fromkeys((path for garbage in found for path in garbage.paths), 0)
+    plain.commit(Layout.GARBAGE, seal({"format": FORMAT, "since": ripe}))
+    assert {garbage.wait for garbage in collect(history, tmp_path, policy)} == {3600}
+    assert "gc.json is not used" in caplog.text
+
+
+def test_merged_deltas_that_overlap_go_once_they_are_far_behind(
+    history: History, reader: ChainReader, tmp_path: Path
+) -> None:
+    def fours() -> list[int]:
+        merged = reader.spans(reader.manifests())
+        return [m.parent.version for m in merged if m.version - m.parent.version == 4]
+
+    for _ in range(12):
+        history.publish()
+    merge(history, tmp_path)
+    assert fours() == [0, 4, 5, 6, 7, 8]
+    for _ in range(6):
+        history.publish()
+    merge(history, tmp_path)
+    collect(history, tmp_path, Policy(keep_last=20, grace=0))
+    assert set(fours()) - {0} == {4, 8, 10, 11, 12, 13, 14}
 
 
 def test_a_storage_without_times_deletes_nothing(bucket: LaterBucket, history: History, tmp_path: Path) -> None:

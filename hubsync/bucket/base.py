@@ -16,7 +16,7 @@ What callers may rely on, whatever the implementation:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,14 @@ class Download:
     size: int
     sha256: str
     destination: Path
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What an object that was copied in holds: bytes, and their SHA-256 (hex)."""
+
+    size: int
+    sha256: str
 
 
 class Bucket(ABC):
@@ -107,6 +115,14 @@ class Bucket(ABC):
         A destination that already holds the right bytes is kept. ObjectMissing or ObjectCorrupt (after one
         more try) otherwise; files already fetched stay, no partial file remains.
         """
+
+    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
+        """Copy files of a model repository (file -> path) inside of the storage; none of their bytes pass here.
+
+        Returns path -> what is there now; None if not all files can be copied so, and then none is. Size and SHA-256
+        are what the repository states.
+        """
+        return None
 
     @abstractmethod
     def delete(self, paths: Sequence[str]) -> None:

@@ -7,20 +7,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from huggingface_hub import BucketFile, BucketFolder, HfApi, constants
-from huggingface_hub.errors import BucketBatchError
+from huggingface_hub.errors import BucketBatchError, HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from hubsync import __version__
 from hubsync.errors import BucketError, BucketUnavailable, FormatError, ObjectCorrupt, ObjectMissing
 
 from .address import HubAddress
-from .base import Bucket, Download, Stat, Upload
+from .base import Bucket, Copied, Download, Stat, Upload
 from .files import holds, temporary
 from .hub_errors import translate, translated
 from .names import checked, checked_directory, is_name
@@ -135,6 +136,24 @@ class HubBucket(Bucket):
                 "manifest states, also on the second try: it was damaged or replaced. Check the run with `hubsync "
                 "verify`; replicas can catch up from a later anchor"
             )
+
+    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
+        try:
+            found = self._api.get_paths_info(repo, list(paths), revision=revision, repo_type="model")
+        except (HfHubHTTPError, ValueError):  # not the name of a repository, not there, or not for this token
+            return None
+        files = {file.path: file for file in found if isinstance(file, RepoFile)}
+        copies, copied = [], {}
+        for name, path in paths.items():
+            file = files.get(name)
+            if file is None or file.xet_hash is None or file.lfs is None:  # only what lies in Xet storage
+                return None
+            copies.append(("model", repo, file.xet_hash, self._full(path)))
+            copied[path] = Copied(file.size, file.lfs.sha256)
+        with self._translated(f"copy {repo}"):
+            self._api.batch_bucket_files(self._at.bucket, copy=copies)
+        self._check_written({path: file.size for path, file in copied.items()})
+        return copied
 
     def delete(self, paths: Sequence[str]) -> None:
         names = [self._full(path) for path in paths]

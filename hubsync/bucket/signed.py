@@ -8,13 +8,13 @@ a document too: one cannot stand for another.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hubsync.errors import Untrusted
 from hubsync.keys import PublicKey, SigningKey
 from hubsync.manifest import SIGNATURE, canonical
 
-from .base import Bucket, Download, Stat, Upload
+from .base import Bucket, Copied, Download, Stat, Upload
 
 
 class SignedBucket(Bucket):
@@ -64,6 +64,9 @@ class SignedBucket(Bucket):
 
     def fetch(self, downloads: Sequence[Download]) -> None:
         self._bucket.fetch(downloads)
+
+    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
+        return self._bucket.copy_in(repo, revision, paths)
 
     def delete(self, paths: Sequence[str]) -> None:
         self._bucket.delete(paths)

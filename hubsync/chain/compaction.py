@@ -1,7 +1,10 @@
 """Merged deltas: one delta over several versions, so that who is far behind downloads few and small ones.
 
-Spans are aligned to powers of two: over versions (32, 34], (32, 36], (32, 40] and so on. Any stretch of k versions is
-then at most 2 log2(k) of them, and whatever changed twice within one of them is downloaded once. They are made from
+Spans are powers of two, aligned: over versions (32, 34], (32, 36], (32, 40] and so on. Any stretch of k versions is
+then at most 2 log2(k) of them, and whatever changed twice within one of them is downloaded once. Who begins or ends
+between two large ones would still go through many small ones; so near the newest version, where nearly everybody goes,
+spans overlap: a span that ends at most its own length before it also starts at each quarter of its length, one of 4 or
+8 versions anywhere. Farther back that would save little of a long way, and retention deletes these. They are made from
 the deltas' files alone, and always in the *fast* level, so they can be merged on, and undone.
 
 A compactor writes to a place of its own, which is no epoch: it fences nobody and can never be taken for a publisher.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -22,7 +26,7 @@ import torch
 from hubsync.bucket.base import Bucket, Upload
 from hubsync.manifest import Manifest, Part, Position
 from hubsync.parts import write_delta
-from hubsync.patch import Patch, changed
+from hubsync.patch import Patch, changed, compose
 
 from .layout import Layout
 from .reader import ChainReader
@@ -30,6 +34,7 @@ from .replay import View, replay
 from .ways import Step
 
 MAX_SPAN = 256  # versions
+_SHORT = 8  # versions: spans of 4 up to these may start anywhere
 _CACHE_BYTES = 4 << 30  # downloads kept while merging on
 
 Span = tuple[Manifest, ...]  # deltas that follow each other
@@ -44,9 +49,11 @@ class Compactor:
         base: the tensors of version 0. With them also *compact* deltas are merged, which are coded against the weights
             before them: a view of the whole model is then held and moved along.
         max_span: the most versions that one merged delta spans; memory is O(changes) of that.
+        patches: what is known of single deltas by who has made them, by where they lead; read in each `run`. With it
+            compact deltas are merged without weights.
 
     Attributes:
-        skipped: spans that the last `run` could not make, because they hold compact deltas and there is no `base`.
+        skipped: spans that the last `run` could not make, because they hold compact deltas, and there is no `base`.
     """
 
     def __init__(
@@ -55,12 +62,14 @@ class Compactor:
         reader: ChainReader,
         base: Mapping[str, torch.Tensor] | None = None,
         max_span: int = MAX_SPAN,
+        patches: Mapping[Position, Patch] | None = None,
     ):
         self.skipped = 0
         self._bucket = bucket
         self._reader = reader
         self._base = base
         self._max_span = max_span
+        self._patches = {} if patches is None else patches
         self._place = f"compact-{secrets.token_hex(4)}"
         self._view: View | None = None
         self._from: dict[Position, list[Manifest]] = {}  # merged deltas that exist, by where they start
@@ -77,9 +86,11 @@ class Compactor:
             if self._exists(span):
                 continue
             steps = self._steps(span)
-            if all(step.manifest.encoding == "fast" for step in steps):
-                if len(steps) > 1:
-                    yield self._commit(span, self._reader.merged(steps))
+            if len(steps) == 1 and steps[0].manifest.encoding == "fast":
+                continue
+            patch = self._merged(steps)
+            if patch is not None:
+                yield self._commit(span, patch)
             elif self._base is not None:
                 yield self._commit_from_view(span, steps)
             else:
@@ -97,6 +108,17 @@ class Compactor:
             steps.append(Step(longest))
             del remaining[: ends[longest.position]]
         return steps
+
+    def _merged(self, steps: Sequence[Step]) -> Patch | None:
+        """The steps as one patch, without weights; None if they are needed."""
+        known = {step.end: self._patches.get(step.end) for step in steps if step.manifest.kind == "delta"}
+        if any(step.manifest.encoding != "fast" and known[step.end] is None for step in steps):
+            return None
+        patch: Patch = {}
+        for step in steps:
+            delta = known.get(step.end)
+            patch = compose(patch, self._reader.patch(step.manifest) if delta is None else delta)
+        return patch
 
     def _commit_from_view(self, span: Span, steps: Sequence[Step]) -> Manifest:
         """As `_commit`, for deltas that are coded against weights; compared with the digest before it is committed."""
@@ -160,17 +182,31 @@ def due(chain: Sequence[Manifest], max_span: int) -> Iterator[Span]:
     A compact delta that is alone in its span of two is one too: as a fast delta it can be merged on. Where versions
     were left out, the span is what there is of it.
     """
+    if not chain:
+        return
+    versions = [delta.version for delta in chain]
+    oldest, newest = _start(chain).version, versions[-1]
     size = 2
-    while size <= max_span:
-        blocks: dict[int, list[Manifest]] = defaultdict(list)
-        for delta in chain:
-            blocks[(delta.version - 1) // size].append(delta)
-        for block, deltas in sorted(blocks.items()):
-            whole = _start(deltas).version <= block * size and chain[-1].version >= (block + 1) * size
-            lone = len(deltas) == 1 and not (size == 2 and deltas[0].encoding == "compact")
-            if whole and not lone:
+    while size <= min(max_span, newest):
+        for start in _starts(size, oldest, newest):
+            deltas = chain[bisect_right(versions, start) : bisect_right(versions, start + size)]
+            if not deltas or _start(deltas).version > start:
+                continue
+            if len(deltas) > 1 or (size == 2 and deltas[0].encoding == "compact"):
                 yield tuple(deltas)
         size *= 2
+
+
+def _starts(size: int, oldest: int, newest: int) -> Iterator[int]:
+    """Where spans of one size start: at its multiples, and those that end near the newest version also in between.
+
+    What was tried, with bytes, is in benchmarks/README.md.
+    """
+    step = 1 if 2 < size <= _SHORT else max(2, size // 4)
+    for start in range(-(-oldest // step) * step, newest - size + 1, step):
+        near = newest - (start + size) <= size
+        if near or start % size == 0:
+            yield start
 
 
 def chain_of(manifests: Sequence[Manifest], merged: Sequence[Manifest]) -> list[Manifest]:

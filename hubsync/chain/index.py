@@ -10,7 +10,7 @@ own, of compactors: they are shortcuts between versions that exist, and the newe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
@@ -149,10 +149,13 @@ class ChainIndex:
     def parent_of(self, delta: Manifest, *, floor: int = 0) -> Manifest | None:
         """Manifest of the version that a delta applies to; None if that is version 0, or the manifest is gone.
 
-        FormatError if the version is not the one that the delta says. `floor`: the lowest version to read ahead.
+        FormatError if the version is not the one that the delta says, unless the delta is a merged one: that is only
+        a shortcut, and what is wrong with it must not block a way past it. `floor`: the lowest version to read ahead.
         """
         position = delta.parent
         assert position is not None  # the parser guarantees it for deltas
+        if delta.kind == "merged":
+            return self._delta_to(position)
         if delta.parent_epoch is None:
             if position != self._run.origin:
                 raise FormatError(f"{Layout.manifest(delta)}: its version 0 is not the one of run.json")
@@ -189,18 +192,30 @@ class ChainIndex:
         found = (self._manifests.get(Layout.delta(epoch, position.version)) for epoch in epochs)
         return next((delta for delta in found if delta is not None and delta.position == position), None)
 
+    def unreadable(self) -> dict[str, FormatError]:
+        """Names of the manifests of the last survey that nobody can use, and why."""
+        paths = [path for last in self._merged.values() for _, path in last]
+        for epoch, names in self._epochs.items():
+            paths += [Layout.delta(epoch, version) for version in names.deltas]
+            paths += [Layout.anchor(epoch, version) for version in names.anchors]
+        return self._load_what_can_be(sorted(paths))
+
     def _load_shortcuts(self, paths: Iterable[str]) -> None:
         """As `_load`, but a merged delta that is damaged or not signed is passed over: others lead there too."""
-        wanted = [path for path in paths if path not in self._ignored]
+        for path, error in self._load_what_can_be([path for path in paths if path not in self._ignored]).items():
+            logger.warning("passing over a merged delta: %s", error)
+            self._ignored.add(path)
+
+    def _load_what_can_be(self, paths: Sequence[str]) -> dict[str, FormatError]:
+        """As `_load`; the errors of those that cannot be loaded. Few reads where few are bad."""
         try:
-            self._load(wanted)
-        except FormatError:
-            for path in wanted:
-                try:
-                    self._load([path])
-                except FormatError as error:
-                    logger.warning("passing over a merged delta: %s", error)
-                    self._ignored.add(path)
+            self._load(paths)
+        except FormatError as error:
+            if len(paths) == 1:
+                return {paths[0]: error}
+            half = len(paths) // 2
+            return self._load_what_can_be(paths[:half]) | self._load_what_can_be(paths[half:])
+        return {}
 
     def _load(self, paths: Iterable[str]) -> None:
         unknown = [path for path in paths if path not in self._manifests]
@@ -210,7 +225,7 @@ class ChainIndex:
             try:
                 manifest = Manifest.loads(data)
             except FormatError as error:
-                raise FormatError(f"{path}: {error}") from None
+                raise type(error)(f"{path}: {error}") from None
             self._check(manifest, path)
             self._manifests[path] = manifest
 

@@ -7,6 +7,7 @@ head is older than what it has seen, and when a version asked for is not there.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -26,6 +27,8 @@ from hubsync.weights import Advanced
 from .index import ChainIndex, read_head
 from .layout import Layout
 from .ways import Plan, Step, Ways
+
+logger = logging.getLogger(__name__)
 
 REPLANS = 2  # how often another way is looked for when objects of the first one are gone
 
@@ -132,13 +135,18 @@ class ChainReader:
 
         Also where the deltas that they merge have been deleted.
         """
-        known = {manifest.position for manifest in manifests}
+        known = {manifest.position for manifest in manifests} | {self.run().origin}
         known |= {manifest.parent for manifest in manifests if manifest.parent is not None}
+        numbers = {position.version for position in known}
         found = []
         for merged in reversed(self._index.merged(0, MAX_VERSION)):
-            if merged.position in known:
-                assert merged.parent is not None  # the parser guarantees it
-                known.add(merged.parent)
+            parent = merged.parent
+            assert parent is not None  # the parser guarantees it
+            if parent.version in numbers and parent not in known:
+                logger.warning("passing over %s: the run has no such %s", Layout.manifest(merged), parent)
+            elif merged.position in known:
+                known.add(parent)
+                numbers.add(parent.version)
                 found.append(merged)
         return found[::-1]
 

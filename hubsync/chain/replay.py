@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from hubsync.bits import TORCH_DTYPES, advance, bits_of
-from hubsync.digest import digest_change, digest_view, tensor_seed
+from hubsync.digest import Digest, digest_change, digest_view, tensor_seed
 from hubsync.errors import NoPath, WrongParent
 from hubsync.manifest import Position
 from hubsync.parts import open_anchor
@@ -37,32 +37,38 @@ class View:
         }
         self.bits = ViewBits(table, self.tensors)
         self._digest = digest_view(table, self.tensors)
-        self._move(position)
+        self._require(self._digest, position)
+        self.position = position
 
     def apply(self, patch: Patch, step: Step) -> None:
-        """Make a step, whose manifest's decoded delta is `patch`. WrongParent if it starts or ends elsewhere."""
+        """Make a step, whose manifest's decoded delta is `patch`.
+
+        WrongParent, and nothing has changed, if it starts or ends elsewhere.
+        """
         if step.start != self.position:
             raise WrongParent(f"the step to {step.end} applies to {step.start}, not to {self.position}")
-        digest = self._digest
+        digest, writes = self._digest, []
         for index, delta in (invert(patch) if step.inverse else patch).items():
             spec = self.table[index]
             bits = bits_of(self.tensors[spec.name])
             old = bits[delta.indices]
             new = advance(old, delta.diffs)
-            bits[delta.indices] = new
+            writes.append((bits, delta.indices, new))
             digest += digest_change(tensor_seed(spec.name), delta.indices, old, new)
-        self._digest = digest
-        self._move(step.end)
+        self._require(digest, step.end)
+        for bits, indices, new in writes:
+            bits[indices] = new
+        self._digest, self.position = digest, step.end
 
     def verify(self) -> None:
         """Recompute the digest from the tensors. WrongParent if it is not the one of `position`."""
         self._digest = digest_view(self.table, self.tensors)
-        self._move(self.position)
+        self._require(self._digest, self.position)
 
-    def _move(self, position: Position) -> None:
-        if self._digest.hex != position.digest:
-            raise WrongParent(f"the weights have digest {self._digest.hex}, but {position} has {position.digest}")
-        self.position = position
+    @staticmethod
+    def _require(digest: Digest, position: Position) -> None:
+        if digest.hex != position.digest:
+            raise WrongParent(f"the weights have digest {digest.hex}, but {position} has {position.digest}")
 
 
 def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:

@@ -3,7 +3,7 @@
 Kept are the newest version, the one to serve, and those that the policy asks for; each with a way to it from an anchor,
 or from the base checkpoint where there is no anchor before it, so that whoever joins, or finds the deltas after its own
 version gone, comes to every kept version. A version that is kept keeps its own delta, so whoever follows goes on with
-deltas.
+deltas. Between kept versions are kept the merged deltas that a compactor would make today.
 
 An object is deleted only after it has been seen unneeded for a grace period, by the storage's clock: somebody may be
 downloading it. `gc.json` remembers since when. Manifests go before their parts, so that no manifest that is still there
@@ -13,6 +13,7 @@ write that.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket, Stat
 from hubsync.errors import BucketError, FormatError, NoPath
-from hubsync.manifest import FORMAT, Manifest, Position, seal, unseal
+from hubsync.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Position, seal, unseal
 
+from .compaction import chain_of, due
 from .index import ChainIndex
 from .layout import Layout
 from .reader import ChainReader
 from .ways import Ways
+
+logger = logging.getLogger(__name__)
 
 _OURS = re.compile(r"epochs/(\d{8}-[0-9a-f]{8}|compact-[0-9a-f]{8})/(?:deltas|anchors|merged)/.+")
 
@@ -96,7 +100,7 @@ class Collector:
         now = self._now(marks)
         garbage = self._garbage(self._stats(), marks, now)
         ripe = [found for found in garbage if found.wait == 0]
-        marks = {path: marks.get(path, now) for found in garbage for path in found.paths}
+        marks = {path: min(marks.get(path, now), now) for found in garbage for path in found.paths}
         self._remember(marks)  # also so that parts are known as garbage if this ends before they are deleted
         if self._reader.served() != served:
             return self.collect()  # somebody has rolled back meanwhile
@@ -117,7 +121,7 @@ class Collector:
         chain = self._reader.manifests()
         kept, reasons = self._kept(chain, stats, now)
         lost = self._lost(manifests, stats)
-        needed = self._needed(index, manifests, kept, lost)
+        needed = self._needed(index, manifests, kept, lost, self._shortcuts(chain))
         found = [
             self._describe(manifest, reasons, stats)
             for manifest in manifests
@@ -134,7 +138,7 @@ class Collector:
         policy, reader = self._policy, self._reader
         always = {reader.newest(), reader.served()}
         positions = list(dict.fromkeys(manifest.position for manifest in chain))
-        last = set(positions[len(positions) - policy.keep_last :] if policy.keep_last else ())
+        last = set(positions[max(0, len(positions) - policy.keep_last) :])
         expired = {manifest.position for manifest in chain if self._has_expired(manifest, stats, now)}
         kept, reasons = set(always), {}
         for position in positions:
@@ -161,14 +165,26 @@ class Collector:
         unseen -= self._bucket.stat(sorted(unseen)).keys()  # some were written after the listing
         return {path for manifest in manifests for path, *parts in [_paths(manifest)] if unseen.intersection(parts)}
 
-    def _needed(self, index: ChainIndex, manifests: list[Manifest], kept: set[Position], lost: set[str]) -> set[str]:
+    def _shortcuts(self, chain: list[Manifest]) -> set[tuple[Position | None, Position]]:
+        """Ends of the merged deltas that a compactor would make: those that overlap are not for ever."""
+        spans = due(chain_of(chain, self._reader.spans(chain)), MAX_VERSION)
+        return {(span[0].parent, span[-1].position) for span in spans}
+
+    def _needed(
+        self,
+        index: ChainIndex,
+        manifests: list[Manifest],
+        kept: set[Position],
+        lost: set[str],
+        shortcuts: set[tuple[Position | None, Position]],
+    ) -> set[str]:
         """Names of the manifests that kept versions need."""
         deltas = {manifest.position for manifest in manifests if manifest.kind == "delta"}
         needed = set()
         for manifest in manifests:
             own = manifest.kind == "delta" or (manifest.kind == "anchor" and manifest.position not in deltas)
-            between = manifest.kind == "merged" and manifest.parent in kept
-            if manifest.position in kept and (own or between):
+            between = manifest.parent in kept and (manifest.parent, manifest.position) in shortcuts
+            if manifest.position in kept and (own or (manifest.kind == "merged" and between)):
                 needed.add(Layout.manifest(manifest))
         finder = Ways(index, self._reader.run().origin, lost)
         for position in kept:
@@ -214,7 +230,7 @@ class Collector:
         return Garbage(what, why, path, tuple(parts), _size([path, *parts], stats), 0.0)
 
     def _with_wait(self, garbage: Garbage, marks: Mapping[str, float], now: float) -> Garbage:
-        since = max(marks.get(path, now) for path in garbage.paths)
+        since = max(min(marks.get(path, now), now) for path in garbage.paths)
         wait = max(0.0, since + self._policy.grace - now)
         return Garbage(garbage.what, garbage.why, garbage.manifest, garbage.parts, garbage.nbytes, wait)
 
@@ -223,16 +239,17 @@ class Collector:
 
     def _marks(self) -> dict[str, float]:
         """Since when objects have been seen unneeded, in seconds of the storage's clock."""
-        data = self._bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
-        if data is None:
-            return {}
         try:
-            since = unseal(data, Layout.GARBAGE).get("since")
-        except FormatError:
-            return {}  # then the grace period begins anew
+            data = self._bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
+            since = {} if data is None else unseal(data, Layout.GARBAGE).get("since")
+        except FormatError as error:
+            logger.warning("%s is not used, the grace of what is unneeded begins anew: %s", Layout.GARBAGE, error)
+            return {}
         if not isinstance(since, dict):
             return {}
-        return {path: float(time) for path, time in since.items() if isinstance(time, (int, float))}
+        return {
+            path: float(time) for path, time in since.items() if type(time) in (int, float) and 0 <= time < LAST_YEAR
+        }
 
     def _remember(self, marks: Mapping[str, float]) -> None:
         document = {"format": FORMAT, "since": dict(marks), "nonce": secrets.token_hex(8)}

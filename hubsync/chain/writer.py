@@ -131,7 +131,7 @@ class ChainWriter:
         if self._newest is None:
             return position  # version 0, which is served as long as there is nothing else
         self._serving, self._head_is_behind = version, True
-        self._bucket.commit(Layout.HEAD, Head(self._newest, version).dumps())
+        self._bucket.commit(Layout.HEAD, Head(self._newest, version, time.time()).dumps())
         self._head_is_behind = False
         return position
 
@@ -219,6 +219,8 @@ class ChainWriter:
         expires: float | None = None,
     ) -> Manifest:
         """The manifest of version `next_version`, still without parts; nothing is written."""
+        if not serve:
+            self._heed_head()
         return self._manifest(
             "delta",
             Position(self._next_version, digest),
@@ -365,11 +367,26 @@ class ChainWriter:
         if self._newest is None:
             self._serving = 0
             return
-        head = _parsed(read_head(self._bucket))
-        in_order = head is not None and head.manifest.position == self._newest.position
-        self._serving = head.serve if head is not None and in_order else self._newest.served
-        if not in_order:
+        said = self._said_by_head(self._newest)
+        self._serving = self._newest.served if said is None else said
+        if said is None:
             self._write_head()
+
+    def _heed_head(self) -> None:
+        """What is saved without serving it repeats which version is to be served: somebody may have said another."""
+        if self._newest is None or self._head_is_behind:
+            return
+        try:
+            said = self._said_by_head(self._newest)
+        except BucketError:  # then what we know stays
+            return
+        if said is not None:
+            self._serving = said
+
+    def _said_by_head(self, newest: Manifest) -> int | None:
+        """Which version a head in order says is to be served."""
+        head = _parsed(read_head(self._bucket))
+        return head.serve if head is not None and head.manifest.position == newest.position else None
 
 
 def _parsed(head: bytes | None) -> Head | None:

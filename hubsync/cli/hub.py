@@ -7,6 +7,7 @@ import signal
 import threading
 from typing import Any
 
+from hubsync.errors import ConfigError
 from hubsync.localhub import LocalHub
 
 _DEFAULT_PORT = 8418
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted or terminated."""
+    if not args.root.strip():
+        raise ConfigError("--root must name a directory, such as ./hub")
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())

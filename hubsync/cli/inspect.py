@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
-from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest
+from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest, Position
 from hubsync.parts import open_anchor, write_anchor
 
 from .keys import add_public_key, public_key
@@ -31,7 +32,7 @@ _ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
 
 def add_parser(subparsers: Any) -> None:
     ls = _command(subparsers, "ls", list_versions, "list the versions of a run")
-    ls.add_argument("--limit", type=int, metavar="N", help="only the newest N")
+    ls.add_argument("--limit", type=_count, metavar="N", help="only the newest N")
 
     show = _command(subparsers, "show", show_version, "print the manifest of a version")
     show.add_argument("version", type=_version, metavar="N", help="number of the version, as `hubsync ls` lists it")
@@ -88,28 +89,36 @@ def verify_run(args: argparse.Namespace) -> int:
         manifests = _with_merged(reader)
         base = _base(args, reader)
         view = None if base is None else View(reader.run().table, base, reader.run().origin)
-        checked = 0
-        for manifest in manifests:
-            after = _verify(reader, manifest, view)
-            view = after or view
-            if after is not None:
-                print(f"ok       {manifest.kind:6} {manifest.position}")
-                checked += 1
-            else:
-                reader.fetch(manifest)
-                print(f"unproven {manifest.kind:6} {manifest.position}: files intact, needs --base to be replayed")
+        left: list[Manifest] = []
+        for _, group in groupby(manifests, lambda manifest: manifest.version):
+            unproven = []
+            for manifest in group:
+                after = _verify(reader, manifest, view)
+                view = after or view
+                if after is None:
+                    unproven.append(manifest)
+            # Where the version before is gone, an anchor of this one, or a merged delta to it, may prove it backwards.
+            left += [manifest for manifest in unproven if _verify(reader, manifest, view) is None]
+        reached = _reached(manifests, reader.run().origin)
+        cut = [manifest for manifest in left if manifest.parent not in reached]
+        for manifest in left:
+            reader.fetch(manifest)
+            why = "what it applies to has been deleted" if manifest in cut else "needs --base to be replayed"
+            print(f"unproven {manifest.kind:6} {manifest.position}: files intact, {why}")
+    checked = len(manifests) - len(left)
     print(f"{checked} of {len(manifests)} replayed bit for bit, {len(manifests)} with intact files")
-    return 0 if checked == len(manifests) else 1
+    return 0 if left == cut else 1
 
 
 def pull_version(args: argparse.Namespace) -> int:
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    out = args.out.resolve()  # "new/.." is no place to write to before there is a "new"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{args.out} is not empty: choose another directory")
     with ExitStack() as stack:
         reader = _reader(args, stack)
         base = _base(args, reader)
         view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
-        _write_checkpoint(args.out, view, _side_files(reader, args.base))
+        _write_checkpoint(out, view, _side_files(reader, args.base))
     print(f"wrote {view.position} to {args.out}")
     return 0
 
@@ -128,6 +137,12 @@ def _command(subparsers: Any, name: str, run: Any, summary: str) -> argparse.Arg
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, metavar="DIR", help="local copy of the run's base model (version 0)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of versions, at least 1, not {text}")
+    return int(text)
 
 
 def _version(text: str) -> int:
@@ -165,30 +180,43 @@ def _base(args: argparse.Namespace, reader: ChainReader) -> Mapping[str, torch.T
 
 
 def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
-    """The view at `manifest`, replayed and compared; None if nothing before it leads there."""
-    if manifest.kind == "anchor":
-        anchor = View(reader.run().table, open_anchor(reader.fetch(manifest), reader.run().table), manifest.position)
-        if view is None or view.position != manifest.position:
-            return anchor
-        view.verify()
-        return view
-    if manifest.kind == "merged":
-        return _verify_merged(reader, manifest, view)
-    if view is None or view.position != manifest.parent:
-        return None
-    view.apply(reader.patch(manifest, view.bits), Step(manifest))
+    """The view at `manifest`, replayed and compared; None if that is not possible from `view`."""
+    after = (
+        _verify_anchor(reader, manifest, view) if manifest.kind == "anchor" else _verify_delta(reader, manifest, view)
+    )
+    if after is not None:
+        print(f"ok       {manifest.kind:6} {manifest.position}")
+    return after
+
+
+def _verify_anchor(reader: ChainReader, manifest: Manifest, view: View | None) -> View:
+    anchor = View(reader.run().table, open_anchor(reader.fetch(manifest), reader.run().table), manifest.position)
+    if view is None or view.position != manifest.position:
+        return anchor
+    view.verify()
     return view
 
 
-def _verify_merged(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
-    """From its end back to its start and forth again, as both have digests; or forth, where only it leads on."""
-    if view is None or view.position not in (manifest.position, manifest.parent):
+def _verify_delta(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
+    """From its start to its end; or from its end back and forth again, as both have digests."""
+    if view is not None and view.position == manifest.parent:
+        view.apply(reader.patch(manifest, view.bits), Step(manifest))
+        return view
+    if view is None or view.position != manifest.position or manifest.encoding != "fast":
         return None
     patch = reader.patch(manifest)
-    if view.position == manifest.position:
-        view.apply(patch, Step(manifest, inverse=True))
+    view.apply(patch, Step(manifest, inverse=True))
     view.apply(patch, Step(manifest))
     return view
+
+
+def _reached(manifests: list[Manifest], origin: Position) -> set[Position]:
+    """Where deltas lead from version 0, for who has a copy of the base model."""
+    reached = {origin}
+    for manifest in manifests:
+        if manifest.parent in reached:
+            reached.add(manifest.position)
+    return reached
 
 
 def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
@@ -204,7 +232,7 @@ def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
 
 def _write_checkpoint(out: Path, view: View, side_files: list[Path]) -> None:
     """Beside `out` first, so that `out` is complete once it exists."""
-    parent = out.absolute().parent
+    parent = out.parent
     parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}-"))
     try:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import compact, demo, doctor, follow, gc, hub, inspect, keys
+from . import compact, demo, doctor, follow, gc, hub, inspect, keys, repair, serve
 
-COMMANDS = (demo, doctor, follow, hub, inspect, compact, gc, keys)
+COMMANDS = (demo, doctor, follow, hub, inspect, serve, compact, gc, repair, keys)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

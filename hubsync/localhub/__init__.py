@@ -96,6 +96,14 @@ class LocalHub:
         """Requests so far that count against the API rate limit of the real Hub (tokens included)."""
         return sum(count for route, count in self._server.counts.items() if "/api/buckets/" in route)
 
+    def add_model(self, repo: str, bucket: str, sha256: Mapping[str, str]) -> None:
+        """Have a model repository `repo` with files that lie in a bucket, of which only names and hashes can be read.
+
+        Args:
+            sha256: path in the bucket, and in the repository -> SHA-256 (hex) of the file. KeyError if it is not there.
+        """
+        self._store.add_model(repo, bucket, sha256)
+
     def fail(
         self,
         match: str,

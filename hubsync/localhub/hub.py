@@ -10,11 +10,11 @@ import re
 import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode
 
 from .access import Access
 from .server import HttpError, Reply, Request, Route
-from .store import BucketRow, FileRow, Store, timestamp
+from .store import BucketRow, FileRow, ModelFile, Store, timestamp
 
 USER = "me"  # who every accepted token belongs to, and what the client calls the namespace of the current user
 
@@ -52,6 +52,7 @@ class BucketApi:
             Route("POST", bucket + "/batch", self.batch),
             Route("GET", bucket + "/xet-read-token", self.read_token),
             Route("GET", bucket + "/xet-write-token", self.write_token),
+            Route("POST", "/api/models/{namespace}/{name}/paths-info/{revision}", self.model_paths_info),
             Route("HEAD", "/buckets/{namespace}/{name}/resolve/{path}", self.resolve),
         ]
 
@@ -114,6 +115,15 @@ class BucketApi:
             raise HttpError(400, f"paths must be a list of at most {_MAX_PATHS} strings")
         rows = (self._store.file(bucket.id, path) for path in paths)
         return Reply([_entry(row) for row in rows if row is not None])
+
+    def model_paths_info(self, request: Request, namespace: str, name: str, revision: str) -> Reply:
+        """Files of a model repository, all of which are large files in Xet storage, the same at every revision."""
+        self._access.require_hub(request)
+        files = self._store.model(f"{namespace}/{name}")
+        if not files:
+            raise HttpError(404, "Repository not found", "RepoNotFound")
+        paths = parse_qs(request.body.decode()).get("paths", [])
+        return Reply([_model_entry(files[path]) for path in paths if path in files])
 
     def batch(self, request: Request, namespace: str, name: str) -> Reply:
         """Operations one by one, each on its own: what fails is listed, what works is done. Not a transaction."""
@@ -187,13 +197,19 @@ class BucketApi:
         content = operation.get("xetHash")
         if not isinstance(content, str) or not _HASH.fullmatch(content):
             return "Invalid xetHash"
-        if kind == "copyFile" and not self._store.holds(str(operation.get("sourceRepoId")), content):
+        if kind == "copyFile" and not self._source_holds(operation, content):
             return f"Source has no file with hash {content}"
         mtime, type_ = operation.get("mtime"), operation.get("contentType")
         mtime = mtime if type(mtime) is int else int(time.time() * 1000)
         if not self._store.write_file(bucket, path, content, mtime, type_ if isinstance(type_, str) else None):
             return f"Xet file {content} not found"
         return None
+
+    def _source_holds(self, operation: dict[str, Any], content: str) -> bool:
+        source = str(operation.get("sourceRepoId"))
+        if operation.get("sourceRepoType") == "model":
+            return any(file.hash == content for file in self._store.model(source).values())
+        return self._store.holds(source, content)
 
 
 def _operation(line: bytes) -> dict[str, Any]:
@@ -237,6 +253,11 @@ def _entry(row: FileRow) -> dict[str, Any]:
         "mtime": timestamp(row.mtime),
         "uploadedAt": row.uploaded,
     }
+
+
+def _model_entry(file: ModelFile) -> dict[str, Any]:
+    lfs = {"oid": file.sha256, "size": file.size, "pointerSize": 135}
+    return {"type": "file", "path": file.path, "size": file.size, "oid": "0" * 40, "lfs": lfs, "xetHash": file.hash}
 
 
 def _info(row: BucketRow) -> dict[str, Any]:

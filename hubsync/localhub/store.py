@@ -7,7 +7,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
@@ -22,6 +22,8 @@ create table if not exists secret (value text);
 create table if not exists bucket (id text primary key, private int, created text, updated text);
 create table if not exists file (bucket text, path text, hash text, size int, mtime int, uploaded text, type text,
                                  primary key (bucket, path)) without rowid;
+create table if not exists model (id text, path text, hash text, size int, sha256 text,
+                                  primary key (id, path)) without rowid;
 create table if not exists content (hash text primary key, size int, segments text) without rowid;
 create table if not exists xorb (hash text primary key, chunks text) without rowid;
 create table if not exists chunk (hash text primary key, shard text) without rowid;
@@ -46,6 +48,14 @@ class FileRow:
     mtime: int  # milliseconds since 1970
     uploaded: str
     type: str | None
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    path: str
+    hash: str
+    size: int
+    sha256: str
 
 
 _FILE = "path, hash, size, mtime, uploaded, type"
@@ -141,6 +151,19 @@ class Store:
             before = self._db.total_changes
             self._rows("delete from file where bucket = ? and path = ?", bucket, path)
             return self._db.total_changes > before
+
+    def add_model(self, model: str, bucket: str, sha256: Mapping[str, str]) -> None:
+        """A model repository of files of a bucket; KeyError if one is not there."""
+        for path, digest in sha256.items():
+            file = self.file(bucket, path)
+            if file is None:
+                raise KeyError(path)
+            self._rows("insert or replace into model values (?, ?, ?, ?, ?)", model, path, file.hash, file.size, digest)
+
+    def model(self, model: str) -> dict[str, ModelFile]:
+        """Path -> file; empty if there is no such repository."""
+        rows = self._rows("select path, hash, size, sha256 from model where id = ?", model)
+        return {row[0]: ModelFile(*row) for row in rows}
 
     def holds(self, bucket: str, content: str) -> bool:
         """Whether some path of the bucket has this content."""

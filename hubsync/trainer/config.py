@@ -24,6 +24,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "anchor_every": (int,),
     "anchor_fraction": (int, float),
     "anchor_at_close": (bool,),
+    "compaction": (bool,),
     "servers": (Sequence,),
     "quorum": (int,),
     "stage_timeout": (int, float),
@@ -85,7 +86,7 @@ class SyncConfig:
             Where the copy of the published weights is held that changes are found against: `"model"` (beside each
             parameter) or `"cpu"` (saves accelerator memory, but moves the whole model at every publish).
 
-        > Parameters that control anchors
+        > Parameters that control anchors and merged deltas
 
         anchor_every (`int`, *optional*, defaults to `0`):
             Upload the whole model after every so many versions, so that servers without the base checkpoint, or far
@@ -96,6 +97,9 @@ class SyncConfig:
             models.
         anchor_at_close (`bool`, *optional*, defaults to `False`):
             Whether to upload the whole model when the engine is closed.
+        compaction (`bool`, *optional*, defaults to `False`):
+            Whether to merge deltas between publishes, in the background of rank 0, so that a server far behind
+            downloads few of them: what `hubsync compact --watch` does elsewhere.
 
         > Parameters that control the inference servers
 
@@ -189,7 +193,7 @@ class SyncConfig:
         },
     )
 
-    # Parameters that control anchors
+    # Parameters that control anchors and merged deltas
     anchor_every: int = field(
         default=0,
         metadata={
@@ -206,6 +210,13 @@ class SyncConfig:
     )
     anchor_at_close: bool = field(
         default=False, metadata={"help": "Whether to upload the whole model when the engine is closed."}
+    )
+    compaction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to merge deltas between publishes, in the background, so that a server far behind "
+            "downloads few of them."
+        },
     )
 
     # Parameters that control the inference servers

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
@@ -29,6 +28,8 @@ from hubsync.patch import Patch, invert
 from hubsync.table import TensorTable
 from hubsync.weights import ViewBits, digest_after
 
+from .basecopy import copy_base, local_copy
+from .compacting import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
 from .detection import Detected, Detector, Snapshot, live_tensors, published_tensors, table_of
 from .division import divided
@@ -303,6 +304,8 @@ class DeltaWeightTransferEngine:
             anchor_fraction=self.config.anchor_fraction,
             catch_up=lambda position: _bytes_from(bucket, position),
             announce=self._announce,
+            copy_base=lambda draft: copy_base(bucket, writer.run, draft, self._write_side_files),
+            compactor=BackgroundCompactor(bucket) if self.config.compaction and self.ranks.rank == 0 else None,
             ranks=self.ranks,
             division=division,
         )
@@ -463,7 +466,7 @@ def _base_of(model: torch.nn.Module, config: SyncConfig, table: TensorTable, dig
     Nowhere, if that is not what the model holds now: it may have been trained since, or loaded from elsewhere.
     """
     base = _stated_base(model, config)
-    directory = None if base.model is None else _local_copy(base)
+    directory = None if base.model is None else local_copy(base)
     if directory is None:
         return base
     try:
@@ -489,16 +492,6 @@ def _stated_base(model: torch.nn.Module, config: SyncConfig) -> Base:
         return Base(str(Path(name).resolve()))
     commit = getattr(source, "_commit_hash", None)
     return Base(name, commit) if commit is not None else Base()
-
-
-def _local_copy(base: Base) -> Path | None:
-    """Directory of the base checkpoint, if it is on this machine."""
-    if base.model is not None and Path(base.model).is_dir():
-        return Path(base.model)
-    try:
-        return Path(snapshot_download(str(base.model), revision=base.revision, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or not the name of a repository
-        return None
 
 
 def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from hubsync.patch import Patch, changed
 from hubsync.weights import ViewBits
 
 from .anchors import write_own_files
+from .compacting import BackgroundCompactor
 from .detection import Detected, Detector
 from .joint import JointWriter
 from .level import LevelChooser
@@ -134,6 +135,8 @@ class Publisher:
         anchor_fraction: commit an anchor once catching up from the last one costs more than this fraction of its bytes;
             0 for never.
         catch_up: bytes that catching up from a position costs; asked in the background, when deltas alone cost more.
+        copy_base: makes the parts of an anchor of version 0 without an upload; None if that is not possible.
+        compactor: merges deltas between publishes; None on other ranks than 0, and where nobody wants that.
         announce: called in the background with every version that has become durable, on rank 0.
         ranks: those of the training thread. `begin`, `submit` and `anchor` are called by all of them, in one order.
         division: rank -> what it owns of each tensor.
@@ -150,6 +153,8 @@ class Publisher:
         anchor_fraction: float,
         catch_up: Callable[[Position], int],
         announce: Callable[[Position], None],
+        copy_base: Callable[[Manifest], tuple[Part, ...] | None],
+        compactor: BackgroundCompactor | None,
         ranks: Ranks,
         division: Sequence[Sequence[Shard]],
     ):
@@ -166,6 +171,8 @@ class Publisher:
         self._anchored_at = writer.position  # of an older run's last anchor nothing is known
         self._bytes_since_anchor = 0
         self._announce = announce
+        self._copy_base = copy_base
+        self._compactor = compactor
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-publisher")
@@ -200,7 +207,7 @@ class Publisher:
         Args:
             serve: let replicas serve the version; else it is only saved.
         """
-        self._last = Ticket(self._thread.submit(self._publish, detected, step, name, detect_s, serve))
+        self._last = Ticket(self._thread.submit(self._publish_first, detected, step, name, detect_s, serve))
         if (
             self._anchor_every or self._anchor_fraction
         ):  # a job of its own: the version is durable, and its ticket done, before the anchor
@@ -240,7 +247,18 @@ class Publisher:
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
-        return self._commit_anchor(self._ranks, at, step, name, serve)
+        is_base = at == self.writer.position == self.writer.run.origin
+        copied = self._commit_copy(at, step, name, serve) if is_base else None
+        return copied or self._commit_anchor(self._ranks, at, step, name, serve)
+
+    def _commit_copy(self, at: Position, step: int | None, name: str | None, serve: bool) -> Manifest | None:
+        """Commit an anchor of version 0 that the storage has copied from the base model; None if it cannot."""
+        draft = self.writer.draft_anchor(self._ranks, at=at, step=step, name=name, serve=serve)
+        parts = self._ranks.first(lambda: self._copy_base(draft))
+        if parts is None:
+            return None
+        self._anchored = self.writer.commit(self._ranks, draft, parts)
+        return self._anchored
 
     def _commit_anchor(
         self, ranks: Ranks, at: Position, step: int | None, name: str | None, serve: bool = True
@@ -265,6 +283,8 @@ class Publisher:
     def close(self) -> None:
         """Wait for the thread to end; errors of its last job are not raised here."""
         self._thread.shutdown(wait=True)
+        if self._compactor is not None:
+            self._compactor.close()
 
     def publish_patch(self, patch: Patch, digest: str, *, name: str | None = None) -> Manifest:
         """Commit a patch of the current position, after which the view is the snapshot. In the calling thread.
@@ -274,6 +294,17 @@ class Publisher:
         writer, ranks = self.writer, self._ranks
         draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), name=name)
         return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
+
+    def _publish_first(
+        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool
+    ) -> Published:
+        """`_publish`, before anything else is merged."""
+        if self._compactor is None:
+            return self._publish(detected, step, name, detect_s, serve)
+        with self._compactor.held():
+            published = self._publish(detected, step, name, detect_s, serve)
+        self._compactor.add(published.position, detected.patch if published.encoding == "compact" else None)
+        return published
 
     def _publish(
         self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool

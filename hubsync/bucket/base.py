@@ -15,6 +15,7 @@ What callers may rely on, whatever the implementation:
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ class Bucket(ABC):
         A destination that already holds the right bytes is kept. ObjectMissing or ObjectCorrupt (after one
         more try) otherwise; files already fetched stay, no partial file remains.
         """
+
+    def now(self) -> float:
+        """Seconds since 1970 by the storage's clock; a directory has that of this machine."""
+        return time.time()
 
     @abstractmethod
     def delete(self, paths: Sequence[str]) -> None:

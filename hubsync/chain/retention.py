@@ -134,7 +134,7 @@ class Collector:
         policy, reader = self._policy, self._reader
         always = {reader.newest(), reader.served()}
         positions = list(dict.fromkeys(manifest.position for manifest in chain))
-        last = set(positions[len(positions) - policy.keep_last :] if policy.keep_last else ())
+        last = set(positions[max(0, len(positions) - policy.keep_last) :])
         expired = {manifest.position for manifest in chain if self._has_expired(manifest, stats, now)}
         kept, reasons = set(always), {}
         for position in positions:

@@ -22,6 +22,8 @@ PROTOCOL = 1  # of the worker methods `hubsync_*`
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
 
+_LONGEST_WAIT_S = 1e6  # some days; waiting functions take no infinity
+
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
@@ -167,6 +169,21 @@ def checked_url(url: str) -> str:
     if not valid:
         raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
     return url.rstrip("/")
+
+
+def checked_seconds(what: str, seconds: float, *, zero: bool = False) -> float:
+    """A time to wait. ConfigError for what is no number of seconds, or so many that nobody waits for it.
+
+    Args:
+        zero: may it be 0?
+    """
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds <= _LONGEST_WAIT_S or (seconds == 0 and not zero):
+        least = "0 or more" if zero else "more than 0"
+        raise ConfigError(
+            f"{what} must be a number of seconds, {least} and at most {_LONGEST_WAIT_S:g}, not {seconds!r}"
+        )
+    return seconds
 
 
 def new_session(url: str) -> requests.Session:

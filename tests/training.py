@@ -30,7 +30,7 @@ from hubsync.trainer import engine as engine_module
 from hubsync.trainer.publisher import Publisher
 from tests.faults import FaultyBucket
 
-_PATIENCE = 120.0  # seconds that a loaded machine may need; far less than the half hour after which gloo gives up
+_PATIENCE = 300.0  # seconds that a loaded machine may need; far less than the half hour after which gloo gives up
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.training"])

@@ -394,6 +394,10 @@ def test_settings_that_make_no_sense_are_refused(new_syncer: Syncers, options: d
     assert not (tmp_path / "bucket").exists()
 
 
+def test_a_config_that_is_printed_does_not_tell_the_token() -> None:
+    assert "hf_secret" not in repr(SyncConfig(bucket="/runs/a", token="hf_secret"))
+
+
 # --- training state
 
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import shutil
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -25,9 +22,11 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, NoPath, ReplicaError, RunMismatch
 from hubsync.manifest import Position
-from hubsync.replica.deployment import Deployment, ReplicaReport
+from hubsync.replica.deployment import Deployment, HotloadReport, ReplicaReport
+from hubsync.replica.server import checked_seconds
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
+from hubsync.trainer.training_state import TrainingStates
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A named position; `expires` is of `time.monotonic()`, None for never."""
+    """A named position; `expires` is in seconds since 1970, None for never."""
 
     position: Position
     expires: float | None = None
@@ -50,16 +49,20 @@ class WeightSyncer:
     A name given by the user is made unique with the session, which is this object: `step-5` becomes `step-5-1a2b3c4d`.
     The full name stands in the version's manifest, so other sessions can hot-load it too.
 
+    Under torch.distributed every rank makes one, and calls the same methods in the same order. They all return or raise
+    the same; rank 0 speaks to the servers.
+
     Args:
         model: the model being trained; see [`DeltaWeightTransferEngine`].
         optimizer: its optimizer, or None.
         config: settings of the engine. Its `servers` must be empty: the deployment is what is pushed to.
-        deployment: the servers; None if all of them follow the bucket by themselves (`hubsync follow`).
+        deployment: the servers; None if all of them follow the bucket by themselves (`hubsync follow`). That of rank 0
+            counts.
         first_checkpoint_type: what the first snapshot of the session is: `"base"`, uploaded whole, or `"delta"`.
         compression_format: level of the codec, see `SyncConfig.encoding`; default is the config's.
         hotload_timeout: seconds that servers have for a hot-load.
-        dcp_directory: where `save_dcp` writes.
-        dcp_timeout: seconds that `save_dcp` may take.
+        dcp_directory: where `save_dcp` writes; a disk that all ranks reach.
+        dcp_timeout: seconds that a rank may take to write there.
         warmup_after_hotload: whether to have every server generate a token after a hot-load.
         warmup_max_retries: how often that is tried again.
 
@@ -96,14 +99,15 @@ class WeightSyncer:
         _require_type(first_checkpoint_type)
         if config.servers:
             raise ConfigError("a WeightSyncer pushes to its deployment: leave SyncConfig.servers empty")
-        self.session = secrets.token_hex(4)
+        checked_seconds("hotload_timeout", hotload_timeout)
+        checked_seconds("dcp_timeout", dcp_timeout)
+        if not isinstance(warmup_max_retries, int) or warmup_max_retries < 0:
+            raise ConfigError(f"warmup_max_retries must be 0 or a number of tries, not {warmup_max_retries!r}")
         self.deployment = deployment
         self._model = model
         self._optimizer = optimizer
         self._next_type = first_checkpoint_type
         self._hotload_timeout = hotload_timeout
-        self._dcp_directory = Path(dcp_directory)
-        self._dcp_timeout = dcp_timeout
         self._warmup = warmup_after_hotload
         self._warmup_max_retries = warmup_max_retries
         self._snapshots: dict[str, _Snapshot] = {}
@@ -111,8 +115,13 @@ class WeightSyncer:
         self.engine = DeltaWeightTransferEngine(
             model, optimizer, replace(config, encoding=compression_format or config.encoding)
         )
+        self._ranks = self.engine.ranks
+        self.session = self._ranks.first(lambda: secrets.token_hex(4))
+        self._is_pushing = self._ranks.first(lambda: deployment is not None)
+        self._states = TrainingStates(Path(dcp_directory), self._ranks, dcp_timeout)
         self._cache = tempfile.TemporaryDirectory(prefix="hubsync-syncer-")
         self._reader = ChainReader(open_bucket(config.bucket, token=config.token), self._cache.name)
+        self._is_closed = False
 
     # --- saving and hot-loading ---------------------------------------------------------------------
 
@@ -137,7 +146,8 @@ class WeightSyncer:
         """Save a snapshot that nobody moves to before it is hot-loaded.
 
         Args:
-            ttl: seconds for which the name can be hot-loaded. The version itself stays, as a link of the chain.
+            ttl: seconds for which the name can be hot-loaded. Then `hubsync gc` may delete the version, unless it is
+                the newest, is served, or later ones rest on it.
 
         Returns:
             the snapshot's full name; None if it could not be saved: the next one will hold its changes.
@@ -167,20 +177,20 @@ class WeightSyncer:
     def save_dcp(self, name: str) -> bool:
         """Save model and optimizer with `torch.distributed.checkpoint`, so that training can go on from there.
 
-        The directory `dcp_directory/name` holds the keys `model` and `optimizer`, as `get_state_dict` makes them; it
-        appears once it is complete. False if it failed or took longer than `dcp_timeout`.
+        The directory `dcp_directory/name` holds the keys `model` and `optimizer`, as `get_state_dict` makes them, of
+        all ranks; it appears once it is complete, and takes the place of an older one of this name. False if it failed
+        or took longer than `dcp_timeout`: the log says why.
         """
-        _require_name(name)
-        done: list[bool] = []
-        deadline = time.monotonic() + self._dcp_timeout
-        thread = threading.Thread(
-            target=lambda: done.append(self._write_dcp(name, deadline)), name="hubsync-dcp", daemon=True
-        )
-        thread.start()
-        thread.join(self._dcp_timeout)
-        if thread.is_alive():
-            logger.warning("%s was not saved in %g s", name, self._dcp_timeout)
-        return done == [True]
+        self._ranks.together(lambda: self._require_usable(name))
+        steps = self.engine.steps
+        try:
+            self._states.save(name, self._model, self._optimizer)
+        except HubsyncError as error:
+            logger.warning("%s was not saved: %s", name, error)
+            return False
+        finally:
+            self.engine.steps = steps  # torch may have stepped an optimizer that was new
+        return True
 
     # --- the deployment -----------------------------------------------------------------------------
 
@@ -189,6 +199,10 @@ class WeightSyncer:
 
         What they serve is taken as what the next delta has to lead on from.
         """
+        return self._ranks.first(self._check_deployment_state)
+
+    def _check_deployment_state(self) -> str | None:
+        self._require_open()
         reports = self._replicas()
         positions = {report.position for report in reports}
         self._loaded = positions.pop() if len(positions) == 1 else None
@@ -198,6 +212,12 @@ class WeightSyncer:
 
     def wait_for_hotload_ready(self, timeout_s: float = 600.0, poll_interval_s: float = 5.0) -> bool:
         """Return True once the servers can take a hot-load; False if too few could after `timeout_s`."""
+        checked_seconds("timeout_s", timeout_s, zero=True)
+        checked_seconds("poll_interval_s", poll_interval_s)
+        return self._ranks.first(lambda: self._wait_for_hotload_ready(timeout_s, poll_interval_s))
+
+    def _wait_for_hotload_ready(self, timeout_s: float, poll_interval_s: float) -> bool:
+        self._require_open()
         if self.deployment is None:
             return True
         deadline = time.monotonic() + timeout_s
@@ -212,13 +232,16 @@ class WeightSyncer:
                     return False
                 time.sleep(min(poll_interval_s, remaining))
 
-    def close(self) -> None:
-        """End the session. The servers serve on."""
+    def close(self, leave_serving: bool = True) -> None:
+        """End the session. The servers serve on, unless `leave_serving` is False: see `Deployment.close`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             self.engine.close()
         finally:
             if self.deployment is not None:
-                self.deployment.close()
+                self.deployment.close(leave_serving=leave_serving)
             self._cache.cleanup()
 
     def __enter__(self) -> WeightSyncer:
@@ -232,21 +255,33 @@ class WeightSyncer:
     # --- saving -------------------------------------------------------------------------------------
 
     def _save(self, name: str, checkpoint_type: str | None, ttl: float | None, serve: bool) -> str:
-        _require_name(name)
-        kind = _require_type(checkpoint_type or self._next_type)
-        full = f"{name}-{self.session}"
-        if full in self._snapshots:
-            raise ConfigError(f"this session has saved {name} already: choose another name")
-        position = self._publish(full, serve)
+        full, kind = self._ranks.together(lambda: self._full_name(name, checkpoint_type))
+        position, expires = self._publish(full, serve, ttl), None if ttl is None else time.time() + ttl
         if kind == "base":
             self.engine.anchor(name=full)
         self._next_type = "delta"
-        self._snapshots[full] = _Snapshot(position, None if ttl is None else time.monotonic() + ttl)
+        self._warn_of_earlier_end(full, position, expires)
+        self._snapshots[full] = _Snapshot(position, expires)
         return full
 
-    def _publish(self, name: str, serve: bool) -> Position:
+    def _full_name(self, name: str, checkpoint_type: str | None) -> tuple[str, str]:
+        self._require_usable(name)
+        kind = _require_type(self._next_type if checkpoint_type is None else checkpoint_type)
+        full = f"{name}-{self.session}"
+        if full in self._snapshots:
+            raise ConfigError(f"this session has saved {name} already: choose another name")
+        return full, kind
+
+    def _publish(self, name: str, serve: bool, ttl: float | None) -> Position:
         """Make what has changed a version. Followers stay where they are unless `serve`."""
-        return self.engine.publish(name=name, serve=serve).result().position
+        return self.engine.publish(name=name, serve=serve, ttl=ttl).result().position
+
+    def _warn_of_earlier_end(self, name: str, position: Position, expires: float | None) -> None:
+        """A version says itself when it expires; a second name of it, when nothing has changed, does not."""
+        for other, snapshot in self._snapshots.items():
+            end = snapshot.expires
+            if snapshot.position == position and end is not None and (expires is None or expires > end):
+                logger.warning("%s is the same version as %s, and expires with it", name, other)
 
     def _serve(self, position: Position) -> None:
         """Let followers have this position."""
@@ -255,34 +290,56 @@ class WeightSyncer:
     # --- hot-loading --------------------------------------------------------------------------------
 
     def _hotload(self, name: str) -> None:
-        position = self._find(name)
-        self._require_lineage(position)
-        if self.deployment is not None:
-            self._push(self.deployment, position, name)
+        position = self._ranks.first(lambda: self._checked(name))
+        if self._is_pushing:
+            self._push(position, name)
         self._serve(position)
         self._loaded = position
-        if self.deployment is not None and self._warmup:
-            self.deployment.warm_up(self._warmup_max_retries)
+        if self._is_pushing and self._warmup:
+            self._ranks.first(lambda: self._servers.warm_up(self._warmup_max_retries))
 
-    def _push(self, deployment: Deployment, position: Position, name: str) -> None:
-        report = deployment.hotload(position, timeout=self._hotload_timeout)
+    def _checked(self, name: str) -> Position:
+        """The position of a snapshot that can be hot-loaded."""
+        self._require_open()
+        position = self._find(name)
+        self._require_lineage(position)
+        return position
+
+    def _push(self, position: Position, name: str) -> None:
+        report = self._bring(position)
         lost = next((replica.error for replica in report.replicas if isinstance(replica.error, NoPath)), None)
         if lost is not None and position == self.engine.position:
             logger.warning("saving %s whole, because a server has no other way to it: %s", name, lost)
             self.engine.anchor(name=name)
-            report = deployment.hotload(position, timeout=self._hotload_timeout)
+            report = self._bring(position)
         report.raise_for_quorum()
 
+    def _bring(self, position: Position) -> HotloadReport:
+        return self._ranks.first(lambda: self._servers.hotload(position, timeout=self._hotload_timeout))
+
+    @property
+    def _servers(self) -> Deployment:
+        assert self.deployment is not None, "rank 0 has it"
+        return self.deployment
+
     def _find(self, name: str) -> Position:
-        snapshot = self._snapshots.get(name)
+        snapshot = self._snapshots.get(name) or self._find_in_run(name)
         if snapshot is None:
-            named = (manifest.position for manifest in reversed(self._reader.manifests()) if manifest.name == name)
-            snapshot = next((_Snapshot(position) for position in named), None)
-        if snapshot is None:
-            raise NoPath(f"the run has no snapshot {name}: a full name ends with its session, as `hubsync ls` shows it")
-        if snapshot.expires is not None and time.monotonic() > snapshot.expires:
+            raise NoPath(
+                f"the run has no snapshot {name!s:.300}: a full name ends with its session, as `hubsync ls` shows it"
+            )
+        if snapshot.expires is not None and time.time() > snapshot.expires:
             raise NoPath(f"{name} was saved to be hot-loaded for a time that is over")
         return snapshot.position
+
+    def _find_in_run(self, name: str) -> _Snapshot | None:
+        """The newest snapshot of this name. A version's delta says when it expires, an anchor of it does not."""
+        named = [manifest for manifest in self._reader.manifests() if manifest.name == name]
+        if not named:
+            return None
+        position = named[-1].position
+        expires = (manifest.expires for manifest in named if manifest.position == position)
+        return _Snapshot(position, next((end for end in expires if end is not None), None))
 
     def _require_lineage(self, position: Position) -> None:
         """The run must hold this very position, and a way to it from the snapshot that was loaded before."""
@@ -300,33 +357,13 @@ class WeightSyncer:
         others = (manifest.name for manifest in self._reader.manifests() if manifest.position == position)
         return next(mine, None) or next(others, None)
 
-    # --- training state -----------------------------------------------------------------------------
+    def _require_usable(self, name: str) -> None:
+        self._require_open()
+        _require_name(name)
 
-    def _write_dcp(self, name: str, deadline: float) -> bool:
-        import torch.distributed.checkpoint as dcp
-
-        self._dcp_directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=self._dcp_directory, prefix=f".{name}-"))
-        try:
-            dcp.save(self._training_state(), checkpoint_id=staging, no_dist=True)
-            if time.monotonic() > deadline:  # training goes on: what is written late may be torn
-                return False
-            shutil.rmtree(self._dcp_directory / name, ignore_errors=True)
-            staging.rename(self._dcp_directory / name)
-        except Exception as error:
-            logger.warning("%s was not saved: %s: %s", name, type(error).__name__, error)
-            return False
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        return True
-
-    def _training_state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
-
-        if self._optimizer is None:
-            return {"model": get_model_state_dict(self._model)}
-        model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer}
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this session is closed: make a new WeightSyncer, it continues the run")
 
 
 def _require_type(checkpoint_type: str) -> str:
@@ -336,5 +373,7 @@ def _require_type(checkpoint_type: str) -> str:
 
 
 def _require_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is not a name: letters, digits, and . _ - after the first of them, at most 200")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r:.300} is not a name: letters, digits, and . _ - after the first of them, at most 200"
+        )

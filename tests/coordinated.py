@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -89,8 +88,7 @@ def _rank(root: str, number: int, size: int, calls: Connection) -> None:
     def save(name: str, step: int, is_state_dict: bool = False) -> None:
         coordinator.save_async(name, lambda: _ended(where / f"{number}-{name}"), step, is_state_dict)
 
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PATIENCE))
-    coordinator = CheckpointCoordinator(commit, group=group)
+    coordinator = CheckpointCoordinator(commit)
     while True:
         method, args, kwargs = calls.recv()
         try:

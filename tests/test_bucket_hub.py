@@ -66,9 +66,17 @@ def test_each_method_makes_the_stated_number_of_api_calls(
         "list": calls(local_hub, lambda: hub_bucket.list("deltas", recursive=False)),
         "fetch": calls(local_hub, lambda: hub_bucket.fetch(gets)),
         "delete": calls(local_hub, lambda: hub_bucket.delete(list(parts))),
+        "now": calls(local_hub, hub_bucket.now),
     }
     assert measured == HubBucket.API_CALLS
     assert HubBucket.API_CALLS["stat"] == 1  # the idle poll
+
+
+def test_the_time_is_the_hubs(hub_bucket: HubBucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's clock says."""
+    date = "Thu, 26 Nov 2026 00:00:00 GMT"
+    monkeypatch.setattr("http.server.BaseHTTPRequestHandler.date_time_string", lambda *_: date)
+    assert hub_bucket.now() == 1795651200.0
 
 
 def test_a_publish_makes_at_most_nine_api_calls(hub_bucket: HubBucket, local_hub: LocalHub) -> None:

@@ -811,9 +811,26 @@ def test_who_joins_can_ask_for_a_fresh_head(bucket: FaultyBucket, tmp_path: Path
     assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position
     head = Head.loads(bucket.read([Layout.HEAD])[Layout.HEAD])
     bucket.commit(Layout.HEAD, dataclasses.replace(head, written=head.written - 100).dumps())
-    with pytest.raises(HeadTooOld, match="was written 100 s ago"):
+    with pytest.raises(HeadTooOld, match=r"was written 10[01] s ago"):
         ChainReader(bucket, tmp_path / "c", max_head_age=60).newest()
     assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position, "it has joined before"
-    bucket.commit(Layout.HEAD, dataclasses.replace(head, written=head.written + 1000).dumps())
-    with pytest.raises(HeadTooOld, match="in the future: set the clocks right"):
-        ChainReader(bucket, tmp_path / "d", max_head_age=60).newest()
+
+
+def test_the_age_of_a_head_is_told_by_the_storages_clock(
+    bucket: FaultyBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(ChainWriter.create(bucket, RUN))
+    written = bucket.stat([Layout.HEAD])[Layout.HEAD].modified
+    assert written is not None
+    monkeypatch.setattr(bucket, "now", lambda: written + 100, raising=False)
+    with pytest.raises(HeadTooOld, match=r"was written 10[01] s ago"):
+        ChainReader(bucket, tmp_path / "b", max_head_age=60).newest()
+
+
+def test_a_head_that_was_moved_is_new(bucket: FaultyBucket, tmp_path: Path) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    newest = commit(writer)
+    writer.serve(1)
+    reader = ChainReader(bucket, tmp_path / "cache", max_head_age=60)
+    assert (reader.served().version, reader.newest()) == (1, newest.position)

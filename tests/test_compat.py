@@ -33,6 +33,16 @@ def worker(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(vllm_config=SimpleNamespace(**settings), model_runner=runner, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("wrong", ["soon", "0", "-5", "nan", "inf", [], ""])
+def test_a_head_age_that_is_none_is_refused_rather_than_forgotten(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = {"hubsync": {"bucket": "/runs/a", "max_head_age": wrong}}
+    with pytest.raises(ConfigError, match="HUBSYNC_MAX_HEAD_AGE"):
+        compat.host_of(worker(additional_config=pinned), Alone())
+    monkeypatch.setenv("HUBSYNC_BUCKET", "/runs/a")
+    monkeypatch.setenv("HUBSYNC_MAX_HEAD_AGE", "90")
+    assert compat.host_of(worker(), Alone()).max_head_age == 90.0
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HUBSYNC_BUCKET", raising=False)

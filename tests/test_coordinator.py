@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubsync.errors import CheckpointFailed
+from hubsync.errors import CheckpointFailed, ConfigError
 from hubsync.trainer.coordinator import CheckpointCoordinator
 
 from .coordinated import Rank, commits, job
@@ -256,6 +256,34 @@ def test_an_error_of_the_training_loop_is_not_replaced_by_one_of_a_save() -> Non
 
     with pytest.raises(KeyError, match="loop"):
         train()
+
+
+def test_a_commit_that_wants_to_end_the_process_is_an_error_like_any() -> None:
+    def commit(step: int, is_state_dict: bool) -> None:
+        raise SystemExit(3)
+
+    coordinator = CheckpointCoordinator(commit)
+    coordinator.register_and_monitor(1)
+    with pytest.raises(CheckpointFailed, match=r"the commit failed: SystemExit\(3\)"):
+        coordinator.wait_all()
+    coordinator.close()
+
+
+def test_waiting_and_closing_twice_is_fine_and_a_closed_coordinator_takes_nothing() -> None:
+    coordinator = CheckpointCoordinator(Commits())
+    coordinator.save_async("model", done, 1)
+    coordinator.register_and_monitor(1, checkpoint_thread_count=1)
+    for end in (coordinator.wait_all, coordinator.close) * 2:
+        end()
+    for call in (
+        lambda: coordinator.save_async("model", done, 2),
+        lambda: coordinator.save_sync(done, 2),
+        lambda: coordinator.register_and_monitor(2),
+    ):
+        with pytest.raises(ConfigError, match="closed"):
+            call()
+    with pytest.raises(ConfigError, match="no numbers of saves"):
+        CheckpointCoordinator(Commits()).register_and_monitor(1, state_dict_thread_count=-1)
 
 
 parts = st.lists(

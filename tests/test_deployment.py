@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from hubsync.errors import ConfigError, NoPath, ReplicaBehind, ReplicaRefused, ReplicaUnreachable
+from hubsync.errors import ConfigError, NoPath, ReplicaBehind, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.manifest import Position
 from hubsync.replica.deployment import Deployment
 
@@ -276,8 +277,60 @@ def test_closing_leaves_the_servers_serving_unless_told_otherwise(
     assert [server.position for server in servers] == [NEXT] * 3
 
 
-def test_a_deployment_needs_servers_and_a_quorum_among_them() -> None:
-    with pytest.raises(ConfigError, match="at least one server"):
-        Deployment([])
-    with pytest.raises(ConfigError, match="at most the 1 servers"):
-        Deployment(["http://one"], quorum=2)
+@pytest.mark.parametrize(
+    ("servers", "options", "says"),
+    [
+        ([], {}, "at least one server"),
+        ("http://one", {}, "at least one server"),
+        (["one:8000"], {}, "not the URL"),
+        (["http://one", "http://one/"], {}, "named twice"),
+        (["http://one"], {"quorum": 2}, "at most the 1 servers"),
+        (["http://one"], {"quorum": -1}, "quorum"),
+        (["http://one"], {"quorum": 0.5}, "quorum"),
+        (["http://one"], {"request_timeout": 0}, "request_timeout"),
+        (["http://one"], {"request_timeout": float("nan")}, "request_timeout"),
+        (["http://one"], {"kv_cache": "drop"}, "kv_cache"),
+    ],
+)
+def test_a_deployment_needs_servers_each_once_and_settings_that_make_sense(
+    servers: Any, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Deployment(servers, **options)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "1m", None])
+def test_a_time_to_wait_must_be_one(servers: list[StandIn], deployment: Deployment, timeout: Any) -> None:
+    with pytest.raises(ConfigError, match="number of seconds"):
+        deployment.hotload(NEXT, timeout=timeout)
+    with pytest.raises(ConfigError, match="number of seconds"):
+        deployment.wait_ready(timeout)
+    assert [server.calls for server in servers] == [[]] * 3
+
+
+def test_without_time_to_wait_nobody_is_waited_for(deployment: Deployment) -> None:
+    report = deployment.hotload(NEXT, timeout=0)
+    assert all(replica.commit is not None or replica.error is not None for replica in report.replicas)
+
+
+def test_a_url_may_end_with_a_slash(servers: list[StandIn]) -> None:
+    made = Deployment([servers[0].url + "/"])
+    made.hotload(NEXT).raise_for_quorum()
+    assert [replica.url for replica in made.status()] == [servers[0].url]
+    made.close()
+
+
+def test_a_closed_deployment_says_so(deployment: Deployment) -> None:
+    deployment.close()
+    deployment.close()
+    for call in (lambda: deployment.hotload(NEXT), lambda: deployment.signal(NEXT), deployment.status):
+        with pytest.raises(ConfigError, match="make a new one"):
+            call()
+
+
+def test_a_server_without_a_model_is_no_bare_error(servers: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = StandIn.answer
+    empty = lambda self, path, body: (200, {"data": []}) if path == "/v1/models" else answer(self, path, body)  # noqa: E731
+    monkeypatch.setattr(StandIn, "answer", empty)
+    with pytest.raises(ReplicaUnsuitable, match="does not answer like a vLLM server"):
+        Deployment([servers[0].url]).warm_up(retries=0)

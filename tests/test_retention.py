@@ -139,6 +139,17 @@ def test_round_numbers_the_served_version_and_the_newest_are_kept(
     assert reader.served().version == 5
 
 
+@pytest.mark.parametrize("keep_last", [3, 4, 5, 7, 100])
+def test_more_versions_than_there_are_may_be_kept(
+    history: History, reader: ChainReader, tmp_path: Path, keep_last: int
+) -> None:
+    for _ in range(3):
+        history.publish()
+    history.anchor(tmp_path / "anchor")
+    assert collect(history, tmp_path, Policy(keep_last=keep_last, grace=0)) == []
+    assert versions(reader) == [1, 2, 3]
+
+
 def test_what_has_expired_is_not_kept_for_its_number(history: History, reader: ChainReader, tmp_path: Path) -> None:
     history.publish()
     history.publish(expires=1.0)

@@ -255,6 +255,34 @@ def test_a_server_without_metrics_is_told_to_have_them_or_a_fixed_window() -> No
         Load.parse("python_info 1.0\n")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "null",
+        "[]",
+        "[" * 100_000,
+        "{",
+        '{"choices": []}',
+        '{"choices": [{}]}',
+        '{"choices": [{"token_ids": ["a"]}]}',
+    ],
+)
+def test_an_answer_that_is_none_is_an_error_in_the_end(
+    replica: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    server = replica()
+    monkeypatch.setattr(server, "_sample", lambda *_, **__: (200, answer))
+    with pytest.raises(ReplicaUnreachable, match="failed 2 times"):
+        run(samples_of(server, attempts=2, k=1, prompts=[[1]]))
+
+
+def test_metrics_that_are_garbage_are_told_as_what_is_wrong_with_the_replica(replica: Callable[..., StandIn]) -> None:
+    server = replica(waiting="many")
+    with pytest.raises(ReplicaUnreachable, match="that is no number: many"):
+        run(samples_of(server, patience=0.2))
+
+
 # --- windows
 
 
@@ -416,7 +444,74 @@ def test_closing_ends_who_still_waits_with_an_error(replica: Callable[..., Stand
     run(check())
 
 
-def test_the_same_replica_twice_is_refused() -> None:
-    for replicas in ([], ["http://a", "http://a"]):
-        with pytest.raises(ConfigError, match="each once"):
-            Sampler(replicas)
+def test_a_closed_sampler_is_not_opened_again(replica: Callable[..., StandIn]) -> None:
+    async def check() -> None:
+        sampler = Sampler([replica().url])
+        await sampler.close()
+        async with sampler:
+            pass
+
+    with pytest.raises(ConfigError, match="make a new one"):
+        run(check())
+
+
+@pytest.mark.parametrize(
+    ("replicas", "says"),
+    [
+        ([], "at least one server"),
+        ("http://a", "at least one server"),
+        (["a:8000"], "not the URL"),
+        ([None], "not the URL"),
+        (["http://a", "http://a/"], "named twice"),
+    ],
+)
+def test_replicas_are_urls_each_once(replicas: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Sampler(replicas)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 0},
+        {"window": "8"},
+        {"attempts": 0},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+        {"patience": -1},
+        {"poll_s": 0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="|".join(options)):
+        Sampler(["http://a"], **options)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "k", "sampling", "says"),
+    [
+        ("hello", 1, {}, "prompts must be a list"),
+        ([[1], None], 1, {}, "a prompt is a text"),
+        ([["one"]], 1, {}, "a prompt is a text"),
+        ([[1]], -1, {}, "k must be"),
+        ([[1]], 1.5, {}, "k must be"),
+        ([[1]], 1, {"n": 4}, "n cannot be chosen"),
+        ([[1]], 1, {"seed": "one"}, "seed must be"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_before_it_is_sent(
+    replica: Callable[..., StandIn], prompts: Any, k: Any, sampling: dict[str, Any], says: str
+) -> None:
+    server = replica()
+
+    async def check() -> None:
+        async with Sampler([server.url]) as sampler:
+            await anext(sampler.sample(prompts, k, **sampling))
+
+    with pytest.raises(ConfigError, match=says):
+        run(check())
+    assert server.samples_asked == 0
+
+
+def test_no_samples_of_no_prompts(replica: Callable[..., StandIn]) -> None:
+    assert run(samples_of(replica(), k=0)) == run(samples_of(replica(), prompts=[])) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 import sys
 import time
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from hubsync import SyncConfig, WeightSyncer
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
+from hubsync.cli.main import main
 from hubsync.errors import (
     BucketUnavailable,
     ConfigError,
@@ -27,6 +29,7 @@ from hubsync.errors import (
 )
 from hubsync.manifest import Manifest, Position
 from hubsync.replica.deployment import Deployment
+from hubsync.trainer.training_state import state_of
 
 from .standin import StandIn
 from .test_trainer import Tiny, train
@@ -171,9 +174,11 @@ def test_a_name_is_used_once_in_a_session_and_by_every_session(
     with pytest.raises(ConfigError, match="saved a already"):
         syncer.save_only("a")
     assert new_syncer().save_only("a") is not None
-    for name in ("", "../a", "a b", "x" * 300):
+    for name in ("", "..", "../a", "a/b", "a b", "a\n", "été", "\u202ea", "x" * 10_000, None, 7):
         with pytest.raises(ConfigError, match="is not a name"):
-            syncer.save_only(name)
+            syncer.save_only(name)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="is not a name"):
+            syncer.save_dcp(name)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="checkpoint_type"):
         syncer.save_only("c", "whole")
 
@@ -187,6 +192,51 @@ def test_an_unknown_name_and_one_whose_time_is_over_are_not_hot_loaded(
     assert not syncer.hotload(str(name))
     assert "time that is over" in caplog.text
     assert syncer.hotload(str(syncer.save_only("b", ttl=1000.0)))
+
+
+def test_what_was_saved_for_a_time_is_deleted_after_it_unless_others_need_it(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    def gc() -> list[int]:
+        assert main(["gc", str(tmp_path / "bucket"), "--keep-last", "9", "--grace", "0s"]) == 0
+        return [manifest.version for manifest in manifests(tmp_path) if manifest.kind == "delta"]
+
+    for name, kind, ttl in [("a", "base", None), ("b", "delta", 0.0), ("c", "delta", None), ("d", "base", None)]:
+        train(model, optimizer)
+        syncer.save_only(name, kind, ttl)
+        assert gc() == [manifest.version for manifest in manifests(tmp_path) if manifest.kind == "delta"], "needed"
+    train(model, optimizer)
+    name = syncer.save_only("e", "delta", ttl=0.0)
+    train(model, optimizer)
+    syncer.save_and_hotload("f", "base")
+    assert gc() == [1, 2, 3, 4, 6], "3 is reached through 2, 6 has an anchor"
+    assert not syncer.hotload(str(name))
+
+
+def test_every_session_knows_for_how_long_a_name_can_be_hot_loaded(
+    syncer: WeightSyncer, new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer
+) -> None:
+    train(model, optimizer)
+    over = syncer.save_only("over", "base", ttl=0.0)
+    train(model, optimizer)
+    good = syncer.save_only("good", "base", ttl=1000.0)
+    other = new_syncer()
+    assert not other.hotload(str(over))
+    assert other.hotload(str(good))
+
+
+def test_a_second_name_of_a_version_that_expires_is_warned_of(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(model, optimizer)
+    first, second = syncer.save_only("a", ttl=10.0), syncer.save_only("b")
+    assert f"{second} is the same version as {first}, and expires with it" in caplog.text
+
+
+@pytest.mark.parametrize("ttl", [-1.0, float("nan"), float("inf"), "1h", True])
+def test_a_time_to_live_that_is_none_is_refused(syncer: WeightSyncer, ttl: Any) -> None:
+    with pytest.raises(ConfigError, match="ttl"):
+        syncer.save_only("a", ttl=ttl)
 
 
 # --- what goes wrong
@@ -251,7 +301,7 @@ def test_a_snapshot_that_the_run_does_not_hold_is_refused_before_a_server_is_ask
 ) -> None:
     train(model, optimizer)
     saved = syncer.engine.publish().result().position
-    monkeypatch.setattr(syncer, "_publish", lambda name, serve: Position(saved.version, "0" * 32))
+    monkeypatch.setattr(syncer, "_publish", lambda name, serve, ttl: Position(saved.version, "0" * 32))
     with pytest.raises(RunMismatch, match="another trainer"):
         syncer.save_and_hotload("a", "delta")
     assert servers[0].calls == []
@@ -305,7 +355,82 @@ def test_a_session_without_a_deployment_saves_for_followers(
         WeightSyncer(model, optimizer, SyncConfig(bucket=str(tmp_path / "other"), servers=["http://one"]))
 
 
+@pytest.mark.parametrize("leave_serving", [True, False])
+def test_the_end_of_a_session_leaves_the_servers_serving_unless_told_otherwise(
+    syncer: WeightSyncer, servers: list[StandIn], leave_serving: bool
+) -> None:
+    syncer.hotload(str(syncer.save_only("a")))
+    syncer.close(leave_serving=leave_serving)
+    syncer.close()
+    assert [server.paused for server in servers] == [not leave_serving] * 2
+    for call in (
+        lambda: syncer.save_and_hotload("b"),
+        lambda: syncer.save_only("b"),
+        lambda: syncer.hotload(f"a-{syncer.session}"),
+        lambda: syncer.save_dcp("b"),
+        syncer.check_deployment_state,
+        syncer.wait_for_hotload_ready,
+    ):
+        with pytest.raises(ConfigError, match="closed"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hotload_timeout": 0},
+        {"hotload_timeout": float("nan")},
+        {"dcp_timeout": float("inf")},
+        {"dcp_timeout": "1h"},
+        {"warmup_max_retries": -1},
+        {"warmup_max_retries": 1.5},
+        {"first_checkpoint_type": "whole"},
+        {"compression_format": "zip"},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(new_syncer: Syncers, options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"timeout|warmup_max_retries|checkpoint_type|encoding"):
+        new_syncer(**options)
+    assert not (tmp_path / "bucket").exists()
+
+
+def test_a_config_that_is_printed_does_not_tell_the_token() -> None:
+    assert "hf_secret" not in repr(SyncConfig(bucket="/runs/a", token="hf_secret"))
+
+
 # --- training state
+
+
+def test_saving_a_state_before_the_first_step_changes_nothing_of_the_training(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    untouched = copy.deepcopy(model)
+    assert syncer.save_dcp("start")
+    assert syncer.engine.steps == 0
+    restored = Tiny()
+    restored_optimizer = torch.optim.AdamW(restored.parameters(), lr=1e-3)
+    state = state_of(restored, restored_optimizer)
+    dcp.load(state, checkpoint_id=tmp_path / "dcp" / "start", no_dist=True)
+    set_state_dict(restored, restored_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    fresh = torch.optim.AdamW(untouched.parameters(), lr=1e-3)
+    for trained, its_optimizer in ((model, optimizer), (restored, restored_optimizer), (untouched, fresh)):
+        torch.manual_seed(1)
+        train(trained, its_optimizer)
+    for name, tensor in untouched.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+        assert torch.equal(tensor, restored.state_dict()[name]), name
+
+
+def test_a_state_is_replaced_by_a_newer_one_of_its_name(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        train(model, optimizer)
+        assert syncer.save_dcp("latest")
+    state = state_of(Tiny(), None)
+    dcp.load(state, checkpoint_id=tmp_path / "dcp" / "latest", no_dist=True)
+    assert all(torch.equal(state["model"][name], tensor) for name, tensor in model.state_dict().items())
+    assert [path.name for path in (tmp_path / "dcp").iterdir()] == ["latest"]
 
 
 def test_training_goes_on_from_a_saved_state_exactly(

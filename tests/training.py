@@ -1,18 +1,20 @@
 """Ranks of one training as real processes that speak gloo, each with a model of its own and an engine.
 
-What a rank does is a function `scenario(rank, address) -> value`; a test gets the values of all ranks, or what they
-raised.
+What a rank does is a function `scenario(rank, address) -> value`; a test gets the values of all ranks.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from hubsync.trainer import engine as engine_module
 from hubsync.trainer.publisher import Publisher
 from tests.faults import FaultyBucket
 
-_PATIENCE = 120.0  # seconds that a loaded machine may need; far less than the half hour after which gloo gives up
+_PATIENCE = 300.0  # seconds that a loaded machine may need; far less than the half hour after which gloo gives up
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.training"])
@@ -159,14 +161,17 @@ def faulty_bucket() -> list[FaultyBucket]:
 
 
 def run(ranks: int, scenario: Callable[..., Any], address: Path, *args: Any) -> list[Any]:
-    """Run a scenario on so many ranks; what each returned, or its traceback or exit code."""
+    """Run a scenario on so many ranks; what each returned, or the exit code of one that died.
+
+    An exception of any rank, or silence of all, ends them all, and fails with what they have said and printed.
+    """
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as directory:
         for rank in range(ranks):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
                 target=_rank,
-                args=(sender, rank, ranks, f"{directory}/store", scenario, str(address), args),
+                args=(sender, rank, ranks, directory, scenario, str(address), args),
                 daemon=True,
             )
             process.start()
@@ -174,7 +179,7 @@ def run(ranks: int, scenario: Callable[..., Any], address: Path, *args: Any) -> 
             pipes.append(receiver)
             processes.append(process)
         try:
-            return [_result(pipe, process) for pipe, process in zip(pipes, processes, strict=True)]
+            return _results(pipes, processes, Path(directory))
         finally:
             for process in processes:
                 process.kill()
@@ -182,23 +187,57 @@ def run(ranks: int, scenario: Callable[..., Any], address: Path, *args: Any) -> 
 
 
 def _rank(
-    messages: Connection, rank: int, ranks: int, store: str, scenario: Callable[..., Any], address: str, args: Any
+    messages: Connection, rank: int, ranks: int, directory: str, scenario: Callable[..., Any], address: str, args: Any
 ) -> None:
+    with _printed(Path(directory), rank).open("wb") as printed:
+        for stream in (1, 2):
+            os.dup2(printed.fileno(), stream)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
     try:
         messages.send_bytes(pickle.dumps(scenario(rank, address, *args)))  # torch would send tensors as handles
     except Exception:
-        messages.send_bytes(pickle.dumps(traceback.format_exc()))
+        messages.send_bytes(pickle.dumps(_Raised(traceback.format_exc())))
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """What a scenario ended with instead of a value."""
+
+    trace: str
+
+
+def _results(pipes: list[Connection], processes: list[Any], directory: Path) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + _PATIENCE
+    while len(results) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {list(waiting.values())} say nothing for {_PATIENCE:g} s\n{_all_printed(directory)}"
+        for pipe in ready:
+            rank = waiting[pipe]  # type: ignore[index]
+            results[rank] = _result(pipe, processes[rank])  # type: ignore[arg-type]
+            if isinstance(results[rank], _Raised):
+                raise AssertionError(f"rank {rank} raised\n{results[rank].trace}\n{_all_printed(directory)}")
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _result(pipe: Connection, process: Any) -> Any:
-    assert pipe.poll(_PATIENCE), f"a rank says nothing for {_PATIENCE} seconds"
     try:
         return pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         return process.exitcode
+
+
+def _printed(directory: Path, rank: int) -> Path:
+    return directory / f"printed-{rank}"
+
+
+def _all_printed(directory: Path) -> str:
+    return "\n".join(
+        f"--- {path.name}:\n{path.read_text(errors='replace')[-4000:]}" for path in sorted(directory.glob("printed-*"))
+    )
 
 
 def _train_plain_dtensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

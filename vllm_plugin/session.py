@@ -70,6 +70,7 @@ class Host:
         hints: what the server knows of its layout.
         dense_fallback: may tensors that cannot be followed in place be loaded whole?
         public_key: documents of the run that it has not signed are refused; None takes all.
+        max_head_age: see `ChainReader`.
     """
 
     models: tuple[torch.nn.Module, ...]
@@ -81,6 +82,7 @@ class Host:
     hints: Hints = field(default_factory=Hints)
     dense_fallback: bool = False
     public_key: PublicKey | None = None
+    max_head_age: float | None = None
 
 
 @dataclass
@@ -390,7 +392,8 @@ class Session:
         started = time.perf_counter()
         try:
             host = self._find_host()
-            reader = ChainReader(open_bucket(host.bucket, key=host.public_key), host.cache)
+            bucket = open_bucket(host.bucket, key=host.public_key)
+            reader = ChainReader(bucket, host.cache, max_head_age=host.max_head_age)
             run = reader.run()
             masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
             applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)

@@ -15,6 +15,7 @@ What callers may rely on, whatever the implementation:
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,10 @@ class Bucket(ABC):
         are what the repository states.
         """
         return None
+
+    def now(self) -> float:
+        """Seconds since 1970 by the storage's clock; a directory has that of this machine."""
+        return time.time()
 
     @abstractmethod
     def delete(self, paths: Sequence[str]) -> None:

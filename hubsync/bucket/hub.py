@@ -9,13 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from huggingface_hub import BucketFile, BucketFolder, HfApi, constants
 from huggingface_hub.errors import BucketBatchError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+)
 
 from hubsync import __version__
 from hubsync.errors import BucketError, BucketUnavailable, FormatError, ObjectCorrupt, ObjectMissing
@@ -68,6 +75,7 @@ class HubBucket(Bucket):
         "list": 1,
         "fetch": 2,
         "delete": 1,
+        "now": 1,
     }
 
     def __init__(
@@ -154,6 +162,17 @@ class HubBucket(Bucket):
             self._api.batch_bucket_files(self._at.bucket, copy=copies)
         self._check_written({path: file.size for path, file in copied.items()})
         return copied
+
+    def now(self) -> float:
+        url = f"{self._api.endpoint}/api/buckets/{self._at.bucket}"
+        with self._translated("read the time"):
+            date = get_session().get(url, headers=build_hf_headers(token=self._api.token)).headers.get("Date", "")
+        try:
+            return parsedate_to_datetime(date).timestamp()
+        except ValueError:
+            raise BucketError(
+                f"{self._api.endpoint} does not tell the time: its answer has the Date {date!r}"
+            ) from None
 
     def delete(self, paths: Sequence[str]) -> None:
         names = [self._full(path) for path in paths]

@@ -56,6 +56,9 @@ class SignedBucket(Bucket):
     def put(self, uploads: Sequence[Upload]) -> None:
         self._bucket.put(uploads)
 
+    def now(self) -> float:
+        return self._bucket.now()
+
     def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
         return self._bucket.stat(paths)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -42,7 +41,8 @@ class ChainReader:
         bucket: the run's prefix.
         cache_dir: downloaded parts are kept below `cache_dir/<run id>/`, under the names they have in the bucket; and
             beside it, what was the newest version: no reader with this cache ever takes an older one for the newest.
-        max_head_age: seconds; a reader that knows nothing of the run yet refuses an older head (HeadTooOld).
+        max_head_age: seconds of the storage's clock; a reader that knows nothing of the run yet refuses an older head
+            (HeadTooOld).
     """
 
     def __init__(self, bucket: Bucket, cache_dir: str | os.PathLike[str], *, max_head_age: float | None = None):
@@ -350,15 +350,22 @@ class ChainReader:
     def _require_fresh(self, head: Head | None) -> None:
         if self._max_head_age is None:
             return
-        age = None if head is None else time.time() - head.written
-        if age is None or abs(age) > self._max_head_age:
+        age = None if head is None else self._age(head)
+        if age is None or age > self._max_head_age:
             what = "there is none" if age is None else f"it was written {age:.0f} s ago"
-            if age is not None and age < 0:
-                what = f"by the clock of this host it was written {-age:.0f} s in the future: set the clocks right"
             raise HeadTooOld(
                 f"the head of {self._bucket.address} must not be older than {self._max_head_age:g} s, and {what}: is "
                 "the trainer running? Allow more, or wait for its next version"
             )
+
+    def _age(self, head: Head) -> float:
+        """Seconds since it was written, as its writer says; or as the storage does, if a writer's clock is ahead.
+
+        An old head that somebody put back is new to the storage, and old to who signed it.
+        """
+        stat = self._bucket.stat([Layout.HEAD]).get(Layout.HEAD)
+        times = [head.written, *([stat.modified] if stat is not None and stat.modified is not None else [])]
+        return self._bucket.now() - min(times)
 
     def _position(self, manifest: Manifest | None) -> Position:
         return self.run().origin if manifest is None else manifest.position

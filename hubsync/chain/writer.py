@@ -233,7 +233,13 @@ class ChainWriter:
         )
 
     def draft_anchor(
-        self, *, at: Position, step: int | None = None, name: str | None = None, serve: bool = True
+        self,
+        *,
+        at: Position,
+        step: int | None = None,
+        name: str | None = None,
+        serve: bool = True,
+        expires: float | None = None,
     ) -> Manifest:
         """The manifest of an anchor at `at` (see `commit_anchor`), still without parts; nothing is written."""
         if at != self._position and at.version != self._next_version:
@@ -249,6 +255,7 @@ class ChainWriter:
             name=name,
             encoding="dense",
             serve=None if (serve and begins) or self._serving == at.version else self._serving,
+            expires=expires,
         )
         if begins:
             # Unlike deltas, files of an anchor have no hash in their names: a second try must not meet the first.

@@ -43,6 +43,12 @@ def add_parser(subparsers: Any) -> None:
     pull = _command(subparsers, "pull", pull_version, "write a version as a checkpoint that vllm and transformers load")
     pull.add_argument("out", type=Path, help="directory to write; it must not exist, or be empty")
     pull.add_argument("--version", type=_version, metavar="N", help="default: the newest")
+    pull.add_argument(
+        "--max-head-age",
+        type=float,
+        metavar="S",
+        help="refuse a run whose head was written longer ago than that (default: no limit)",
+    )
     _add_base(pull)
 
 
@@ -115,7 +121,7 @@ def pull_version(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{args.out} is not empty: choose another directory")
     with ExitStack() as stack:
-        reader = _reader(args, stack)
+        reader = _reader(args, stack, args.max_head_age)
         base = _base(args, reader)
         view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
         _write_checkpoint(out, view, _side_files(reader, args.base))
@@ -152,9 +158,10 @@ def _version(text: str) -> int:
     return version
 
 
-def _reader(args: argparse.Namespace, stack: ExitStack) -> ChainReader:
+def _reader(args: argparse.Namespace, stack: ExitStack, max_head_age: float | None = None) -> ChainReader:
     cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="hubsync-"))
-    return ChainReader(open_bucket(args.address, token=args.token, key=public_key(args)), cache)
+    bucket = open_bucket(args.address, token=args.token, key=public_key(args))
+    return ChainReader(bucket, cache, max_head_age=max_head_age)
 
 
 def _plan(reader: ChainReader, version: int | None, base: Mapping[str, torch.Tensor] | None) -> Plan:

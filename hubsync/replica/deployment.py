@@ -18,7 +18,7 @@ from typing import TypeVar
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
 from hubsync.manifest import Position
 
-from .server import VLLMServer
+from .server import VLLMServer, checked_seconds, checked_urls
 from .sync import CommitReport, Replica, ReplicaStatus
 
 logger = logging.getLogger(__name__)
@@ -103,16 +103,18 @@ class Deployment:
         quorum: int = 0,
         request_timeout: float = 120.0,
     ):
-        if not servers:
-            raise ConfigError("a deployment needs the URL of at least one server")
-        self._members = [_Member(url, kv_cache, api_key, request_timeout) for url in servers]
+        checked_seconds("request_timeout", request_timeout)
+        urls = checked_urls(servers)
+        self._members = [_Member(url, kv_cache, api_key, request_timeout) for url in urls]
         self._quorum = quorum
         self._request_timeout = request_timeout
+        self._is_closed = False
         self._target: Position | None = None
         self._needed(quorum)
 
     def signal(self, position: Position) -> None:
         """Have all servers stage `position`, and return at once. What fails here is found again by `hotload`."""
+        self._require_open()
         self._target = position
         for member in self._members:
             member.wanted = position
@@ -127,6 +129,8 @@ class Deployment:
 
         Raises nothing for what servers do: see the report, and its `raise_for_quorum`.
         """
+        self._require_open()
+        checked_seconds("timeout", timeout, zero=True)
         started, needed = time.perf_counter(), self._needed(self._quorum if quorum is None else quorum)
         self._target = position
         turn = _Turn(position, len(self._members))
@@ -142,6 +146,7 @@ class Deployment:
 
     def status(self) -> tuple[ReplicaReport, ...]:
         """What each server says now."""
+        self._require_open()
         return self._each(self._look)
 
     def wait_ready(self, timeout: float = 600.0) -> tuple[ReplicaReport, ...]:
@@ -149,7 +154,8 @@ class Deployment:
 
         Raises the first server's error if there are too few after `timeout` seconds, or too many are unsuitable.
         """
-        deadline = time.monotonic() + timeout
+        self._require_open()
+        deadline = time.monotonic() + checked_seconds("timeout", timeout, zero=True)
         errors = self._each(lambda member: _error_of(lambda: member.meet(deadline)))
         self._raise_unless_enough(errors)
         return self.status()
@@ -159,11 +165,15 @@ class Deployment:
 
         Raises the first server's error if all its tries fail and fewer servers than the quorum are warm.
         """
+        self._require_open()
         errors = self._each(lambda member: _error_of(lambda: _retried(member.replica.server.generate_a_token, retries)))
         self._raise_unless_enough(errors)
 
     def close(self, leave_serving: bool = True) -> None:
         """Let go of the servers. They serve on; with `leave_serving=False` they are paused, until `/resume`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for member in self._members:
             member.wanted = None
         if not leave_serving:
@@ -175,8 +185,12 @@ class Deployment:
 
     # --- details ------------------------------------------------------------------------------------
 
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this deployment is closed: make a new one, it finds the servers as they are")
+
     def _needed(self, quorum: int) -> int:
-        if not 0 <= quorum <= len(self._members):
+        if not isinstance(quorum, int) or not 0 <= quorum <= len(self._members):
             raise ConfigError(f"quorum must be 0 (all) or at most the {len(self._members)} servers, not {quorum}")
         return quorum or len(self._members)
 

@@ -117,7 +117,7 @@ class GenerationClient:
             spans = tuple(_span(span) for span in choice.get("weight_versions") or ())
             versions = [span.version for span in spans] or await self._versions_around(before)
             return Completion(
-                token_ids=tuple(choice["token_ids"]),
+                token_ids=tuple(map(int, choice["token_ids"])),
                 text=choice["text"] if isinstance(prompt, str) else None,
                 logprobs=_logprobs(choice["logprobs"]) if logprobs else None,
                 finish_reason=choice["finish_reason"],
@@ -165,7 +165,7 @@ class GenerationClient:
         answer = await self._send("POST", path, timeout, json=body)
         try:
             document = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer as vLLM does: {answer.text:.200}")
@@ -177,7 +177,7 @@ class GenerationClient:
             answer = await self._http.request(verb, self.url + path, timeout=limits, **request)
         except httpx.TimeoutException:
             raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {timeout:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ReplicaUnreachable(f"cannot reach {self.url}{path}: {error or type(error).__name__}") from None
         if answer.status_code == 401:
             raise ConfigError(f"{self.url} wants another API key: give the sampler its --api-key as api_key")

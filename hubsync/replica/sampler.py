@@ -17,12 +17,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any
 
 from hubsync.errors import ConfigError, ReplicaError, ReplicaRefused, ReplicaUnreachable
 
 from .generation import Completion, GenerationClient, Prompt, Span
+from .server import checked_seconds, checked_urls
 from .window import AdaptiveWindow, Load, Window
 
 _BACK_OFF_S = 0.1
@@ -84,19 +85,22 @@ class Sampler:
         patience: float = 60.0,
         poll_s: float = 1.0,
     ):
-        if not replicas or len(set(replicas)) < len(replicas):
-            raise ConfigError("name at least one replica, and each once")
+        urls = checked_urls(replicas)
+        for what, seconds in (("timeout", timeout), ("patience", patience), ("poll_s", poll_s)):
+            checked_seconds(what, seconds)
+        if not isinstance(attempts, int) or attempts < 1:
+            raise ConfigError(f"attempts must be 1 or more, not {attempts!r}")
         settings = AdaptiveWindow.fixed(window) if isinstance(window, int) else window or AdaptiveWindow()
+        if not isinstance(settings, AdaptiveWindow):
+            raise ConfigError(f"window must be a number of requests or an AdaptiveWindow, not {window!r:.80}")
         self._attempts = attempts
         self._patience = patience
         self._poll_s = poll_s
-        self._replicas = [
-            _Replica(GenerationClient(url, api_key, timeout=timeout), Window(settings)) for url in replicas
-        ]
+        self._replicas = [_Replica(GenerationClient(url, api_key, timeout=timeout), Window(settings)) for url in urls]
         self._waiting: deque[asyncio.Future[_Replica]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._giving_up: asyncio.TimerHandle | None = None
-        self._open = False
+        self._open = self._closed = False
 
     @property
     def windows(self) -> dict[str, int]:
@@ -104,6 +108,8 @@ class Sampler:
         return {replica.url: replica.window.size for replica in self._replicas}
 
     async def __aenter__(self) -> Sampler:
+        if self._closed:
+            raise ConfigError("this sampler was closed: make a new one")
         self._open = True
         for replica in self._replicas:
             self._start(self._watch(replica))
@@ -116,7 +122,7 @@ class Sampler:
 
     async def close(self) -> None:
         """Give up what is under way, and close all connections."""
-        self._open = False
+        self._open, self._closed = False, True
         await _end(list(self._tasks))
         if self._giving_up is not None:
             self._giving_up.cancel()
@@ -139,10 +145,11 @@ class Sampler:
             ReplicaUnreachable: there was no usable replica for `patience` seconds (it says what is wrong with each), or
                 one sample failed `attempts` times.
             ReplicaRefused: a request is wrong; no replica will take it.
-            ConfigError: the API key is wrong, or the sampler is not open.
+            ConfigError: the API key or an argument is wrong, or the sampler is not open.
         """
         if not self._open:
             raise ConfigError("the sampler is closed: use it within `async with Sampler(...) as sampler`")
+        _require_request(prompts, k, sampling)
         tasks = [
             self._start(self._sample(index, number, prompt, _seeded(sampling, index * k + number), logprobs))
             for index, prompt in enumerate(prompts)
@@ -219,7 +226,7 @@ class Sampler:
         while True:
             try:
                 await replica.look()
-            except (ReplicaError, ConfigError) as error:
+            except Exception as error:  # also what nobody foresaw: who is not watched would never be used again
                 replica.die(error)
             else:
                 replica.live()
@@ -330,6 +337,29 @@ class _Replica:
         self._due.clear()
         if not self.usable and self.failures > 1:
             await asyncio.sleep(min(_BACK_OFF_S * 2.0 ** min(self.failures - 2, 30), _LONGEST_BACK_OFF_S))
+
+
+def _require_request(prompts: Sequence[Prompt], k: int, sampling: dict[str, Any]) -> None:
+    if isinstance(prompts, (str, bytes)):
+        raise ConfigError("prompts must be a list of them: each is a text, or token ids")
+    for prompt in prompts:
+        if not _is_prompt(prompt):
+            raise ConfigError(f"a prompt is a text, or a list of token ids, not {prompt!r:.80}")
+    if not isinstance(k, int) or k < 0:
+        raise ConfigError(f"k must be a number of samples of each prompt, not {k!r:.80}")
+    ours = {"n", "stream"} & sampling.keys()
+    if ours:
+        raise ConfigError(
+            f"{' and '.join(sorted(ours))} cannot be chosen: every sample is a request of its own, k of them"
+        )
+    if not isinstance(sampling.get("seed"), (int, NoneType)):
+        raise ConfigError(f"seed must be a whole number, not {sampling['seed']!r:.80}")
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt)
 
 
 def _seeded(sampling: dict[str, Any], offset: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ order in which the endpoints are called is `hubsync.replica.sync`'s business.
 from __future__ import annotations
 
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -21,6 +22,10 @@ PROTOCOL = 1  # of the worker methods `hubsync_*`
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
+
+_LONGEST_WAIT_S = 1e6  # some days; waiting functions take no infinity
+
+T = TypeVar("T")
 
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
@@ -66,7 +71,7 @@ class VLLMServer:
 
     def world_size(self) -> int:
         """Workers of the server: tensor x pipeline x data parallel."""
-        return int(self._get("/get_world_size")["world_size"])
+        return self._read("/get_world_size", lambda answer: int(answer["world_size"]))
 
     def pause(self) -> None:
         """Freeze all requests between two forward passes; they go on after `resume`."""
@@ -76,7 +81,7 @@ class VLLMServer:
         self._post("/resume")
 
     def is_paused(self) -> bool:
-        return bool(self._get("/is_paused")["is_paused"])
+        return self._read("/is_paused", lambda answer: bool(answer["is_paused"]))
 
     def reset_prefix_cache(self) -> bool:
         """Drop all cached prefixes. False, and nothing dropped, while a running request holds blocks."""
@@ -88,11 +93,11 @@ class VLLMServer:
             self._post("/update_weight_version", json={"new_version": version})
 
     def weight_version(self) -> str:
-        return str(self._get("/weight_info")["weight_version"])
+        return self._read("/weight_info", lambda answer: str(answer["weight_version"]))
 
     def generate_a_token(self) -> None:
         """Have the model run once, on a prompt of one token."""
-        model = self._get("/v1/models")["data"][0]["id"]
+        model = self._read("/v1/models", lambda answer: answer["data"][0]["id"])
         self._post("/v1/completions", json={"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0})
 
     def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
@@ -123,6 +128,14 @@ class VLLMServer:
             raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
         raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
 
+    def _read(self, path: str, read: Callable[[dict[str, Any]], T]) -> T:
+        """What `read` finds in the answer; ReplicaUnsuitable if it does not find it."""
+        answer = self._get(path)
+        try:
+            return read(answer)
+        except (LookupError, TypeError, ValueError):
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {answer!r:.300}") from None
+
     def _get(self, path: str) -> dict[str, Any]:
         return self._json(self._send("GET", path), path)
 
@@ -151,7 +164,7 @@ class VLLMServer:
     def _json(self, answer: requests.Response, path: str) -> dict[str, Any]:
         try:
             document = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             document = None
         if not answer.ok or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
@@ -160,6 +173,8 @@ class VLLMServer:
 
 def checked_url(url: str) -> str:
     """The base URL of a server, without a slash at its end. ConfigError for anything else."""
+    if not isinstance(url, str):
+        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like 'http://10.0.0.7:8000'")
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
@@ -168,6 +183,32 @@ def checked_url(url: str) -> str:
     if not valid:
         raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
     return url.rstrip("/")
+
+
+def checked_urls(urls: Sequence[str]) -> list[str]:
+    """Base URLs of several servers, at least one, and each once: ConfigError otherwise."""
+    if isinstance(urls, str) or not urls:
+        raise ConfigError(f"give a list with the URL of at least one server, not {urls!r:.80}")
+    checked = [checked_url(url) for url in urls]
+    twice = next((url for number, url in enumerate(checked) if url in checked[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice: name each server once")
+    return checked
+
+
+def checked_seconds(what: str, seconds: float, *, zero: bool = False) -> float:
+    """A time to wait. ConfigError for what is no number of seconds, or so many that nobody waits for it.
+
+    Args:
+        zero: may it be 0?
+    """
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds <= _LONGEST_WAIT_S or (seconds == 0 and not zero):
+        least = "0 or more" if zero else "more than 0"
+        raise ConfigError(
+            f"{what} must be a number of seconds, {least} and at most {_LONGEST_WAIT_S:g}, not {seconds!r}"
+        )
+    return seconds
 
 
 def new_session(url: str) -> requests.Session:

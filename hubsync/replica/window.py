@@ -127,4 +127,7 @@ class Window:
 def _total(metrics: str, name: str) -> float | None:
     """Sum of a metric over all of its labels; None if there is none of this name."""
     found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)", metrics, re.MULTILINE)
-    return sum(map(float, found)) if found else None
+    try:
+        return sum(map(float, found)) if found else None
+    except ValueError:
+        raise ReplicaUnsuitable(f"/metrics has a {name} that is no number: {', '.join(found):.100}") from None

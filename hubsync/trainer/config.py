@@ -130,6 +130,7 @@ class SyncConfig:
     )
     token: str | None = field(
         default=None,
+        repr=False,  # who logs a config does not log this
         metadata={"help": "Hugging Face token. Defaults to the one of the environment or of `hf auth login`."},
     )
     signing_key: str | None = field(

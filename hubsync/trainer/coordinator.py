@@ -6,7 +6,8 @@ one call of `commit`, which writes a manifest, moves a "latest" file, or tells s
 rank, the step never becomes visible, and every rank hears why.
 
     coordinator = CheckpointCoordinator(commit)
-    coordinator.save_async("weights", lambda: engine.publish(step).result(), step, is_state_dict=True)
+    ticket = engine.publish(step, serve=False)  # finds the changes now, uploads in the background
+    coordinator.save_async("weights", ticket.result, step, is_state_dict=True)
     coordinator.save_async("optimizer", lambda: torch.save(optimizer_state, path), step)
     coordinator.register_and_monitor(step, state_dict_thread_count=1, checkpoint_thread_count=1)
 """
@@ -21,9 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import torch.distributed as dist
+from hubsync.errors import CheckpointFailed, ConfigError, RankError
 
-from hubsync.errors import CheckpointFailed
+from .ranks import Alone, Ranks, join
 
 
 @dataclass
@@ -47,7 +48,8 @@ class _Step:
 class CheckpointCoordinator:
     """Background saves of one process, or of all ranks of a job, and the commits of their steps.
 
-    On several ranks every rank makes one, and calls `register_and_monitor` for the same steps in the same order.
+    Under torch.distributed every rank makes one, at the same place of the program, and calls `register_and_monitor` for
+    the same steps in the same order.
 
     An error in the background is raised once, as CheckpointFailed: by the next call of any method, or by `wait_all`.
     That call has done its own work then, so a caller may note the error and go on.
@@ -55,13 +57,13 @@ class CheckpointCoordinator:
     Args:
         commit: called with (step, is_state_dict) to make a step visible, on rank 0 alone, once for each; step after
             step in the order of their registration.
-        group: a gloo process group of its own, `torch.distributed.new_group(backend="gloo", timeout=...)`, whose
-            timeout is longer than any save; None for this process alone.
+        alone: coordinate this process only, whatever others torch.distributed knows.
     """
 
-    def __init__(self, commit: Callable[[int, bool], None], *, group: dist.ProcessGroup | None = None):
+    def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False):
         self._commit = commit
-        self._group = group
+        self._ranks: Ranks = Alone() if alone else join()
+        self._closed = False
         self._changed = threading.Condition()  # guards all below
         self._steps: dict[int, _Step] = {}
         self._untold: list[CheckpointFailed] = []
@@ -79,6 +81,7 @@ class CheckpointCoordinator:
             global_step: the step that it is a part of.
             is_state_dict: is it a part of what inference loads (weight sync), or of a full checkpoint alone?
         """
+        self._require_open()
         with self._changed:
             before = self._saves.get(name)
         if before is not None:
@@ -93,6 +96,7 @@ class CheckpointCoordinator:
 
     def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in this thread, which a save with collectives of its own needs; its error is raised here."""
+        self._require_open()
         self._step(global_step).begun[is_state_dict] += 1
         self._save("", work, global_step, is_state_dict)
         _tell(self._take_untold())
@@ -112,6 +116,9 @@ class CheckpointCoordinator:
             state_dict_thread_count: how many state dict saves this rank makes for it; added to those registered before.
             checkpoint_thread_count: how many others this rank makes for it; added to those registered before.
         """
+        self._require_open()
+        if state_dict_thread_count < 0 or checkpoint_thread_count < 0:
+            raise ConfigError(f"{state_dict_thread_count} and {checkpoint_thread_count} are no numbers of saves")
         with self._changed:
             step = self._step(global_step)
             step.registered[True] += state_dict_thread_count
@@ -141,7 +148,8 @@ class CheckpointCoordinator:
         _tell(self._take_untold())
 
     def close(self) -> None:
-        """Wait for all, as `wait_all`, and end the threads."""
+        """Wait for all, as `wait_all`, and end the threads; closing twice is fine."""
+        self._closed = True
         try:
             self.wait_all()
         finally:
@@ -193,7 +201,7 @@ class CheckpointCoordinator:
             own = step.error(is_state_dict)
         try:
             error = self._agree(global_step, is_state_dict, own)
-        except Exception as failure:  # a rank has died, or the group's timeout is over
+        except RankError as failure:
             error = f"its ranks cannot be heard: {failure}"
         with self._changed:
             step.awaited[is_state_dict] -= 1
@@ -206,27 +214,20 @@ class CheckpointCoordinator:
 
     def _agree(self, global_step: int, is_state_dict: bool, own: str | None) -> str | None:
         """Why the step is not visible, the same on all ranks; None if it is."""
-        if self._group is None:
-            return own or self._try_to_commit(global_step, is_state_dict)
-        reports: list[tuple[int, bool, str | None]] = [(0, False, None)] * dist.get_world_size(self._group)
-        dist.all_gather_object(reports, (global_step, is_state_dict, own), group=self._group)
+        reports = self._ranks.gather(lambda: (global_step, is_state_dict, own))
         if len({(step, kind) for step, kind, _ in reports}) > 1:
             return f"ranks registered other steps than each other, or in another order: {reports}"
         errors = [f"rank {rank}: {error}" for rank, (_, _, error) in enumerate(reports) if error is not None]
         if errors:
             return "; ".join(errors)
-        outcome: list[str | None] = [None]
-        if dist.get_rank(self._group) == 0:
-            outcome = [self._try_to_commit(global_step, is_state_dict)]
-        dist.broadcast_object_list(outcome, src=dist.get_global_rank(self._group, 0), group=self._group)
-        return outcome[0]
+        return self._ranks.first(lambda: self._try_to_commit(global_step, is_state_dict))
 
     def _try_to_commit(self, global_step: int, is_state_dict: bool) -> str | None:
         if is_state_dict in self._step(global_step).visible:
             return None
         try:
             self._commit(global_step, is_state_dict)
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: here it would only end a thread that others wait for
             return f"the commit failed: {error!r}"
         return None
 
@@ -243,6 +244,10 @@ class CheckpointCoordinator:
     def _step(self, global_step: int) -> _Step:
         with self._changed:
             return self._steps.setdefault(global_step, _Step())
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this coordinator is closed: make a new one")
 
     # --- errors
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_TTL_S = 100 * 365 * 86400.0  # longer is never: leave it out
+
 
 @dataclass(frozen=True)
 class SyncReport:
@@ -153,7 +155,9 @@ class DeltaWeightTransferEngine:
     def run(self) -> Run:
         return self._publisher.writer.run
 
-    def publish(self, step: int | None = None, name: str | None = None, *, serve: bool = True) -> Ticket:
+    def publish(
+        self, step: int | None = None, name: str | None = None, *, serve: bool = True, ttl: float | None = None
+    ) -> Ticket:
         """Find what has changed since the last durable version, and make it the next one in the background.
 
         Returns after detection: the model may be trained on at once. If nothing changed, no version is made. If the
@@ -164,18 +168,21 @@ class DeltaWeightTransferEngine:
             step: the trainer's step, recorded with the version; default is the number of optimizer steps seen.
             name: free text recorded with the version; default is `config.name`.
             serve: whether replicas that follow the run are to serve the version; else it is only saved, for `serve`.
+            ttl: seconds after which `hubsync gc` may delete the version, unless it is the newest, is served, or other
+                versions rest on it; default is never, but for what the policy of `gc` says.
         """
         self._require_open()
+        expires = _expiry(ttl)
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
         with self._publishing:
             self._publisher.begin()
             detected, changed, detect_s = self._detect()
             if self._is_elsewhere():
-                manifest = self._anchor(step, name, serve)
+                manifest = self._anchor(step, name, serve, expires)
                 if not changed:  # else the anchor of a publish before had failed, and these came after it
                     return self._publisher.anchored(manifest, step, detect_s, serve)
             if changed:
-                return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve)
+                return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve, expires)
             if serve and self._publisher.writer.serving != self.position.version:
                 self._publisher.writer.serve(self.ranks, self.position.version)
             return self._publisher.unchanged(step, detect_s)
@@ -350,12 +357,13 @@ class DeltaWeightTransferEngine:
         """
         return self.ranks.size == 1 and self._publisher.snapshot.digest.hex != self.position.digest
 
-    def _anchor(self, step: int | None, name: str | None, serve: bool = True) -> Manifest:
+    def _anchor(self, step: int | None, name: str | None, serve: bool = True, expires: float | None = None) -> Manifest:
         """An anchor of the current version, or of a new one if no delta can lead to the weights."""
-        publisher, at = self._publisher, None
+        publisher = self._publisher
         if self._is_elsewhere():
             at = Position(publisher.writer.next_version(self.ranks), publisher.snapshot.digest.hex)
-        return publisher.anchor(at, step=step, name=name or self.config.name, serve=serve)
+            return publisher.anchor(at, step=step, name=name or self.config.name, serve=serve, expires=expires)
+        return publisher.anchor(step=step, name=name or self.config.name, serve=serve)
 
     def _write_side_files(self, directory: Path) -> None:
         model: Any = self._model
@@ -405,6 +413,15 @@ class DeltaWeightTransferEngine:
         logger.warning("uploading the whole model, because a server has no other way to it: %s", no_path)
         self.anchor()
         return self.ranks.first(lambda: deployment.hotload(position, timeout=timeout))
+
+
+def _expiry(ttl: float | None) -> float | None:
+    """Seconds since 1970, by this machine's clock."""
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 <= ttl < _LONGEST_TTL_S:
+        raise ConfigError(f"ttl must be a number of seconds, or None for never, not {ttl!r:.80}")
+    return time.time() + ttl
 
 
 def _signing_key(config: SyncConfig) -> SigningKey | None:

@@ -200,14 +200,21 @@ class Publisher:
         self._committing = None
 
     def submit(
-        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool = True
+        self,
+        detected: Detected,
+        step: int | None,
+        name: str | None,
+        detect_s: float,
+        serve: bool = True,
+        expires: float | None = None,
     ) -> Ticket:
         """Publish what was detected, in the background. Call it while no job is under way, after `begin`.
 
         Args:
             serve: let replicas serve the version; else it is only saved.
+            expires: seconds since 1970, after which retention may delete the version.
         """
-        self._last = Ticket(self._thread.submit(self._publish_first, detected, step, name, detect_s, serve))
+        self._last = Ticket(self._thread.submit(self._publish_first, detected, step, name, detect_s, serve, expires))
         if (
             self._anchor_every or self._anchor_fraction
         ):  # a job of its own: the version is durable, and its ticket done, before the anchor
@@ -237,23 +244,27 @@ class Publisher:
         step: int | None = None,
         name: str | None = None,
         serve: bool = True,
+        expires: float | None = None,
     ) -> Manifest:
         """Commit an anchor of the snapshot, in the calling thread. Call it while no job is under way.
 
         Args:
             at: a new position, to begin the chain anew; default is the current one.
             serve: let replicas serve a new position; else it is only saved.
+            expires: seconds since 1970, after which retention may delete a new position.
         """
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
         is_base = at == self.writer.position == self.writer.run.origin
-        copied = self._commit_copy(at, step, name, serve) if is_base else None
-        return copied or self._commit_anchor(self._ranks, at, step, name, serve)
+        copied = self._commit_copy(at, step, name, serve, expires) if is_base else None
+        return copied or self._commit_anchor(self._ranks, at, step, name, serve, expires)
 
-    def _commit_copy(self, at: Position, step: int | None, name: str | None, serve: bool) -> Manifest | None:
+    def _commit_copy(
+        self, at: Position, step: int | None, name: str | None, serve: bool, expires: float | None
+    ) -> Manifest | None:
         """Commit an anchor of version 0 that the storage has copied from the base model; None if it cannot."""
-        draft = self.writer.draft_anchor(self._ranks, at=at, step=step, name=name, serve=serve)
+        draft = self.writer.draft_anchor(self._ranks, at=at, step=step, name=name, serve=serve, expires=expires)
         parts = self._ranks.first(lambda: self._copy_base(draft))
         if parts is None:
             return None
@@ -261,13 +272,19 @@ class Publisher:
         return self._anchored
 
     def _commit_anchor(
-        self, ranks: Ranks, at: Position, step: int | None, name: str | None, serve: bool = True
+        self,
+        ranks: Ranks,
+        at: Position,
+        step: int | None,
+        name: str | None,
+        serve: bool = True,
+        expires: float | None = None,
     ) -> Manifest:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
                 ranks.first(lambda: self._side_files(Path(directory)))
                 write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES)
-                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name, serve=serve)
+                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name, serve=serve, expires=expires)
                 uploaded = ranks.gather(lambda: self.writer.upload(draft, anchor_sources(Path(directory))))
                 self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:
@@ -296,18 +313,30 @@ class Publisher:
         return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
 
     def _publish_first(
-        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool
+        self,
+        detected: Detected,
+        step: int | None,
+        name: str | None,
+        detect_s: float,
+        serve: bool,
+        expires: float | None,
     ) -> Published:
         """`_publish`, before anything else is merged."""
         if self._compactor is None:
-            return self._publish(detected, step, name, detect_s, serve)
+            return self._publish(detected, step, name, detect_s, serve, expires)
         with self._compactor.held():
-            published = self._publish(detected, step, name, detect_s, serve)
+            published = self._publish(detected, step, name, detect_s, serve, expires)
         self._compactor.add(published.position, detected.patch if published.encoding == "compact" else None)
         return published
 
     def _publish(
-        self, detected: Detected, step: int | None, name: str | None, detect_s: float, serve: bool
+        self,
+        detected: Detected,
+        step: int | None,
+        name: str | None,
+        detect_s: float,
+        serve: bool,
+        expires: float | None,
     ) -> Published:
         ranks, started = self._background, time.perf_counter()
         found = ranks.gather(lambda: (detected.before, detected.digest, detected.changed))
@@ -319,7 +348,14 @@ class Publisher:
         level = self._level.choose()
         total = sum(count for _, _, count in found)
         draft = self.writer.draft_delta(
-            ranks, digest=digest.hex, changed=total, step=step, name=name, encoding=level, serve=serve
+            ranks,
+            digest=digest.hex,
+            changed=total,
+            step=step,
+            name=name,
+            encoding=level,
+            serve=serve,
+            expires=expires,
         )
         uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detect_s, started))
         shares = tuple(share for share, _ in uploaded)

@@ -33,6 +33,8 @@ class Ranks(ABC):
 
     rank: int
     size: int
+    group: torch.distributed.ProcessGroup | None
+    """What rounds are made over, for collectives of torch's own between two of them; None for one process."""
 
     @abstractmethod
     def gather(self, do: Callable[[], T]) -> list[T]:
@@ -62,7 +64,7 @@ class Ranks(ABC):
 class Alone(Ranks):
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, group = 0, 1, None
 
     def gather(self, do: Callable[[], T]) -> list[T]:
         return [do()]
@@ -95,14 +97,15 @@ class GlooRanks(Ranks):
         distributed = torch.distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         try:
-            self._group = distributed.new_group(backend="gloo", timeout=_JOIN)
+            self.group = distributed.new_group(backend="gloo", timeout=_JOIN)
             self._exchange(_Outcome())
         except (RuntimeError, RankError) as error:
             raise ConfigError(
-                "under torch.distributed every rank makes an engine, of the same model and with the same config; not "
+                "under torch.distributed every rank makes an engine, of the same model and with the same config (or a "
+                "coordinator); not "
                 f"all {self.size} did: {error}"
             ) from error
-        distributed.distributed_c10d._set_pg_timeout(_PATIENCE, self._group)
+        distributed.distributed_c10d._set_pg_timeout(_PATIENCE, self.group)
 
     def gather(self, do: Callable[[], T]) -> list[T]:
         return [outcome.value for outcome in self._round(_attempt(do))]
@@ -127,12 +130,12 @@ class GlooRanks(Ranks):
     def _collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
         if self.rank != to:
             if len(mine):
-                torch.distributed.send(mine, to, group=self._group)
+                torch.distributed.send(mine, to, group=self.group)
             return None
         found = [mine if rank == to else torch.empty(size, dtype=torch.uint8) for rank, size in enumerate(sizes)]
         for rank, received in enumerate(found):
             if rank != to and len(received):
-                torch.distributed.recv(received, rank, group=self._group)
+                torch.distributed.recv(received, rank, group=self.group)
         return found
 
     def _round(self, own: _Outcome) -> list[_Outcome]:
@@ -147,7 +150,7 @@ class GlooRanks(Ranks):
     def _exchange(self, own: _Outcome) -> list[_Outcome]:
         outcomes: list[Any] = [None] * self.size
         try:
-            torch.distributed.all_gather_object(outcomes, own, group=self._group)
+            torch.distributed.all_gather_object(outcomes, own, group=self.group)
         except RuntimeError as error:
             raise _lost(error) from error
         return outcomes

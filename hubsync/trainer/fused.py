@@ -118,9 +118,16 @@ def _settings(operator: Operator, options: dict[str, Any]) -> dict[str, float] |
         return None  # amsgrad, maximize, or a gradient scaler
     if operator is torch._fused_adam_ and settings["weight_decay"] != 0:
         return None
-    if not all(isinstance(value, int | float) for value in settings.values()) or not adamw.is_torchs(operator):
+    if not all(isinstance(value, int | float) for value in settings.values()):
+        return None
+    if not adamw.is_torchs(operator) or (torch.get_num_threads() > 1 and _flushes_denormals()):
         return None
     return settings  # type: ignore[return-value]
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes the smallest numbers for zero: torch's threads and ours need not do as it does."""
+    return bool(torch.tensor(1e-40) * 1 == 0)
 
 
 def _row(lists: Sequence[Any], number: int) -> Tensors:

@@ -21,7 +21,7 @@ from hubsync.trainer import fused
 from hubsync.trainer.detection import table_of
 from hubsync.trainer.sliced import Sliced
 
-SIZES = [1, LANES - 1, LANES, LANES + 1, 4096, 4096 + 33, 200_003]
+SIZES = [1, LANES - 1, LANES, LANES + 1, 4096, 4096 + 33, 140_003]
 Live = dict[str, torch.nn.Parameter]
 
 pytestmark = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def require_exact(detector: Sliced, before: dict[str, torch.Tensor], live: Live)
         old, new = bits_of(before[spec.name]), bits_of(view_of(live)[spec.name])
         expected = np.flatnonzero(old != new)
         change = detected.changes.get(index)
-        assert (change.indices.tolist() if change else []) == expected.tolist()
+        assert np.array_equal(change.indices if change else [], expected)
         if change:
             assert np.array_equal(change.old, old[expected])
             assert np.array_equal(change.new, new[expected])
@@ -144,7 +144,7 @@ OTHERWISE: dict[str, Callable[[Live], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("name", ONE_PASS)
 def test_one_pass_gives_torchs_bits_and_all_changes(name: str, threads: int, taken: list[int]) -> None:
     assert trained(weights(), ONE_PASS[name], hooked=True) == trained(weights(), ONE_PASS[name], hooked=False)
-    assert max(taken) * threads >= 200_000, "the kernel did it, each thread its part"
+    assert max(taken) * threads >= 140_000, "the kernel did it, each thread its part"
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
@@ -156,7 +156,7 @@ def test_what_the_kernel_does_not_know_is_done_by_the_operator(name: str, thread
 def test_tensors_of_other_kinds_are_updated_by_the_operator(taken: list[int]) -> None:
     def mixed() -> Live:
         live = weights()
-        live["w200003"] = torch.nn.Parameter(torch.randn(200, 300).t())
+        live["w140003"] = torch.nn.Parameter(torch.randn(200, 300).t())
         live["bfloat16"] = torch.nn.Parameter(torch.randn(5000).bfloat16())
         live["float64"] = torch.nn.Parameter(torch.randn(5000).double())
         return live
@@ -184,12 +184,12 @@ def test_threads_that_flush_denormals_each_for_itself_are_left_to_torch(threads:
     assert bool(taken) == (threads == 1)
 
 
-@pytest.mark.parametrize("at", [0, 5000, 200_002])
+@pytest.mark.parametrize("at", [0, 5000, 140_002])
 @pytest.mark.parametrize("what", [float("nan"), -float("nan"), float("inf")])
 def test_a_weight_that_becomes_or_stops_being_a_number_is_cast_by_torch(at: int, what: float, threads: int) -> None:
     live = weights()
     optimizer = torch.optim.AdamW(live.values(), lr=1e-3, fused=True)
-    detector, weight = detector_of(live, optimizer), live["w200003"]
+    detector, weight = detector_of(live, optimizer), live["w140003"]
     for step in range(4):
         with_gradients(live, step)
         assert weight.grad is not None
@@ -290,7 +290,7 @@ FLOATS = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32))
     st.sampled_from([1e-7, 1e-3, 0.5]),
     st.sampled_from([0.0, 1e-2]),
 )
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_any_numbers_become_what_they_become_in_torch(
     numbers: list[tuple[float, float, float, float]], step: int, lr: float, weight_decay: float
 ) -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.detect                          104 M parameters in float32, one thread
     python -m benchmarks.detect --parameters 20000000 --json
+    python -m benchmarks.detect --dtype bfloat16         parameters as they are served
 
 Every round makes one optimizer step of each row's own model, one after the other in changing order, so that a noisy
 machine is equally noisy for all; rows report medians. All models start equal and get equal gradients.
@@ -57,15 +58,15 @@ class Row:
 
 
 class Contender:
-    """A model of its own, trained with fused AdamW. Float32 parameters, bfloat16 view."""
+    """A model of its own, trained with fused AdamW. The view is bfloat16."""
 
     name = "none"
     persistent_bytes = 0
 
-    def __init__(self, shapes: list[tuple[int, ...]]):
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
         generator = torch.Generator().manual_seed(0)
         self.live: dict[str, torch.Tensor] = {
-            f"w{number}": torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+            f"w{number}": torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
             for number, shape in enumerate(shapes)
         }
         self.optimizer = torch.optim.AdamW(list(self.live.values()), lr=RATE, fused=True)
@@ -76,14 +77,14 @@ class Contender:
         return None
 
     def view(self) -> list[torch.Tensor]:
-        return [tensor.detach().bfloat16().view(-1) for tensor in self.live.values()]
+        return [tensor.detach().to(torch.bfloat16, copy=True).view(-1) for tensor in self.live.values()]
 
 
 class InSlices(Contender):
     name = "sliced"
 
-    def __init__(self, shapes: list[tuple[int, ...]]):
-        super().__init__(shapes)
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
+        super().__init__(shapes, dtype)
         self._detector = Sliced(self.live, self.table, self.optimizer)
         self._detector.detect()  # the first one recomputes the digest of all weights
 
@@ -97,8 +98,8 @@ class InSlices(Contender):
 class FromSnapshot(Contender):
     name = "snapshot"
 
-    def __init__(self, shapes: list[tuple[int, ...]]):
-        super().__init__(shapes)
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
+        super().__init__(shapes, dtype)
         self._detector = Snapshot(self.live, self.table)
         self.persistent_bytes = self.table.nbytes
 
@@ -115,16 +116,21 @@ class FullClone(Contender):
     name = "full-clone"
 
     def step(self) -> Changed:
-        before = [tensor.detach().bfloat16() for tensor in self.live.values()]
+        before = self.view()
         self.optimizer.step()
-        after = [tensor.detach().bfloat16() for tensor in self.live.values()]
+        after = self.view()
         return {
-            index: (old != new).flatten().nonzero().flatten().numpy()
+            index: (old != new).nonzero().flatten().numpy()
             for index, (old, new) in enumerate(zip(before, after, strict=True))
         }
 
 
-CONTENDERS: list[Callable[[list[tuple[int, ...]]], Contender]] = [Contender, InSlices, FromSnapshot, FullClone]
+CONTENDERS: list[Callable[[list[tuple[int, ...]], torch.dtype], Contender]] = [
+    Contender,
+    InSlices,
+    FromSnapshot,
+    FullClone,
+]
 
 
 def shapes_of(parameters: int) -> list[tuple[int, ...]]:
@@ -135,11 +141,11 @@ def shapes_of(parameters: int) -> list[tuple[int, ...]]:
     return [embedding, *layer * max(1, round(rest / sum(int(np.prod(shape)) for shape in layer)))]
 
 
-def measure(parameters: int, rounds: int) -> list[Row]:
+def measure(parameters: int, rounds: int, dtype: torch.dtype) -> list[Row]:
     shapes = shapes_of(parameters)
-    contenders = [make(shapes) for make in CONTENDERS]
+    contenders = [make(shapes, dtype) for make in CONTENDERS]
     generator = torch.Generator().manual_seed(1)
-    gradients = [torch.randn(shape, generator=generator) * 1e-3 for shape in shapes]
+    gradients = [(torch.randn(shape, generator=generator) * 1e-3).to(dtype) for shape in shapes]
     for contender in contenders:
         for tensor, gradient in zip(contender.live.values(), gradients, strict=True):
             tensor.grad = gradient  # shared: a step only reads it
@@ -212,10 +218,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=104_000_000)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(arguments.parameters, arguments.rounds)
+    rows = measure(arguments.parameters, arguments.rounds, getattr(torch, arguments.dtype))
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

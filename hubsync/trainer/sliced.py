@@ -1,8 +1,9 @@
 """Exact detection without a copy of the model: old weights are still there just before their own update.
 
-The optimizer is stepped a few parameters at a time. Each time their published view is remembered, and compared after
+Where the step is torch's fused AdamW on a CPU, old and new weights are compared while they are updated (`fused`). Any
+other optimizer is stepped a few parameters at a time: each time their published view is remembered, and compared after
 the update; what is remembered is then forgotten. Changes of several steps add up; those that come back disappear. So
-only changes are held, and the memory for one bucket of parameters, or the largest one.
+only changes are held, and at most the memory for one bucket of parameters, or the largest one.
 
 What is written to weights at other times than in a step is not seen as it happens. Three things give it away: torch's
 version counters of tensors, tensors that have been replaced, and a digest of all live weights, recomputed now and then,
@@ -27,6 +28,7 @@ from hubsync.bits import TORCH_DTYPES, bits_of
 from hubsync.digest import Digest, digest_torch, tensor_seed
 from hubsync.errors import ChainError, ConfigError
 from hubsync.kernels import rounding
+from hubsync.kernels.adamw import Found
 from hubsync.table import TensorTable
 
 from .config import SyncConfig
@@ -199,6 +201,10 @@ class Sliced:
             self._stepping = True
             try:
                 yield
+            except BaseException:
+                self._stepping = False
+                self._suspect("a step has failed halfway")
+                raise
             finally:
                 self._versions = [_version(tensor) for tensor in self._live]
                 self._room = self._room[:0].clone()
@@ -216,6 +222,20 @@ class Sliced:
                 change = _changes_since(before, parameter, self._dtypes[index])
                 self._lost.count(parameter, change)
                 self._pending.add(index, change)
+
+    def wants(self, parameter: torch.Tensor) -> bool:
+        index = self._index.get(id(parameter))
+        return index is not None and self._dtypes[index] == torch.bfloat16
+
+    def found(self, parameter: torch.Tensor, found: Found) -> None:
+        index = self._index[id(parameter)]
+        self._pending.add(index, Change(found.indices, found.old, found.new))
+        if found.unclear:
+            self._pending.add(index, _changes_of_unclear(found, parameter))
+
+    def missed(self, parameter: torch.Tensor) -> None:
+        if id(parameter) in self._index:
+            self._suspect("a fused optimizer has updated parameters in a way that was not seen")
 
     def _after_step(self, *_: Any) -> None:
         if not self._stepping:
@@ -405,6 +425,14 @@ def _changes_since(old: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtyp
             indices, new = found
             return Change(indices, bits_of(old)[indices], new)
     return _changes(old, _view(parameter, dtype))
+
+
+def _changes_of_unclear(found: Found, parameter: torch.Tensor) -> Change:
+    """Those of blocks with a NaN: torch casts the parameter as it is, and as it was in these blocks."""
+    was = parameter.detach().clone()
+    for start, old in found.unclear:
+        was.view(-1)[start : start + len(old)] = torch.from_numpy(old.view(np.int16)).view(torch.bfloat16)
+    return _changes(_view(was, torch.bfloat16), _view(parameter, torch.bfloat16))
 
 
 def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:

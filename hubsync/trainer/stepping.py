@@ -1,20 +1,23 @@
-"""An optimizer's step, taken a few parameters at a time.
+"""An optimizer's step, taken so that somebody can look at parameters just before and after their update.
 
 An optimizer that updates each parameter from that parameter's gradient and state alone does the same, bit for bit,
 when it steps one part of its parameters after the other. Everything around the update (hooks, profiler ranges, the
-closure, the call counted by LR schedulers) still happens once.
+closure, the call counted by LR schedulers) still happens once. Fused operators on a CPU are watched more closely, by
+`fused`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
+
+from .fused import FusedOperators, Looker, buckets
 
 BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: few calls, and little to remember
 
@@ -23,17 +26,15 @@ _KNOWN = {"Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"}
 _KNOWN |= {"Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 _KNOWN_BY_NAME = {"transformers.optimization.Adafactor"}
 
-Parameters = list[torch.Tensor]
 
-
-class Watcher(Protocol):
-    """Whoever looks at parameters before and after their update."""
+class Watcher(Looker, Protocol):
+    """Whoever looks at parameters before and after their update, and at whole steps."""
 
     def step(self) -> AbstractContextManager[None]:
         """Entered around each whole step."""
 
-    def update(self, parameters: Parameters) -> AbstractContextManager[None]:
-        """Entered around the update of these parameters, which is the only one they get in this step."""
+    def missed(self, parameter: torch.Tensor) -> None:
+        """This parameter may have been updated without having been looked at."""
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -68,12 +69,12 @@ def why_not(optimizer: Any) -> str | None:
 
 
 class SlicedSteps:
-    """Makes every `optimizer.step()` go bucket by bucket, from now until `undo`.
+    """Makes every `optimizer.step()` one that is watched, from now until `undo`.
 
     Args:
         optimizer: a torch optimizer of which `why_not` says nothing.
-        watcher: told around each step, and around the update of each bucket.
-        bucket: elements of a bucket; a larger parameter is a bucket of its own.
+        watcher: told around each step, and of the update of each parameter.
+        bucket: elements stepped together where nobody can look along; a larger parameter is stepped by itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, watcher: Watcher, bucket: int = BUCKET):
@@ -126,7 +127,10 @@ class SlicedSteps:
                 whole = group["params"]
                 try:
                     optimizer.param_groups = [group]
-                    for bucket in _buckets(whole, self._bucket):
+                    if FusedOperators.run(optimizer, group):
+                        self._fused_update(optimizer, update, options)
+                        continue
+                    for bucket in buckets(whole, torch.Tensor.numel, self._bucket):
                         group["params"] = bucket
                         with self._watcher.update(bucket):
                             update(optimizer, **options)
@@ -135,20 +139,17 @@ class SlicedSteps:
                     optimizer.param_groups = groups
         return loss
 
+    def _fused_update(
+        self, optimizer: torch.optim.Optimizer, update: Callable[..., Any], options: dict[str, Any]
+    ) -> None:
+        (group,) = optimizer.param_groups
+        with FusedOperators(self._watcher, self._bucket) as operators:
+            update(optimizer, **options)
+        for parameter in group["params"]:
+            if parameter.grad is not None and id(parameter) not in operators.updated:
+                self._watcher.missed(parameter)
+
 
 def _is_known(kind: type) -> bool:
     by_name = f"{kind.__module__}.{kind.__qualname__}" in _KNOWN_BY_NAME
     return by_name or kind in [getattr(torch.optim, name, None) for name in _KNOWN]
-
-
-def _buckets(parameters: Parameters, size: int) -> Iterator[Parameters]:
-    bucket: Parameters = []
-    held = 0
-    for parameter in parameters:
-        if bucket and held + parameter.numel() > size:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(parameter)
-        held += parameter.numel()
-    if bucket:
-        yield bucket

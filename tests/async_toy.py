@@ -2,7 +2,8 @@
 
 Stands in:
 * for the attention kernel (FlashAttention 3, fetched from the Hub): `tree_attention` below computes the same in plain
-  torch, segment by segment of TRL's prefix tree;
+  torch, segment by segment of TRL's prefix tree; before 1.16 TRL had no tree, and torch's attention takes its place,
+  which does not keep apart the samples that share a row;
 * for the probe of the GPU's peak FLOPS, which asks CUDA for its name: there is none, and no utilisation is logged.
 """
 
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from transformers import AutoTokenizer
 
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
@@ -23,6 +26,7 @@ from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 from .models import save_checkpoint, save_tokenizer
 
 GENERATIONS = 4
+HAS_TREE = Version(trl.__version__) >= Version("1.16")
 
 
 def tree_attention(
@@ -54,12 +58,13 @@ def tree_attention(
 @contextmanager
 def without_gpu() -> Iterator[None]:
     from trl.experimental.async_distillation import async_distillation_trainer
-    from trl.experimental.async_grpo import async_grpo_trainer, packing
+    from trl.experimental.async_grpo import async_grpo_trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None)
-        patch.setattr(packing, "tree_attention", tree_attention)
-        patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
+        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
+        patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
+        if HAS_TREE:
+            patch.setattr("trl.experimental.async_grpo.packing.tree_attention", tree_attention)
         yield
 
 
@@ -80,6 +85,8 @@ def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> A
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     parts = {name: arguments.pop(name) for name in ("rollout_worker", "weight_transfer") if name in arguments}
+    if not HAS_TREE:
+        arguments["model_init_kwargs"] = {"attn_implementation": "sdpa"}
     return AsyncGRPOTrainer(
         model=str(policy),
         reward_funcs=share_of_vowels,

@@ -1,4 +1,4 @@
-"""GRPO and RLOO on a real vLLM server: several steps per generation, evaluation first, and resuming."""
+"""TRL's family on a real vLLM server: several steps per generation, evaluation first, resuming, and students."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 
 from .async_toy import digest_of, save_policy
+from .test_trl_family import distillation, sdft, settings
 
 pytestmark = pytest.mark.server
 
@@ -133,4 +134,13 @@ def test_a_training_resumed_from_a_checkpoint_brings_the_server_to_it(
 def test_rloo_follows_the_same_way(policy: Policy, several: Any, tmp_path: Path) -> None:
     trainer, callback = train("rloo", policy, tmp_path)
     assert callback.commits == callback.digest_matches == 1 + STEPS
+    policy.assert_served(trainer.model)
+
+
+@pytest.mark.parametrize("build", [distillation, sdft])
+def test_students_follow_the_same_way(build: Callable[..., Any], policy: Policy, several: Any, tmp_path: Path) -> None:
+    trainer = build(str(policy.checkpoint), settings(tmp_path, policy.url, learning_rate=1e-3))
+    callback = HubSyncCallback(trainer, SyncConfig(bucket=ADDRESS))
+    trainer.train()
+    assert callback.commits == callback.digest_matches == 1 + 2
     policy.assert_served(trainer.model)

@@ -2,8 +2,8 @@
 
 Stands in:
 * for the attention kernel (FlashAttention 3, fetched from the Hub): `tree_attention` below computes the same in plain
-  torch, segment by segment of TRL's prefix tree; before 1.16 TRL had no tree, and torch's attention takes its place,
-  which does not keep apart the samples that share a row;
+  torch, segment by segment of TRL's prefix tree; distillation, and GRPO before TRL 1.16, have no tree, and get torch's
+  attention, which does not keep apart the samples that share a row;
 * for the probe of the GPU's peak FLOPS, which asks CUDA for its name: there is none, and no utilisation is logged.
 """
 
@@ -20,6 +20,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from transformers import AutoTokenizer
+from trl.trainer.utils import create_model_from_path
 
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 
@@ -63,9 +64,16 @@ def without_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
         patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
+        patch.setattr(async_distillation_trainer, "create_model_from_path", with_torch_attention)
         if HAS_TREE:
             patch.setattr("trl.experimental.async_grpo.packing.tree_attention", tree_attention)
+        else:
+            patch.setattr(async_grpo_trainer, "create_model_from_path", with_torch_attention)
         yield
+
+
+def with_torch_attention(*arguments: Any, **settings: Any) -> Any:
+    return create_model_from_path(*arguments, **{**settings, "attn_implementation": "sdpa"})
 
 
 def save_policy(directory: Path) -> Path:
@@ -85,8 +93,6 @@ def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> A
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     parts = {name: arguments.pop(name) for name in ("rollout_worker", "weight_transfer") if name in arguments}
-    if not HAS_TREE:
-        arguments["model_init_kwargs"] = {"attn_implementation": "sdpa"}
     return AsyncGRPOTrainer(
         model=str(policy),
         reward_funcs=share_of_vowels,
@@ -97,10 +103,7 @@ def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> A
 
 
 def make_distillation_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> Any:
-    """An AsyncDistillationTrainer whose teacher is the student's own server.
-
-    Attention is torch's here, which does not keep apart the samples that share a row.
-    """
+    """An AsyncDistillationTrainer whose teacher is the student's own server."""
     from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 
     weight_transfer = arguments.pop("weight_transfer")
@@ -108,7 +111,6 @@ def make_distillation_trainer(policy: Path, directory: Path, url: str, **argumen
         model=str(policy),
         args=AsyncDistillationConfig(
             teacher_server_urls={"default": url},
-            model_init_kwargs={"attn_implementation": "sdpa"},
             **settings(directory, url),
             **arguments,
         ),

@@ -134,10 +134,10 @@ def gmpo(policy: str, common: dict[str, Any]) -> Any:
     return GMPOTrainer(policy, reward, args=GMPOConfig(**common, num_generations=2), train_dataset=TEXTS)
 
 
-def distillation(policy: str, common: dict[str, Any]) -> Any:
+def distillation(policy: str, common: dict[str, Any], teacher: str | None = None) -> Any:
     from trl import DistillationConfig, DistillationTrainer
 
-    return DistillationTrainer(policy, policy, args=DistillationConfig(**common), train_dataset=TEXTS)
+    return DistillationTrainer(policy, teacher or policy, args=DistillationConfig(**common), train_dataset=TEXTS)
 
 
 def gold(policy: str, common: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 
 from .async_toy import digest_of, save_policy
+from .models import save_checkpoint, save_tokenizer
 from .test_trl_family import distillation, sdft, settings
 
 pytestmark = pytest.mark.server
@@ -137,9 +138,15 @@ def test_rloo_follows_the_same_way(policy: Policy, several: Any, tmp_path: Path)
     policy.assert_served(trainer.model)
 
 
-@pytest.mark.parametrize("build", [distillation, sdft])
-def test_students_follow_the_same_way(build: Callable[..., Any], policy: Policy, several: Any, tmp_path: Path) -> None:
-    trainer = build(str(policy.checkpoint), settings(tmp_path, policy.url, learning_rate=1e-3))
+@pytest.mark.parametrize("kind", ["distillation", "sdft"])
+def test_students_follow_the_same_way(kind: str, policy: Policy, several: Any, tmp_path: Path) -> None:
+    common = settings(tmp_path, policy.url, learning_rate=1e-3)
+    if kind == "sdft":
+        trainer = sdft(str(policy.checkpoint), common)
+    else:
+        teacher = save_checkpoint("qwen3", tmp_path / "teacher")
+        save_tokenizer(teacher)
+        trainer = distillation(str(policy.checkpoint), common, str(teacher))
     callback = HubSyncCallback(trainer, SyncConfig(bucket=ADDRESS))
     trainer.train()
     assert callback.commits == callback.digest_matches == 1 + 2

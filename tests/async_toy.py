@@ -2,8 +2,7 @@
 
 Stands in:
 * for the attention kernel (FlashAttention 3, fetched from the Hub): `tree_attention` below computes the same in plain
-  torch, segment by segment of TRL's prefix tree; distillation, and GRPO before TRL 1.16, have no tree, and get torch's
-  attention, which does not keep apart the samples that share a row;
+  torch, segment by segment of TRL's prefix tree;
 * for the probe of the GPU's peak FLOPS, which asks CUDA for its name: there is none, and no utilisation is logged.
 """
 
@@ -16,18 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
-from packaging.version import Version
 from transformers import AutoTokenizer
-from trl.trainer.utils import create_model_from_path
 
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 
 from .models import save_checkpoint, save_tokenizer
 
 GENERATIONS = 4
-HAS_TREE = Version(trl.__version__) >= Version("1.16")
 
 
 def tree_attention(
@@ -59,21 +54,13 @@ def tree_attention(
 @contextmanager
 def without_gpu() -> Iterator[None]:
     from trl.experimental.async_distillation import async_distillation_trainer
-    from trl.experimental.async_grpo import async_grpo_trainer
+    from trl.experimental.async_grpo import async_grpo_trainer, packing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
-        patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None, raising=False)
-        patch.setattr(async_distillation_trainer, "create_model_from_path", with_torch_attention)
-        if HAS_TREE:
-            patch.setattr("trl.experimental.async_grpo.packing.tree_attention", tree_attention)
-        else:
-            patch.setattr(async_grpo_trainer, "create_model_from_path", with_torch_attention)
+        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None)
+        patch.setattr(packing, "tree_attention", tree_attention)
+        patch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
         yield
-
-
-def with_torch_attention(*arguments: Any, **settings: Any) -> Any:
-    return create_model_from_path(*arguments, **{**settings, "attn_implementation": "sdpa"})
 
 
 def save_policy(directory: Path) -> Path:
@@ -103,7 +90,10 @@ def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> A
 
 
 def make_distillation_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> Any:
-    """An AsyncDistillationTrainer whose teacher is the student's own server."""
+    """An AsyncDistillationTrainer whose teacher is the student's own server.
+
+    Attention is torch's here, which does not keep apart the samples that share a row.
+    """
     from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 
     weight_transfer = arguments.pop("weight_transfer")
@@ -111,6 +101,7 @@ def make_distillation_trainer(policy: Path, directory: Path, url: str, **argumen
         model=str(policy),
         args=AsyncDistillationConfig(
             teacher_server_urls={"default": url},
+            model_init_kwargs={"attn_implementation": "sdpa"},
             **settings(directory, url),
             **arguments,
         ),

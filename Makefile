@@ -9,18 +9,22 @@ READY  := $(VENV)/.ready
 OLD       := .venv-0.27
 OLD_READY := $(OLD)/.ready
 
+# The older end of the supported TRL range, which lies before the environment's own TRL.
+OLD_TRL := .trl-1.13
+
 # One thread per process: trainer, server and tests share few cores, and spinning OpenMP threads cost a factor of 40 here.
 export OMP_NUM_THREADS ?= 1
 
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/test_extension.py tests/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions test-soak test-matrix lint bench chaos clean
+.PHONY: help setup demo test test-fast test-versions test-trl test-soak test-matrix lint bench chaos clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
 	@echo "make test-fast  linters, types and the tests that start no vLLM (under 5 minutes)"
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
+	@echo "make test-trl   the tests of TRL's trainers with TRL 1.13 (make test has those with 1.16)"
 	@echo "make test-matrix  every architecture in every layout (20 minutes)"
 	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
 	@echo "make chaos      200 random histories of kills, stalls and faults: exact, or loud (10 minutes)"
@@ -66,6 +70,13 @@ test-versions: $(READY) $(OLD_READY)
 	$(OLD)/bin/pytest -m server $(ON_VLLM) $(ARGS)
 	$(BIN)/pytest -m server $(ON_VLLM) $(ARGS)
 
+# The trainers, on the older end of the supported TRL range; the environment has the newer one.
+test-trl: $(READY) $(OLD_TRL)
+	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py $(ARGS)
+
+$(OLD_TRL): $(READY)
+	$(BIN)/pip install -q --no-deps --target $@ "trl==1.13.0"
+
 # Every architecture that is promised, alone, tensor parallel and expert parallel.
 test-matrix: $(READY)
 	$(BIN)/pytest -m matrix $(ARGS)
@@ -82,4 +93,4 @@ chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos --runs 200 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLD) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,24 +1,29 @@
-"""AsyncGRPOTrainer on two ranks: `torchrun -m tests.async_ranks CHECKPOINT OUTPUT URL ADDRESS`.
+"""One rank of AsyncGRPOTrainer: `accelerate launch -m tests.async_ranks HOW CHECKPOINT URL ADDRESS OUTPUT TIMEOUT`.
 
 Beside what `async_toy` names, the rollout worker is a stand-in, which samples at random: what is shown is who
-publishes, and that the other rank does not wait for ever.
+publishes what. Writes to OUTPUT/<rank>.json what this rank has seen, or the error that it has raised.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.distributed.tensor import DTensor
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
+from hubsync.errors import HubsyncError
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.trainer.config import SyncConfig
 
 from .async_toy import GENERATIONS, make_trainer, without_gpu
+from .grpo_ranks import whole_digest
+from .launched import prepare
 
 RANKS = 2
 
@@ -55,8 +60,9 @@ class RandomRollouts:
             )
 
 
-def main(checkpoint: str, output: str, url: str, address: str) -> None:
-    transfer = HubWeightTransfer(SyncConfig(bucket=address), timeout=300)
+def main(how: str, checkpoint: str, url: str, address: str, output: str, timeout: str) -> None:
+    prepare(how)
+    transfer = HubWeightTransfer(SyncConfig(bucket=address), timeout=float(timeout))
     with without_gpu():
         trainer = make_trainer(
             Path(checkpoint),
@@ -67,14 +73,34 @@ def main(checkpoint: str, output: str, url: str, address: str) -> None:
             weight_transfer=transfer,
         )
         transfer.attach(trainer)
-        trainer.train()
-    assert trainer.accelerator.num_processes == RANKS
-    if trainer.accelerator.is_main_process:
-        assert trainer.model_version == 3
-        position = transfer.last.position
-        (Path(output) / "newest").write_text(f"{position.version} {position.digest}")
-    else:
-        assert transfer.last is None
+        gathered = count_gathered_weights()
+        try:
+            trainer.train()
+        except HubsyncError as error:
+            seen: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
+        else:
+            seen = {
+                "gathered": len(gathered),
+                "version": transfer.last.position.version,
+                "served": transfer.last.position.digest,
+                "trained": whole_digest(trainer.accelerator.unwrap_model(trainer.model)),
+                "trl_version": trainer.model_version,
+            }
+    seen["ranks"] = trainer.accelerator.num_processes
+    (Path(output) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
+
+
+def count_gathered_weights() -> list[Any]:
+    """Shapes of the matrices that anybody gathers from now on."""
+    gathered, gather = [], DTensor.full_tensor
+
+    def counting(self: DTensor, **settings: Any) -> Any:
+        if self.ndim > 1:
+            gathered.append(self.shape)
+        return gather(self, **settings)
+
+    DTensor.full_tensor = counting  # type: ignore[method-assign]
+    return gathered
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One rank of a GRPO training that a server follows: `torchrun tests/grpo_ranks.py BASE URL BUCKET OUTPUT`.
+"""One rank of a GRPO training that a server follows: `accelerate launch -m tests.grpo_ranks HOW BASE URL BUCKET OUT`.
 
-Writes to OUTPUT/<rank>.json what the callback has counted, and the digest of what this rank has trained.
+Writes to OUT/<rank>.json what the callback has counted, and the digest of what was trained.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from hubsync.digest import digest_view
 from hubsync.integrations.trl import HubSyncCallback
 from hubsync.trainer.detection import published_tensors, table_of
 
+from .launched import prepare
+
 STEPS = 2
 
 
@@ -27,7 +29,16 @@ def variety(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
-def main(base: str, url: str, bucket: str, output: str) -> None:
+def whole_digest(model: torch.nn.Module) -> str:
+    """Of the whole view, from weights that are gathered for it."""
+    trained = published_tensors(model)
+    whole = {name: tensor.full_tensor() if hasattr(tensor, "to_local") else tensor for name, tensor in trained.items()}
+    view = {name: tensor.detach().bfloat16() for name, tensor in whole.items()}
+    return digest_view(table_of(trained, torch.bfloat16), view).hex
+
+
+def main(how: str, base: str, url: str, bucket: str, output: str) -> None:
+    prepare(how)
     trainer = GRPOTrainer(
         model=base,
         reward_funcs=variety,
@@ -50,13 +61,12 @@ def main(base: str, url: str, bucket: str, output: str) -> None:
     )
     callback = HubSyncCallback(trainer, SyncConfig(bucket=bucket))
     trainer.train()
-    trained = published_tensors(trainer.accelerator.unwrap_model(trainer.model))
-    view = {name: tensor.detach().bfloat16() for name, tensor in trained.items()}
     counted = {
         "ranks": trainer.accelerator.num_processes,
         "commits": callback.commits,
         "matches": callback.digest_matches,
-        "digest": digest_view(table_of(trained, torch.bfloat16), view).hex,
+        "digest": whole_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "sharded": any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters()),
     }
     (Path(output) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(counted))
 

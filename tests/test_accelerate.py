@@ -1,14 +1,8 @@
-"""A TRL trainer of several processes, and a real server that follows it.
-
-torchrun starts them: `accelerate launch` needs MPI for several processes on CPUs. Inside, accelerate rules.
-"""
+"""A TRL trainer of several processes under `accelerate launch`, and a real server that follows it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,33 +13,37 @@ from hubsync.chain import ChainReader
 from hubsync.replica.server import VLLMServer
 from hubsync.replica.sync import Replica
 
+from .launched import launch
 from .models import save_checkpoint, save_tokenizer
 
 pytestmark = pytest.mark.server
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_two_ranks_train_with_trl_and_the_server_follows_both(start_server: Callable[..., str], tmp_path: Path) -> None:
-    base, bucket, output = save_checkpoint("qwen3_tied", tmp_path / "base"), tmp_path / "run", tmp_path / "out"
+@pytest.fixture(scope="module")
+def followed(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
+    """A checkpoint, a server of it, and the bucket of the run that the server follows. Each training continues it."""
+    directory = tmp_path_factory.mktemp("run")
+    base, bucket = save_checkpoint("qwen3_tied", directory / "base"), directory / "bucket"
     save_tokenizer(base)
-    output.mkdir()
-    url = start_server(base, bucket=str(bucket), arguments=["--logprobs-mode", "processed_logprobs"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "tests/grpo_ranks.py", str(base), url, str(bucket), str(output)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((output / f"{rank}.json").read_text()) for rank in range(2))
-    reader = ChainReader(LocalBucket(str(bucket)), tmp_path / "cache")
+    return base, start_server(base, bucket=str(bucket), arguments=["--logprobs-mode", "processed_logprobs"]), bucket
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_train_with_trl_and_the_server_follows_both(
+    how: str, followed: tuple[Path, str, Path], tmp_path: Path
+) -> None:
+    base, url, bucket = followed
+    reader = ChainReader(LocalBucket(str(bucket), create=True), tmp_path / "cache")
+    before = len(list(reader.manifests())) if (bucket / "run.json").exists() else 0
+    launch(how, "tests.grpo_ranks", base, url, bucket, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     newest = reader.newest()
     assert first["digest"] == second["digest"] == newest.digest
     assert first["ranks"] == 2
-    assert first["commits"] == first["matches"] == second["commits"] == newest.version > 0
-    assert [[part.rank for part in manifest.parts] for manifest in reader.manifests()] == [[0, 1]] * newest.version
+    assert first["sharded"] == second["sharded"] == (how == "fsdp2")
+    made = list(reader.manifests())[before:]
+    assert first["commits"] == first["matches"] == second["commits"] == len(made) > 1
+    deltas = [manifest for manifest in made if manifest.kind == "delta"]
+    assert deltas
+    assert all({part.rank for part in delta.parts} == {0, 1} for delta in deltas), "each uploads what it owns"
     Replica(VLLMServer(url)).wait_verified(newest)

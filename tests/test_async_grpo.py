@@ -6,9 +6,7 @@ made, in `async_toy`: TRL's attention kernel and its probe of the GPU.
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any
 import pytest
 import requests
 
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.manifest import Position
@@ -25,6 +25,7 @@ from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 
 from .async_toy import digest_of, make_distillation_trainer, make_trainer, save_policy, without_gpu
+from .launched import launch
 
 pytestmark = pytest.mark.server
 
@@ -137,32 +138,50 @@ def test_the_range_of_versions_is_logged(training: Training) -> None:
     assert all(0 <= row["weight_sync/version_min"] <= row["weight_sync/version_max"] for row in rows)
 
 
-def test_two_ranks_train_on_what_the_first_one_publishes(policy: Policy, training: Training, tmp_path: Path) -> None:
-    """A second training on the same run, by two processes, whose policy begins at the checkpoint again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    arguments = [str(policy.checkpoint), str(tmp_path), policy.url, ADDRESS]
-    command = [sys.executable, "-m", *launch, "-m", "tests.async_ranks", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    version, digest = (tmp_path / "newest").read_text().split()
-    assert int(version) > training.newest.version
-    Replica(VLLMServer(policy.url)).wait_verified(Position(int(version), digest))
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_each_of_two_ranks_publishes_what_it_owns_and_gathers_nothing(
+    how: str, policy: Policy, training: Training, tmp_path: Path
+) -> None:
+    """Another training on the same run, by two processes, whose policy begins at the checkpoint again."""
+    launch(how, "tests.async_ranks", policy.checkpoint, policy.url, ADDRESS, tmp_path, 300)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (first["ranks"], first["trl_version"], first["gathered"], second["gathered"]) == (2, 3, 0, 0)
+    assert first["trained"] == second["trained"] == first["served"] == second["served"]
+    assert first["version"] > training.newest.version
+    reader = ChainReader(open_bucket(ADDRESS), tmp_path / "cache")
+    assert {part.rank for part in list(reader.manifests())[-1].parts} == {0, 1}
+    Replica(VLLMServer(policy.url)).wait_verified(Position(first["version"], first["served"]))
 
 
-def test_async_distillation_takes_the_same_transfer(policy: Policy, training: Training, tmp_path: Path) -> None:
+def test_async_distillation_takes_the_same_transfer_and_dates_its_samples(
+    policy: Policy, training: Training, tmp_path: Path
+) -> None:
     transfer = HubWeightTransfer(SyncConfig(bucket=ADDRESS), timeout=300)
+    samples: list[tuple[int, int, int]] = []
     with without_gpu():
         trainer = make_distillation_trainer(
-            policy.checkpoint, tmp_path, policy.url, max_steps=2, weight_transfer=transfer
+            policy.checkpoint, tmp_path, policy.url, max_steps=2, max_staleness=1, weight_transfer=transfer
         )
         transfer.attach(trainer)
+        take = trainer.rollout_queue.get
+
+        def watched_take(*args: Any, **kwargs: Any) -> Any:
+            sample = take(*args, **kwargs)
+            oldest, newest = (int(sample.metrics[f"weight_sync/version_{end}"]) for end in ("min", "max"))
+            samples.append((sample.model_version, oldest, newest))
+            return sample
+
+        trainer.rollout_queue.get = watched_take
         trainer.train()
     assert trainer.model_version == 3
     assert transfer.last.position.digest == digest_of(trainer.model)
     Replica(VLLMServer(policy.url)).wait_verified(transfer.last.position)
+    published = transfer.calendar.versions
+    assert samples
+    for date, oldest, newest in samples:
+        assert 0 <= published[date] <= oldest <= newest <= transfer.last.position.version
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert all(0 <= row["weight_sync/version_min"] <= row["weight_sync/version_max"] for row in rows)
 
 
 def test_without_a_quorum_a_dead_server_is_named(policy: Policy, training: Training, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from hubsync.errors import ConfigError
-from hubsync.integrations.rollouts import DatedRollouts
+from hubsync.integrations.rollouts import DatedRollouts, distill
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.trainer.config import SyncConfig
 
 from .async_ranks import RandomRollouts
-from .async_toy import make_trainer, save_policy, without_gpu
+from .async_toy import make_distillation_trainer, make_trainer, save_policy, without_gpu
+from .launched import launch
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -46,6 +48,23 @@ def test_samples_of_trls_own_worker_are_dated(build: Callable[..., Any], config:
     transfer.attach(trainer)
     assert trainer.rollout_worker._loop_cls is DatedRollouts
     assert transfer.config.servers == [NOBODY]
+
+
+def test_samples_of_distillations_worker_are_dated(policy: Path, config: SyncConfig, tmp_path: Path) -> None:
+    transfer = HubWeightTransfer(config)
+    with without_gpu():
+        trainer = make_distillation_trainer(policy, tmp_path, NOBODY, max_steps=1, weight_transfer=transfer)
+    transfer.attach(trainer)
+    started = trainer.rollout_worker._mp_ctx.Process(target=print, args=("TRL's own",))
+    assert started._target is distill
+    assert started._args == ("TRL's own",)
+
+
+def test_an_error_of_the_main_process_is_raised_on_every_rank(policy: Path, tmp_path: Path) -> None:
+    launch("ddp", "tests.async_ranks", policy, NOBODY, tmp_path / "bucket", tmp_path, 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["error"].startswith(f"ReplicaUnreachable: cannot connect to {NOBODY}")
 
 
 def test_a_quorum_needs_samples_that_say_what_made_them(build: Callable[..., Any], config: SyncConfig) -> None:

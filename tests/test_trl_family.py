@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
+from packaging.version import Version
 
 from hubsync.errors import ConfigError
 from hubsync.integrations import seam
@@ -132,10 +134,10 @@ def gmpo(policy: str, common: dict[str, Any]) -> Any:
     return GMPOTrainer(policy, reward, args=GMPOConfig(**common, num_generations=2), train_dataset=TEXTS)
 
 
-def distillation(policy: str, common: dict[str, Any]) -> Any:
+def distillation(policy: str, common: dict[str, Any], teacher: str | None = None) -> Any:
     from trl import DistillationConfig, DistillationTrainer
 
-    return DistillationTrainer(policy, policy, args=DistillationConfig(**common), train_dataset=TEXTS)
+    return DistillationTrainer(policy, teacher or policy, args=DistillationConfig(**common), train_dataset=TEXTS)
 
 
 def gold(policy: str, common: dict[str, Any]) -> Any:
@@ -201,6 +203,13 @@ def test_all_of_the_family_is_built_above() -> None:
     }
 
 
+def test_the_range_of_trl_is_the_one_that_is_installed_and_written_for() -> None:
+    """`make test-trl` runs this at the lower end of the range; the pinned environment has the upper one."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"{seam.SUPPORTED.replace("TRL ", "trl").replace(", ", ",").replace(" ", "")}"' in project
+    assert Version("1.13") <= Version(trl.__version__) < Version("1.17")
+
+
 def test_the_installed_trl_has_not_moved_the_seam() -> None:
     assert seam.moved() == []
 
@@ -234,6 +243,6 @@ def test_a_trainer_is_refused_where_trl_has_moved(
     trainer = grpo(policy, settings(tmp_path, stub.url))
     monkeypatch.delattr("trl.GRPOTrainer._generate_single_turn")
     with pytest.raises(
-        ConfigError, match=r"written for \(TRL >= 1\.16, < 1\.17\): GRPOTrainer no longer uses generate"
+        ConfigError, match=r"written for \(TRL >= 1\.13, < 1\.17\): GRPOTrainer no longer uses generate"
     ):
         HubSyncCallback(trainer, SyncConfig(bucket=str(tmp_path / "bucket")))

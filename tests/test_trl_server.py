@@ -1,4 +1,4 @@
-"""GRPO and RLOO on a real vLLM server: several steps per generation, evaluation first, and resuming."""
+"""TRL's family on a real vLLM server: several steps per generation, evaluation first, resuming, and students."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 
 from .async_toy import digest_of, save_policy
+from .models import save_checkpoint, save_tokenizer
+from .test_trl_family import distillation, sdft, settings
 
 pytestmark = pytest.mark.server
 
@@ -133,4 +135,19 @@ def test_a_training_resumed_from_a_checkpoint_brings_the_server_to_it(
 def test_rloo_follows_the_same_way(policy: Policy, several: Any, tmp_path: Path) -> None:
     trainer, callback = train("rloo", policy, tmp_path)
     assert callback.commits == callback.digest_matches == 1 + STEPS
+    policy.assert_served(trainer.model)
+
+
+@pytest.mark.parametrize("kind", ["distillation", "sdft"])
+def test_students_follow_the_same_way(kind: str, policy: Policy, several: Any, tmp_path: Path) -> None:
+    common = settings(tmp_path, policy.url, learning_rate=1e-3)
+    if kind == "sdft":
+        trainer = sdft(str(policy.checkpoint), common)
+    else:
+        teacher = save_checkpoint("qwen3", tmp_path / "teacher")
+        save_tokenizer(teacher)
+        trainer = distillation(str(policy.checkpoint), common, str(teacher))
+    callback = HubSyncCallback(trainer, SyncConfig(bucket=ADDRESS))
+    trainer.train()
+    assert callback.commits == callback.digest_matches == 1 + 2
     policy.assert_served(trainer.model)

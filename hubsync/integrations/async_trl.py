@@ -2,20 +2,24 @@
 
 TRL calls it between two optimizer steps, on the main process, and moves its policy version when it has returned. So
 `send_weights` returns when the servers serve the new weights, and not before. They generate all the while: their
-commits need no pause, and `pause` and `resume` do nothing.
+commits need no pause, and `pause` and `resume` do nothing. Meanwhile the other processes are where TRL would gather
+weights; there they publish what they own, and learn what came of it.
 """
 
 from __future__ import annotations
 
 import bisect
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hubsync.errors import (
     BucketUnavailable,
@@ -52,7 +56,10 @@ class HubWeightTransfer:
     the training loop waits meanwhile, and TRL's policy version moves when a quorum of the servers serves the new
     weights.
 
-    Samples are dated by what made them. The rollout worker of [`AsyncGRPOTrainer`] is made to ask for tokens through
+    Every rank publishes what it owns: its shards under FSDP2, an equal piece under DDP. No weights are gathered, and
+    what one rank raises all raise.
+
+    Samples are dated by what made them. TRL's rollout workers are made to ask for tokens through
     `/inference/v1/generate`, which states the weights behind every token; a sample's version is that of the oldest of
     them, or the one that had been acknowledged before its group's first request if that is older. So `max_staleness`
     never counts too little, whichever server of a quorum answered, and a sample of weights that are of no version of
@@ -63,8 +70,9 @@ class HubWeightTransfer:
     `bits_per_change`, `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`.
 
     Attributes:
-        engine: the publisher; None before training, on other processes than the main one, and after it.
+        engine: the publisher, one on every rank; None before training, and after it.
         last: what the last synchronisation delivered; None before the first.
+        calendar: on the main process, which version of the run each version of TRL is.
 
     Args:
         config: where the bucket is, and the rest of what hubsync needs to know. `servers` are those that generate for
@@ -107,8 +115,9 @@ class HubWeightTransfer:
         self.engine: DeltaWeightTransferEngine | None = None
         self.last: HotloadReport | None = None
         self._trainer: Any = None
+        self._begun = False
         self._deployment: Deployment | None = None
-        self._calendar = Calendar()
+        self.calendar = Calendar()
         self._generates_on: str | None = None  # the server to ask whether it states versions, until it was asked
 
     def attach(self, trainer: Any) -> None:
@@ -127,45 +136,31 @@ class HubWeightTransfer:
                 "a PEFT policy is not a sparse change of its base: merging the adapter changes nearly every weight. "
                 "Train all parameters, or leave weight_transfer out and let TRL send the adapter"
             )
+        self._trainer = trainer
+        url = seam.server_url(trainer.args)
+        self.config = replace(self.config, servers=list(self.config.servers) or [url])
+        seam.join_transfer(trainer, self._synchronise)
         if not trainer.accelerator.is_main_process:
+            trainer.add_callback(_Leaving(self))  # TRL ends the transfer on the main process
             return
         if trainer.weight_transfer is not self:
             raise ConfigError("build the trainer with weight_transfer=transfer before transfer.attach(trainer)")
-        url = seam.server_url(trainer.args)
-        servers = self.config.servers or [url]
-        states_versions = seam.date_samples(trainer, self._date)
-        if states_versions:
+        if seam.date_samples(trainer, self._date):
             self._generates_on = url
-        elif self.quorum not in (None, len(servers)):
+        elif self.quorum not in (None, len(self.config.servers)):
             raise ConfigError(
                 f"samples of a {type(trainer.rollout_worker).__name__} of this trainer do not say which weights made "
-                "them, and a server outside of the quorum may be behind: leave quorum out (TRL's own worker in "
-                "AsyncGRPOTrainer can be made to say it)"
+                "them, and a server outside of the quorum may be behind: leave quorum out (TRL's own workers can be "
+                "made to say it)"
             )
-        self._trainer, self.config = trainer, replace(self.config, servers=list(servers))
 
     # --- what TRL calls, on the main process
 
     def init_weight_transfer(self) -> None:
-        """Create or continue the run, with the policy as it is now."""
+        """Nothing yet: the other ranks come to the first synchronisation, and there the run is created or continued."""
         if self._trainer is None:
             raise ConfigError("call transfer.attach(trainer) before trainer.train(): it does not know the policy")
-        trainer, config = self._trainer, self.config
-        # The deployment brings servers to a version, not the engine, which knows no time for all of it. TRL calls this
-        # on one process only, which holds the whole policy.
-        self.engine = DeltaWeightTransferEngine(
-            trainer.accelerator.unwrap_model(trainer.model),
-            trainer.optimizer,
-            replace(config, servers=[], quorum=0),
-            processing_class=trainer.processing_class,
-            alone=True,
-        )
-        self._deployment = Deployment(
-            config.servers,
-            kv_cache=config.kv_cache,
-            quorum=self.quorum or 0,
-            request_timeout=config.commit_timeout,
-        )
+        self._begun = True
 
     def pause(self) -> None:
         """Nothing: requests go on while weights change. A server that has to be paused for its commit is, by that."""
@@ -177,18 +172,12 @@ class HubWeightTransfer:
             BucketUnavailable: the new version was not durable in time.
             ReplicaError: too few servers serve it, in time or at all; the message names those that do not.
         """
-        # First, and whatever comes after: it gathers shards with the other ranks, which would wait for ever.
+        # Empty where `attach` has been; else it gathers shards with the other ranks, which would wait for ever.
         for _ in iterator:
             pass
-        if self.engine is None or self._deployment is None:
+        if not self._begun:
             raise ConfigError("this transfer has ended: make a new one for another training")
-        deadline = time.monotonic() + self.timeout
-        published = self._publish(deadline)
-        self.last = self._deliver(self.engine, self._deployment, published.position, deadline)
-        self._require_stated_versions()
-        # TRL counts after this call, in the same thread that takes samples out of its queue.
-        self._calendar.note(self._trainer.model_version + 1, published.version)
-        self._record(published, self.last)
+        self._synchronise()
 
     def resume(self) -> None:
         """Nothing; see `pause`."""
@@ -197,50 +186,93 @@ class HubWeightTransfer:
         """Stop. The servers keep what they serve."""
         deployment, engine = self._deployment, self.engine
         self._deployment = self.engine = None
+        self._begun = False
         if deployment is not None:
             deployment.close()
         if engine is not None:
-            engine.close()
+            engine.__exit__(*sys.exc_info())  # TRL comes here on its way out of an error, too
 
-    def _publish(self, deadline: float) -> Published:
-        assert self.engine is not None
+    # --- on all ranks
+
+    def _synchronise(self) -> None:
+        """Bring the policy as it is now to the servers. Collective: what one rank raises all raise."""
+        deadline = time.monotonic() + self.timeout
+        if self.engine is None:
+            self.engine = self._new_engine()
+        engine = self.engine
+        published = self._publish(engine, deadline)
+        self.last = report = self._deliver(engine, published.position, deadline)
+        engine.ranks.first(lambda: self._acknowledge(published, report))
+
+    def _new_engine(self) -> DeltaWeightTransferEngine:
+        trainer, config = self._trainer, self.config
+        engine = DeltaWeightTransferEngine(
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.optimizer,
+            replace(config, servers=[], quorum=0),  # they are the deployment's, which knows a time for all of it
+            processing_class=trainer.processing_class,
+        )
+        if trainer.accelerator.is_main_process:
+            self._deployment = Deployment(
+                config.servers,
+                kv_cache=config.kv_cache,
+                quorum=self.quorum or 0,
+                request_timeout=config.commit_timeout,
+            )
+        return engine
+
+    def _publish(self, engine: DeltaWeightTransferEngine, deadline: float) -> Published:
         while True:
             try:
-                ticket = self.engine.publish(self._trainer.state.global_step)
-                return ticket.result(max(deadline - time.monotonic(), 0.0))
+                ticket = engine.publish(self._trainer.state.global_step)
+                return engine.ranks.together(partial(ticket.result, _until(deadline)))
             except TimeoutError:
                 raise BucketUnavailable(
                     f"the new version was not in the bucket after {self.timeout:g} s: set a longer timeout, or see why "
                     f"{self.config.bucket} is slow"
                 ) from None
             except BucketUnavailable as outage:
-                if time.monotonic() + _RETRY_S > deadline:
+                if engine.ranks.first(lambda: _until(deadline) < _RETRY_S):  # one clock decides for all
                     raise
                 logger.warning("trying again: %s", outage)
                 time.sleep(_RETRY_S)
 
-    def _deliver(
-        self, engine: DeltaWeightTransferEngine, deployment: Deployment, position: Position, deadline: float
-    ) -> HotloadReport:
+    def _deliver(self, engine: DeltaWeightTransferEngine, position: Position, deadline: float) -> HotloadReport:
         """Return once a quorum serves `position`. Who cannot be reached is asked again: it may be starting."""
         while True:
-            report = deployment.hotload(position, timeout=max(deadline - time.monotonic(), 0.0))
+            report = engine.ranks.first(lambda: self._hotload(position, deadline))
             if len(report.commits) >= report.needed:
                 return report
-            errors = [replica.error for replica in report.replicas if replica.error is not None]
-            if time.monotonic() + _RETRY_S > deadline or not any(isinstance(error, _PASSES) for error in errors):
-                raise _missed(report)
-            if any(isinstance(error, NoPath) for error in errors):
+            if _needs_anchor(report):
                 engine.anchor()
-            else:
-                time.sleep(_RETRY_S)
+
+    # --- on the main process
+
+    def _hotload(self, position: Position, deadline: float) -> HotloadReport:
+        """One attempt. If it failed and another one may not, this returns when it is time for that; else it raises."""
+        assert self._deployment is not None
+        report = self._deployment.hotload(position, timeout=_until(deadline))
+        if len(report.commits) >= report.needed:
+            return report
+        errors = [replica.error for replica in report.replicas if replica.error is not None]
+        if _until(deadline) < _RETRY_S or not any(isinstance(error, _PASSES) for error in errors):
+            raise _missed(report)
+        if not _needs_anchor(report):
+            time.sleep(_RETRY_S)
+        return report
+
+    def _acknowledge(self, published: Published, report: HotloadReport) -> None:
+        self._require_stated_versions()
+        # TRL counts after this call, in the same thread that takes samples out of its queue.
+        self.calendar.note(self._trainer.model_version + 1, published.version)
+        self._record(published, report)
 
     def _date(self, sample: Any, oldest: int) -> None:
         """Set TRL's version of a sample to that of the oldest weights that had a part in it.
 
         TRL's own, the version acknowledged before the first request, stays where it is older.
         """
-        sample.model_version = min(sample.model_version, self._calendar.of(oldest))
+        sample.model_version = min(sample.model_version, self.calendar.of(oldest))
 
     def _require_stated_versions(self) -> None:
         """ReplicaUnsuitable unless the server that generates says which weights made its tokens. Asked once."""
@@ -270,6 +302,27 @@ class HubWeightTransfer:
         seam.record(self._trainer, metrics)
 
 
+class _Leaving(TrainerCallback):
+    """Ends the transfer on a rank where TRL does not."""
+
+    def __init__(self, transfer: HubWeightTransfer):
+        self._transfer = transfer
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._transfer.destroy()
+
+
+def _until(deadline: float) -> float:
+    """Seconds that are left."""
+    return max(deadline - time.monotonic(), 0.0)
+
+
+def _needs_anchor(report: HotloadReport) -> bool:
+    return any(isinstance(replica.error, NoPath) for replica in report.replicas)
+
+
 def _missed(report: HotloadReport) -> HubsyncError:
     """Names every server that is missing, and why. Of one server, its own error."""
     missing = [replica for replica in report.replicas if replica.commit is None]
@@ -296,6 +349,11 @@ class Calendar:
         else:
             self._run.append(run_version)
             self._trl.append(trl_version)
+
+    @property
+    def versions(self) -> dict[int, int]:
+        """TRL's version -> the version of the run; where nothing had changed between several of TRL's, the newest."""
+        return dict(zip(self._trl, self._run, strict=True))
 
     def of(self, run_version: int) -> int:
         """The newest of TRL's versions whose policy is not newer than `run_version`."""

@@ -1,8 +1,8 @@
-"""What runs in the process that [`AsyncGRPOTrainer`] generates in.
+"""What runs in the process that TRL's asynchronous trainers generate in.
 
 TRL dates a sample by the version that was current when its first request was sent. A server that was restarted, or is
-slower than the others of a quorum, may have answered with older weights. This loop asks vLLM for the same tokens by
-the endpoint that also states which weights made which tokens, and writes the oldest and the newest on every sample.
+slower than the others of a quorum, may have answered with older weights. These loops ask vLLM for the same tokens by
+the endpoint that also states which weights made which tokens, and write the oldest and the newest on every sample.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from random import getrandbits
 from typing import Any
 
-from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
+from trl.experimental.async_distillation import async_rollout_worker as distillation
+from trl.experimental.async_grpo import async_rollout_worker as grpo
 
 GENERATE = "/inference/v1/generate"
 OLDEST, NEWEST = "weight_sync/version_min", "weight_sync/version_max"  # on samples, and among the trainer's metrics
@@ -24,8 +25,8 @@ _ATTEMPTS = 30  # as TRL's own request
 _made_by: ContextVar[list[int]] = ContextVar("made_by")
 
 
-class DatedRollouts(_AsyncRolloutLoop):
-    """TRL's own loop; the samples of a group bear the versions of the whole group, which their advantages rest on."""
+class DatedRollouts(grpo._AsyncRolloutLoop):
+    """The loop of [`AsyncGRPOTrainer`]; samples bear the versions of their group, which their advantages rest on."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -48,9 +49,42 @@ class DatedRollouts(_AsyncRolloutLoop):
         versions = self._versions.pop(group.group_id, None) or [UNKNOWN]
         samples = await super()._score_group(group)
         for sample in samples:
-            sample.metrics[OLDEST] = float(min(versions))
-            sample.metrics[NEWEST] = float(max(versions))
+            _stamp(sample, versions)
         return samples
+
+
+class DatedDistillation(distillation._AsyncRolloutLoop):
+    """The loop of [`AsyncDistillationTrainer`]; samples bear the versions of the student that made them."""
+
+    async def _generate_and_score_one(self, prompt_id: int, row: dict[str, Any]) -> Any:
+        versions: list[int] = []
+        _made_by.set(versions)  # of this task alone: each sample is one
+        sample = await super()._generate_and_score_one(prompt_id, row)
+        _stamp(sample, versions or [UNKNOWN])
+        return sample
+
+    async def _generate_one_turn(self, prompt_ids: list[int]) -> list[int]:
+        request = generate_request(self, prompt_ids)
+        answer = await self._retry(
+            lambda: self._post(self.vllm_server_url, GENERATE, request, self.request_timeout),
+            max_attempts=_ATTEMPTS,
+            label=GENERATE,
+        )
+        choice = answer["choices"][0]
+        _made_by.get().extend(versions_of(choice))
+        token_ids: list[int] = choice["token_ids"]
+        return token_ids
+
+
+def distill(*arguments: Any) -> None:
+    """The main function of the process that [`AsyncDistillationTrainer`] generates in, with the loop above."""
+    distillation._AsyncRolloutLoop = DatedDistillation  # type: ignore[misc]
+    distillation._child_main(*arguments)
+
+
+def _stamp(sample: Any, versions: list[int]) -> None:
+    sample.metrics[OLDEST] = float(min(versions))
+    sample.metrics[NEWEST] = float(max(versions))
 
 
 def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:

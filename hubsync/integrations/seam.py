@@ -4,9 +4,9 @@ Written for the releases that `SUPPORTED` names. Two groups of trainers:
 
 * The family of `VLLMGeneration` (`FAMILY`) asks one object to synchronise and to generate. `generate_on_server` gives
   a built trainer such an object. `HubSyncCallback` drives it.
-* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public; that their samples
-  say which weights made them is not. `date_samples` sees to it, with the loop of `rollouts`, which runs in
-  TRL's process of rollouts. `HubWeightTransfer` drives them.
+* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public. Not public are that
+  all ranks take part in it (`join_transfer`), and that samples say which weights made them: `date_samples` sees to
+  that, with the loops of `rollouts`, which run in TRL's process of rollouts. `HubWeightTransfer` drives them.
 
 `moved` compares what is used here with the TRL that is installed, and says in words what is different.
 """
@@ -29,7 +29,7 @@ from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.replica.server import VLLMServer, new_session
 from hubsync.trainer.publisher import Published
 
-SUPPORTED = "TRL >= 1.16, < 1.17"
+SUPPORTED = "TRL >= 1.13, < 1.17"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,15 @@ FAMILY = (
     Member("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _BY_STEP),
 )
 
-_TRANSFERS = ("weight_transfer", "rollout_worker", "rollout_queue", "model_version", "_metrics", "_sync_weight")
+_TRANSFERS = (
+    "weight_transfer",
+    "rollout_worker",
+    "rollout_queue",
+    "model_version",
+    "_metrics",
+    "_sync_weight",
+    "_streaming_iter",
+)
 
 ASYNC = (
     Member("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer", _TRANSFERS),
@@ -148,6 +156,11 @@ class _HTTPClient(VLLMClient):
         _wait_for(VLLMServer(url), timeout)
         self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
 
+    def logprobs_mode(self) -> str:
+        """Which log-probabilities the server reports. TRL asks for it since 1.16."""
+        info = self._get(f"{self.base_url}/server_info?config_format=json")
+        return str(info["vllm_config"]["model_config"]["logprobs_mode"])
+
 
 def _sampling(trainer: Any) -> dict[str, Any]:
     """How the trainer samples. A setting is the trainer's own, or only in its arguments, or in neither."""
@@ -175,11 +188,25 @@ def takes_weight_transfer(trainer: Any) -> bool:
     return _member(type(trainer), ASYNC) is not None
 
 
+def join_transfer(trainer: Any, take_part: Callable[[], None]) -> None:
+    """Have no weights gathered for a transfer, and let the other ranks take part in it. On every rank.
+
+    TRL gathers each weight on all ranks and streams it to the main one's `send_weights`. Now nothing is streamed, and
+    `take_part` is called on the other ranks meanwhile.
+    """
+
+    def stream() -> Iterator[tuple[str, Any]]:
+        if not trainer.accelerator.is_main_process:
+            take_part()
+        return iter(())
+
+    trainer._streaming_iter = stream
+
+
 def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
     """Have every sample bear the versions that the server says made it, and dated before the trainer looks at its age.
 
-    Possible with the worker of [`AsyncGRPOTrainer`], which lets the class of its loop be chosen. Main process only,
-    between construction and training.
+    Possible with TRL's own workers. Main process only, between construction and training.
 
     Args:
         date: called with every sample and the oldest version that had a part in it (`rollouts.UNKNOWN` if it is none
@@ -191,11 +218,28 @@ def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
     from . import rollouts  # heavy, and experimental in TRL
 
     worker = trainer.rollout_worker
-    if getattr(worker, "_loop_cls", None) is not rollouts._AsyncRolloutLoop:
+    if type(worker) is rollouts.distillation.AsyncRolloutWorker:
+        worker._mp_ctx = _Processes(worker._mp_ctx, rollouts.distill)  # type: ignore[assignment]
+    elif getattr(worker, "_loop_cls", None) is rollouts.grpo._AsyncRolloutLoop:
+        worker._loop_cls = rollouts.DatedRollouts
+    else:
         return False
-    worker._loop_cls = rollouts.DatedRollouts
     trainer.rollout_queue = _DatedQueue(trainer.rollout_queue, rollouts.OLDEST, date)
     return True
+
+
+class _Processes:
+    """A multiprocessing context whose processes run another main function, with the arguments of TRL's."""
+
+    def __init__(self, context: Any, main: Callable[..., None]):
+        self._context = context
+        self._main = main
+
+    def Process(self, *, target: Any, **settings: Any) -> Any:
+        return self._context.Process(target=self._main, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
 
 
 class _DatedQueue:
@@ -265,28 +309,41 @@ def _moved_generation() -> Iterator[str]:
         yield from _lacks(getattr(VLLMGeneration, name, None), (), f"VLLMGeneration.{name}")
     if not {"_init_vllm", "server_timeout", "accelerator"} <= _names(VLLMGeneration.__init__.__code__):
         yield "VLLMGeneration.__init__ no longer sets itself up through _init_vllm"
-    for name in ("_get", "generate", "get_server_info"):
+    for name in ("_get", "generate"):
         yield from _lacks(getattr(VLLMClient, name, None), (), f"VLLMClient.{name}")
 
 
 def _moved_rollouts() -> Iterator[str]:
-    from trl.experimental.async_grpo import async_rollout_worker as module
+    from trl.experimental.async_distillation import async_rollout_worker as distillation
+    from trl.experimental.async_grpo import async_rollout_worker as grpo
 
-    uses = {
+    grpo_loop = {
         "_generate_one": ("prompt", "tool_dict", "tools", "group_id"),
         "_generate_one_turn": ("prompt_ids",),
         "_score_group": ("group",),
         "_post": ("path", "payload", "timeout"),
         "_retry": ("coro_factory", "label", "max_attempts"),
     }
-    loop = getattr(module, "_AsyncRolloutLoop", None)
-    if getattr(module.AsyncRolloutWorker, "_loop_cls", None) is not loop:
+    distillation_loop = {
+        "_generate_and_score_one": ("prompt_id", "row"),
+        "_generate_one_turn": ("prompt_ids",),
+        "_post": ("base_url", "path", "payload", "timeout"),
+        "_retry": ("coro_factory", "label", "max_attempts"),
+    }
+    for module, uses in ((grpo, grpo_loop), (distillation, distillation_loop)):
+        where = "distillation's " if module is distillation else ""
+        loop = getattr(module, "_AsyncRolloutLoop", None)
+        for name, parameters in uses.items():
+            yield from _lacks(getattr(loop, name, None), parameters, f"{where}_AsyncRolloutLoop.{name}")
+        missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
+        if missing:
+            yield f"{where}RolloutSample has no {', '.join(sorted(missing))}"
+    if getattr(grpo.AsyncRolloutWorker, "_loop_cls", None) is not getattr(grpo, "_AsyncRolloutLoop", None):
         yield "AsyncRolloutWorker no longer runs the class in _loop_cls"
-    for name, parameters in uses.items():
-        yield from _lacks(getattr(loop, name, None), parameters, f"_AsyncRolloutLoop.{name}")
-    missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
-    if missing:
-        yield f"RolloutSample has no {', '.join(sorted(missing))}"
+    if not {"_mp_ctx", "Process", "_child_main"} <= _names(distillation.AsyncRolloutWorker.start.__code__):
+        yield "distillation's AsyncRolloutWorker no longer starts _child_main by _mp_ctx.Process"
+    if "_AsyncRolloutLoop" not in _names(distillation._child_main.__code__):
+        yield "distillation's _child_main no longer runs _AsyncRolloutLoop"
     for member in ASYNC:
         yield from _lacks(member.load(), ("weight_transfer",), f"the constructor of {member.name}")
         protocol = getattr(importlib.import_module(member.module), "WeightTransferProtocol", None)

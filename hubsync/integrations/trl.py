@@ -220,7 +220,7 @@ class HubSyncCallback(TrainerCallback):
     def _warn_of_biased_logprobs(self) -> None:
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
             return
-        mode = self.trainer.vllm_generation.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        mode = self.trainer.vllm_generation.vllm_client.logprobs_mode()
         if mode != "processed_logprobs":
             logger.warning(
                 "The vLLM server runs with `--logprobs-mode %s`, which biases the importance sampling correction where "

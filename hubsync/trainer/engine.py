@@ -36,7 +36,7 @@ from .division import divided
 from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
-from .ranks import Alone, Ranks, join
+from .ranks import Ranks, join
 from .shards import Shard
 from .sliced import choose_detector
 from .stepping import unwrapped
@@ -87,7 +87,6 @@ class DeltaWeightTransferEngine:
             you tell the step yourself. A wrapper of accelerate is unwrapped.
         config: see [`SyncConfig`].
         processing_class: tokenizer or processor to store beside the weights of anchors.
-        alone: publish from this process only, whatever others torch.distributed knows: it holds the whole model.
 
     Raises:
         ConfigError: a model or setting that cannot work.
@@ -115,11 +114,10 @@ class DeltaWeightTransferEngine:
         config: SyncConfig,
         *,
         processing_class: Any = None,
-        alone: bool = False,
     ):
         self.config = config
         self.steps = 0
-        self.ranks = Alone() if alone else join()
+        self.ranks = join()
         self._model = model = _without_wrapper(model)
         self._processing_class = processing_class
         self._deployment = _deployment(config)

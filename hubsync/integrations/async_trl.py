@@ -124,9 +124,9 @@ class HubWeightTransfer:
         seam.require_unmoved(type(trainer))
         if is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
             raise ConfigError(
-                "a PEFT policy cannot be transferred here: AsyncGRPOTrainer asks its server for the base model's name, "
-                "and merging the adapter changes nearly every weight. Use GRPOTrainer with HubSyncCallback, train all "
-                "parameters, or leave weight_transfer out and let TRL send the adapter"
+                "a PEFT policy cannot be transferred here: this trainer hands over merged weights, which are a dense "
+                "change of the base. Use GRPOTrainer with HubSyncCallback, train all parameters, or leave "
+                "weight_transfer out and let TRL send the adapter"
             )
         if not trainer.accelerator.is_main_process:
             return

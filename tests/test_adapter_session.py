@@ -212,3 +212,26 @@ def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -
         list(threads.map(lambda worker: worker.session.commit(POSITIONS[3]), workers))
     for worker in workers:
         worker.assert_serves(3)
+
+
+@pytest.mark.server  # no server, but half of vLLM is imported
+def test_vllm_reads_the_directories_that_are_written_and_refuses_a_higher_rank(tmp_path: Path) -> None:
+    """Its own reader of adapter files; what it does with them next takes a server."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    view = {f"base_model.model.{name}": tensor for name, tensor in VIEWS[1].items()}
+    table = TensorTable([TensorSpec(f"base_model.model.{spec.name}", spec.shape, spec.dtype) for spec in TABLE])
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    write_adapter(tmp_path, Run("1" * 32, table, "0" * 32, adapter=Adapter(config, Base())), view)
+    helper = PEFTHelper.from_local_dir(str(tmp_path), None)
+    helper.validate_legal(LoRAConfig(max_lora_rank=8))
+    loaded = LoRAModel.from_local_checkpoint(
+        str(tmp_path), {"q_proj"}, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+    )
+    layer = loaded.get_lora("m.q_proj")
+    assert layer is not None
+    assert torch.equal(layer.lora_a, view["base_model.model.m.q_proj.lora_A.weight"])
+    with pytest.raises(ValueError, match="max_lora_rank"):
+        PEFTHelper.from_dict({**config, "r": 16}).validate_legal(LoRAConfig(max_lora_rank=8))

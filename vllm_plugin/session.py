@@ -395,6 +395,11 @@ class Session:
             bucket = open_bucket(host.bucket, key=host.public_key)
             reader = ChainReader(bucket, host.cache, max_head_age=host.max_head_age)
             run = reader.run()
+            if run.adapter is not None:
+                raise ReplicaRefused(
+                    "this run publishes a LoRA adapter: start the server with --enable-lora, --max-lora-rank "
+                    f"{run.adapter.config['r']} or more, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+                )
             masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
             applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)
             self._metrics["map_s"] = time.perf_counter() - started

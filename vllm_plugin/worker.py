@@ -14,19 +14,24 @@ from hubsync.errors import FormatError
 from hubsync.manifest import MAX_VERSION, Position
 
 from . import compat
+from .adapters import AdapterSession
 from .answers import answering
 from .session import Session
 
 PROTOCOL = 1
 
 
-def session_of(worker: Any) -> Session:
+def session_of(worker: Any) -> Session | AdapterSession:
     """The worker's session, made at its first request; from then on every forward pass is guarded."""
     worker = compat.unwrap(worker)
-    session: Session | None = getattr(worker, "_hubsync", None)
+    session: Session | AdapterSession | None = getattr(worker, "_hubsync", None)
     if session is None:
         ranks = compat.find_ranks()
-        session = Session(lambda: compat.host_of(worker, ranks), ranks)
+        if worker.vllm_config.lora_config is None:
+            session = Session(lambda: compat.host_of(worker, ranks), ranks)
+        else:
+            session = AdapterSession(lambda: compat.adapter_host_of(worker), ranks)
+            compat.guard_adapter(worker, session.registered)
         compat.guard_forward(worker, session.before_forward)
         compat.guard_weights(worker, session.weights_lost)
         worker._hubsync = session

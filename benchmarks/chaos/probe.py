@@ -16,11 +16,14 @@ class Probe(DeltaWorkerExtension):
     def chaos_memory(self) -> dict[str, Any]:
         """`status`; fingerprints of the live weights in checkpoint coordinates; and hashes of all that vLLM holds."""
         from vllm_plugin.exam import memory_of
+        from vllm_plugin.session import Session
         from vllm_plugin.worker import session_of, status_of
 
         from .model import fingerprint
 
-        attached, tensors = session_of(self)._attached, {}
+        session, tensors = session_of(self), {}
+        assert isinstance(session, Session), "histories are of whole models"
+        attached = session._attached
         if attached is not None:
             held, everything = attached.applier.old_bits(), slice(None)
             for index, spec in enumerate(attached.applier.table):

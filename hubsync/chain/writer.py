@@ -431,7 +431,7 @@ def _first_difference(run: TensorTable, ours: TensorTable) -> str:
 
 
 def _belongs_to_anchor(name: str) -> bool:
-    return name in SIDE_FILES or (name.startswith("model") and name.endswith(".safetensors"))
+    return name in SIDE_FILES or (name.startswith(("model", "adapter_model")) and name.endswith(".safetensors"))
 
 
 def _size(source: Path | bytes) -> int:

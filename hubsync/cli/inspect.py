@@ -22,8 +22,8 @@ from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
-from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest, Position
-from hubsync.parts import open_anchor, write_anchor
+from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest, Position, Run
+from hubsync.parts import open_anchor, write_adapter, write_anchor
 
 from .keys import add_public_key, public_key
 
@@ -124,7 +124,7 @@ def pull_version(args: argparse.Namespace) -> int:
         reader = _reader(args, stack, args.max_head_age)
         base = _base(args, reader)
         view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
-        _write_checkpoint(out, view, _side_files(reader, args.base))
+        _write_checkpoint(out, view, reader.run(), _side_files(reader, args.base))
     print(f"wrote {view.position} to {args.out}")
     return 0
 
@@ -237,15 +237,18 @@ def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
     return [path for path in paths if path.name in SIDE_FILES - {"model.safetensors.index.json"}]
 
 
-def _write_checkpoint(out: Path, view: View, side_files: list[Path]) -> None:
+def _write_checkpoint(out: Path, view: View, run: Run, side_files: list[Path]) -> None:
     """Beside `out` first, so that `out` is complete once it exists."""
     parent = out.parent
     parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}-"))
     try:
-        write_anchor(staging, view.table, view.tensors)
         for path in side_files:
             shutil.copyfile(path, staging / path.name)
+        if run.adapter is None:
+            write_anchor(staging, view.table, view.tensors)
+        else:
+            write_adapter(staging, run, view.tensors)
         staging.chmod(0o755)
         staging.replace(out)
     except BaseException:

@@ -133,8 +133,9 @@ class HubWeightTransfer:
         seam.require_unmoved(type(trainer))
         if is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
             raise ConfigError(
-                "a PEFT policy is not a sparse change of its base: merging the adapter changes nearly every weight. "
-                "Train all parameters, or leave weight_transfer out and let TRL send the adapter"
+                "a PEFT policy cannot be transferred here: this trainer hands over merged weights, which are a dense "
+                "change of the base. Use GRPOTrainer with HubSyncCallback, train all parameters, or leave "
+                "weight_transfer out and let TRL send the adapter"
             )
         self._trainer = trainer
         url = seam.server_url(trainer.args)

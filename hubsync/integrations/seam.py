@@ -116,6 +116,11 @@ def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) 
         trainer.vllm_sync_frequency, trainer._last_vllm_sync_step = frequency, -frequency
 
 
+def request_model(trainer: Any, name: str) -> None:
+    """Have the trainer's completions made by this model of its server. Main process only."""
+    trainer.vllm_generation.vllm_client.model = name
+
+
 class _HTTPGeneration(VLLMGeneration):
     """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
 

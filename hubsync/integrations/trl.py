@@ -22,7 +22,7 @@ from hubsync.errors import (
     WrongParent,
 )
 from hubsync.manifest import Position
-from hubsync.replica.server import VLLMServer
+from hubsync.replica.server import LORA_HINT, VLLMServer
 from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
@@ -98,6 +98,7 @@ class HubSyncCallback(TrainerCallback):
         seam.generate_on_server(trainer, url, self._synchronise)
         if self._is_main:
             self._replica.check()
+            self._ask_for_adapter()
             self._warn_of_biased_logprobs()
         trainer.add_callback(self)
 
@@ -217,6 +218,18 @@ class HubSyncCallback(TrainerCallback):
     def _record(self, **metrics: float) -> None:
         seam.record(self.trainer, metrics)
 
+    def _ask_for_adapter(self) -> None:
+        """Have a PEFT policy's completions come from its adapter, and not from the base model beside it."""
+        if not is_peft_model(self.trainer.model):
+            return
+        adapter = self._replica.status().adapter
+        if adapter is None:
+            raise ConfigError(
+                f"the policy is a PEFT model, and {self._replica.server.url} serves no adapters: start it with "
+                f"--enable-lora, and {LORA_HINT}"
+            )
+        seam.request_model(self.trainer, adapter)
+
     def _warn_of_biased_logprobs(self) -> None:
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
             return
@@ -244,11 +257,6 @@ def _refuse_unsuitable(trainer: Any) -> None:
         raise ConfigError(
             "use_transformers_continuous_batching casts the policy in place, which would be published as a change of "
             "every weight: leave it False, generation happens on the vLLM server anyway"
-        )
-    if is_peft_model(trainer.model):
-        raise ConfigError(
-            "a PEFT policy is not a sparse change of its base: merging the adapter changes nearly every weight. Train "
-            "all parameters, or let vLLM load the adapter"
         )
     if getattr(trainer, "loss_type", None) == "vespo" and trainer.vllm_importance_sampling_mode.startswith("sequence"):
         raise ConfigError("loss_type='vespo' needs vllm_importance_sampling_mode='token_truncate' or 'token_mask'")

@@ -21,6 +21,7 @@ _LABELS_SINCE = (0, 27)
 PROTOCOL = 1  # of the worker methods `hubsync_*`
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
 
 _LONGEST_WAIT_S = 1e6  # some days; waiting functions take no infinity
@@ -99,6 +100,19 @@ class VLLMServer:
         """Have the model run once, on a prompt of one token."""
         model = self._read("/v1/models", lambda answer: answer["data"][0]["id"])
         self._post("/v1/completions", json={"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0})
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have vLLM serve the LoRA adapter in a directory of the server's host, to requests for the model `name`.
+
+        Registered before: it is let go and loaded anew.
+        """
+        adapter = {"lora_name": name, "lora_path": path}
+        try:
+            if name in (model["id"] for model in self._get("/v1/models")["data"]):
+                self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+            self._send("POST", "/v1/load_lora_adapter", json=adapter)
+        except ReplicaUnsuitable as error:
+            raise ReplicaUnsuitable(f"{error}; for adapters with --enable-lora and {LORA_HINT}") from None
 
     def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Call a worker method on every rank.

@@ -101,6 +101,12 @@ class ReplicaStatus:
         return all(position in (_position(rank), _position(rank.get("staged") or {})) for rank in self.ranks)
 
     @property
+    def adapter(self) -> str | None:
+        """What requests call the LoRA adapter that the server follows; None if it follows a whole model."""
+        followed = self.ranks[0].get("adapter")
+        return None if followed is None else str(followed["name"])
+
+    @property
     def spans_engines(self) -> bool:
         """Does a forward pass of one engine wait for another engine?"""
         return any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in self.ranks)
@@ -299,6 +305,9 @@ class Replica:
         They wait for each other, so where a forward pass of one engine waits for another engine (experts spread over
         data parallel engines) the server is paused meanwhile.
         """
+        if status.adapter is not None:
+            self.server.load_adapter(status.adapter, str(status.ranks[0]["adapter"]["path"]))
+            return
         if not status.spans_engines:
             self.server.rpc("hubsync_join")
             return

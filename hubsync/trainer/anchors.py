@@ -21,20 +21,26 @@ from .shards import Shard
 
 
 def write_own_files(
-    directory: Path, snapshot: Detector, division: Sequence[Sequence[Shard]], ranks: Ranks, max_shard_bytes: int
+    directory: Path,
+    snapshot: Detector,
+    division: Sequence[Sequence[Shard]],
+    ranks: Ranks,
+    max_shard_bytes: int,
+    stem: str = "model",
 ) -> None:
     """Write this rank's files of an anchor of the snapshot; rank 0's has the index. Rounds of `ranks`.
 
     Args:
         division: rank -> what it owns of each tensor.
         max_shard_bytes: of a file; also what is held in memory at a time.
+        stem: of the names of the files.
     """
     table = snapshot.table
     if ranks.size == 1:
-        write_anchor(directory, table, snapshot.tensors(), max_shard_bytes=max_shard_bytes)
+        write_anchor(directory, table, snapshot.tensors(), max_shard_bytes=max_shard_bytes, stem=stem)
         return
     assert isinstance(snapshot, Snapshot), "several ranks each hold their part"
-    files = anchor_files(table, max_shard_bytes)
+    files = anchor_files(table, max_shard_bytes, stem)
     for number, (file, names) in enumerate(files.items()):
         turn = number % ranks.size
         gathered = {}

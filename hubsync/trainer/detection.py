@@ -23,6 +23,7 @@ from hubsync.errors import ConfigError
 from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
+from .adapters import adapter_tensors, is_adapted
 from .shards import Shard, local_part, require_held
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
@@ -35,29 +36,25 @@ _CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, an
 def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`live_tensors` of a model that can be published.
 
-    ConfigError for models with adapters, and those that hold their weights otherwise than their checkpoint.
+    ConfigError for models that hold their weights otherwise than their checkpoint.
     """
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            "adapters (PEFT) are not supported yet: train the full model, or let vLLM serve the adapter itself"
-        )
     found = live_tensors(model)
     if not found:
         raise ConfigError(f"{type(model).__name__} has no parameters to publish")
-    _require_checkpoint_coordinates(model, found)
+    if not is_adapted(model):
+        _require_checkpoint_coordinates(model, found)
     return found
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
 
+    Of a PEFT model these are the tensors of its adapter, under the names that they have in a checkpoint of that.
     Integer tensors are not weights and are left out. ConfigError for tensors that are sharded otherwise than as
     DTensors, or that no view holds.
     """
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *buffers.items()]:
+    for name, tensor in (adapter_tensors(model) if is_adapted(model) else _weights(model)).items():
         _require_whole(name, tensor)
         if tensor.is_complex():
             raise ConfigError(f"{name} is complex: only real weights can be published")
@@ -68,6 +65,12 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             raise ConfigError(f"two tensors of the model have the checkpoint name {checkpoint_name}")
         found[checkpoint_name] = tensor
     return found
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTable:

@@ -23,11 +23,13 @@ from hubsync.checkpoint import Checkpoint
 from hubsync.digest import Digest, digest_view
 from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.keys import SIGNING_KEY_VARIABLE, SigningKey
-from hubsync.manifest import Base, Manifest, Position, Run
+from hubsync.manifest import Adapter, Base, Manifest, Position, Run
+from hubsync.parts import write_adapter_config
 from hubsync.patch import Patch, invert
 from hubsync.table import TensorTable
 from hubsync.weights import ViewBits, digest_after
 
+from .adapters import adapter_config, base_digest, is_adapted, require_same_adapter
 from .basecopy import copy_base, local_copy
 from .compacting import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
@@ -127,6 +129,7 @@ class DeltaWeightTransferEngine:
         view_dtype = VIEW_DTYPES[config.view_dtype]
         tensors = self.ranks.together(lambda: published_tensors(model))
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
+        self._adapter = self.ranks.together(lambda: _adapter_of(model, config, view_dtype))
         _warn_of_lost_updates(tensors, view_dtype)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = divided(self.ranks, tensors, view_dtype)
@@ -287,6 +290,8 @@ class DeltaWeightTransferEngine:
     def _detector(
         self, tensors: dict[str, torch.Tensor], table: TensorTable, own: list[Shard], optimizer: Any
     ) -> Detector:
+        if self._adapter is not None and self.config.detector == "auto":
+            return Snapshot(tensors, table, self.config.snapshot_device, own)  # small, and exact whatever writes
         held_whole = all(not hasattr(tensor, "to_local") for tensor in tensors.values())
         if self.ranks.size == 1 and held_whole:
             return choose_detector(tensors, table, optimizer, self.config)
@@ -337,14 +342,17 @@ class DeltaWeightTransferEngine:
                 raise RunMismatch(
                     f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
                 )
-            return ChainWriter.resume(bucket, table, signs=self._key is not None)
+            writer = ChainWriter.resume(bucket, table, signs=self._key is not None)
+            require_same_adapter(writer.run.adapter, self._adapter)
+            return writer
         run = Run(
             run_id=secrets.token_hex(16),
             table=table,
             digest=digest.hex,
-            base=_base_of(self._model, self.config, table, digest),
+            base=Base() if self._adapter is not None else _base_of(self._model, self.config, table, digest),
             created=time.time(),
             public_key=None if self._key is None else self._key.public.hex,
+            adapter=self._adapter,
         )
         return ChainWriter.create(bucket, run)
 
@@ -364,6 +372,11 @@ class DeltaWeightTransferEngine:
         return publisher.anchor(step=step, name=name or self.config.name, serve=serve)
 
     def _write_side_files(self, directory: Path) -> None:
+        if self._adapter is not None:
+            write_adapter_config(directory, self._adapter)
+            if hasattr(self._processing_class, "save_pretrained"):
+                self._processing_class.save_pretrained(directory)
+            return
         model: Any = self._model
         owners = [getattr(model, "config", None), getattr(model, "generation_config", None), self._processing_class]
         for owner in owners:
@@ -473,6 +486,13 @@ def _deployment(config: SyncConfig) -> Deployment | None:
     return Deployment(
         config.servers, kv_cache=config.kv_cache, quorum=config.quorum, request_timeout=config.commit_timeout
     )
+
+
+def _adapter_of(model: torch.nn.Module, config: SyncConfig, dtype: torch.dtype) -> Adapter | None:
+    """What a PEFT model publishes; None of any other model, which publishes all of its weights."""
+    if not is_adapted(model):
+        return None
+    return Adapter(adapter_config(model), _stated_base(model, config), base_digest(model, dtype))
 
 
 def _base_of(model: torch.nn.Module, config: SyncConfig, table: TensorTable, digest: Digest) -> Base:

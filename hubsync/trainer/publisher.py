@@ -283,7 +283,8 @@ class Publisher:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
                 ranks.first(lambda: self._side_files(Path(directory)))
-                write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES)
+                stem = self.writer.run.stem
+                write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES, stem)
                 draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name, serve=serve, expires=expires)
                 uploaded = ranks.gather(lambda: self.writer.upload(draft, anchor_sources(Path(directory))))
                 self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])

@@ -1,0 +1,173 @@
+"""Adapters on a real vLLM server: pushed, pulled, rolled back, and generated with by a trainer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import requests
+import torch
+import transformers
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
+from hubsync.cli.main import main
+from hubsync.errors import ReplicaRefused
+from hubsync.integrations.trl import HubSyncCallback
+from hubsync.manifest import Position
+from hubsync.replica.follower import Follower
+from hubsync.replica.server import VLLMServer
+from hubsync.replica.sync import Replica
+from hubsync.trainer.config import SyncConfig
+from hubsync.trainer.engine import DeltaWeightTransferEngine
+
+from .adapted import TARGETS, adapted, save_base, train
+
+pytestmark = pytest.mark.server
+
+ADDRESS = "hf://buckets/me/lora/run"
+PROMPT = list(range(5, 45))
+
+
+@dataclass
+class Site:
+    """A run of adapters, and a server that follows it. Tests continue the run where the one before left it."""
+
+    base: Path
+    url: str
+    model: peft.PeftModel
+    engine: DeltaWeightTransferEngine
+
+    @property
+    def replica(self) -> Replica:
+        return Replica(VLLMServer(self.url))
+
+    @property
+    def position(self) -> Position | None:
+        return self.replica.status().position
+
+    def logprobs(self, model: str = "policy") -> torch.Tensor:
+        """Log-probabilities that the server gives to the tokens of `PROMPT`, but the first."""
+        request = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        answer = requests.post(f"{self.url}/v1/completions", json=request, timeout=120)
+        answer.raise_for_status()
+        given = answer.json()["choices"][0]["prompt_logprobs"][1:]
+        return torch.tensor([token[str(number)]["logprob"] for token, number in zip(given, PROMPT[1:], strict=True)])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().mean())
+
+
+def expected(base: Path, adapter: Path) -> torch.Tensor:
+    """The same of PEFT, from a directory that was pulled."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    base = save_base(tmp_path_factory.mktemp("base"))
+    url = start_server(
+        base,
+        bucket=ADDRESS,
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+        arguments=["--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", "processed_logprobs"],
+    )
+    model = adapted(base)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=ADDRESS, servers=[url])) as engine:
+        engine.sync()
+        yield Site(base, url, model, engine)
+
+
+def test_a_fresh_adapter_changes_nothing_and_every_pushed_version_computes_what_peft_does(
+    site: Site, tmp_path: Path
+) -> None:
+    before = site.logprobs()
+    assert torch.equal(before, site.logprobs(str(site.base)))
+    for step in range(2):
+        train(site.model, 0.2)
+        report = site.engine.sync(step)
+        assert site.position == report.commits[0].position == site.engine.position
+        assert site.replica.server.weight_version() == str(site.engine.position.version)
+        out = tmp_path / str(step)
+        assert main(["pull", ADDRESS, str(out)]) == 0
+        now = site.logprobs()
+        assert distance(now, expected(site.base, out)) < distance(now, before) / 5, "no more than the noise of bfloat16"
+        before = now
+
+
+def test_a_follower_goes_back_to_an_older_version_and_forward_again_to_the_very_same(
+    site: Site, tmp_path: Path
+) -> None:
+    newest, at_newest = site.engine.position, site.logprobs()
+    follower = Follower(lambda: ChainReader(open_bucket(ADDRESS), tmp_path), site.replica)
+    older = site.engine.serve(newest.version - 1)
+    followed = follower.step()
+    assert followed is not None
+    assert followed.lag == -1
+    assert site.position == older
+    assert not torch.equal(site.logprobs(), at_newest)
+    site.engine.serve(newest.version)
+    follower.step()
+    assert site.position == newest
+    assert torch.equal(site.logprobs(), at_newest)
+
+
+def test_what_is_not_staged_is_not_loaded(site: Site) -> None:
+    before = site.position
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        site.replica.server.rpc("hubsync_commit", 99, "0" * 32)
+    assert site.position == before
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [random.random() for _ in completions]
+
+
+def test_grpo_trains_an_adapter_and_generates_with_it(site: Site, tmp_path: Path) -> None:
+    """On the server of the run that the tests above have made: the same adapter, trained on."""
+    trainer = GRPOTrainer(
+        str(site.base),
+        reward,
+        args=GRPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            learning_rate=1e-2,
+            vllm_server_base_url=site.url,
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"{i} plus 1" for i in range(8)]}),
+        peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+    )
+    before, computed = site.position, site.logprobs()
+    callback = HubSyncCallback(trainer, SyncConfig(bucket=ADDRESS))
+    assert trainer.vllm_generation.vllm_client.model == "policy"
+    trainer.train()
+    after = site.position
+    assert before is not None
+    assert after is not None
+    assert after.version >= before.version + 3, "the fresh adapter, and one for each step"
+    assert callback.commits == 3
+    out = tmp_path / "out"
+    assert main(["pull", ADDRESS, str(out)]) == 0
+    assert distance(site.logprobs(), expected(site.base, out)) < distance(site.logprobs(), computed) / 5

@@ -12,7 +12,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ from .model import Tensors
 _CAN_SIGN = importlib.util.find_spec("cryptography") is not None
 _TRIES = 5  # faults repeat twice, so this many must get through
 _LASTING = 4  # errors in a row of a follower, with nothing wrong at the Hub
-_PORTS = (
-    15_000,
-    32_000,
-)  # below those that clients get by themselves: a Hub that is started again must find its own free
+_PORTS = range(15_000, 32_000)  # below those that clients get by themselves: what starts again finds its own free
+_OWN_PORTS = 50  # of a history: others that run beside it have others
 
 
 class Divergence(Exception):
@@ -64,7 +62,8 @@ class History:
         self._signed, self._hurried, self._vllm = signed, hurried, vllm
         self.home = home
         self.chance = random.Random(seed)
-        self.port = self.chance.randrange(*_PORTS)
+        self._ports = [_PORTS[(seed * _OWN_PORTS + number) % len(_PORTS)] for number in range(_OWN_PORTS)]
+        self.port = self.chance.choice(self._ports)
         self.hub: Actor | None = None
         self.publisher: Actor | None = None
         self.replicas: list[Actor] = []
@@ -106,7 +105,7 @@ class History:
         return setup if on == "directory" else self._with_hub(setup)
 
     def _with_hub(self, setup: Setup) -> Setup:
-        for port in self._ports():
+        for port in [self.port, *self._ports]:
             hub = actors.start("hub", actors.hub, setup, port)
             try:
                 hub.answer()
@@ -116,11 +115,6 @@ class History:
             self.hub, self.port = hub, port
             return replace(setup, hub_url=f"http://127.0.0.1:{port}")
         raise Broken("no port is free")
-
-    def _ports(self) -> Iterator[int]:
-        yield self.port
-        for _ in range(20):
-            yield random.randrange(*_PORTS)
 
     # --- beginning and end --------------------------------------------------------------------------
 
@@ -177,7 +171,9 @@ class History:
                 behaviours[replica.name] = replica.ask("behave")
             replica.kill()
         name = "reference"
-        reference = actors.start(name, live.replica, self.setup, self.home / name, _free_port(), 1, False, checkpoint)
+        reference = actors.start(
+            name, live.replica, self.setup, self.home / name, _free_port(self._ports), 1, False, checkpoint
+        )
         self._references.append(reference)
         reference.answer()
         right = reference.ask("behave")
@@ -267,7 +263,7 @@ class History:
         name = name or f"replica-{len(self.replicas)}"
         # Ranks that hold parts of small tensors cannot follow compact deltas, and say so: it would be all they do.
         ranks = self.chance.choice([1, 2]) if self.setup.encoding == "fast" and not self.setup.vllm else 1
-        replica = self._start_replica(name, ranks, _free_port())
+        replica = self._start_replica(name, ranks, _free_port(self._ports))
         if name != "joiner":
             self.replicas.append(replica)
         return replica
@@ -443,10 +439,9 @@ class History:
         self.say(f"{who} says {failed}")
 
 
-def _free_port() -> int:
-    """For a server that is started again there: nobody gets it by himself meanwhile."""
-    for _ in range(100):
-        port = random.randrange(*_PORTS)
+def _free_port(ports: list[int]) -> int:
+    """For a server that is started again there."""
+    for port in random.sample(ports, len(ports)):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -117,6 +117,25 @@ def test_compact_deltas_are_merged_with_the_base_at_hand_as_fast_ones(
     history.go(reader, history.writer.position, 0, base=False)
 
 
+def test_spans_that_begin_with_deleted_weights_are_left_out(
+    history: History, reader: ChainReader, tmp_path: Path
+) -> None:
+    """Found by benchmarks.chaos, seed 40183: versions before an anchor were deleted, and compaction failed."""
+    deltas = [history.publish(compact=True) for _ in range(2)]
+    history.publish(compact=True)
+    history.anchor(tmp_path / "anchor")
+    for _ in range(4):
+        history.publish(compact=True)
+    history.bucket.delete([Layout.manifest(delta) for delta in deltas])
+    history.base = {}  # who starts from it would fail
+    compactor = Compactor(history.bucket, reader, {})
+    made = [(merged.parent.version, merged.version) for merged in compactor.run() if merged.parent is not None]
+    assert made
+    assert all(start >= 3 for start, _ in made)
+    assert compactor.skipped > 0
+    history.go(reader, None)
+
+
 def test_versions_that_were_left_out_leave_no_hole(history: History, reader: ChainReader, tmp_path: Path) -> None:
     for number in range(8):
         history.publish()

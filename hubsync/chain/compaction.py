@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from hubsync.bucket.base import Bucket, Upload
+from hubsync.errors import NoPath
 from hubsync.manifest import Manifest, Part, Position
 from hubsync.parts import write_delta
 from hubsync.patch import Patch, changed, compose
@@ -53,7 +54,8 @@ class Compactor:
             compact deltas are merged without weights.
 
     Attributes:
-        skipped: spans that the last `run` could not make, because they hold compact deltas, and there is no `base`.
+        skipped: spans that the last `run` could not make, because they hold compact deltas, and there is no `base`, or
+            no way to the weights that they begin with.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Compactor:
             patch = self._merged(steps)
             if patch is not None:
                 yield self._commit(span, patch)
-            elif self._base is not None:
+            elif self._has_way_to(_start(span)):
                 yield self._commit_from_view(span, steps)
             else:
                 self.skipped += 1
@@ -126,6 +128,16 @@ class Compactor:
         patch = self._reader.merged(steps, view.bits)
         view.apply(patch, Step(self._manifest(span, (), changed(patch))))
         return self._commit(span, patch)
+
+    def _has_way_to(self, position: Position) -> bool:
+        """Whether weights can be had there: those before the oldest delta may be gone."""
+        if self._base is None:
+            return False
+        try:
+            self._reader.plan(None, position.version, base_available=True)
+        except NoPath:
+            return False
+        return True
 
     def _view_at(self, position: Position) -> View:
         reader = self._reader

@@ -62,7 +62,7 @@ def test_newer_and_untagged_servers_are_taken(serve: Callable[[Answers], VLLMSer
     ("answers", "error", "says"),
     [
         ({}, ReplicaUnsuitable, "VLLM_SERVER_DEV_MODE=1"),
-        ({"/collective_rpc": (401, {"error": "Unauthorized"})}, ReplicaUnsuitable, "--api-key"),
+        ({"/collective_rpc": (401, {"error": "Unauthorized"})}, ReplicaUnsuitable, "an API key, and none was given"),
         ({"/collective_rpc": (502, "bad gateway")}, ReplicaUnreachable, "is the vLLM server up"),
         ({"/collective_rpc": (200, "<html>")}, ReplicaUnsuitable, "does not answer like a vLLM server"),
         ({"/collective_rpc": (200, [])}, ReplicaUnsuitable, "does not answer like a vLLM server"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -245,6 +245,32 @@ def test_manifests_go_before_their_parts(bucket: LaterBucket, history: History, 
     (rest,) = collect(history, tmp_path)  # what a collector that died has left is known, although the epoch is live
     assert (rest.manifest, len(rest.parts)) == (None, 2)
     assert not any("/deltas/00000001-" in stat.path for stat in bucket.list("epochs"))
+
+
+@pytest.mark.parametrize("deleted", range(8))
+def test_a_collector_that_is_killed_leaves_no_version_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
+) -> None:
+    """Found by benchmarks.chaos, seed 40056."""
+    history = History(LocalBucket(tmp_path / "bucket", create=True))
+    for _ in range(3):
+        history.publish()
+    history.anchor(tmp_path / "first")
+    for _ in range(4):
+        history.publish()
+    history.anchor(tmp_path / "second")
+    delete = history.bucket.delete
+
+    def killed(paths: Sequence[str]) -> None:
+        delete(paths[:deleted])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(history.bucket, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(history, tmp_path, Policy(keep_last=1, grace=0))
+    reader = history.reader(tmp_path / "cache")
+    for version in versions(reader):
+        history.go(reader, None, version)
 
 
 def test_a_rollback_while_it_is_being_looked_is_seen(bucket: LaterBucket, history: History, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ deltas. Between kept versions are kept the merged deltas that a compactor would 
 
 An object is deleted only after it has been seen unneeded for a grace period, by the storage's clock: somebody may be
 downloading it. `gc.json` remembers since when. Manifests go before their parts, so that no manifest that is still there
-names parts that are not. Nothing is ever deleted of a live epoch that has no manifest: its writer may be about to
-write that.
+names parts that are not; and newer ones before the older ones that lead to them, so that a collector that is killed
+leaves no version that is listed and cannot be reached. Nothing is ever deleted of a live epoch that has no manifest:
+its writer may be about to write that.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Collector:
         needed = self._needed(index, manifests, kept, lost, self._shortcuts(chain))
         found = [
             self._describe(manifest, reasons, stats)
-            for manifest in manifests
+            for manifest in sorted(manifests, key=_newest_first)
             if Layout.manifest(manifest) not in needed
         ]
         claimed = {path for manifest in manifests for path in _paths(manifest)}
@@ -273,6 +274,11 @@ def _orphans(stats: Mapping[str, Stat], claimed: set[str], marks: Mapping[str, f
     for epoch, paths in epochs.items():
         why = "their version was never committed, or has been deleted"
         yield Garbage(f"{len(paths)} parts of epoch {epoch}", why, None, tuple(paths), _size(paths, stats), 0.0)
+
+
+def _newest_first(manifest: Manifest) -> tuple[int, bool]:
+    """Merged deltas after the version that they lead to: they may be the only way to it."""
+    return -manifest.version, manifest.kind == "merged"
 
 
 def _paths(manifest: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +100,22 @@ def test_what_fails_is_told_once_and_harms_nobody(
     bucket.before_commit = lambda path: None
     train(1)
     wait_for({(0, 4)}, bucket, tmp_path)
+
+
+def test_training_goes_on_where_there_is_no_room_to_merge(
+    tmp_path: Path,
+    train: Callable[..., DeltaWeightTransferEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compactor = train(0)._publisher._compactor
+    assert compactor is not None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    train(1)
+    compactor._thread.join(PATIENCE)
+    assert not compactor._thread.is_alive()
+    assert train(2).position.version == 3
+    assert "no deltas are merged here" in caplog.text
 
 
 def test_nothing_is_merged_while_something_is_published(

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from hubsync.manifest import Position, Run
 from hubsync.parts import write_adapter
 
 from .answers import describe
+from .background import Background
 from .ranks import Alone, Ranks
 from .session import Window
 
@@ -106,8 +105,7 @@ class AdapterSession:
         self._attaching = False
         self._error: HubsyncError | None = None
         self._metrics: dict[str, float] = {}
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._background = Background()
 
     # --- what the requests do -----------------------------------------------------------------------
 
@@ -185,7 +183,7 @@ class AdapterSession:
             return
         if self._wanted != target:
             self._error, self._wanted = None, target
-            self._submit(self._stage)
+            self._background.submit(self._stage)
 
     def open(self, position: Position, token: str) -> None:
         """A client begins a commit window. Refused while another one is open."""
@@ -293,19 +291,9 @@ class AdapterSession:
 
     # --- what the background thread does ------------------------------------------------------------
 
-    def _submit(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="hubsync", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        while True:
-            self._jobs.get()()
-
     def _begin(self) -> None:
         self._attaching, self._error = True, None
-        self._submit(self._attach)
+        self._background.submit(self._attach)
 
     def _attach(self) -> None:
         started = time.perf_counter()

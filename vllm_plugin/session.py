@@ -13,8 +13,6 @@ never on how far this rank's background thread is.
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,6 +45,7 @@ from hubsync.weights import ViewBits
 
 from .answers import describe, refusal
 from .applier import Applier
+from .background import Background
 from .live import Hints
 from .ranks import Alone, Census, Ranks
 
@@ -181,9 +180,7 @@ class Session:
         self._error: HubsyncError | None = None
         self._layout: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._working = threading.Lock()  # the reader serves one job, or healing, at a time
-        self._thread: threading.Thread | None = None
+        self._background = Background()
 
     # --- what the requests do -----------------------------------------------------------------------
 
@@ -282,7 +279,7 @@ class Session:
         if self._wanted != target:
             self._error = None
             self._wanted = target
-            self._submit(self._stage)
+            self._background.submit(self._stage)
 
     def open(self, position: Position, token: str) -> None:
         """A client begins a commit window. Refused while another one is open."""
@@ -315,14 +312,14 @@ class Session:
         if applier.position != before:
             self._metrics["commit_s"] = time.perf_counter() - started
             self._metrics["changed"] = changed
-            self._submit(self._verify)
+            self._background.submit(self._verify)
         self._mark_window(target)
         return changed
 
     def undo(self) -> None:
         """Take the last commit back."""
         position = self._require_joined().undo()
-        self._submit(self._verify)
+        self._background.submit(self._verify)
         self._mark_window(position)
 
     def heal(self) -> None:
@@ -338,7 +335,7 @@ class Session:
             raise ReplicaRefused("there is nothing to heal: the weights are not poisoned")
         logger.warning("hubsync: rebuilding the weights: %s", applier.poisoned)
         started = time.perf_counter()
-        with self._working:
+        with self._background.working:  # the reader serves one job, or healing, at a time
             view = attached.reader.carry_out(lambda: attached.plan(None, target), attached.view)
             written = applier.heal(view, target)
         self._error = None
@@ -371,21 +368,9 @@ class Session:
 
     # --- what the background thread does ------------------------------------------------------------
 
-    def _submit(self, job: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="hubsync", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            with self._working:
-                job()
-
     def _begin(self, job: Callable[[], None]) -> None:
         self._attaching, self._error = True, None
-        self._submit(job)
+        self._background.submit(job)
 
     def _map(self) -> None:
         """Find out what this rank holds. Where it is the only one, that is all there is to know."""
@@ -468,7 +453,7 @@ class Session:
         """
         if applier.poisoned is None:
             applier.doubt()
-            self._submit(self._verify)
+            self._background.submit(self._verify)
 
     def _verify(self) -> None:
         if self._attached is None or self._attached.applier.verified:

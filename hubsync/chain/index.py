@@ -52,7 +52,7 @@ class ChainIndex:
         self._run = run
         self._manifests: dict[str, Manifest] = {}
         self._epochs: dict[str, EpochNames] = {}
-        self._ignored: set[str] = set()  # names of merged deltas that cannot be used
+        self._ignored: set[str] = set()  # names of manifests that cannot be used, and need not be
         self._merged: dict[int, list[tuple[int, str]]] = {}  # where merged deltas lead -> where from, and their names
 
     @property
@@ -201,9 +201,9 @@ class ChainIndex:
         return self._load_what_can_be(sorted(paths))
 
     def _load_shortcuts(self, paths: Iterable[str]) -> None:
-        """As `_load`, but a merged delta that is damaged or not signed is passed over: others lead there too."""
+        """As `_load`, but a manifest that is damaged or not signed is passed over: others lead there too."""
         for path, error in self._load_what_can_be([path for path in paths if path not in self._ignored]).items():
-            logger.warning("passing over a merged delta: %s", error)
+            logger.warning("passing over a manifest that cannot be used: %s", error)
             self._ignored.add(path)
 
     def _load_what_can_be(self, paths: Sequence[str]) -> dict[str, FormatError]:

@@ -14,10 +14,9 @@ from hubsync.chain import ChainReader, Compactor
 from hubsync.chain.compaction import MAX_SPAN
 from hubsync.checkpoint import Checkpoint
 from hubsync.errors import BucketUnavailable, ConfigError
+from hubsync.replica.server import checked_seconds
 
 from .keys import add_signing_key, require_signing_key, signing_key
-
-_FOREVER_S = 1e6  # waiting functions take no infinity
 
 DESCRIPTION = """\
 Merge deltas over 2, 4, 8 and more versions, so that a server that is far behind downloads few of them. It may run
@@ -53,8 +52,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge what is due; with `--watch`, again whenever there is a new version."""
-    if not 0 < args.interval < _FOREVER_S:
-        raise ConfigError(f"--interval must be a positive number of seconds, not {args.interval:g}")
+    checked_seconds("--interval", args.interval)
     if args.max_span < 2:
         raise ConfigError(f"--max-span must be at least 2 versions, not {args.max_span}")
     bucket = open_bucket(args.address, token=args.token, key=signing_key(args))

@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hubsync.bits import bits_of, trailing_zeros
+from hubsync.bits import bits_of, build_prefetch, trailing_zeros
 
 LANES = 16  # elements updated by one instruction, where the processor has such ones
 _BLOCK = 1 << 12  # elements whose old patterns are remembered; they fit the nearest cache
@@ -264,11 +264,7 @@ def _step_lanes(  # type: ignore[no-untyped-def]
 
 def _fetched(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """The elements at an address. Asks for those that come later, as the processor itself does too late."""
-    byte = ir.IntType(8).as_pointer()
-    later = b.inttoptr(b.add(address, ir.Constant(address.type, _AHEAD)), byte)
-    prefetch = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
-    reading, keep, data = (ir.Constant(_WORD, number) for number in (0, 3, 1))
-    b.call(cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0"), [later, reading, keep, data])
+    build_prefetch(b, b.inttoptr(b.add(address, ir.Constant(address.type, _AHEAD)), _FLOATS.as_pointer()))
     return b.load(b.inttoptr(address, _FLOATS.as_pointer()), align=4)
 
 

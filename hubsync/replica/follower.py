@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
+from .server import checked_seconds
 from .sync import CommitReport, Replica, ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 60.0
-_FOREVER_S = 1e6  # waiting functions take no infinity
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,8 @@ class Follower:
         interval: float = 5.0,
         stage_timeout: float = 600.0,
     ):
-        for what, seconds in (("interval", interval), ("stage_timeout", stage_timeout)):
-            if not 0 < seconds < _FOREVER_S:  # nor what is not a number
-                raise ConfigError(f"{what} must be a positive number of seconds, not {seconds:g}")
+        checked_seconds("interval", interval)
+        checked_seconds("stage_timeout", stage_timeout)
         self._open_reader = open_reader
         self._replica = replica
         self._interval = interval

@@ -46,7 +46,8 @@ class VLLMServer:
         self.timeout = timeout
         self._labels = True
         self._session = new_session(url)
-        self._key_hint = "an API key, and none was given" if api_key is None else "another API key than the one given"
+        wanted = "an API key, and none was given" if api_key is None else "another API key than the one given"
+        self._key_hint = f"{wanted}: use that of its --api-key (`hubsync follow --api-key`, or VLLM_API_KEY)"
         if api_key is not None:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
 

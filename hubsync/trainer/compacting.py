@@ -58,7 +58,7 @@ class BackgroundCompactor:
             for old in list(self._patches)[:-_KEPT]:
                 del self._patches[old]
         self._due.set()
-        if not self._thread.is_alive() and not self._stopped:
+        if self._thread.ident is None and not self._stopped:
             self._thread.start()
 
     def close(self) -> None:
@@ -71,12 +71,15 @@ class BackgroundCompactor:
 
     def _work(self) -> None:
         _step_back()
-        with tempfile.TemporaryDirectory(prefix="hubsync-compact-") as cache:
-            compactor = Compactor(self._bucket, ChainReader(self._bucket, cache), patches=self._patches)
-            while not self._stopped:
-                self._due.wait()
-                self._due.clear()
-                self._merge(compactor)
+        try:
+            with tempfile.TemporaryDirectory(prefix="hubsync-compact-", ignore_cleanup_errors=True) as cache:
+                compactor = Compactor(self._bucket, ChainReader(self._bucket, cache), patches=self._patches)
+                while not self._stopped:
+                    self._due.wait()
+                    self._due.clear()
+                    self._merge(compactor)
+        except OSError as error:  # no directory to work in; nobody waits for this thread, and none replaces it
+            logger.warning("no deltas are merged here, run `hubsync compact --watch` elsewhere: %s", error)
 
     def _merge(self, compactor: Compactor) -> None:
         try:

@@ -7,9 +7,7 @@ there, and compared in the same pass; everything else by the operator itself, a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hubsync.bits import bits_of
 from hubsync.kernels import adamw
 from hubsync.kernels.adamw import LANES, Found, Room, Scalars
+from hubsync.parallel import each
 
 _OPERATORS = (torch._fused_adam_, torch._fused_adamw_)
 _SETTINGS = ("lr", "beta1", "beta2", "weight_decay", "eps")
@@ -157,16 +156,13 @@ def _parts(row: Tensors, scalars: Scalars) -> Iterator[Part]:
 
 def _stepped(parts: list[Part]) -> list[Found]:
     """All of them, before anybody looks at a whole tensor."""
-    room, threads = Room(), torch.get_num_threads()
-    if threads == 1 or len(parts) < 2:
-        return [_part_stepped(part, room) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(_part_stepped, parts, itertools.repeat(room)))
+    room = Room()
 
+    def stepped(part: Part) -> Found:
+        (param, grad, mean, square), scalars, start, stop = part
+        return adamw.step(param, grad, mean, square, scalars, start, stop, room)
 
-def _part_stepped(part: Part, room: Room) -> Found:
-    (param, grad, mean, square), scalars, start, stop = part
-    return adamw.step(param, grad, mean, square, scalars, start, stop, room)
+    return each(stepped, parts)
 
 
 def _tail_stepped(operator: Operator, row: Tensors, step: torch.Tensor, options: dict[str, Any]) -> Found:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hubsync.chain.writer import anchor_sources
@@ -214,7 +215,8 @@ class Publisher:
             serve: let replicas serve the version; else it is only saved.
             expires: seconds since 1970, after which retention may delete the version.
         """
-        self._last = Ticket(self._thread.submit(self._publish_first, detected, step, name, detect_s, serve, expires))
+        publish = partial(self._publish, detected, step, name, detect_s, serve, expires)
+        self._last = Ticket(self._thread.submit(self._before_merging, publish, detected))
         if (
             self._anchor_every or self._anchor_fraction
         ):  # a job of its own: the version is durable, and its ticket done, before the anchor
@@ -313,20 +315,12 @@ class Publisher:
         draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), name=name)
         return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
 
-    def _publish_first(
-        self,
-        detected: Detected,
-        step: int | None,
-        name: str | None,
-        detect_s: float,
-        serve: bool,
-        expires: float | None,
-    ) -> Published:
-        """`_publish`, before anything else is merged."""
+    def _before_merging(self, publish: Callable[[], Published], detected: Detected) -> Published:
+        """Publish, and only then have anything merged."""
         if self._compactor is None:
-            return self._publish(detected, step, name, detect_s, serve, expires)
+            return publish()
         with self._compactor.held():
-            published = self._publish(detected, step, name, detect_s, serve, expires)
+            published = publish()
         self._compactor.add(published.position, detected.patch if published.encoding == "compact" else None)
         return published
 

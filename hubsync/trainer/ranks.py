@@ -101,9 +101,8 @@ class GlooRanks(Ranks):
             self._exchange(_Outcome())
         except (RuntimeError, RankError) as error:
             raise ConfigError(
-                "under torch.distributed every rank makes an engine, of the same model and with the same config (or a "
-                "coordinator); not "
-                f"all {self.size} did: {error}"
+                "under torch.distributed every rank makes an engine, of the same model and with the same config, or a "
+                f"coordinator; not all {self.size} did: {error}"
             ) from error
         distributed.distributed_c10d._set_pg_timeout(_PATIENCE, self.group)
 

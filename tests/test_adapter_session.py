@@ -16,7 +16,7 @@ from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.manifest import Adapter, Base, Position, Run
 from hubsync.parts import write_adapter, write_delta
 from hubsync.table import TensorSpec, TensorTable
-from vllm_plugin.adapters import AdapterHost, AdapterSession
+from vllm_plugin.adapters import AdapterHost, AdapterSession, _point
 
 from .sharded import Meeting
 from .toy import Tensors, nudged, patch_between, position_of
@@ -212,6 +212,18 @@ def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -
         list(threads.map(lambda worker: worker.session.commit(POSITIONS[3]), workers))
     for worker in workers:
         worker.assert_serves(3)
+
+
+def test_workers_may_move_the_link_at_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / "version").mkdir()
+
+    def move(_: int) -> None:
+        for _ in range(2000):
+            _point(tmp_path / "current", tmp_path / "version")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(move, range(2)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "version"]
 
 
 @pytest.mark.server  # no server, but half of vLLM is imported

@@ -14,7 +14,7 @@ Threads are divided as in `vllm_plugin.session`: requests on the main one, downl
 from __future__ import annotations
 
 import logging
-import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -412,9 +412,8 @@ def _write(directory: Path, run: Run, view: View) -> None:
 
 
 def _point(link: Path, directory: Path) -> None:
-    """Let the link lead to a directory beside it, at once."""
-    temporary = link.with_name(f".{link.name}-{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    """Let the link lead to a directory beside it, at once. Other workers may do the same."""
+    temporary = link.with_name(f".{link.name}-{secrets.token_hex(8)}")
     temporary.symlink_to(directory.name)
     temporary.replace(link)
 

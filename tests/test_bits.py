@@ -126,15 +126,8 @@ def test_bits_of_refuses_what_it_would_have_to_copy_or_convert():
         bits_of(torch.ones(2, dtype=torch.int64))
 
 
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_several_threads_find_the_same_changes(three_threads):
+def test_several_threads_find_the_same_changes(set_threads):
+    set_threads(3)
     rng = np.random.default_rng(0)
     old = rng.integers(0, 1 << 16, 3 * (1 << 21) + 77).astype(np.uint16)
     new = old.copy()
@@ -145,6 +138,7 @@ def test_several_threads_find_the_same_changes(three_threads):
     assert np.array_equal(diffs, difference(old[expected], new[expected]))
 
 
-def test_several_threads_give_the_same_digest(three_threads):
+def test_several_threads_give_the_same_digest(set_threads):
+    set_threads(3)
     bits = np.random.default_rng(1).integers(0, 1 << 16, 3 * (1 << 21) + 77).astype(np.uint16)
     assert digest_range(5, bits, start=11) == digest_at(5, np.arange(11, 11 + len(bits)), bits)

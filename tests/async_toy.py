@@ -63,11 +63,11 @@ def without_gpu() -> Iterator[None]:
         yield
 
 
-def save_policy(directory: Path) -> Path:
+def save_policy(directory: Path, architecture: str = "qwen3_tied") -> Path:
     """A tiny Qwen3 with a chat template that TRL can parse answers of."""
     from trl.chat_template_utils import qwen3_chat_template
 
-    save_checkpoint("qwen3_tied", directory)
+    save_checkpoint(architecture, directory)
     save_tokenizer(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = qwen3_chat_template

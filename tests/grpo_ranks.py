@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from trl import GRPOConfig, GRPOTrainer
 
 from hubsync import SyncConfig
 from hubsync.digest import digest_view
 from hubsync.integrations.trl import HubSyncCallback
 from hubsync.trainer.detection import published_tensors, table_of
+from hubsync.trainer.excerpts import Excerpt
 
 from .launched import prepare
 
@@ -32,9 +34,14 @@ def variety(completions: list[str], **_: Any) -> list[float]:
 def whole_digest(model: torch.nn.Module) -> str:
     """Of the whole view, from weights that are gathered for it."""
     trained = published_tensors(model)
-    whole = {name: tensor.full_tensor() if hasattr(tensor, "to_local") else tensor for name, tensor in trained.items()}
-    view = {name: tensor.detach().bfloat16() for name, tensor in whole.items()}
+    view = {name: _gathered(tensor).detach().bfloat16() for name, tensor in trained.items()}
     return digest_view(table_of(trained, torch.bfloat16), view).hex
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, Excerpt):
+        return _gathered(tensor.whole).detach().as_strided(tensor.place.shape, tensor.place.stride, tensor.place.offset)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def main(how: str, base: str, url: str, bucket: str, output: str) -> None:

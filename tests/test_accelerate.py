@@ -1,4 +1,7 @@
-"""A TRL trainer of several processes under `accelerate launch`, and a real server that follows it."""
+"""A TRL trainer of several processes under `accelerate launch`, and a real server that follows it.
+
+The policy is a mixture of experts: fused in the trainer, and cut over its processes by experts under FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.server
 def followed(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
     """A checkpoint, a server of it, and the bucket of the run that the server follows. Each training continues it."""
     directory = tmp_path_factory.mktemp("run")
-    base, bucket = save_checkpoint("qwen3_tied", directory / "base"), directory / "bucket"
+    base, bucket = save_checkpoint("qwen3_moe", directory / "base"), directory / "bucket"
     save_tokenizer(base)
     return base, start_server(base, bucket=str(bucket), arguments=["--logprobs-mode", "processed_logprobs"]), bucket
 

@@ -14,8 +14,8 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.checkpoint import Checkpoint
-from hubsync.errors import RankError
-from hubsync.trainer.detection import Snapshot
+from hubsync.errors import ConfigError, RankError
+from hubsync.trainer.detection import Snapshot, published_tensors
 from hubsync.trainer.publisher import Published
 from tests.models import save_checkpoint
 from tests.test_trainer import same_bits
@@ -289,37 +289,58 @@ def test_one_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> N
     assert calls > 0 == other_calls
 
 
-def trains_a_language_model(rank: int, address: str, base: str) -> tuple[Published, dict[str, torch.Tensor]]:
+def trains_language_models(
+    rank: int, directory: str, architectures: list[str]
+) -> list[tuple[Published, dict[str, torch.Tensor]]]:
+    """Each from its checkpoint in `directory`; experts that are cut otherwise than by whole ones are refused."""
+    outcomes = []
+    for architecture in architectures:
+        model = _sharded_language_model(Path(directory, architecture))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        with DeltaWeightTransferEngine(
+            model, optimizer, SyncConfig(bucket=f"{directory}/{architecture}-run")
+        ) as engine:
+            tokens = torch.arange(20).view(1, -1) + rank
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            published = engine.publish().result()
+            anchor = engine.anchor()
+            assert anchor.position == published.position
+        outcomes.append((published, whole_view(model, tied="lm_head.weight" if "tied" in architecture else "")))
+    with pytest.raises(ConfigError, match=r"experts\.0\.\S+ is a part of a parameter .* shard its first dimension"):
+        published_tensors(_sharded_language_model(Path(directory, "qwen3_moe"), dim=1))
+    return outcomes
+
+
+def _sharded_language_model(base: Path, dim: int = 0) -> Any:
     import transformers
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for layer in model.model.layers:
-        fully_shard(layer)
+        fully_shard(layer, shard_placement_fn=lambda parameter: Shard(dim if parameter.ndim == 3 else 0))
     fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
-        tokens = torch.arange(20).view(1, -1) + rank
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        published = engine.publish().result()
-        anchor = engine.anchor()
-        assert anchor.position == published.position
-    return published, whole_view(model, tied="lm_head.weight")
+    return model
 
 
-def test_a_sharded_language_model_starts_from_its_checkpoint_and_ends_as_one(tmp_path: Path) -> None:
+def test_sharded_language_models_start_from_their_checkpoints_and_end_as_such(tmp_path: Path) -> None:
     """The digest of all shards together is the one of the checkpoint's file, so nothing is uploaded but the delta."""
-    transformers = pytest.importorskip("transformers")
-    base = save_checkpoint("qwen3_tied", tmp_path / "base")
-    (published, trained), _ = run(2, trains_a_language_model, tmp_path / "run", str(base))
-    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
-    assert [manifest.kind for manifest in reader.manifests()] == ["delta", "anchor"]
-    delta, anchor = reader.manifests()
-    plan = Plan(start=None, anchor=None, base=True, steps=(Step(delta),), target=published.position)
-    assert same_bits(replay(reader, plan, Checkpoint(base, reader.run().table)).tensors, trained)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(reader.fetch(anchor)[0].parent)
-    assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)
+    transformers = pytest.importorskip("transformers", minversion="5")
+    architectures = ["qwen3_tied", "qwen3_moe"]
+    for architecture in architectures:
+        save_checkpoint(architecture, tmp_path / architecture)
+    outcomes, _ = run(2, trains_language_models, tmp_path, architectures)
+    for architecture, (published, trained) in zip(architectures, outcomes, strict=True):
+        reader = ChainReader(LocalBucket(str(tmp_path / f"{architecture}-run")), tmp_path / f"{architecture}-cache")
+        assert [manifest.kind for manifest in reader.manifests()] == ["delta", "anchor"]
+        delta, anchor = reader.manifests()
+        plan = Plan(start=None, anchor=None, base=True, steps=(Step(delta),), target=published.position)
+        directory, table = reader.fetch(anchor)[0].parent, reader.run().table
+        view = replay(reader, plan, Checkpoint(tmp_path / architecture, table))
+        assert same_bits(view.tensors, dict(Checkpoint(directory, table)))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)
 
 
 def finds_nothing_to_publish_once_replaced(rank: int, address: str) -> tuple[str, str] | None:

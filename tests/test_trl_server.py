@@ -1,4 +1,7 @@
-"""TRL's family on a real vLLM server: several steps per generation, evaluation first, resuming, and students."""
+"""TRL's family on a real vLLM server: several steps per generation, evaluation first, resuming, and students.
+
+The policy is a mixture of experts, which TRL holds fused and vLLM loads one by one, and each lays out in its own way.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ PROMPTS = Dataset.from_dict({"prompt": [f"{i} plus 1" for i in range(8)]})
 
 @dataclass
 class Policy:
-    """A checkpoint, and a server of it that follows `ADDRESS`. Every training below continues that run."""
+    """A checkpoint of a Qwen3-MoE, and a server of it that follows `ADDRESS`. Every training continues that run."""
 
     checkpoint: Path
     url: str
@@ -50,7 +53,7 @@ class Policy:
 
 @pytest.fixture(scope="module")
 def policy(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    checkpoint = save_policy(tmp_path_factory.mktemp("family"))
+    checkpoint = save_policy(tmp_path_factory.mktemp("family"), "qwen3_moe")
     url = start_server(checkpoint, bucket=ADDRESS, arguments=["--logprobs-mode", "processed_logprobs"])
     return Policy(checkpoint, url)
 

@@ -1,9 +1,9 @@
 """What is published, and what of it has changed.
 
 The published view of a model is what a checkpoint of it would hold: its parameters and persistent floating point
-buffers, each once, under its checkpoint name, cast to the dtype that is served. The snapshot is a copy of the view
-that was last made durable. Changes are found by comparing bits with it, never by looking at gradients or optimizer
-states, so they are right whatever moved the weights.
+buffers, each once, under its checkpoint name and in the parts that a checkpoint has of it, cast to the dtype that is
+served. The snapshot is a copy of the view that was last made durable. Changes are found by comparing bits with it,
+never by looking at gradients or optimizer states, so they are right whatever moved the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from hubsync.patch import Patch, TensorDelta
 from hubsync.table import TensorSpec, TensorTable
 
 from .adapters import adapter_tensors, is_adapted
+from .conversion import Places, places_in, published
+from .excerpts import Stretch, row_of, stretches_of
 from .shards import Shard, local_part, require_held
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
@@ -33,21 +35,36 @@ _ANOTHER_MODEL = "a run is of one model: make a new engine with another prefix f
 _CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, and `nonzero` has a limit
 
 
-def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`live_tensors` of a model that can be published.
+class LiveView:
+    """Which tensors of a model are published, and where they lie in it.
 
-    ConfigError for models that hold their weights otherwise than their checkpoint.
+    Raises:
+        ConfigError: a model without weights, or one whose checkpoint has other tensors than parts of its own.
     """
-    found = live_tensors(model)
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no parameters to publish")
-    if not is_adapted(model):
-        _require_checkpoint_coordinates(model, found)
-    return found
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        found = live_tensors(model)
+        if not found:
+            raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+        self._places: Places = {}
+        saving = None if is_adapted(model) else _what_saves(model)
+        if saving is not None:
+            prefix, inner = saving
+            self._places = places_in(inner, found, prefix)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Published name -> the live parameter or buffer, or an `Excerpt` of one, as the model holds them now."""
+        return published(live_tensors(self._model), self._places)
+
+
+def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`LiveView.tensors`, once."""
+    return LiveView(model).tensors()
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the live parameter or buffer, in the model's order; tied weights under their first name.
+    """Name without wrappers -> the live parameter or buffer, in the model's order; tied weights under their first name.
 
     Of a PEFT model these are the tensors of its adapter, under the names that they have in a checkpoint of that.
     Integer tensors are not weights and are left out. ConfigError for tensors that are sharded otherwise than as
@@ -184,7 +201,9 @@ class Snapshot:
         self._live = [tensors[spec.name] for spec in table]
         self._on_cpu = device == "cpu"
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
-        self._held = [self._view(index).clone() for index in range(len(table))]
+        self._stretches = stretches_of(self._live, self.shards)
+        self._copies = [self._view(start, stretch).clone() for start, stretch in self._stretches]
+        self._held = _parts(self._copies, [stretch for _, stretch in self._stretches])
         self.digest = self._recomputed()
 
     def follow(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -198,13 +217,11 @@ class Snapshot:
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
-        """Compare the live tensors with the snapshot. Needs memory for one cast tensor and O(changes)."""
-        changes = {}
-        for index in range(len(self.table)):
-            held = self._held[index]
-            change = _changes(held, self._view(index).to(held.device))  # a model may move to another device
-            if len(change.indices):
-                changes[index] = change
+        """Compare the live tensors with the snapshot. Needs memory for one cast live tensor and O(changes)."""
+        changes: dict[int, Change] = {}
+        for (start, stretch), copy in zip(self._stretches, self._copies, strict=True):
+            change = _changes(copy, self._view(start, stretch).to(copy.device))  # a model may move to another device
+            changes |= by_tensor(stretch, change)
         return Detected(self.table, changes, self.digest, self.shards)
 
     def advance(self, detected: Detected) -> None:
@@ -229,12 +246,13 @@ class Snapshot:
         """What this process owns of one tensor, flat. Not a copy: do not write to it."""
         return self._held[index]
 
-    def _view(self, index: int) -> torch.Tensor:
-        """The published view of what is owned of one live tensor, flat; it may share the live tensor's memory."""
-        shard, owned = self.shards[index], local_part(self._live[index])
-        if shard.numel < owned.numel():  # else cast in its shape: torch rounds the NaN of a scalar otherwise
-            owned = owned.reshape(-1)[shard.start : shard.stop]
-        view = owned.to(self._dtypes[index])
+    def _view(self, start: int, stretch: Stretch) -> torch.Tensor:
+        """The published view of a stretch of a live tensor, flat; it may share the live tensor's memory."""
+        first, size = stretch.indices[0], int(stretch.stops[-1])
+        owned = local_part(row_of(self._live[first])[0])
+        if size < owned.numel():  # else cast in its shape: torch rounds the NaN of a scalar otherwise
+            owned = owned.reshape(-1)[start : start + size]
+        view = owned.to(self._dtypes[first])
         return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
 
     def _recomputed(self) -> Digest:
@@ -247,6 +265,25 @@ class Snapshot:
             for first, last, indices in shard.pieces():
                 digest += digest_torch(seed, bits[first:last], indices=torch.from_numpy(indices).to(bits.device))
         return digest
+
+
+def by_tensor(stretch: Stretch, change: Change) -> dict[int, Change]:
+    """A change of a stretch of elements, as changes of the tensors that lie in it; no empty ones."""
+    return {
+        index: Change(
+            change.indices[part] - start if start else change.indices[part], change.old[part], change.new[part]
+        )
+        for index, part, start in stretch.split(change.indices)
+    }
+
+
+def _parts(copies: Sequence[torch.Tensor], stretches: Sequence[Stretch]) -> list[torch.Tensor]:
+    """Copies of stretches as those of the tensors that lie in them, by index."""
+    parts = {}
+    for copy, stretch in zip(copies, stretches, strict=True):
+        for index, start, stop in zip(stretch.indices, stretch.starts, stretch.stops, strict=True):
+            parts[index] = copy[start:stop]
+    return [parts[index] for index in sorted(parts)]
 
 
 def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> None:
@@ -301,26 +338,16 @@ def _checkpoint_name(name: str) -> str:
     return ".".join(segments)
 
 
-def _require_checkpoint_coordinates(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """ConfigError if transformers saves this model under other names or shapes (fused experts, for example)."""
-    inner: Any = model
+def _what_saves(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The transformers model in a model that wraps it, and the prefix that its names have there."""
+    inner, path = model, ""
     while not hasattr(inner, "save_pretrained"):
-        children = list(inner.children())
+        children = list(inner.named_children())
         if len(children) != 1:
-            return  # not a transformers model: what it holds is what it is called
-        inner = children[0]
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 there was nothing to revert
-        return
-    held = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    saved = revert_weight_conversion(inner, dict(held))
-    for name, tensor in saved.items():
-        if name not in held or held[name].shape != tensor.shape:
-            raise ConfigError(
-                f"{type(inner).__name__} holds its weights otherwise than its checkpoint, which has {name} with shape "
-                f"{list(tensor.shape)}: models with fused or renamed weights are not supported yet"
-            )
+            return None  # not a transformers model: what it holds is what it is called
+        ((name, inner),) = children
+        path += f"{name}."
+    return _checkpoint_name(f"{path}name").removesuffix("name"), getattr(inner, "_orig_mod", inner)
 
 
 def _require_whole(name: str, tensor: torch.Tensor) -> None:

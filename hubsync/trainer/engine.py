@@ -33,8 +33,9 @@ from .adapters import adapter_config, base_digest, is_adapted, require_same_adap
 from .basecopy import copy_base, local_copy
 from .compacting import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
-from .detection import Detected, Detector, Snapshot, live_tensors, published_tensors, table_of
+from .detection import Detected, Detector, LiveView, Snapshot, table_of
 from .division import divided
+from .excerpts import whole_of
 from .joint import JointWriter
 from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
@@ -127,7 +128,8 @@ class DeltaWeightTransferEngine:
         self._process = os.getpid()
         self._publishing = threading.Lock()
         view_dtype = VIEW_DTYPES[config.view_dtype]
-        tensors = self.ranks.together(lambda: published_tensors(model))
+        self._view = self.ranks.together(lambda: LiveView(model))
+        tensors = self.ranks.together(self._view.tensors)
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         self._adapter = self.ranks.together(lambda: _adapter_of(model, config, view_dtype))
         _warn_of_lost_updates(tensors, view_dtype)
@@ -206,7 +208,7 @@ class DeltaWeightTransferEngine:
         def detect() -> bool:
             started = time.perf_counter()
             snapshot = self._publisher.snapshot
-            snapshot.follow(live_tensors(self._model))
+            snapshot.follow(self._view.tensors())
             detected = snapshot.detect()
             found.append((detected, time.perf_counter() - started))
             return bool(detected.changes)
@@ -292,7 +294,7 @@ class DeltaWeightTransferEngine:
     ) -> Detector:
         if self._adapter is not None and self.config.detector == "auto":
             return Snapshot(tensors, table, self.config.snapshot_device, own)  # small, and exact whatever writes
-        held_whole = all(not hasattr(tensor, "to_local") for tensor in tensors.values())
+        held_whole = all(not hasattr(whole_of(tensor), "to_local") for tensor in tensors.values())
         if self.ranks.size == 1 and held_whole:
             return choose_detector(tensors, table, optimizer, self.config)
         if self.config.detector == "sliced":

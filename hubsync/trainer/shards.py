@@ -107,6 +107,9 @@ def box_of(shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int],
 
 def held_box(name: str, tensor: torch.Tensor) -> Box:
     """What this rank holds of a live tensor; ConfigError for placements that are no rectangle."""
+    known = getattr(tensor, "box", None)
+    if isinstance(known, Box):  # a part of a live tensor
+        return known
     if not hasattr(tensor, "to_local"):
         return Shard.whole(tensor.shape).box
     from torch.distributed.tensor import DTensor, Replicate

@@ -32,7 +32,9 @@ from hubsync.kernels.adamw import Found
 from hubsync.table import TensorTable
 
 from .config import SyncConfig
-from .detection import Change, Detected, Detector, Snapshot, _changes, integers, require_same_table
+from .detection import Change, Detected, Detector, Snapshot, _changes, by_tensor, integers, require_same_table
+from .excerpts import Excerpt, Stretch, row_of, whole_of
+from .shards import local_part
 from .stepping import BUCKET, SlicedSteps, unwrapped, why_not
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,11 @@ def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
     if reason is not None:
         return reason
     held = {id(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]}
-    if not any(id(tensor) in held for tensor in tensors.values()):
+    if not any(id(whole_of(tensor)) in held for tensor in tensors.values()):
         return "the optimizer holds none of the model's parameters"
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Excerpt) and not tensor.place.is_contiguous:
+            return f"{name} lies scattered in the parameter that the optimizer updates"
     return _overlap(tensors)
 
 
@@ -87,7 +92,9 @@ class Sliced:
     holds_old = False  # no weights to encode compact deltas against
     digest: Digest
     _submitted: dict[int, Change]  # by the last detection
-    _pending: _Pending  # since then
+    _pending: _Pending  # since then, in the elements of live tensors
+    _number: dict[int, int]  # id of a live tensor -> its number, which is the index of the first that lies in it
+    _lying: dict[int, Stretch]  # number of a live tensor -> the published ones that lie in it
     _buffers: Snapshot
     _moved_buffers: Detected
 
@@ -123,7 +130,7 @@ class Sliced:
             moved = [
                 spec.name
                 for spec, tensor, place in zip(self.table, live, self._places, strict=True)
-                if _place(tensor) != place
+                if _place(whole_of(tensor)) != place
             ]
             if moved:
                 self._suspect(f"{moved[0]} was replaced")
@@ -133,7 +140,7 @@ class Sliced:
     def detect(self) -> Detected:
         """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
         with self._weights:
-            self._submitted = _composed(self._submitted, self._pending.collect())
+            self._submitted = _composed(self._submitted, self._by_tensor(self._pending.collect()))
             self._pending = _Pending()
             self._moved_buffers = self._buffers.detect()
             index_of = self.table.index_of
@@ -171,7 +178,7 @@ class Sliced:
         """
         view = {}
         with self._weights:
-            later = _composed(self._submitted, self._pending.collect())
+            later = _composed(self._submitted, self._by_tensor(self._pending.collect()))
             for index, spec in enumerate(self.table):
                 tensor = self._view(index).clone()
                 if index in later:
@@ -206,35 +213,35 @@ class Sliced:
                 self._suspect("a step has failed halfway")
                 raise
             finally:
-                self._versions = [_version(tensor) for tensor in self._live]
+                self._note_versions()
                 self._room = self._room[:0].clone()
                 self._lost.tell()
 
     @contextmanager
     def update(self, parameters: list[torch.Tensor]) -> Iterator[None]:
         """Remember the view of these parameters, and find what has become of it."""
-        watched = [(self._index[id(p)], p) for p in parameters if p.grad is not None and id(p) in self._index]
+        watched = [(self._number[id(p)], p) for p in parameters if p.grad is not None and id(p) in self._number]
         old = self._remembered(watched)
         try:
             yield
         finally:
-            for (index, parameter), before in zip(watched, old, strict=True):
-                change = _changes_since(before, parameter, self._dtypes[index])
+            for (number, parameter), before in zip(watched, old, strict=True):
+                change = _changes_since(before, parameter, self._dtypes[number])
                 self._lost.count(parameter, change)
-                self._pending.add(index, change)
+                self._pending.add(number, change)
 
     def wants(self, parameter: torch.Tensor) -> bool:
-        index = self._index.get(id(parameter))
-        return index is not None and self._dtypes[index] == torch.bfloat16
+        number = self._number.get(id(parameter))
+        return number is not None and self._dtypes[number] == torch.bfloat16
 
     def found(self, parameter: torch.Tensor, found: Found) -> None:
-        index = self._index[id(parameter)]
-        self._pending.add(index, Change(found.indices, found.old, found.new))
+        number = self._number[id(parameter)]
+        self._pending.add(number, Change(found.indices, found.old, found.new))
         if found.unclear:
-            self._pending.add(index, _changes_of_unclear(found, parameter))
+            self._pending.add(number, _changes_of_unclear(found, parameter))
 
     def missed(self, parameter: torch.Tensor) -> None:
-        if id(parameter) in self._index:
+        if id(parameter) in self._number:
             self._suspect("a fused optimizer has updated parameters in a way that was not seen")
 
     def _after_step(self, *_: Any) -> None:
@@ -247,9 +254,9 @@ class Sliced:
         if len(self._room) < needed:
             self._room = torch.empty(needed, dtype=torch.bfloat16)
         old, start = [], 0
-        for index, parameter in watched:
+        for number, parameter in watched:
             stop = start + parameter.numel()
-            old.append(_remember(parameter, self._dtypes[index], self._room[start:stop]))
+            old.append(_remember(parameter, self._dtypes[number], self._room[start:stop]))
             start = stop
         return old
 
@@ -263,7 +270,7 @@ class Sliced:
         buffers = {
             spec.name: tensor
             for spec, tensor in zip(self.table, self._live, strict=True)
-            if not isinstance(tensor, torch.nn.Parameter)
+            if not isinstance(whole_of(tensor), torch.nn.Parameter)
         }
         # No optimizer moves buffers, and they are small: these are compared with a copy.
         self._buffers = Snapshot(buffers, TensorTable([spec for spec in self.table if spec.name in buffers]))
@@ -272,12 +279,29 @@ class Sliced:
         self._suspicion = None
 
     def _look_at_live(self) -> None:
-        self._places = [_place(tensor) for tensor in self._live]
-        self._versions = [_version(tensor) for tensor in self._live]
-        self._index = {id(tensor): index for index, tensor in enumerate(self._live)}
+        self._wholes = [whole_of(tensor) for tensor in self._live]
+        self._places = [_place(tensor) for tensor in self._wholes]
+        self._note_versions()
+        self._number = {}
+        lying: dict[int, list[tuple[int, int, int]]] = {}
+        for index, (spec, tensor) in enumerate(zip(self.table, self._live, strict=True)):
+            number = self._number.setdefault(id(whole_of(tensor)), index)
+            _, start = row_of(tensor)
+            lying.setdefault(number, []).append((index, start, start + spec.numel))
+        self._lying = {number: Stretch.of(parts) for number, parts in lying.items()}
+
+    def _note_versions(self) -> None:
+        self._versions = [_version(tensor) for tensor in self._wholes]
+
+    def _by_tensor(self, changes: dict[int, Change]) -> dict[int, Change]:
+        """Changes of live tensors, by number, as changes of the published tensors that lie in them."""
+        found: dict[int, Change] = {}
+        for number, change in changes.items():
+            found |= by_tensor(self._lying[number], change)
+        return found
 
     def _look_for_writes(self) -> None:
-        for spec, tensor, version in zip(self.table, self._live, self._versions, strict=True):
+        for spec, tensor, version in zip(self.table, self._wholes, self._versions, strict=True):
             if version != _version(tensor) and isinstance(tensor, torch.nn.Parameter):
                 self._suspect(f"{spec.name} was written to")
                 return
@@ -287,7 +311,7 @@ class Sliced:
 
     def _is_where_it_should_be(self, expected: Digest) -> bool:
         if self._live_digest() == expected:
-            self._versions = [_version(tensor) for tensor in self._live]
+            self._note_versions()
             self._suspicion = None
             return True
         logger.warning(
@@ -308,15 +332,15 @@ class Sliced:
 
 
 class _Pending:
-    """Changes of several steps, by tensor. Lists of like sizes are merged, so that no change is merged often."""
+    """Changes of several steps, by number. Lists of like sizes are merged, so that no change is merged often."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[Change]] = {}
 
-    def add(self, index: int, change: Change) -> None:
+    def add(self, number: int, change: Change) -> None:
         if len(change.indices) == 0:
             return
-        parts = self._parts.setdefault(index, [])
+        parts = self._parts.setdefault(number, [])
         parts.append(change)
         while len(parts) > 1 and len(parts[-2].indices) < 2 * len(parts[-1].indices):
             later, earlier = parts.pop(), parts.pop()
@@ -406,7 +430,7 @@ def _composed(first: dict[int, Change], second: dict[int, Change]) -> dict[int, 
 
 def _view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The published view of a live tensor, flat; it may share the live tensor's memory."""
-    return tensor.detach().to(dtype).contiguous().view(-1)
+    return local_part(tensor).to(dtype).contiguous().view(-1)
 
 
 def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -> torch.Tensor:
@@ -474,7 +498,8 @@ def _overlap(tensors: Tensors) -> str | None:
 
 
 def _extents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, int, str]]:
-    for name, tensor in tensors:
+    for name, held in tensors:
+        tensor = local_part(held)
         if tensor.numel():
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()

@@ -115,6 +115,22 @@ def test_a_server_that_comes_back_is_taken_along_with_the_next_hotload(
     assert [server.position for server in servers] == [LATER] * 3
 
 
+def test_a_server_that_is_left_behind_is_logged_once_and_again_when_it_follows(
+    servers: list[StandIn], deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="hubsync.replica.deployment")
+    servers[1].stop()
+    for _ in range(3):
+        deployment.hotload(NEXT)
+    servers[1].start()
+    deployment.hotload(LATER).raise_for_quorum()
+    url = servers[1].url
+    assert [record.getMessage()[: len(url) + 15] for record in caplog.records if record.name.startswith("hubsync")] == [
+        f"{url} is left behind",
+        f"{url} follows again",
+    ]
+
+
 def test_a_server_that_hangs_delays_nobody_beyond_the_timeout(servers: list[StandIn], deployment: Deployment) -> None:
     deployment.hotload(NEXT)
     servers[1].stuck.clear()

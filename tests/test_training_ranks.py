@@ -21,6 +21,8 @@ from tests.models import save_checkpoint
 from tests.test_trainer import same_bits
 from tests.training import Net, faulty_bucket, run, spread, train, watched, whole_view
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

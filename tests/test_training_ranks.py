@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
@@ -17,9 +18,8 @@ from hubsync.checkpoint import Checkpoint
 from hubsync.errors import RankError
 from hubsync.trainer.detection import Snapshot
 from hubsync.trainer.publisher import Published
-from tests.models import save_checkpoint
 from tests.test_trainer import same_bits
-from tests.training import Net, faulty_bucket, run, spread, train, watched, whole_view
+from tests.training import Net, device_of, faulty_bucket, run, spread, train, watched, whole_view
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def publishes(rank: int, address: str, how: str) -> tuple[list[Published], dict[
         seen = {"largest": watch.largest, "collectives": watch.collectives}
         if how != "dtensor":
             with torch.no_grad():  # evaluation leaves some of FSDP2's parameters unsharded
-                model(torch.zeros(1, 3, dtype=torch.long))
+                model(torch.zeros(1, 3, dtype=torch.long, device=device_of(dist.get_world_size())))
             assert engine.publish().result().changed == 0
         return versions, whole_view(model), seen
 
@@ -313,6 +313,8 @@ def trains_a_language_model(rank: int, address: str, base: str) -> tuple[Publish
 def test_a_sharded_language_model_starts_from_its_checkpoint_and_ends_as_one(tmp_path: Path) -> None:
     """The digest of all shards together is the one of the checkpoint's file, so nothing is uploaded but the delta."""
     transformers = pytest.importorskip("transformers")
+    from tests.models import save_checkpoint
+
     base = save_checkpoint("qwen3_tied", tmp_path / "base")
     (published, trained), _ = run(2, trains_a_language_model, tmp_path / "run", str(base))
     reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")

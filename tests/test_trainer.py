@@ -363,7 +363,7 @@ def test_training_goes_on_while_an_upload_is_stuck_and_is_not_published_with_it(
 ) -> None:
     stuck = threading.Event()
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
-        faulty[0].before_commit = lambda path: None if stuck.wait(10) else pytest.fail("nobody trained on")
+        faulty[0].before_commit = lambda path: None if stuck.wait(60) else pytest.fail("nobody trained on")
         train(model, optimizer)
         published = view_of(model)
         ticket = engine.publish(1)

@@ -131,7 +131,7 @@ class DeltaWeightTransferEngine:
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         self._adapter = self.ranks.together(lambda: _adapter_of(model, config, view_dtype))
         _warn_of_lost_updates(tensors, view_dtype)
-        _warn_of_unpublished(tensors, stepped)
+        _warn_of_unpublished(model, stepped)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = divided(self.ranks, tensors, view_dtype)
         encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
@@ -541,11 +541,11 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
         )
 
 
-def _warn_of_unpublished(tensors: dict[str, torch.Tensor], optimizer: Any) -> None:
+def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
     """What is trained without being of the model that was given: by intention, or because it is the wrong one."""
-    published = {id(tensor) for tensor in tensors.values()}
+    given = {id(parameter) for parameter in model.parameters()}
     groups = [] if optimizer is None else optimizer.param_groups
-    outside = [tensor for group in groups for tensor in group["params"] if id(tensor) not in published]
+    outside = [tensor for group in groups for tensor in group["params"] if id(tensor) not in given]
     if outside:
         logger.warning(
             "the optimizer trains %d tensors (%d elements) that are not in the model given to hubsync: servers never "

@@ -72,10 +72,11 @@ test-versions: $(READY) $(OLD_READY)
 
 # The trainers, on the older end of the supported TRL range; the environment has the newer one.
 test-trl: $(READY) $(OLD_TRL)
-	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py $(ARGS)
+	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py tests/test_trl_server.py $(ARGS)
 
 $(OLD_TRL): $(READY)
-	$(BIN)/pip install -q --no-deps --target $@ "trl==1.13.0"
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
+	@touch $@
 
 # Every architecture that is promised, alone, tensor parallel and expert parallel.
 test-matrix: $(READY)

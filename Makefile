@@ -22,7 +22,7 @@ ON_VLLM := tests/test_extension.py tests/test_commits.py
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
-	@echo "make test-fast  linters, types and the tests that start no vLLM (under 5 minutes)"
+	@echo "make test-fast  linters, types and the tests that start no vLLM and no ranks (under 5 minutes)"
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
 	@echo "make test-trl   the tests of TRL's trainers with TRL 1.13 (make test has those with 1.16)"
 	@echo "make test-matrix  every architecture in every layout (20 minutes)"
@@ -63,7 +63,7 @@ test: lint
 	$(BIN)/pytest $(ARGS)
 
 test-fast: lint
-	$(BIN)/pytest -m "not server" $(ARGS)
+	$(BIN)/pytest -m "not server and not slow" $(ARGS)
 
 # What talks to vLLM, on both ends of the supported range.
 test-versions: $(READY) $(OLD_READY)
@@ -72,10 +72,11 @@ test-versions: $(READY) $(OLD_READY)
 
 # The trainers, on the older end of the supported TRL range; the environment has the newer one.
 test-trl: $(READY) $(OLD_TRL)
-	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py $(ARGS)
+	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py tests/test_trl_server.py $(ARGS)
 
 $(OLD_TRL): $(READY)
-	$(BIN)/pip install -q --no-deps --target $@ "trl==1.13.0"
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
+	@touch $@
 
 # Every architecture that is promised, alone, tensor parallel and expert parallel.
 test-matrix: $(READY)

@@ -62,6 +62,7 @@ def main(how: str, base: str, url: str, bucket: str, output: str) -> None:
             bf16=False,
             gradient_checkpointing=False,
             save_strategy="no",
+            logging_steps=1,
             report_to="none",
             disable_tqdm=True,
         ),
@@ -73,6 +74,7 @@ def main(how: str, base: str, url: str, bucket: str, output: str) -> None:
         "commits": callback.commits,
         "matches": callback.digest_matches,
         "digest": whole_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "logged": [row for row in trainer.state.log_history if "weight_sync/changed_fraction" in row],
         "sharded": any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters()),
     }
     (Path(output) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(counted))

@@ -50,3 +50,11 @@ def test_two_ranks_train_with_trl_and_the_server_follows_both(
     assert deltas
     assert all({part.rank for part in delta.parts} == {0, 1} for delta in deltas), "each uploads what it owns"
     Replica(VLLMServer(url)).wait_verified(newest)
+    of_first, of_second = first["logged"][0], second["logged"][0]  # step 1; step 2 is published after TRL's last row
+    delta = next(manifest for manifest in deltas if manifest.step == 1)
+    assert of_first["weight_sync/payload_bytes"] == sum(part.size for part in delta.parts)
+    assert of_first["weight_sync/rank_payload_bytes_max"] == max(part.size for part in delta.parts)
+    for cost in ("detect_s", "encode_s"):
+        slowest = max(row[f"weight_sync/{cost}"] for row in (of_first, of_second))
+        assert of_first[f"weight_sync/rank_{cost}_max"] == slowest
+    assert of_first["weight_sync/rank_upload_s_max"] > 0

@@ -60,6 +60,7 @@ def test_samples_of_distillations_worker_are_dated(policy: Path, config: SyncCon
     assert started._args == ("TRL's own",)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_main_process_is_raised_on_every_rank(policy: Path, tmp_path: Path) -> None:
     launch("ddp", "tests.async_ranks", policy, NOBODY, tmp_path / "bucket", tmp_path, 2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

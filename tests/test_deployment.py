@@ -115,13 +115,29 @@ def test_a_server_that_comes_back_is_taken_along_with_the_next_hotload(
     assert [server.position for server in servers] == [LATER] * 3
 
 
+def test_a_server_that_is_left_behind_is_logged_once_and_again_when_it_follows(
+    servers: list[StandIn], deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="hubsync.replica.deployment")
+    servers[1].stop()
+    for _ in range(3):
+        deployment.hotload(NEXT)
+    servers[1].start()
+    deployment.hotload(LATER).raise_for_quorum()
+    url = servers[1].url
+    assert [record.getMessage()[: len(url) + 15] for record in caplog.records if record.name.startswith("hubsync")] == [
+        f"{url} is left behind",
+        f"{url} follows again",
+    ]
+
+
 def test_a_server_that_hangs_delays_nobody_beyond_the_timeout(servers: list[StandIn], deployment: Deployment) -> None:
     deployment.hotload(NEXT)
     servers[1].stuck.clear()
-    report = deployment.hotload(LATER, timeout=0.2)
+    report = deployment.hotload(LATER, timeout=1)
     assert [replica.version for replica in report.replicas] == [2, None, 2]
     assert isinstance(report.replicas[1].error, ReplicaBehind)
-    with pytest.raises(ReplicaBehind, match=r"has not committed version 2 .* \(0.2 s allowed\)"):
+    with pytest.raises(ReplicaBehind, match=r"has not committed version 2 .* \(1 s allowed\)"):
         report.raise_for_quorum()
     servers[1].stuck.set()
     until(lambda: servers[1].position == LATER)

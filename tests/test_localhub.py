@@ -34,7 +34,7 @@ def get(
     hub: LocalHub, path: str, token: str | None = TOKEN, method: str = "GET", **options: object
 ) -> requests.Response:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.request(method, hub.url + path, headers=headers, timeout=10, **options)  # type: ignore[arg-type]
+    return requests.request(method, hub.url + path, headers=headers, timeout=60, **options)  # type: ignore[arg-type]
 
 
 def api_path(bucket: HubBucket, rest: str = "") -> str:
@@ -115,9 +115,9 @@ def test_a_restarted_hub_has_everything_and_honours_its_tokens(tmp_path: Path, h
 def test_a_stopped_hub_answers_nobody(tmp_path: Path) -> None:
     session = requests.Session()
     with LocalHub(tmp_path) as hub:
-        assert session.get(hub.url + "/api/buckets/me", timeout=10).ok
+        assert session.get(hub.url + "/api/buckets/me", timeout=60).ok
     with pytest.raises(requests.ConnectionError):
-        session.get(hub.url + "/api/buckets/me", timeout=10)
+        session.get(hub.url + "/api/buckets/me", timeout=60)
 
 
 def test_a_port_in_use_is_explained(local_hub: LocalHub, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_command_serves_until_terminated(tmp_path: Path, hub_address: str) -
             assert bucket.read(["head.json"]) == {"head.json": b"1"}
         finally:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 # --- access -------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def batch(hub: LocalHub, bucket: HubBucket, *lines: object) -> requests.Response
     body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     path = hub.url + api_path(bucket, "/batch")
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
-    return requests.post(path, body, headers=headers, timeout=10)
+    return requests.post(path, body, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize("path", ["../up", "a/../b", "/absolute", "a//b", "", ".", "a\nb", "x" * 2000])

@@ -290,7 +290,7 @@ def test_forward_passes_go_on_while_the_background_attaches_stages_and_verifies(
 
     def hold_up(kind: type, name: str) -> None:
         method = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *args, **kwargs: go_on.wait(10) and method(*args, **kwargs))
+        monkeypatch.setattr(kind, name, lambda *args, **kwargs: go_on.wait(60) and method(*args, **kwargs))
 
     def assert_stuck_in(state: str, version: int) -> None:
         replica.session.before_forward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -352,7 +353,7 @@ def test_training_goes_on_while_an_upload_is_stuck_and_is_not_published_with_it(
 ) -> None:
     stuck = threading.Event()
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
-        faulty[0].before_commit = lambda path: None if stuck.wait(10) else pytest.fail("nobody trained on")
+        faulty[0].before_commit = lambda path: None if stuck.wait(60) else pytest.fail("nobody trained on")
         train(model, optimizer)
         published = view_of(model)
         ticket = engine.publish(1)
@@ -438,14 +439,36 @@ def test_steps_are_counted_through_accelerates_wrapper_until_closed(
         engine.publish()
 
 
-def test_low_precision_training_is_warned_of_once(
+def test_low_precision_training_is_warned_of_once_and_measured_once(
     address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), DeltaWeightTransferEngine(Tiny(), None, SyncConfig(bucket=address)):
         assert not caplog.records
-    with DeltaWeightTransferEngine(Tiny(dtype=torch.bfloat16), None, SyncConfig(bucket=str(tmp_path / "other"))):
-        assert [record.message for record in caplog.records if "torch.bfloat16" in record.message]
-        assert len(caplog.records) == 1
+    coarse = Tiny(dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(coarse.parameters(), lr=1e-3)
+    with DeltaWeightTransferEngine(coarse, optimizer, SyncConfig(bucket=str(tmp_path / "other"))):
+        train(coarse, optimizer, steps=3)
+    told, measured = (record.message for record in caplog.records)
+    assert "torch.bfloat16" in told
+    assert re.search(r"has left \d+\.\d % of the parameters as they were", measured)
+
+
+def test_what_is_trained_outside_of_the_model_is_warned_of(
+    model: Tiny, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    value_head = torch.nn.Linear(6, 1)
+    optimizer = torch.optim.AdamW([*model.parameters(), *value_head.parameters()])
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)):
+        [warning] = [record.message for record in caplog.records]
+    assert "trains 2 tensors (7 elements) that are not in the model" in warning
+
+
+def test_a_model_of_buffers_only_is_published(address: str, tmp_path: Path) -> None:
+    statistics = torch.nn.BatchNorm1d(4, affine=False)
+    with DeltaWeightTransferEngine(statistics, None, SyncConfig(bucket=address)) as engine:
+        statistics(torch.randn(3, 4))
+        assert engine.publish(1).result().changed > 0
+    assert same_bits(follow(address, tmp_path).tensors, view_of(statistics))
 
 
 # --- failures ---------------------------------------------------------------------------------------
@@ -744,14 +767,18 @@ def test_no_room_for_an_anchor_says_where_room_is_needed(
         assert engine.anchor().position == engine.position
 
 
-def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(address: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(
+    compiled: bool, address: str, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.Qwen3ForCausalLM(config)
-    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+    trained = torch.compile(model) if compiled else model
+    with DeltaWeightTransferEngine(trained, None, SyncConfig(bucket=address)) as engine:
         reader = ChainReader(LocalBucket(address), tmp_path / "cache")
         directory = reader.fetch(engine.anchor())[0].parent
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
@@ -17,9 +18,10 @@ from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, RankError
 from hubsync.trainer.detection import Snapshot, published_tensors
 from hubsync.trainer.publisher import Published
-from tests.models import save_checkpoint
 from tests.test_trainer import same_bits
-from tests.training import Net, faulty_bucket, run, spread, train, watched, whole_view
+from tests.training import Net, device_of, faulty_bucket, run, spread, train, watched, whole_view
+
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 
@@ -58,7 +60,7 @@ def publishes(rank: int, address: str, how: str) -> tuple[list[Published], dict[
         seen = {"largest": watch.largest, "collectives": watch.collectives}
         if how != "dtensor":
             with torch.no_grad():  # evaluation leaves some of FSDP2's parameters unsharded
-                model(torch.zeros(1, 3, dtype=torch.long))
+                model(torch.zeros(1, 3, dtype=torch.long, device=device_of(dist.get_world_size())))
             assert engine.publish().result().changed == 0
         return versions, whole_view(model), seen
 
@@ -327,6 +329,8 @@ def _sharded_language_model(base: Path, dim: int = 0) -> Any:
 def test_sharded_language_models_start_from_their_checkpoints_and_end_as_such(tmp_path: Path) -> None:
     """The digest of all shards together is the one of the checkpoint's file, so nothing is uploaded but the delta."""
     transformers = pytest.importorskip("transformers", minversion="5")
+    from tests.models import save_checkpoint
+
     architectures = ["qwen3_tied", "qwen3_moe"]
     for architecture in architectures:
         save_checkpoint(architecture, tmp_path / architecture)

@@ -24,6 +24,8 @@ from hubsync.trainer.training_state import TrainingStates, state_of
 from tests.standin import StandIn
 from tests.training import Net, run, spread, train, whole_view
 
+pytestmark = pytest.mark.slow
+
 
 def states(address: str) -> Path:
     return Path(f"{address}-states")

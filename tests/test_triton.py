@@ -29,6 +29,7 @@ DTYPES = {8: "F8_E4M3", 16: "BF16", 32: "F32"}
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
 def test_the_kernels_in_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

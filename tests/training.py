@@ -1,4 +1,6 @@
-"""Ranks of one training as real processes that speak gloo, each with a model of its own and an engine.
+"""Ranks of one training as real processes, each with a model of its own and an engine.
+
+Each has a GPU and speaks NCCL where there are enough of them; else they speak gloo, on the CPU.
 
 What a rank does is a function `scenario(rank, address) -> value`; a test gets the values of all ranks.
 """
@@ -56,13 +58,19 @@ class Net(torch.nn.Module):
         return self.head(self.norm(hidden) + self.shift)
 
 
+def device_of(ranks: int) -> str:
+    return "cuda" if torch.cuda.device_count() >= ranks else "cpu"
+
+
 def spread(how: str) -> torch.nn.Module:
     """A `Net` on this rank, spread over all of them."""
-    model, ranks = Net(), dist.get_world_size()
+    ranks = dist.get_world_size()
+    device = device_of(ranks)
+    model = Net().to(device)
     if how == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     if how == "dtensor":
-        mesh = init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh(device, (ranks,))
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 placement = Replicate() if parameter.ndim == 1 else Shard(int(module is model.up))
@@ -72,9 +80,9 @@ def spread(how: str) -> torch.nn.Module:
         return model
     options: dict[str, Any] = {}
     if how == "hsdp":
-        options["mesh"] = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+        options["mesh"] = init_device_mesh(device, (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
     else:
-        options["mesh"] = init_device_mesh("cpu", (ranks,))
+        options["mesh"] = init_device_mesh(device, (ranks,))
     if how == "offload":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     for layer in (model.up, model.down):
@@ -88,7 +96,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -
         _train_plain_dtensors(model, optimizer, seed)
         return
     torch.manual_seed(100 * seed + dist.get_rank())
-    tokens = torch.randint(0, 1031, (2, 5))
+    tokens = torch.randint(0, 1031, (2, 5)).to(device_of(dist.get_world_size()))
     torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -98,9 +106,10 @@ def whole_view(model: torch.nn.Module, tied: str = "head.weight") -> dict[str, t
     """The published view as it should be, gathered with torch's own means. A collective."""
     found = {}
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        # Offloaded shards are gathered where the ranks can talk.
+        whole = tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
         if name.removeprefix("module.") != tied:
-            found[name.removeprefix("module.")] = whole.bfloat16().clone()
+            found[name.removeprefix("module.")] = whole.to("cpu", torch.bfloat16, copy=True)
     return found
 
 
@@ -193,7 +202,11 @@ def _rank(
         for stream in (1, 2):
             os.dup2(printed.fileno(), stream)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+    device = device_of(ranks)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
     try:
         messages.send_bytes(pickle.dumps(scenario(rank, address, *args)))  # torch would send tensors as handles
     except Exception:

@@ -43,6 +43,7 @@ from . import seam
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_ATTEMPT_S = 5.0  # who is asked with less time than this left may be reported as behind where it is only slow to answer
 _PASSES = (ReplicaUnreachable, ReplicaBehind, NoPath)  # what trying again may help against
 
 # TRL's version of a sample that nobody knows the weights of. Older than `max_staleness` allows, whatever that is.
@@ -256,7 +257,7 @@ class HubWeightTransfer:
         if len(report.commits) >= report.needed:
             return report
         errors = [replica.error for replica in report.replicas if replica.error is not None]
-        if _until(deadline) < _RETRY_S or not any(isinstance(error, _PASSES) for error in errors):
+        if _until(deadline) < _RETRY_S + _ATTEMPT_S or not any(isinstance(error, _PASSES) for error in errors):
             raise _missed(report)
         if not _needs_anchor(report):
             time.sleep(_RETRY_S)

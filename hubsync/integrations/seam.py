@@ -274,6 +274,9 @@ def record(trainer: Any, metrics: dict[str, float]) -> None:
 
 
 def metrics_of(published: Published) -> dict[str, float]:
+    """What a publish has cost; of several ranks, also the most that one of them uploaded or waited."""
+    costs = ("payload_bytes", "detect_s", "encode_s", "upload_s")
+    shares = published.ranks if len(published.ranks) > 1 else ()
     return {
         "changed_fraction": published.changed / published.total,
         "payload_bytes": published.payload_bytes,
@@ -282,6 +285,7 @@ def metrics_of(published: Published) -> dict[str, float]:
         "detect_s": published.detect_s,
         "encode_s": published.encode_s,
         "upload_s": published.upload_s,
+        **{f"rank_{cost}_max": max(getattr(share, cost) for share in shares) for cost in costs if shares},
     }
 
 

@@ -47,7 +47,8 @@ class HubSyncCallback(TrainerCallback):
     package is needed where the trainer runs. The callback adds itself to the trainer.
 
     Metrics, beside the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`, `bits_per_change`,
-    `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`.
+    `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`; of several ranks also
+    `rank_payload_bytes_max`, `rank_detect_s_max`, `rank_encode_s_max`, `rank_upload_s_max`.
 
     Attributes:
         engine: the publisher, one on every rank; None before training, and after it.

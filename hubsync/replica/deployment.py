@@ -139,9 +139,8 @@ class Deployment:
             member.thread.submit(member.bring, turn, timeout)
         turn.conduct(needed, timeout, self._request_timeout)
         reports = tuple(self._outcome(member, turn, timeout) for member in self._members)
-        for report in reports:
-            if report.error is not None:
-                logger.warning("%s is left behind: %s", report.url, report.error)
+        for member, report in zip(self._members, reports, strict=True):
+            member.mention(report.error)
         return HotloadReport(position, needed, reports, time.perf_counter() - started)
 
     def status(self) -> tuple[ReplicaReport, ...]:
@@ -289,6 +288,18 @@ class _Member:
         self.wanted: Position | None = None
         self.seen: ReplicaStatus | None = None
         self._is_known = False
+        self._mentioned: type[HubsyncError] | None = None
+
+    def mention(self, error: HubsyncError | None) -> None:
+        """Log what keeps the server behind, once: it is asked again for every version, and while someone waits."""
+        kind = None if error is None else type(error)
+        if kind is self._mentioned:
+            return
+        self._mentioned = kind
+        if error is None:
+            logger.info("%s follows again", self.url)
+        else:
+            logger.warning("%s is left behind: %s", self.url, error)
 
     def stage(self, position: Position) -> None:
         if self.wanted != position:

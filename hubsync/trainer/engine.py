@@ -133,6 +133,7 @@ class DeltaWeightTransferEngine:
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         self._adapter = self.ranks.together(lambda: _adapter_of(model, config, view_dtype))
         _warn_of_lost_updates(tensors, view_dtype)
+        _warn_of_unpublished(model, stepped)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = divided(self.ranks, tensors, view_dtype)
         encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
@@ -542,11 +543,27 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
         )
 
 
+def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
+    """What is trained without being of the model that was given: by intention, or because it is the wrong one."""
+    given = {id(parameter) for parameter in model.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    outside = [tensor for group in groups for tensor in group["params"] if id(tensor) not in given]
+    if outside:
+        logger.warning(
+            "the optimizer trains %d tensors (%d elements) that are not in the model given to hubsync: servers never "
+            "get them. Right for a value head, or for float32 masters that are copied into the model; else give "
+            "hubsync the model that is trained",
+            len(outside),
+            sum(tensor.numel() for tensor in outside),
+        )
+
+
 def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel: it has the config that describes it."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
+    """The model inside DistributedDataParallel and torch.compile: it has the config and the class that describe it."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return _without_wrapper(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else _without_wrapper(compiled)
 
 
 def _class_of(model: torch.nn.Module) -> type:

@@ -45,7 +45,8 @@ class RankShare:
         rank: its number.
         changed: elements that differ, of those it owns.
         payload_bytes: bytes it uploaded.
-        detect_s, encode_s, upload_s: seconds, as in `Published`.
+        detect_s, encode_s: seconds, as in `Published`.
+        upload_s: seconds of its own upload, without the wait for other ranks and for the commit.
     """
 
     rank: int

@@ -23,9 +23,11 @@ def save_base(directory: Path) -> Path:
 def adapted(base: Path, **settings: Any) -> peft.PeftModel:
     """The base in float32 with a fresh adapter, which changes nothing yet."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings})
-    )
+    return peft.get_peft_model(model, lora(**settings))
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings})
 
 
 def parameters(model: peft.PeftModel) -> list[torch.nn.Parameter]:

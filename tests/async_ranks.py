@@ -1,7 +1,8 @@
 """One rank of AsyncGRPOTrainer: `accelerate launch -m tests.async_ranks HOW CHECKPOINT URL ADDRESS OUTPUT TIMEOUT`.
 
-Beside what `async_toy` names, the rollout worker is a stand-in, which samples at random: what is shown is who
-publishes what. Writes to OUTPUT/<rank>.json what this rank has seen, or the error that it has raised.
+A rank of LoRA as one more argument has an adapter trained, and not the whole policy. Beside what `async_toy` names, the
+rollout worker is a stand-in, which samples at random: what is shown is who publishes what. Writes to OUTPUT/<rank>.json
+what this process has seen, or the error that it has raised.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hubsync.errors import HubsyncError
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.trainer.config import SyncConfig
 
+from .adapted import lora
 from .async_toy import GENERATIONS, make_trainer, without_gpu
 from .grpo_ranks import whole_digest
 from .launched import prepare
@@ -60,7 +62,7 @@ class RandomRollouts:
             )
 
 
-def main(how: str, checkpoint: str, url: str, address: str, output: str, timeout: str) -> None:
+def main(how: str, checkpoint: str, url: str, address: str, output: str, timeout: str, lora_rank: str = "0") -> None:
     prepare(how)
     transfer = HubWeightTransfer(SyncConfig(bucket=address), timeout=float(timeout))
     with without_gpu():
@@ -71,6 +73,7 @@ def main(how: str, checkpoint: str, url: str, address: str, output: str, timeout
             max_steps=2,
             rollout_worker=RandomRollouts(),
             weight_transfer=transfer,
+            peft_config=lora(r=int(lora_rank)) if int(lora_rank) else None,
         )
         transfer.attach(trainer)
         gathered = count_gathered_weights()

@@ -76,10 +76,10 @@ def save_policy(directory: Path, architecture: str = "qwen3_tied") -> Path:
 
 
 def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> Any:
-    """An AsyncGRPOTrainer in float32; `rollout_worker` and `weight_transfer` among the arguments go to the trainer."""
+    """An AsyncGRPOTrainer in float32; arguments that its configuration does not know go to the trainer."""
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
-    parts = {name: arguments.pop(name) for name in ("rollout_worker", "weight_transfer") if name in arguments}
+    parts = _not_of(AsyncGRPOConfig, arguments)
     return AsyncGRPOTrainer(
         model=str(policy),
         reward_funcs=share_of_vowels,
@@ -96,7 +96,7 @@ def make_distillation_trainer(policy: Path, directory: Path, url: str, **argumen
     """
     from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
 
-    weight_transfer = arguments.pop("weight_transfer")
+    parts = _not_of(AsyncDistillationConfig, arguments)
     return AsyncDistillationTrainer(
         model=str(policy),
         args=AsyncDistillationConfig(
@@ -106,8 +106,13 @@ def make_distillation_trainer(policy: Path, directory: Path, url: str, **argumen
             **arguments,
         ),
         train_dataset=questions(),
-        weight_transfer=weight_transfer,
+        **parts,
     )
+
+
+def _not_of(configuration: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a configuration does not know; they are taken out."""
+    return {name: arguments.pop(name) for name in [*arguments] if not hasattr(configuration, name)}
 
 
 def settings(directory: Path, url: str) -> dict[str, Any]:

@@ -174,6 +174,17 @@ def test_a_load_that_fails_leaves_what_was_served(worker: Worker) -> None:
     worker.assert_serves(1)
 
 
+def test_a_version_that_could_not_be_loaded_is_written_again_when_it_is_staged_again(worker: Worker) -> None:
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    (staged,) = worker.host.directory.glob("00000002-*")
+    (staged / "adapter_model.safetensors").write_bytes(b"the disk was full")
+    with pytest.raises(ReplicaRefused):
+        worker.session.commit(POSITIONS[2])
+    worker.follow(2)
+    worker.assert_serves(2)
+
+
 def test_an_adapter_that_vllm_has_dropped_is_loaded_before_the_next_forward_pass_or_none_is_made(
     worker: Worker,
 ) -> None:
@@ -209,7 +220,26 @@ def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -
         assert all(isinstance(outcome.exception(), ReplicaRefused) for outcome in refused)
         for worker in workers:
             worker.assert_serves(1)
+            worker.session.stage(POSITIONS[3])
+            worker.settled()
         list(threads.map(lambda worker: worker.session.commit(POSITIONS[3]), workers))
+    for worker in workers:
+        worker.assert_serves(3)
+
+
+def test_a_registration_that_fails_on_one_rank_counts_on_none(address: str, tmp_path: Path) -> None:
+    """Else they could not be attached again: the one that serves has no reason to, and the other goes elsewhere."""
+    meeting = Meeting(2)
+    workers = [Worker(address, tmp_path, meeting, rank) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        for worker in workers:
+            worker.session.attach()
+            worker.settled()
+        workers[1].loader.fails = True
+        assert list(threads.map(Worker.register, workers)) == [False, False]
+        assert [worker.session.status()["error"]["message"] for worker in workers] == ["OSError: no space"] * 2
+        ChainWriter.resume(open_bucket(address), TABLE).serve(3)
+        list(threads.map(Worker.attached, workers))
     for worker in workers:
         worker.assert_serves(3)
 

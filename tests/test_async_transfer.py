@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 
 from hubsync.errors import ConfigError
+from hubsync.integrations import seam
 from hubsync.integrations.rollouts import DatedRollouts, distill
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.trainer.config import SyncConfig
 
+from .adapted import lora
 from .async_ranks import RandomRollouts
 from .async_toy import make_distillation_trainer, make_trainer, save_policy, without_gpu
 from .launched import launch
@@ -76,11 +77,33 @@ def test_a_quorum_needs_samples_that_say_what_made_them(build: Callable[..., Any
         transfer.attach(trainer)
 
 
-def test_an_adapter_is_refused(build: Callable[..., Any], config: SyncConfig) -> None:
+@pytest.mark.parametrize("make", [make_trainer, make_distillation_trainer])
+def test_an_adapter_is_not_merged_for_a_transfer_and_can_be_at_other_times(
+    make: Callable[..., Any], policy: Path, config: SyncConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer, adapter = HubWeightTransfer(config), lora(init_lora_weights=False)
+    with without_gpu():
+        trainer = make(policy, tmp_path, NOBODY, max_steps=1, weight_transfer=transfer, peft_config=adapter)
+    transfer.attach(trainer)
+    base = trainer.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    before, during = base.clone(), []
+    monkeypatch.setattr(transfer, "send_weights", lambda _: during.append(base.clone()))  # there is no server here
+    trainer._sync_weight()
+    assert torch.equal(during[0], before)
+    assert torch.equal(base, before)
+    trainer.model.merge_adapter()
+    assert not torch.equal(base, before)
+
+
+def test_an_adapter_is_refused_where_trl_trains_none(
+    build: Callable[..., Any], config: SyncConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the older releases of the supported range do not."""
     transfer = HubWeightTransfer(config)
-    trainer = build(weight_transfer=transfer)
-    trainer.model = peft.get_peft_model(trainer.model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match="PEFT"):
+    trainer = build(weight_transfer=transfer, peft_config=lora())
+    monkeypatch.setattr(type(trainer), "_sync_weight_merged", None)
+    monkeypatch.setattr(seam, "require_unmoved", lambda _: None)
+    with pytest.raises(ConfigError, match=r"install TRL >= 1\.14"):
         transfer.attach(trainer)
 
 

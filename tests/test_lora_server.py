@@ -1,7 +1,9 @@
-"""Adapters on a real vLLM server: pushed, pulled, rolled back, and generated with by a trainer."""
+"""Adapters on a real vLLM server of two workers: pushed, pulled, rolled back, and generated with by trainers."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.cli.main import main
 from hubsync.errors import ReplicaRefused
-from hubsync.integrations.trl import HubSyncCallback
+from hubsync.integrations.trl import HubSyncCallback, HubWeightTransfer
 from hubsync.manifest import Position
 from hubsync.replica.follower import Follower
 from hubsync.replica.server import VLLMServer
@@ -28,7 +30,9 @@ from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 
-from .adapted import TARGETS, adapted, save_base, train
+from .adapted import adapted, lora, train
+from .async_toy import digest_of, make_trainer, save_policy, without_gpu
+from .launched import launch
 
 pytestmark = pytest.mark.server
 
@@ -42,6 +46,7 @@ class Site:
 
     base: Path
     url: str
+    cache: Path
     model: peft.PeftModel
     engine: DeltaWeightTransferEngine
 
@@ -51,7 +56,10 @@ class Site:
 
     @property
     def position(self) -> Position | None:
-        return self.replica.status().position
+        """Of all workers."""
+        status = self.replica.status()
+        assert len(status.ranks) == 2
+        return status.position
 
     def logprobs(self, model: str = "policy") -> torch.Tensor:
         """Log-probabilities that the server gives to the tokens of `PROMPT`, but the first."""
@@ -66,28 +74,37 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().mean())
 
 
-def expected(base: Path, adapter: Path) -> torch.Tensor:
-    """The same of PEFT, from a directory that was pulled."""
+def expected(base: Path, adapter: Path | None, tokens: list[int] = PROMPT) -> torch.Tensor:
+    """The same of PEFT, from a directory that was pulled; of the base model, without one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
     with torch.no_grad():
-        logits = model(torch.tensor([PROMPT])).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+        logits = model(torch.tensor([tokens])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
 @pytest.fixture(scope="module")
 def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    base = save_base(tmp_path_factory.mktemp("base"))
+    base, cache = save_policy(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("cache")
+    cores = sorted(os.sched_getaffinity(0))
     url = start_server(
         base,
         bucket=ADDRESS,
-        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
-        arguments=["--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", "processed_logprobs"],
+        environment={
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+            "HUBSYNC_CACHE": str(cache),
+        },
+        arguments=[
+            *("--tensor-parallel-size", "2", "--enable-lora", "--max-lora-rank", "8"),
+            *("--enable-scale-out", "--logprobs-mode", "processed_logprobs"),
+        ],
     )
     model = adapted(base)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=ADDRESS, servers=[url])) as engine:
         engine.sync()
-        yield Site(base, url, model, engine)
+        yield Site(base, url, cache, model, engine)
 
 
 def test_a_fresh_adapter_changes_nothing_and_every_pushed_version_computes_what_peft_does(
@@ -131,6 +148,23 @@ def test_what_is_not_staged_is_not_loaded(site: Site) -> None:
     assert site.position == before
 
 
+def test_a_version_that_a_worker_cannot_load_is_refused_by_all_and_comes_when_it_is_staged_again(site: Site) -> None:
+    before, computed = site.position, site.logprobs()
+    train(site.model, 0.2)
+    newest = site.engine.publish().result().position
+    site.replica.wait_staged(newest)
+    (staged,) = site.cache.glob(f"adapters/*/{newest.version:08d}-*/adapter_model.safetensors")
+    staged.write_bytes(b"the disk was full")
+    with pytest.raises(ReplicaRefused, match="could not load the adapter"):
+        site.replica.commit(newest)
+    assert site.position == before
+    assert torch.equal(site.logprobs(), computed)
+    site.replica.wait_staged(newest)
+    site.replica.commit(newest)
+    assert site.position == newest
+    assert not torch.equal(site.logprobs(), computed)
+
+
 def reward(completions: list[str], **_: Any) -> list[float]:
     return [random.random() for _ in completions]
 
@@ -157,7 +191,7 @@ def test_grpo_trains_an_adapter_and_generates_with_it(site: Site, tmp_path: Path
             save_strategy="no",
         ),
         train_dataset=Dataset.from_dict({"prompt": [f"{i} plus 1" for i in range(8)]}),
-        peft_config=peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+        peft_config=lora(),
     )
     before, computed = site.position, site.logprobs()
     callback = HubSyncCallback(trainer, SyncConfig(bucket=ADDRESS))
@@ -171,3 +205,62 @@ def test_grpo_trains_an_adapter_and_generates_with_it(site: Site, tmp_path: Path
     out = tmp_path / "out"
     assert main(["pull", ADDRESS, str(out)]) == 0
     assert distance(site.logprobs(), expected(site.base, out)) < distance(site.logprobs(), computed) / 5
+
+
+def test_asynchronous_grpo_trains_an_adapter_and_its_samples_are_of_the_versions_that_they_say(
+    site: Site, tmp_path: Path
+) -> None:
+    transfer = HubWeightTransfer(SyncConfig(bucket=ADDRESS), timeout=300)
+    samples: list[Any] = []
+    with without_gpu():
+        trainer = make_trainer(
+            site.base,
+            tmp_path,
+            site.url,
+            max_steps=2,
+            max_staleness=1,
+            weight_transfer=transfer,
+            peft_config=lora(),
+        )
+        train(trainer.model, 0.2)  # away from the base, so that it can be seen who generates
+        transfer.attach(trainer)
+        take = trainer.rollout_queue.get
+
+        def watched_take(*args: Any, **kwargs: Any) -> Any:
+            samples.append(take(*args, **kwargs))
+            return samples[-1]
+
+        trainer.rollout_queue.get = watched_take
+        trainer.train()
+    assert site.position == transfer.last.position
+    assert site.position is not None
+    assert site.position.digest == digest_of(trainer.model)
+    published = transfer.calendar.versions
+    assert len(published) == 3, "before training, and one for each step"
+    for sample in samples:
+        oldest, newest = (int(sample.metrics[f"weight_sync/version_{end}"]) for end in ("min", "max"))
+        assert published[sample.model_version] <= oldest <= newest <= site.position.version
+    first = samples[0]
+    made_by, out = str(int(first.metrics["weight_sync/version_max"])), tmp_path / "out"
+    assert main(["pull", ADDRESS, str(out), "--version", made_by]) == 0
+    tokens, stated = first.input_ids.tolist(), torch.from_numpy(first.old_log_probs)
+    completion = torch.from_numpy(first.completion_mask).bool()[1:]
+    off, off_base = (
+        distance(expected(site.base, adapter, tokens)[completion], stated[1:][completion]) for adapter in (out, None)
+    )
+    assert off < off_base / 5, "no more than the noise of bfloat16"
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_publish_the_adapter_that_they_train_each_a_part_of_it(how: str, site: Site, tmp_path: Path) -> None:
+    before = site.position
+    assert before is not None
+    launch(how, "tests.async_ranks", site.base, site.url, ADDRESS, tmp_path, 300, 4)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert (first["ranks"], first["gathered"], second["gathered"]) == (2, 0, 0)
+    assert first["trained"] == second["trained"] == first["served"] == second["served"]
+    assert first["version"] >= before.version + 3, "a fresh adapter, and one for each step"
+    assert site.position == Position(first["version"], first["served"])
+    reader = ChainReader(open_bucket(ADDRESS), tmp_path / "cache")
+    newest = list(reader.manifests())[-1]
+    assert (newest.kind, {part.rank for part in newest.parts}) == ("delta", {0, 1})

@@ -161,20 +161,18 @@ class AdapterSession:
     def registered(self, number: int, load: Callable[[], bool]) -> bool:
         """vLLM is about to load what the link points at. A collective of the engine's workers.
 
-        Never raises, as vLLM's queues of answers would get out of step; False, and an error recorded, if it failed.
+        Never raises, as vLLM's queues of answers would get out of step. If it failed on any of them, all return False,
+        record an error, and can be attached again.
         """
-        said = self.ranks.gather(self._position or self._ready)
         try:
-            if said[0] is None or any(position != said[0] for position in said):
-                self._ready = None
-                raise WrongParent("the workers have no version to load yet, or different ones: attach again")
-            loaded = load()
+            self._position = self._load_together(self._position or self._ready, load)
         except Exception as error:
+            self._ready = self._position = self._before = self._staged = None
             self._fail("vLLM could not load the adapter", error)
             return False
-        self._number, self._position, self._broken = number, said[0], None
+        self._number, self._broken = number, None
         logger.info("hubsync: serving the adapter of %s", self._position)
-        return loaded
+        return True
 
     def stage(self, target: Position) -> None:
         """Start materialising `target`, which replaces any other target."""
@@ -208,8 +206,14 @@ class AdapterSession:
         started, before = time.perf_counter(), self._position
         if target == before and all(self.ranks.gather(self._broken is None)):
             return 0
-        self._move(target)
-        self._before, self._staged = before, None
+        try:
+            self._move(target)
+        except ReplicaRefused:
+            self._discard(target)
+            raise
+        self._before = before
+        if self._staged == target:  # else a later target has been staged meanwhile
+            self._staged = None
         self._metrics["commit_s"] = time.perf_counter() - started
         if self._window is not None:
             self._window.committed = self._window.position == target
@@ -255,6 +259,22 @@ class AdapterSession:
 
     # --- loading ------------------------------------------------------------------------------------
 
+    def _load_together(self, own: Position | None, load: Callable[[], bool]) -> Position:
+        """Have vLLM load what the link points at, for the first time. Returns what that is. A collective."""
+        ready = self.ranks.gather(own)
+        if ready[0] is None or any(position != ready[0] for position in ready):
+            raise WrongParent("the workers have no version to load yet, or different ones: attach again")
+        failure = None
+        try:
+            if not load():
+                failure = "vLLM did not take it"
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = [said for said in self.ranks.gather(failure) if said is not None]
+        if failures:
+            raise ReplicaRefused(failures[0])
+        return ready[0]
+
     def _move(self, target: Position) -> None:
         """Load a materialised version on all ranks; where one cannot, all go back. A collective."""
         before, failure = self._position, None
@@ -277,14 +297,25 @@ class AdapterSession:
         host, number = self._host, self._number
         assert host is not None
         assert number is not None
-        _point(host.path, _place(host, position))
-        host.loader.load(host.name, number, host.path)
+        directory = _place(host, position)
+        _point(host.path, directory)
+        host.loader.load(host.name, number, directory)  # not the link: another engine of this server may move it
+
+    def _discard(self, target: Position) -> None:
+        """Delete what was staged and could not be loaded: staging it again writes it again."""
+        host = self._host
+        assert host is not None
+        if target != self._position:
+            self._staged = None
+            shutil.rmtree(_place(host, target), ignore_errors=True)
 
     def _clean(self) -> None:
         """Delete directories of versions that nobody can ask for without staging them again."""
         host = self._host
         assert host is not None
-        kept = {_place(host, position) for position in (self._position, self._before, self._staged) if position}
+        # What is being staged here may have been written by another worker already.
+        positions = self._position, self._before, self._staged, self._wanted
+        kept = {_place(host, position) for position in positions if position}
         for directory in host.directory.iterdir():
             if directory.name != _CURRENT and not directory.name.startswith(".") and directory not in kept:
                 shutil.rmtree(directory, ignore_errors=True)

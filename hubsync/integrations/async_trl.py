@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,8 @@ from hubsync.errors import (
 )
 from hubsync.manifest import Position
 from hubsync.replica.deployment import Deployment, HotloadReport
-from hubsync.replica.server import new_session
+from hubsync.replica.server import VLLMServer, new_session
+from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 from hubsync.trainer.publisher import Published
@@ -58,7 +60,8 @@ class HubWeightTransfer:
     weights.
 
     Every rank publishes what it owns: its shards under FSDP2, an equal piece under DDP. No weights are gathered, and
-    what one rank raises all raise.
+    what one rank raises all raise. Of a PEFT policy the adapter is published, and never merged into the base; samples
+    are made by the adapter of the servers, by the name that they call it.
 
     Samples are dated by what made them. TRL's rollout workers are made to ask for tokens through
     `/inference/v1/generate`, which states the weights behind every token; a sample's version is that of the oldest of
@@ -119,7 +122,9 @@ class HubWeightTransfer:
         self._begun = False
         self._deployment: Deployment | None = None
         self.calendar = Calendar()
-        self._generates_on: str | None = None  # the server to ask whether it states versions, until it was asked
+        self._generates_on: str | None = None  # the server to ask whether it states versions
+        self._is_adapted = False
+        self._rollouts_are_ready = False
 
     def attach(self, trainer: Any) -> None:
         """Learn which policy this is about. Call it on all processes, between construction and `train()`.
@@ -132,12 +137,9 @@ class HubWeightTransfer:
                 f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {seam.family_names()}"
             )
         seam.require_unmoved(type(trainer))
-        if is_peft_model(trainer.accelerator.unwrap_model(trainer.model)):
-            raise ConfigError(
-                "a PEFT policy cannot be transferred here: this trainer hands over merged weights, which are a dense "
-                "change of the base. Use GRPOTrainer with HubSyncCallback, train all parameters, or leave "
-                "weight_transfer out and let TRL send the adapter"
-            )
+        self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+        if self._is_adapted:
+            seam.keep_adapter_apart(trainer)
         self._trainer = trainer
         url = seam.server_url(trainer.args)
         self.config = replace(self.config, servers=list(self.config.servers) or [url])
@@ -264,7 +266,8 @@ class HubWeightTransfer:
         return report
 
     def _acknowledge(self, published: Published, report: HotloadReport) -> None:
-        self._require_stated_versions()
+        if not self._rollouts_are_ready:
+            self._prepare_rollouts(report)
         # TRL counts after this call, in the same thread that takes samples out of its queue.
         self.calendar.note(self._trainer.model_version + 1, published.version)
         self._record(published, report)
@@ -276,12 +279,29 @@ class HubWeightTransfer:
         """
         sample.model_version = min(sample.model_version, self.calendar.of(oldest))
 
-    def _require_stated_versions(self) -> None:
-        """ReplicaUnsuitable unless the server that generates says which weights made its tokens. Asked once."""
-        if self._generates_on is None:
-            return
-        url, self._generates_on = self._generates_on, None
-        request = {"token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
+    def _prepare_rollouts(self, report: HotloadReport) -> None:
+        """Once: the servers serve the first version, and TRL's process of rollouts is about to start."""
+        adapter = self._name_of_adapter(report) if self._is_adapted else None
+        if adapter is not None and not seam.roll_out_with(self._trainer, adapter):
+            logger.warning("the servers call the adapter %r: have your rollout worker name it as its model", adapter)
+        if self._generates_on is not None:
+            self._require_stated_versions(self._generates_on, adapter)
+        self._rollouts_are_ready = True
+
+    def _name_of_adapter(self, report: HotloadReport) -> str:
+        """What requests must name as their model, of all servers that serve the first version."""
+        names = {}
+        for replica in report.replicas:
+            if replica.commit is not None:
+                with closing(VLLMServer(replica.url, timeout=self.config.commit_timeout)) as server:
+                    names[replica.url] = str(Replica(server).status().adapter)
+        if len(set(names.values())) > 1:
+            raise ReplicaUnsuitable(f"servers call the adapter differently, {names}: set one HUBSYNC_LORA_NAME for all")
+        return next(iter(names.values()))
+
+    def _require_stated_versions(self, url: str, adapter: str | None) -> None:
+        """ReplicaUnsuitable unless the server that generates says which weights made its tokens."""
+        request = {"model": adapter, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
         with new_session(url) as session:
             answer = session.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
         if answer.status_code == 404:

@@ -100,7 +100,7 @@ def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:
     }
     if loop.min_p is not None:
         sampling["min_p"] = loop.min_p
-    return {"model": loop._request_model, "token_ids": prompt_ids, "sampling_params": sampling}
+    return {"model": loop.model_name, "token_ids": prompt_ids, "sampling_params": sampling}
 
 
 def versions_of(choice: dict[str, Any]) -> list[int]:

@@ -5,8 +5,9 @@ Written for the releases that `SUPPORTED` names. Two groups of trainers:
 * The family of `VLLMGeneration` (`FAMILY`) asks one object to synchronise and to generate. `generate_on_server` gives
   a built trainer such an object. `HubSyncCallback` drives it.
 * The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public. Not public are that
-  all ranks take part in it (`join_transfer`), and that samples say which weights made them: `date_samples` sees to
-  that, with the loops of `rollouts`, which run in TRL's process of rollouts. `HubWeightTransfer` drives them.
+  all ranks take part in it (`join_transfer`), that adapters are not merged for it (`keep_adapter_apart`) but asked for
+  by name (`roll_out_with`), and that samples say which weights made them: `date_samples` sees to that, with the loops
+  of `rollouts`, which run in TRL's process of rollouts. `HubWeightTransfer` drives them.
 
 `moved` compares what is used here with the TRL that is installed, and says in words what is different.
 """
@@ -17,6 +18,7 @@ import importlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -208,6 +210,50 @@ def join_transfer(trainer: Any, take_part: Callable[[], None]) -> None:
     trainer._streaming_iter = stream
 
 
+def keep_adapter_apart(trainer: Any) -> None:
+    """Have an adapter not merged into its base for a transfer, and taken out of it again. On every rank.
+
+    TRL does so around each: adding and subtracting rounds, so the base would drift away from the servers'.
+
+    Raises:
+        ConfigError: this TRL does not train adapters asynchronously.
+    """
+    merged = getattr(trainer, "_sync_weight_merged", None)
+    if merged is None:
+        raise ConfigError(f"TRL {trl.__version__} trains no adapters in {type(trainer).__name__}: install TRL >= 1.14")
+
+    def apart(*arguments: Any) -> Any:
+        with _doing_nothing(trainer.accelerator.unwrap_model(trainer.model), "merge_adapter", "unmerge_adapter"):
+            return merged(*arguments)
+
+    trainer._sync_weight_merged = apart
+
+
+@contextmanager
+def _doing_nothing(owner: Any, *methods: str) -> Iterator[None]:
+    """Meanwhile these methods of an object, which it has from its class or elsewhere, return without doing anything."""
+    for name in methods:
+        setattr(owner, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(owner, name)
+
+
+def roll_out_with(trainer: Any, model: str) -> bool:
+    """Have samples made by this model of the servers. Main process only, before TRL's process of rollouts starts.
+
+    Returns:
+        False, and nothing was done, with a rollout worker that is not TRL's.
+    """
+    settings = getattr(trainer.rollout_worker, "_loop_kwargs", {})
+    if "model_name" not in settings:
+        return False
+    settings["model_name"] = model
+    return True
+
+
 def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
     """Have every sample bear the versions that the server says made it, and dated before the trainer looks at its age.
 
@@ -344,6 +390,7 @@ def _moved_rollouts() -> Iterator[str]:
         loop = getattr(module, "_AsyncRolloutLoop", None)
         for name, parameters in uses.items():
             yield from _lacks(getattr(loop, name, None), parameters, f"{where}_AsyncRolloutLoop.{name}")
+        yield from _lacks(loop, ("model_name",), f"{where}_AsyncRolloutLoop")
         missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
         if missing:
             yield f"{where}RolloutSample has no {', '.join(sorted(missing))}"
@@ -355,11 +402,22 @@ def _moved_rollouts() -> Iterator[str]:
         yield "distillation's _child_main no longer runs _AsyncRolloutLoop"
     for member in ASYNC:
         yield from _lacks(member.load(), ("weight_transfer",), f"the constructor of {member.name}")
+        yield from _moved_merging(member)
         protocol = getattr(importlib.import_module(member.module), "WeightTransferProtocol", None)
         methods_of = {name: value for name, value in vars(protocol or object).items() if not name.startswith("_")}
         arity = {name: len(inspect.signature(value).parameters) - 1 for name, value in methods_of.items()}
         if arity != TRANSFER_METHODS:
             yield f"{member.name}'s WeightTransferProtocol is {arity}, not {TRANSFER_METHODS}"
+
+
+def _moved_merging(member: Member) -> Iterator[str]:
+    kind: Any = member.load()
+    if "peft_config" not in inspect.signature(kind).parameters:  # before 1.14 there were no adapters, nor merging
+        return
+    merging = getattr(kind, "_sync_weight_merged", None)
+    used = _names(merging.__code__) if inspect.isfunction(merging) else set()
+    if not {"merge_adapter", "unmerge_adapter"} <= used:
+        yield f"{member.name}._sync_weight_merged no longer merges adapters"
 
 
 def _unused(member: Member) -> Iterator[str]:

@@ -20,6 +20,7 @@ from hubsync.digest import digest_view
 from hubsync.integrations.trl import HubSyncCallback
 from hubsync.trainer.detection import published_tensors, table_of
 from hubsync.trainer.excerpts import Excerpt
+from hubsync.trainer.partitions import Partition, is_partitioned
 
 from .launched import prepare
 
@@ -40,7 +41,13 @@ def whole_digest(model: torch.nn.Module) -> str:
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, Excerpt):
-        return _gathered(tensor.whole).detach().as_strided(tensor.place.shape, tensor.place.stride, tensor.place.offset)
+        whole, place = _gathered(tensor.whole).detach(), tensor.place
+        return whole.as_strided(place.shape, place.stride, whole.storage_offset() + place.offset)
+    if isinstance(tensor, Partition):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor.parameter]):
+            return tensor.parameter.data.clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -58,7 +65,7 @@ def main(how: str, base: str, url: str, bucket: str, output: str) -> None:
             num_generations=4,
             max_completion_length=8,
             vllm_server_base_url=url,
-            use_cpu=True,
+            use_cpu=not how.startswith("zero"),
             bf16=False,
             gradient_checkpointing=False,
             save_strategy="no",
@@ -75,7 +82,7 @@ def main(how: str, base: str, url: str, bucket: str, output: str) -> None:
         "matches": callback.digest_matches,
         "digest": whole_digest(trainer.accelerator.unwrap_model(trainer.model)),
         "logged": [row for row in trainer.state.log_history if "weight_sync/changed_fraction" in row],
-        "sharded": any(hasattr(parameter, "to_local") for parameter in trainer.model.parameters()),
+        "sharded": any(isinstance(p, DTensor) or is_partitioned(p) for p in trainer.model.parameters()),
     }
     (Path(output) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(counted))
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # `--cpu` would ask for MPI; ACCELERATE_USE_CPU has the scripts meet over gloo. Same options as in a user's YAML.
 _OPTIONS = {
     "ddp": ["--multi_gpu"],
+    **{f"zero{stage}": ["--use_deepspeed", f"--zero_stage={stage}"] for stage in (1, 2, 3)},
     "fsdp2": ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
 }
 
@@ -30,7 +31,7 @@ def launch(how: str, module: str, *arguments: object) -> None:
     done = subprocess.run(
         [*command, "--module", module, how, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": _path(), "OMP_NUM_THREADS": "1", **_device(how)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -39,10 +40,13 @@ def launch(how: str, module: str, *arguments: object) -> None:
 
 
 def prepare(how: str) -> None:
-    """Stands in for one list in accelerate: of the devices that it shards models on, on which CPUs are missing.
+    """Stands in for two lists in accelerate, on which CPUs are missing: of devices that it shards models on, and of the
+    backends that DeepSpeed's ranks speak to each other.
 
-    On others `AcceleratorState` ignores the FSDP options. All that shards is torch's and accelerate's own.
+    On others `AcceleratorState` ignores the FSDP options. All that shards is torch's, accelerate's and DeepSpeed's own.
     """
+    if how.startswith("zero"):
+        accelerate.state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
     if how != "fsdp2":
         return
     make = accelerate.state.AcceleratorState.__init__
@@ -54,6 +58,10 @@ def prepare(how: str) -> None:
             accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     accelerate.state.AcceleratorState.__init__ = make_sharded
+
+
+def _device(how: str) -> dict[str, str]:
+    return {"DS_ACCELERATOR": "cpu"} if how.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
 
 
 def _path() -> str:

@@ -31,7 +31,9 @@ def followed(start_server: Callable[..., str], tmp_path_factory: pytest.TempPath
     return base, start_server(base, bucket=str(bucket), arguments=["--logprobs-mode", "processed_logprobs"]), bucket
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "how", ["ddp", "fsdp2", *(pytest.param(how, marks=pytest.mark.deepspeed) for how in ("zero1", "zero2", "zero3"))]
+)
 def test_two_ranks_train_with_trl_and_the_server_follows_both(
     how: str, followed: tuple[Path, str, Path], tmp_path: Path
 ) -> None:
@@ -43,7 +45,7 @@ def test_two_ranks_train_with_trl_and_the_server_follows_both(
     newest = reader.newest()
     assert first["digest"] == second["digest"] == newest.digest
     assert first["ranks"] == 2
-    assert first["sharded"] == second["sharded"] == (how == "fsdp2")
+    assert first["sharded"] == second["sharded"] == (how in ("fsdp2", "zero3"))
     made = list(reader.manifests())[before:]
     assert first["commits"] == first["matches"] == second["commits"] == len(made) > 1
     deltas = [manifest for manifest in made if manifest.kind == "delta"]

@@ -27,7 +27,7 @@ from hubsync.errors import ConfigError
 from hubsync.trainer import excerpts, shards
 from hubsync.trainer.detection import Snapshot, published_tensors, table_of
 from hubsync.trainer.excerpts import Excerpt, Place
-from hubsync.trainer.shards import Shard, box_of, divide, local_part
+from hubsync.trainer.shards import Box, Shard, box_of, divide, local_part
 from hubsync.trainer.sliced import Sliced, choose_detector
 from tests.test_trainer import same_bits
 
@@ -41,9 +41,9 @@ _TINY = {
 }  # fmt: skip
 
 
-def qwen() -> Any:
+def qwen(intermediate: int = 7) -> Any:
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**_TINY, num_experts=5, moe_intermediate_size=7)
+    config = transformers.Qwen3MoeConfig(**_TINY, num_experts=5, moe_intermediate_size=intermediate)
     return transformers.Qwen3MoeForCausalLM(config)
 
 
@@ -274,8 +274,9 @@ def test_what_a_rank_holds_of_a_part_is_a_rectangle_or_nothing_is_said(data: st.
     assert seen == list(range(offset, offset + math.prod(shape)))
 
 
-def test_a_part_that_is_cut_within_a_row_or_scattered_and_cut_is_no_rectangle() -> None:
-    assert Place((2, 4), (4, 1), 0).within(0, 6) is None
+def test_a_part_that_is_cut_is_held_as_rows_or_as_a_run_unless_it_is_scattered() -> None:
+    assert Place((3, 4), (4, 1), 2).within(6, 14) == Box((1, 0), (2, 4))
+    assert Place((2, 4), (4, 1), 0).within(0, 6) == Box((0,), (6,))
     assert Place((4, 2), (1, 4), 0).within(0, 4) is None
     assert Place((4, 2), (1, 4), 8).within(8, 16) is not None, "transposed, and held as a whole"
     assert not Place((4, 2), (1, 4), 0).is_contiguous

@@ -24,18 +24,37 @@ from hubsync.trainer.shards import Box, Shard, box_of, divide
 SHAPES = st.lists(st.integers(1, 7), max_size=3).map(tuple)
 
 
+def run_of(shape: tuple[int, ...], rank: int, ranks: int) -> Box:
+    """As DeepSpeed ZeRO-3 partitions a parameter: equal runs, the last ones shorter, or empty."""
+    total, size = math.prod(shape), -(-math.prod(shape) // ranks)
+    start = min(rank * size, total)
+    return Box((start,), (min(size, total - start),))
+
+
+def held_of(numbered: np.ndarray, box: Box) -> np.ndarray:
+    """What of an array lies in a box, in its order."""
+    if len(box.shape) != numbered.ndim:
+        numbered = numbered.reshape(-1)
+    return numbered[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))].reshape(-1)
+
+
 @st.composite
 def spreads(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[list[Box]]]:
-    """Shapes of some tensors, and what each rank of a mesh holds of them: sharded or replicated over each dimension."""
+    """Shapes of some tensors, and what each rank of a mesh holds of them: sharded or replicated over each dimension, or
+    cut into runs of elements."""
     mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
     sharded = [
         [draw(st.sampled_from([None, *range(len(shape))])) for _ in mesh]
         for shape in shapes
     ]  # fmt: skip
+    runs = [draw(st.booleans()) for _ in shapes]
     held = [
-        [box_of(shape, mesh, coordinate, dims) for shape, dims in zip(shapes, sharded, strict=True)]
-        for coordinate in np.ndindex(*mesh)
+        [
+            run_of(shape, rank, math.prod(mesh)) if run else box_of(shape, mesh, coordinate, dims)
+            for shape, dims, run in zip(shapes, sharded, runs, strict=True)
+        ]
+        for rank, coordinate in enumerate(np.ndindex(*mesh))
     ]
     return shapes, held
 
@@ -69,7 +88,7 @@ def test_a_rank_owns_only_what_it_holds_and_counts_it_in_order(
     for boxes, owned in zip(held, divide(names_of(shapes), shapes, held), strict=True):
         for shape, box, shard in zip(shapes, boxes, owned, strict=True):
             numbered = np.arange(math.prod(shape)).reshape(shape)
-            local = numbered[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))].reshape(-1)
+            local = held_of(numbered, box)
             mine = local[shard.start : shard.stop]
             assert shard.globally(np.arange(shard.numel)).tolist() == mine.tolist()
             assert [at for *_, piece in shard.pieces() for at in piece] == mine.tolist()
@@ -149,8 +168,7 @@ def test_a_parameter_that_is_not_sharded_as_it_was_is_refused() -> None:
 
 
 def _held(bits: np.ndarray, box: Box) -> torch.Tensor:
-    part = bits[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-    return torch.from_numpy(np.array(part)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(held_of(bits, box)).reshape(box.shape)).view(torch.bfloat16)
 
 
 def _digest(view: dict[str, np.ndarray]) -> Digest:

@@ -26,6 +26,7 @@ from hubsync.table import TensorSpec, TensorTable
 from .adapters import adapter_tensors, is_adapted
 from .conversion import Places, places_in, published
 from .excerpts import Stretch, row_of, stretches_of
+from .partitions import Partition, is_partitioned
 from .shards import Shard, local_part, require_held
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
@@ -73,6 +74,7 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, tensor in (adapter_tensors(model) if is_adapted(model) else _weights(model)).items():
         _require_whole(name, tensor)
+        tensor = Partition(name, tensor) if is_partitioned(tensor) else tensor
         if tensor.is_complex():
             raise ConfigError(f"{name} is complex: only real weights can be published")
         if not tensor.is_floating_point():
@@ -351,12 +353,7 @@ def _what_saves(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
 
 
 def _require_whole(name: str, tensor: torch.Tensor) -> None:
-    how = None
-    if hasattr(tensor, "ds_id"):
-        how = "partitioned by DeepSpeed ZeRO-3"
-    elif "_fsdp_wrapped_module" in name or "_flat_param" in name:
-        how = "sharded by FSDP1"
-    if how is not None:
-        raise ConfigError(f"{name} is {how}: it cannot be published; shard with FSDP2 (`fully_shard`), or use DDP")
+    if "_fsdp_wrapped_module" in name or "_flat_param" in name:
+        raise ConfigError(f"{name} is sharded by FSDP1, which is not supported: use FSDP2 (`fully_shard`)")
     if tensor.is_meta:
         raise ConfigError(f"{name} is on the meta device: load the weights before the engine is made")

@@ -133,7 +133,7 @@ class DeltaWeightTransferEngine:
         stepped = self.ranks.together(lambda: _torch_optimizer(optimizer))
         self._adapter = self.ranks.together(lambda: _adapter_of(model, config, view_dtype))
         _warn_of_lost_updates(tensors, view_dtype)
-        _warn_of_unpublished(model, stepped)
+        _warn_of_unpublished(model, optimizer)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = divided(self.ranks, tensors, view_dtype)
         encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
@@ -545,8 +545,10 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
 
 def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
     """What is trained without being of the model that was given: by intention, or because it is the wrong one."""
+    if optimizer is None or _is_deepspeeds(optimizer):
+        return
     given = {id(parameter) for parameter in model.parameters()}
-    groups = [] if optimizer is None else optimizer.param_groups
+    groups = unwrapped(optimizer).param_groups
     outside = [tensor for group in groups for tensor in group["params"] if id(tensor) not in given]
     if outside:
         logger.warning(
@@ -558,10 +560,19 @@ def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
         )
 
 
+def _is_deepspeeds(wrapper: Any) -> bool:
+    """Whether DeepSpeed steps masters of its own, and copies these into the model."""
+    while wrapper is not None and not type(wrapper).__module__.startswith("deepspeed."):
+        wrapper = getattr(wrapper, "optimizer", None)
+    return wrapper is not None
+
+
 def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel and torch.compile: it has the config and the class that describe it."""
+    """The model inside DDP, DeepSpeed's engine and torch.compile: it has the config and the class that describe it."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return _without_wrapper(model.module)
+    if type(model).__module__.startswith("deepspeed."):
+        return _without_wrapper(model.get_submodule("module"))
     compiled = getattr(model, "_orig_mod", None)
     return model if compiled is None else _without_wrapper(compiled)
 

@@ -52,15 +52,17 @@ class Place:
         return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)) + 1
 
     def within(self, start: int, stop: int) -> Box | None:
-        """The part of it that lies in these elements of the other tensor; None if that is no rectangle of rows."""
+        """The part of it that lies in these elements of the other tensor: rows, or a run; None if that is scattered."""
         if start <= self.offset and self.stop <= stop:
             return Shard.whole(self.shape).box
         if stop <= self.offset or self.stop <= start:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
+        if not self.is_contiguous:
+            return None
         row = math.prod(self.shape[1:])
         first, end = max(start - self.offset, 0), min(stop, self.stop) - self.offset
-        if not self.is_contiguous or first % row or end % row:
-            return None
+        if first % row or end % row:
+            return Box((first,), (end - first,))
         return Box((first // row, *(0,) * (len(self.shape) - 1)), ((end - first) // row, *self.shape[1:]))
 
 
@@ -101,7 +103,7 @@ class Excerpt(torch.Tensor):
         local = local_part(self.whole)
         if self.box.numel == 0:
             return local.new_empty(self.box.shape)
-        return local.as_strided(self.box.shape, self.place.stride, local.storage_offset() + self.start)
+        return local.as_strided(self.box.shape, _strides_of(self.box, self.place), local.storage_offset() + self.start)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -184,14 +186,20 @@ def _held(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int]:
     held = held_box(name, whole)
     if held.numel == 0:
         return Box((0,) * len(place.shape), (0,) * len(place.shape)), 0
-    row = math.prod(whole.shape[1:])
-    start = held.offset[0] * row
-    box = place.within(start, start + held.numel) if held.shape[1:] == whole.shape[1:] else None
-    if box is None:
+    start = Shard(tuple(whole.shape), held, 0, held.numel).first
+    box = None if start is None else place.within(start, start + held.numel)
+    if start is None or box is None:
         raise ConfigError(
             f"{name} is a part of a parameter {list(whole.shape)}, of which this process holds no whole rows but "
             f"{list(held.shape)}: shard its first dimension (the experts, as `fully_shard` does), or use DDP"
         )
     if box.numel == 0:
         return box, 0
-    return box, place.offset + (box.offset[0] * place.stride[0] if box.offset else 0) - start
+    return box, place.offset + sum(
+        at * step for at, step in zip(box.offset, _strides_of(box, place), strict=True)
+    ) - start
+
+
+def _strides_of(box: Box, place: Place) -> tuple[int, ...]:
+    """From one element of what is held to the next, in each dimension of the box."""
+    return place.stride if len(box.shape) == len(place.stride) else (1,)

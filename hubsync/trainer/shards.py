@@ -1,9 +1,10 @@
 """Which elements of which tensors each rank publishes: a partition of the whole view that every rank knows.
 
 A rank holds one box (a rectangle in any number of dimensions) of every tensor: all of it in data parallel training,
-rows of it under FSDP2, any rectangle of it under other DTensor placements. Ranks that hold the same box are replicas of
-it and share it: all boxes that the same ranks hold are laid out one after another, and this line is cut into equally
-long pieces. So every element has one owner, replicas have equal work, and few tensors are cut.
+rows of it under FSDP2, any rectangle of it under other DTensor placements, a run of its elements under ZeRO-3. Ranks
+that hold the same box are replicas of it and share it: all boxes that the same ranks hold are laid out one after
+another, and this line is cut into equally long pieces. So every element has one owner, replicas have equal work, and
+few tensors are cut.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _AT_ONCE = 1 << 22  # elements whose indices are held at a time
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a tensor: where it begins, and its extent, in each dimension."""
+    """A rectangle of a tensor: where it begins, and its extent, in each dimension.
+
+    One with a single dimension is a run of elements, in row-major order, whatever the tensor's dimensions are.
+    """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -61,21 +65,27 @@ class Shard:
     @cached_property
     def first(self) -> int | None:
         """Flat index of the first element owned, if those owned follow each other in the tensor; else None."""
+        full = self._counted
         leading = next((d for d, size in enumerate(self.box.shape) if size > 1), len(self.box.shape)) + 1
-        if self.box.shape[leading:] != self.full[leading:]:
+        if self.box.shape[leading:] != full[leading:]:
             return None
-        return self.start + sum(at * stride for at, stride in zip(self.box.offset, _strides(self.full), strict=True))
+        return self.start + sum(at * stride for at, stride in zip(self.box.offset, _strides(full), strict=True))
 
     def globally(self, indices: np.ndarray) -> np.ndarray:
         """Numbers of owned elements, counted from 0 (int64[n], ascending) -> flat indices in the tensor, ascending."""
         if self.first is not None:
             return indices + self.first if self.first else indices
         rest, out = indices + self.start, np.zeros_like(indices)
-        dimensions = zip(self.box.offset, _strides(self.box.shape), _strides(self.full), strict=True)
+        dimensions = zip(self.box.offset, _strides(self.box.shape), _strides(self._counted), strict=True)
         for offset, inner, outer in dimensions:
             at, rest = np.divmod(rest, inner)
             out += (at + offset) * outer
         return out
+
+    @property
+    def _counted(self) -> tuple[int, ...]:
+        """The tensor's shape, in the dimensions of the box."""
+        return self.full if len(self.box.shape) == len(self.full) else (math.prod(self.full),)
 
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """(first, last, flat indices in the tensor) of owned elements, some millions at a time."""

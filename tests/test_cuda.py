@@ -13,6 +13,9 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import replay
 from hubsync.digest import digest_at, digest_range, digest_torch
+from hubsync.trainer.detection import table_of
+from hubsync.trainer.excerpts import Excerpt, Place
+from hubsync.trainer.sliced import choose_detector
 from tests.test_trainer import Tiny, same_bits, view_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -50,3 +53,30 @@ def test_training_on_a_gpu_is_replayed_bit_for_bit(
     view = replay(reader, reader.plan(None))
     assert view.position == published.position
     assert same_bits(view.tensors, {name: tensor.cpu() for name, tensor in view_of(model).items()})
+
+
+@pytest.mark.parametrize("detector", ["snapshot", "sliced"])
+def test_parts_of_a_fused_parameter_are_compared_where_it_is(detector: str) -> None:
+    experts = torch.nn.Parameter(torch.randn(5, 12, 70, device="cuda"))
+    live: dict[str, torch.Tensor] = {
+        f"{expert}.{name}": Excerpt(f"{expert}.{name}", experts, Place((6, 70), (70, 1), 840 * expert + 420 * half))
+        for expert in range(5)
+        for half, name in enumerate(("gate", "up"))
+    }
+    optimizer = torch.optim.AdamW([experts], lr=1e-3)
+    config = SyncConfig(bucket="nowhere", detector=detector)
+    looking = choose_detector(live, table_of(live, torch.bfloat16), optimizer, config)
+    for _ in range(2):
+        before = experts.detach().bfloat16().cpu().view(torch.int16)
+        experts.grad = torch.randn_like(experts) * (torch.rand_like(experts) < 0.01)
+        optimizer.step()
+        detected = looking.detect()
+        looking.advance(detected)
+        moved = experts.detach().bfloat16().cpu().view(torch.int16) != before
+        expected = {
+            index: part.flatten().nonzero().flatten().tolist() for index, part in enumerate(moved.view(10, 420))
+        }
+        assert {index: change.indices.tolist() for index, change in detected.changes.items()} == {
+            index: at for index, at in expected.items() if at
+        }
+    looking.close()

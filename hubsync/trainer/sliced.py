@@ -69,6 +69,9 @@ def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
     held = {id(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]}
     if not any(id(tensor) in held for tensor in tensors.values()):
         return "the optimizer holds none of the model's parameters"
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and id(tensor) not in held:
+            return f"the optimizer does not hold {name}, which is trained: another one may step it"
     return _overlap(tensors)
 
 
@@ -414,7 +417,7 @@ def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -
     if _is_rounded_here(parameter, dtype) and rounding.round_into(bits_of(room), bits_of(parameter)):
         return room
     if dtype == room.dtype and parameter.device == room.device:
-        return room.copy_(parameter.detach().contiguous().view(-1))
+        return room.copy_(_view(parameter, dtype))  # cast in its shape: torch rounds a NaN otherwise in another
     return parameter.detach().to(dtype, copy=True).contiguous().view(-1)
 
 

@@ -275,11 +275,13 @@ class Replica:
 
         Raises:
             ReplicaPoisoned: it was wrong.
-            WrongParent: the server serves another position.
+            WrongParent: the server serves another position, or was restarted and does not know its own.
         """
 
         def verified(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
+            if status.state == "detached":  # nothing is verified before somebody attaches it
+                raise WrongParent(f"{self.server.url} was restarted: it does not know yet where its weights are")
             if status.position is not None and status.position != position:
                 raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
             return status.position == position and status.state != "applied"

@@ -330,6 +330,21 @@ def test_weights_that_are_no_numbers_are_followed_bit_for_bit(values: torch.Tens
         detector.advance(detected)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_default_device_is_for_the_users_own_tensors(model: Tiny, fused: bool, set_threads: Any) -> None:
+    set_threads(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    detector = sliced(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # torch makes the optimizer's state, where it likes
+    with torch.device("meta"):
+        optimizer.step()
+        detected = detector.detect()
+    assert detected.changed
+    assert detected.digest == digest_view(detector.table, view_of(model))
+
+
 def test_changes_made_while_a_publish_is_under_way_are_kept_apart(
     model: Tiny, optimizer: torch.optim.Optimizer
 ) -> None:

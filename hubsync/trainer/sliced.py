@@ -107,7 +107,7 @@ class Sliced:
         self._audit_every = audit_every
         self._detections = 0
         self._weights = threading.RLock()  # held while a step moves weights, and while weights are looked at
-        self._room = torch.empty(0, dtype=torch.bfloat16)
+        self._room = torch.empty(0, dtype=torch.bfloat16, device="cpu")
         self._suspicion: str | None = None
         self._stepping = False
         self._lost = _LostUpdates()
@@ -248,7 +248,7 @@ class Sliced:
     def _remembered(self, watched: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         needed = sum(parameter.numel() for _, parameter in watched)
         if len(self._room) < needed:
-            self._room = torch.empty(needed, dtype=torch.bfloat16)
+            self._room = torch.empty(needed, dtype=torch.bfloat16, device="cpu")
         old, start = [], 0
         for index, parameter in watched:
             stop = start + parameter.numel()

@@ -24,6 +24,7 @@ from hubsync.digest import digest_view
 from hubsync.errors import BucketUnavailable, ChainError, ConfigError
 from hubsync.kernels import rounding
 from hubsync.trainer import engine as engine_module
+from hubsync.trainer import sliced as sliced_module
 from hubsync.trainer.detection import Change, Snapshot, published_tensors, table_of
 from hubsync.trainer.sliced import Sliced, choose_detector, compose
 from hubsync.trainer.stepping import SlicedSteps, why_not
@@ -650,6 +651,40 @@ def test_most_writes_are_noticed_before_an_audit_is_due(
         engine.publish(1).result()
         write(model, optimizer)
         assert engine.publish(2).result().encoding == "dense"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_detection_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    live = {"weight": weight}
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    detector = Sliced(live, table_of(live, torch.bfloat16), optimizer)
+    for gradient in (1.0, -1.0):  # there and back
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        if gradient > 0:
+            assert detector.detect().changed == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(sliced_module, "_Pending", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            detector.detect()
+    assert detector.detect().changed == 0
+
+
+def test_an_interrupted_new_start_is_made_again(
+    model: Tiny, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = sliced(model, optimizer)
+    past_torch(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "_look_at_live", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            detector.detect()
+    train(model, optimizer)
+    assert detector.detect().before == digest_view(detector.table, view_of(model))
 
 
 def test_the_first_publish_is_audited_and_the_others_as_often_as_asked_for(

@@ -136,8 +136,11 @@ class Sliced:
     def detect(self) -> Detected:
         """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
         with self._weights:
-            self._submitted = _composed(self._submitted, self._pending.collect())
-            self._pending = _Pending()
+            submitted, pending = _composed(self._submitted, self._pending.collect()), _Pending()
+            self._submitted, self._pending = (
+                submitted,
+                pending,
+            )  # no call between: a KeyboardInterrupt changes both or none
             self._moved_buffers = self._buffers.detect()
             index_of = self.table.index_of
             buffers = {
@@ -293,10 +296,11 @@ class Sliced:
             self._versions = [_version(tensor) for tensor in self._live]
             self._suspicion = None
             return True
+        self._suspect("their digest says so")  # also where the new start is interrupted
         logger.warning(
             "weights were written to outside of the optimizer's steps (%s), where changes are not seen: uploading the "
             "whole model. If this is how the training works, use detector='snapshot'",
-            self._suspicion or "their digest says so",
+            self._suspicion,
         )
         return False
 

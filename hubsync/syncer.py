@@ -12,6 +12,7 @@ import re
 import secrets
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ import torch
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
-from hubsync.errors import ConfigError, HubsyncError, NoPath, ReplicaError, RunMismatch
+from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.manifest import Position
 from hubsync.replica.deployment import Deployment, HotloadReport, ReplicaReport
 from hubsync.replica.server import checked_seconds
@@ -47,7 +48,8 @@ class WeightSyncer:
     """Saves snapshots of a model to a bucket, and hot-loads them on a deployment.
 
     A name given by the user is made unique with the session, which is this object: `step-5` becomes `step-5-1a2b3c4d`.
-    The full name stands in the version's manifest, so other sessions can hot-load it too.
+    The full name stands in the version's manifest, so other sessions can hot-load it too. A further name for a version,
+    where nothing has changed since, is this session's alone.
 
     Under torch.distributed every rank makes one, and calls the same methods in the same order. They all return or raise
     the same; rank 0 speaks to the servers.
@@ -99,10 +101,13 @@ class WeightSyncer:
         _require_type(first_checkpoint_type)
         if config.servers:
             raise ConfigError("a WeightSyncer pushes to its deployment: leave SyncConfig.servers empty")
+        if not isinstance(deployment, Deployment | None):
+            raise ConfigError(f"deployment must be a Deployment([url, ...]) or None, not {deployment!r:.80}")
         checked_seconds("hotload_timeout", hotload_timeout)
         checked_seconds("dcp_timeout", dcp_timeout)
         if not isinstance(warmup_max_retries, int) or warmup_max_retries < 0:
             raise ConfigError(f"warmup_max_retries must be 0 or a number of tries, not {warmup_max_retries!r}")
+        states = Path(dcp_directory)
         self.deployment = deployment
         self._model = model
         self._optimizer = optimizer
@@ -116,11 +121,15 @@ class WeightSyncer:
             model, optimizer, replace(config, encoding=compression_format or config.encoding)
         )
         self._ranks = self.engine.ranks
-        self.session = self._ranks.first(lambda: secrets.token_hex(4))
-        self._is_pushing = self._ranks.first(lambda: deployment is not None)
-        self._states = TrainingStates(Path(dcp_directory), self._ranks, dcp_timeout)
-        self._cache = tempfile.TemporaryDirectory(prefix="hubsync-syncer-")
-        self._reader = ChainReader(open_bucket(config.bucket, token=config.token), self._cache.name)
+        try:
+            self.session = self._ranks.first(lambda: secrets.token_hex(4))
+            self._is_pushing = self._ranks.first(lambda: deployment is not None)
+            self._states = TrainingStates(states, self._ranks, dcp_timeout)
+            self._cache = tempfile.TemporaryDirectory(prefix="hubsync-syncer-")
+            self._reader = ChainReader(open_bucket(config.bucket, token=config.token), self._cache.name)
+        except BaseException as error:
+            self.engine.__exit__(type(error), error, error.__traceback__)
+            raise
         self._is_closed = False
 
     # --- saving and hot-loading ---------------------------------------------------------------------
@@ -225,7 +234,9 @@ class WeightSyncer:
             try:
                 self.deployment.wait_ready(min(poll_interval_s, timeout_s))
                 return True
-            except ReplicaError as error:
+            except ConfigError:
+                raise
+            except HubsyncError as error:  # also what workers say of the run and the bucket
                 remaining = deadline - time.monotonic()
                 logger.info("not ready, %.0f s left: %s", max(0.0, remaining), error)
                 if remaining <= 0:
@@ -234,11 +245,14 @@ class WeightSyncer:
 
     def close(self, leave_serving: bool = True) -> None:
         """End the session. The servers serve on, unless `leave_serving` is False: see `Deployment.close`."""
+        self._end(self.engine.close, leave_serving)
+
+    def _end(self, close_engine: Callable[[], None], leave_serving: bool) -> None:
         if self._is_closed:
             return
         self._is_closed = True
         try:
-            self.engine.close()
+            close_engine()
         finally:
             if self.deployment is not None:
                 self.deployment.close(leave_serving=leave_serving)
@@ -250,7 +264,8 @@ class WeightSyncer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # The engine knows what of its end still makes sense after an error, which stays the one to see.
+        self._end(lambda: self.engine.__exit__(kind, error, trace), leave_serving=True)
 
     # --- saving -------------------------------------------------------------------------------------
 
@@ -323,6 +338,8 @@ class WeightSyncer:
         return self.deployment
 
     def _find(self, name: str) -> Position:
+        if not isinstance(name, str):  # else None, for what could not be saved, would be any version without a name
+            raise NoPath(f"{name!r:.80} is not the name of a snapshot: save_only returns None for what was not saved")
         snapshot = self._snapshots.get(name) or self._find_in_run(name)
         if snapshot is None:
             raise NoPath(

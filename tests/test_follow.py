@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from hubsync.bucket import open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Layout
+from hubsync.cli.main import main
 from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaUnreachable, RunMismatch
 from hubsync.localhub import LocalHub
 from hubsync.manifest import Head
@@ -439,6 +440,21 @@ def test_the_command_looks_once_if_told_so(publisher: Publisher, server: StandIn
         _, err = process.communicate(timeout=PATIENCE_S)
     assert "ReplicaUnreachable" in err
     assert process.returncode == 1
+
+
+def test_a_command_that_cannot_go_on_does_not_end_as_if_it_had_been_told_to(
+    publisher: Publisher, server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "file"
+    cache.touch()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended = main(["follow", "--bucket", publisher.address, "--server", server.url, "--cache", str(cache)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended == 1
+    assert capsys.readouterr().err == f"hubsync: [Errno 17] File exists: '{cache}'\n"
 
 
 def test_a_killed_follower_leaves_nothing_that_the_next_one_cannot_go_on_with(

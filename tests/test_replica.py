@@ -360,6 +360,33 @@ def test_verifying_another_position_than_the_served_one_is_refused() -> None:
         Replica(staged_server()).wait_verified(NEXT)
 
 
+def test_a_server_that_was_restarted_is_not_waited_for_to_verify() -> None:
+    server = staged_server()
+    server.state = "detached"
+    with pytest.raises(WrongParent, match="was restarted"):
+        Replica(server).wait_verified(NEXT, timeout=0)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"version": "newest"},
+        {"staged": "yes"},
+        {"window": {"token": "a"}},
+        {"engine": {}},
+        {"parallel": {"dp": None}},
+        {"adapter": {"name": "a"}},
+    ],
+    ids=str,
+)
+def test_workers_of_another_hubsync_are_unsuitable(strange: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    ranks = [rank | strange for rank in server.rpc("hubsync_status")]
+    monkeypatch.setattr(server, "rpc", lambda *_: ranks)
+    with pytest.raises(ReplicaUnsuitable, match="install the same hubsync on both"):
+        Replica(server).status()
+
+
 def test_waiting_ends_with_the_state_that_it_waited_in() -> None:
     server = staged_server()
     server.state = "attaching"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from hubsync.digest import digest_view
 from hubsync.errors import BucketUnavailable, ChainError, ConfigError
 from hubsync.kernels import rounding
 from hubsync.trainer import engine as engine_module
+from hubsync.trainer import sliced as sliced_module
 from hubsync.trainer.detection import Change, Snapshot, published_tensors, table_of
 from hubsync.trainer.sliced import Sliced, choose_detector, compose
 from hubsync.trainer.stepping import SlicedSteps, why_not
@@ -146,6 +148,44 @@ def test_training_in_slices_is_bit_identical(name: str, dtype: torch.dtype) -> N
     assert run(OPTIMIZERS[name], dtype, hooked=True) == run(OPTIMIZERS[name], dtype, hooked=False)
 
 
+def momentum_of_a_part(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    parameters[0].grad = None  # in the first step
+    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, foreach=True)
+
+
+def sparse_in_a_part(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    assert parameters[0].grad is not None
+    parameters[0].grad = parameters[0].grad.to_sparse(1)
+    return torch.optim.Adagrad(parameters, lr=1e-2, foreach=True)
+
+
+@pytest.mark.parametrize("make", [momentum_of_a_part, sparse_in_a_part])
+def test_a_group_that_torch_looks_at_as_one_is_stepped_as_one(make: Make) -> None:
+    """With bfloat16 it shows: `_foreach_mul_` and `mul_` round otherwise."""
+
+    def trained(hooked: bool) -> list[Any]:
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(9, 7, dtype=torch.bfloat16)) for _ in range(3)]
+        gradients = torch.randn(3, 3, 9, 7, dtype=torch.bfloat16)
+
+        def receive(gradients: torch.Tensor) -> None:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+
+        receive(gradients[0])
+        optimizer = make(parameters)
+        live: dict[str, torch.Tensor] = {f"w{number}": parameter for number, parameter in enumerate(parameters)}
+        if hooked:
+            Sliced(live, table_of(live, torch.bfloat16), optimizer, bucket=1)
+        for later in gradients[1:]:
+            optimizer.step()
+            receive(later)
+        optimizer.step()
+        return flattened([live, optimizer.state_dict()["state"]])
+
+    assert trained(hooked=True) == trained(hooked=False)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_scaler_skips_and_unscales_as_it_did(fused: bool) -> None:
     def trained(hooked: bool) -> tuple[list[Any], list[int]]:
@@ -267,21 +307,43 @@ def test_recall_and_precision_are_one(
             published = view_of(model, view)
 
 
-def test_weights_that_are_no_numbers_are_followed_bit_for_bit() -> None:
-    weight = torch.nn.Parameter(
-        torch.tensor([0x7F800001, 0x7FFFFFFF, -1, 0x7F800000, 0x3F800000], dtype=torch.int32).view(torch.float32)
-    )
+NO_NUMBERS = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, 0x7F800000, 0x3F800000], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [NO_NUMBERS, NO_NUMBERS[0], NO_NUMBERS[2], NO_NUMBERS.repeat(9).view(9, 5).t()],
+    ids=["flat", "scalar", "negative scalar", "transposed"],
+)
+def test_weights_that_are_no_numbers_are_followed_bit_for_bit(values: torch.Tensor) -> None:
+    weight = torch.nn.Parameter(values.clone())
     live = {"weight": weight}
     optimizer = torch.optim.SGD([weight], lr=1.0)
     detector = Sliced(live, table_of(live, torch.bfloat16), optimizer)
     for gradient in (float("nan"), 0.0, 1.0, float("inf")):
-        before = weight.detach().bfloat16()
-        weight.grad = torch.full((5,), gradient)
+        before = weight.detach().bfloat16().contiguous()
+        weight.grad = torch.full_like(weight, gradient)
         optimizer.step()
         detected = detector.detect()
         found = detected.changes[0].indices.tolist() if detected.changes else []
-        assert found == np.flatnonzero(bits_of(before) != bits_of(weight.detach().bfloat16())).tolist()
+        assert found == np.flatnonzero(bits_of(before) != bits_of(weight.detach().bfloat16().contiguous())).tolist()
+        assert detected.digest == digest_view(detector.table, {"weight": weight.detach().bfloat16().contiguous()})
         detector.advance(detected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_default_device_is_for_the_users_own_tensors(model: Tiny, fused: bool, set_threads: Any) -> None:
+    set_threads(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    detector = sliced(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # torch makes the optimizer's state, where it likes
+    with torch.device("meta"):
+        optimizer.step()
+        detected = detector.detect()
+    assert detected.changed
+    assert detected.digest == digest_view(detector.table, view_of(model))
 
 
 def test_changes_made_while_a_publish_is_under_way_are_kept_apart(
@@ -398,6 +460,8 @@ class OwnAdamW(torch.optim.AdamW):
         (lambda p: torch.optim.LBFGS(p), "LBFGS is not known"),
         (lambda p: OwnAdamW(p), "OwnAdamW is not known"),
         (lambda p: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), "none of the model's parameters"),
+        (lambda p: torch.optim.SGD(p[1:]), "does not hold .*, which is trained"),
+        (lambda p: watched_elsewhere(torch.optim.SGD(p)), "another engine looks"),
         (lambda p: torch.optim.Adam(p, differentiable=True), "differentiable"),
         (lambda p: with_step(torch.optim.SGD(p)), "has been replaced"),
         (lambda p: Scaled(torch.optim.SGD(p)), "float16"),
@@ -415,11 +479,21 @@ def test_other_optimizers_get_a_snapshot_and_are_told_why(
         DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine,
     ):
         assert isinstance(engine._publisher.snapshot, Snapshot)
-    assert [says in record.message for record in caplog.records].count(True) == (optimizer is not None)
+    told = [re.search(says, record.message) is not None for record in caplog.records]
+    assert told.count(True) == (optimizer is not None)
 
 
 def with_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     setattr(optimizer, "step", lambda: None)  # noqa: B010
+    return optimizer
+
+
+def watched_elsewhere(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """By an engine whose steps an LR scheduler counts."""
+    parameters = optimizer.param_groups[0]["params"]
+    live = {f"w{number}": parameter for number, parameter in enumerate(parameters)}
+    Sliced(live, table_of(live, torch.bfloat16), optimizer)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
     return optimizer
 
 
@@ -577,6 +651,40 @@ def test_most_writes_are_noticed_before_an_audit_is_due(
         engine.publish(1).result()
         write(model, optimizer)
         assert engine.publish(2).result().encoding == "dense"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_detection_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    live = {"weight": weight}
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    detector = Sliced(live, table_of(live, torch.bfloat16), optimizer)
+    for gradient in (1.0, -1.0):  # there and back
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        if gradient > 0:
+            assert detector.detect().changed == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(sliced_module, "_Pending", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            detector.detect()
+    assert detector.detect().changed == 0
+
+
+def test_an_interrupted_new_start_is_made_again(
+    model: Tiny, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = sliced(model, optimizer)
+    past_torch(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(detector, "_look_at_live", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            detector.detect()
+    train(model, optimizer)
+    assert detector.detect().before == digest_view(detector.table, view_of(model))
 
 
 def test_the_first_publish_is_audited_and_the_others_as_often_as_asked_for(

@@ -321,6 +321,52 @@ def test_a_hotload_ends_with_a_warm_up_that_is_tried_again(
     assert servers[1].generated == 2
 
 
+@pytest.mark.parametrize("name", [None, []])
+def test_what_was_not_saved_is_not_hot_loaded(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], name: Any
+) -> None:
+    """`save_only` returns None for it; a version that nobody gave a name has none either."""
+    before = positions(servers)
+    train(model, optimizer)
+    syncer.engine.publish(serve=False).result()
+    assert not syncer.hotload(name)
+    assert positions(servers) == before
+
+
+def test_a_full_disk_is_no_reason_for_save_only_to_end_the_training(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        assert syncer.save_only("a") is None
+    assert syncer.hotload(str(syncer.save_only("a")))
+    assert [manifest.kind for manifest in manifests(tmp_path)] == ["delta", "anchor"]
+
+
+def test_the_first_error_is_the_one_to_see(syncer: WeightSyncer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BucketUnavailable("injected")
+
+    monkeypatch.setattr(syncer.engine._publisher, "wait", fail)
+    with pytest.raises(KeyError, match="the user's own"), syncer:
+        raise KeyError("the user's own")
+    with pytest.raises(ConfigError, match="closed"):
+        syncer.save_only("a")
+
+
+def test_a_session_that_cannot_begin_leaves_the_optimizer_as_it_was(
+    new_syncer: Syncers, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no temporary directory")
+
+    monkeypatch.setattr("hubsync.syncer.tempfile.TemporaryDirectory", fail)
+    with pytest.raises(OSError, match="no temporary directory"):
+        new_syncer()
+    assert "step" not in vars(optimizer)
+
+
 # --- the deployment
 
 
@@ -342,6 +388,9 @@ def test_waiting_for_the_deployment_says_whether_it_came(syncer: WeightSyncer, s
     assert not syncer.wait_for_hotload_ready(timeout_s=0.1, poll_interval_s=0.05)
     servers[0].start()
     assert syncer.wait_for_hotload_ready(timeout_s=60, poll_interval_s=0.05)
+    servers[0].mismatch = "its weights are of no version of this run"
+    servers[0].state = "detached"
+    assert not syncer.wait_for_hotload_ready(timeout_s=0.1, poll_interval_s=0.05)
 
 
 def test_a_session_without_a_deployment_saves_for_followers(
@@ -351,6 +400,8 @@ def test_a_session_without_a_deployment_saves_for_followers(
         assert syncer.wait_for_hotload_ready()
         train(model, optimizer)
         assert syncer.save_and_hotload("a") == f"a-{syncer.session}"
+    with pytest.raises(ConfigError, match=r"Deployment\(\[url, ...\]\) or None"):
+        WeightSyncer(model, optimizer, SyncConfig(bucket=str(tmp_path / "other")), ["http://one"])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="leave SyncConfig"):
         WeightSyncer(model, optimizer, SyncConfig(bucket=str(tmp_path / "other"), servers=["http://one"]))
 

@@ -754,7 +754,7 @@ def test_no_room_for_an_anchor_says_where_room_is_needed(
             model.scale += 1
         engine.sync()
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-        with pytest.raises(ConfigError, match="TMPDIR"):
+        with pytest.raises(BucketError, match="TMPDIR"):
             engine.anchor()
         monkeypatch.undo()
         assert engine.anchor().position == engine.position

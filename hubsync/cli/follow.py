@@ -101,12 +101,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_until_told(follower: Follower) -> int:
     """Beside this thread, because a request to a Hub that is down returns long after we are told to stop."""
-    ended, failures = threading.Event(), []
+    ended = threading.Event()
+    failures: list[Exception] = []
 
     def work() -> None:
         try:
             follower.run()
-        except HubsyncError as error:
+        except Exception as error:  # whatever it is, it is not an end that was asked for
             failures.append(error)
         finally:
             ended.set()

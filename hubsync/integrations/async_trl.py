@@ -34,7 +34,7 @@ from hubsync.errors import (
 )
 from hubsync.manifest import Position
 from hubsync.replica.deployment import Deployment, HotloadReport
-from hubsync.replica.server import VLLMServer, new_session
+from hubsync.replica.server import VLLMServer, checked_seconds, new_session
 from hubsync.replica.sync import Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
@@ -109,8 +109,7 @@ class HubWeightTransfer:
     """
 
     def __init__(self, config: SyncConfig, *, quorum: int | None = None, timeout: float = 600.0):
-        if timeout <= 0:
-            raise ConfigError(f"timeout must be a positive number of seconds, not {timeout}")
+        checked_seconds("timeout", timeout)
         if quorum is not None and quorum < 1:
             raise ConfigError(f"quorum must be at least 1, not {quorum}")
         self.config = config

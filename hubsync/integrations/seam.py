@@ -118,6 +118,16 @@ def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) 
         trainer.vllm_sync_frequency, trainer._last_vllm_sync_step = frequency, -frequency
 
 
+def generates_on_server(trainer: Any) -> bool:
+    """Was `generate_on_server` called for this trainer?"""
+    return isinstance(getattr(trainer, "vllm_generation", None), _HTTPGeneration)
+
+
+def generate_without_server(trainer: Any) -> None:
+    """Undo `generate_on_server`."""
+    trainer.vllm_generation, trainer.use_vllm = None, False
+
+
 def request_model(trainer: Any, name: str) -> None:
     """Have the trainer's completions made by this model of its server. Main process only."""
     trainer.vllm_generation.vllm_client.model = name

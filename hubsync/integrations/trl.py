@@ -23,7 +23,7 @@ from hubsync.errors import (
 )
 from hubsync.manifest import Position
 from hubsync.replica.server import LORA_HINT, VLLMServer
-from hubsync.replica.sync import Replica
+from hubsync.replica.sync import CommitReport, Replica
 from hubsync.trainer.config import SyncConfig
 from hubsync.trainer.engine import DeltaWeightTransferEngine
 from hubsync.trainer.publisher import Published, Ticket
@@ -97,15 +97,21 @@ class HubSyncCallback(TrainerCallback):
         self._failure: Exception | None = None
         self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
         seam.generate_on_server(trainer, url, self._synchronise)
-        if self._is_main:
-            self._replica.check()
-            self._ask_for_adapter()
-            self._warn_of_biased_logprobs()
+        try:
+            if self._is_main:
+                self._replica.check()
+                self._ask_for_adapter()
+                self._warn_of_biased_logprobs()
+        except BaseException:  # so that it can be tried again, once the server is as it must be
+            seam.generate_without_server(trainer)
+            raise
         trainer.add_callback(self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._failure is not None:
+            self._forget(self._failure)
         self._training = True
         if self.engine is None:
             self.engine = self._new_engine()
@@ -130,6 +136,14 @@ class HubSyncCallback(TrainerCallback):
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+    def _forget(self, failure: Exception) -> None:
+        """What ended a training is not held against the next one."""
+        engine, self.engine = self.engine, None
+        self._failure = self._published_step = self._unverified = None
+        self._tickets = []
+        if engine is not None:
+            engine.__exit__(type(failure), failure, failure.__traceback__)
 
     def _new_engine(self) -> DeltaWeightTransferEngine:
         accelerator, trainer = self.trainer.accelerator, self.trainer
@@ -177,11 +191,17 @@ class HubSyncCallback(TrainerCallback):
         self._check_digest_together()
         step = self.trainer.state.global_step
         report = self.engine.sync(step) if current is None else self.engine.deliver(current)
-        commit = report.commits[0]
+        own = report.replicas[0]  # the one that the trainer generates on
+        commit = own.commit or self.engine.ranks.first(lambda: self._bring(report.published.position))
         self._record(version=commit.version, stage_s=commit.stage_s, commit_s=commit.commit_s, pause_s=commit.pause_s)
-        if commit.changed:
+        if commit.changed or own.commit is None:
             self._unverified = commit.position
             self.commits += 1
+
+    def _bring(self, position: Position) -> CommitReport:
+        """To the server that the trainer generates on, where a quorum has gone on without it."""
+        self._replica.prepare(position, self.config.stage_timeout)
+        return self._replica.commit(position)
 
     def _is_durable(self, ticket: Ticket) -> bool:
         try:
@@ -249,6 +269,8 @@ def _refuse_unsuitable(trainer: Any) -> None:
     if seam.family_of(trainer) is None:
         raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {seam.family_names()}")
     seam.require_unmoved(type(trainer))
+    if seam.generates_on_server(trainer):
+        raise ConfigError(f"this {name} has a HubSyncCallback already: it needs no other one, and none again")
     if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:
         raise ConfigError(
             f"{name} was built with use_vllm=True, which sends weights by NCCL: build it with use_vllm=False (and keep "

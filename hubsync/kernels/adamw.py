@@ -139,7 +139,7 @@ def is_torchs(operator: Any) -> bool:
         tensors = [torch.from_numpy(_numbers(random)) for _ in range(4)]
         tensors[3].abs_()
         theirs = [tensor.clone() for tensor in tensors]
-        _apply(operator, theirs, torch.tensor(taken), settings)
+        _apply(operator, theirs, torch.tensor(taken, device="cpu"), settings)
         param, grad, mean, square = (tensor.numpy() for tensor in tensors)
         step(param, grad, mean, square, scalars, 0, len(param), Room())
         if any(not np.array_equal(bits_of(a), bits_of(b)) for a, b in zip(tensors, theirs, strict=True)):

@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hubsync.errors import (
     ConfigError,
@@ -41,6 +41,8 @@ from hubsync.manifest import Position
 from .server import PROTOCOL, VLLMServer, worker_error
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KV_CACHE = ("recompute", "keep")
 
@@ -76,6 +78,10 @@ class ReplicaStatus:
         window: a commit window left open, or None.
         error: the first rank's recorded error, or None.
         run_id: the run that the server follows, or None.
+        atomic: can it commit without a pause? Not where data parallel engines share forward passes.
+        spans_engines: does a forward pass of one engine wait for another engine?
+        adapter: what requests call the LoRA adapter that the server follows; None if it follows a whole model.
+        adapter_path: the adapter's directory on the server's host.
         ranks: the untouched answers, in rank order.
     """
 
@@ -85,12 +91,11 @@ class ReplicaStatus:
     window: Window | None
     error: HubsyncError | None
     run_id: str | None
+    atomic: bool
+    spans_engines: bool
+    adapter: str | None
+    adapter_path: str | None
     ranks: tuple[dict[str, Any], ...]
-
-    @property
-    def atomic(self) -> bool:
-        """Can it commit without a pause? Not where data parallel engines share forward passes."""
-        return all(rank["engine"]["atomic"] for rank in self.ranks)
 
     def all_at(self, position: Position) -> bool:
         """Do all ranks serve this position?"""
@@ -99,17 +104,6 @@ class ReplicaStatus:
     def all_ready_for(self, position: Position) -> bool:
         """Does every rank serve this position, or have it staged?"""
         return all(position in (_position(rank), _position(rank.get("staged") or {})) for rank in self.ranks)
-
-    @property
-    def adapter(self) -> str | None:
-        """What requests call the LoRA adapter that the server follows; None if it follows a whole model."""
-        followed = self.ranks[0].get("adapter")
-        return None if followed is None else str(followed["name"])
-
-    @property
-    def spans_engines(self) -> bool:
-        """Does a forward pass of one engine wait for another engine?"""
-        return any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -179,7 +173,7 @@ class Replica:
                 f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
                 "VLLM_PLUGINS keeps hubsync from being loaded"
             )
-        return _merge(self.server.url, ranks)
+        return self._understood(lambda: _merge(self.server.url, ranks))
 
     def attach(self, timeout: float = 600.0) -> ReplicaStatus:
         """Have the workers find out where their weights are, and finish what a dead client left open.
@@ -251,8 +245,7 @@ class Replica:
         pause = not status.atomic if self._pause is None else self._pause
         if not pause:
             applied = self._commit(position)
-            turns = [float(rank["engine"]["turn_s"]) for rank in applied]
-            return self._report(position, applied, pause_s=max(turns))
+            return self._understood(lambda: _report(position, applied, pause_s=_longest_turn(applied)))
         window = Window(position, uuid.uuid4().hex)
         self._token = window.token
         self.server.rpc("hubsync_open", position.version, position.digest, window.token)
@@ -264,7 +257,7 @@ class Replica:
         except BaseException:
             self._try_to_recover()
             raise
-        return self._report(position, applied, pause_s=resumed - started)
+        return self._understood(lambda: _report(position, applied, pause_s=resumed - started))
 
     def recover(self) -> bool:
         """Complete a commit window that a client left open. True if there was one."""
@@ -275,11 +268,13 @@ class Replica:
 
         Raises:
             ReplicaPoisoned: it was wrong.
-            WrongParent: the server serves another position.
+            WrongParent: the server serves another position, or was restarted and does not know its own.
         """
 
         def verified(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
+            if status.state == "detached":  # nothing is verified before somebody attaches it
+                raise WrongParent(f"{self.server.url} was restarted: it does not know yet where its weights are")
             if status.position is not None and status.position != position:
                 raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
             return status.position == position and status.state != "applied"
@@ -306,7 +301,7 @@ class Replica:
         data parallel engines) the server is paused meanwhile.
         """
         if status.adapter is not None:
-            self.server.load_adapter(status.adapter, str(status.ranks[0]["adapter"]["path"]))
+            self.server.load_adapter(status.adapter, str(status.adapter_path))
             return
         if not status.spans_engines:
             self.server.rpc("hubsync_join")
@@ -382,15 +377,15 @@ class Replica:
         except ReplicaError as error:
             logger.warning("a commit window stays open until the server or the next client ends it: %s", error)
 
-    def _report(self, position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
-        changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
-        return CommitReport(
-            position=position,
-            pause_s=pause_s,
-            commit_s=_slowest(applied, "commit_s"),
-            stage_s=_slowest(applied, "stage_s"),
-            changed=sum(changed) if len(changed) == len(applied) else None,
-        )
+    def _understood(self, read: Callable[[], T]) -> T:
+        """What `read` makes of the workers' answers."""
+        try:
+            return read()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ReplicaUnsuitable(
+                f"the workers of {self.server.url} do not answer as this side expects ({type(error).__name__}: "
+                f"{error!s:.80}): install the same hubsync on both"
+            ) from error
 
     def _raise_if_lost(self, status: ReplicaStatus) -> None:
         if status.state not in ("poisoned", "refused"):
@@ -423,6 +418,7 @@ def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
     staged = {_position(rank.get("staged") or {}) for rank in ranks}
     windows = [_window(rank) for rank in ranks if rank.get("window")]
     failures = [rank["error"] for rank in ranks if rank.get("error")]
+    adapter = ranks[0].get("adapter")
     return ReplicaStatus(
         state=min((str(rank.get("state")) for rank in ranks), key=_badness),
         position=positions.pop() if len(positions) == 1 else None,
@@ -430,8 +426,27 @@ def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
         window=windows[0] if windows else None,
         error=worker_error(failures[0], url) if failures else None,
         run_id=ranks[0].get("run_id"),
+        atomic=all(rank["engine"]["atomic"] for rank in ranks),
+        spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
+        adapter=None if adapter is None else str(adapter["name"]),
+        adapter_path=None if adapter is None else str(adapter["path"]),
         ranks=tuple(ranks),
     )
+
+
+def _report(position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
+    changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
+    return CommitReport(
+        position=position,
+        pause_s=pause_s,
+        commit_s=_slowest(applied, "commit_s"),
+        stage_s=_slowest(applied, "stage_s"),
+        changed=sum(changed) if len(changed) == len(applied) else None,
+    )
+
+
+def _longest_turn(applied: list[dict[str, Any]]) -> float:
+    return max(float(rank["engine"]["turn_s"]) for rank in applied)
 
 
 def _window(rank: dict[str, Any]) -> Window:

@@ -63,7 +63,7 @@ def _gathered(
     parts = ranks.collect(mine, [shards[index].numel * width for shards in division], to)
     if parts is None:
         return None
-    whole = torch.empty(spec.numel, dtype=TORCH_DTYPES[spec.dtype])
+    whole = torch.empty(spec.numel, dtype=TORCH_DTYPES[spec.dtype], device="cpu")
     into = whole.view(torch.uint8).view(-1, width)
     for part, shards in zip(parts, division, strict=True):
         elements = part.view(-1, width)

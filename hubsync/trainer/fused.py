@@ -126,7 +126,7 @@ def _settings(operator: Operator, options: dict[str, Any]) -> dict[str, float] |
 
 def _flushes_denormals() -> bool:
     """Whether this thread takes the smallest numbers for zero: torch's threads and ours need not do as it does."""
-    return bool(torch.tensor(1e-40) * 1 == 0)
+    return bool(torch.tensor(1e-40, device="cpu") * 1 == 0)
 
 
 def _row(lists: Sequence[Any], number: int) -> Tensors:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hubsync.chain.writer import anchor_sources
 from hubsync.digest import Digest
-from hubsync.errors import ChainError, ConfigError
+from hubsync.errors import BucketError, ChainError
 from hubsync.manifest import Manifest, Part, Position
 from hubsync.parts import write_delta
 from hubsync.patch import Patch, changed
@@ -293,7 +293,7 @@ class Publisher:
                 self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:
             size = self.snapshot.table.nbytes / 1e9
-            raise ConfigError(
+            raise BucketError(
                 f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
                 "point TMPDIR to a directory with room for it"
             ) from error

@@ -131,7 +131,10 @@ class GlooRanks(Ranks):
             if len(mine):
                 torch.distributed.send(mine, to, group=self.group)
             return None
-        found = [mine if rank == to else torch.empty(size, dtype=torch.uint8) for rank, size in enumerate(sizes)]
+        found = [
+            mine if rank == to else torch.empty(size, dtype=torch.uint8, device="cpu")
+            for rank, size in enumerate(sizes)
+        ]
         for rank, received in enumerate(found):
             if rank != to and len(received):
                 torch.distributed.recv(received, rank, group=self.group)

@@ -74,6 +74,8 @@ def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
     for name, tensor in tensors.items():
         if isinstance(tensor, Excerpt) and not tensor.place.is_contiguous:
             return f"{name} lies scattered in the parameter that the optimizer updates"
+        if tensor.requires_grad and id(whole_of(tensor)) not in held:
+            return f"the optimizer does not hold {name}, which is trained: another one may step it"
     return _overlap(tensors)
 
 
@@ -111,7 +113,7 @@ class Sliced:
         self._audit_every = audit_every
         self._detections = 0
         self._weights = threading.RLock()  # held while a step moves weights, and while weights are looked at
-        self._room = torch.empty(0, dtype=torch.bfloat16)
+        self._room = torch.empty(0, dtype=torch.bfloat16, device="cpu")
         self._suspicion: str | None = None
         self._stepping = False
         self._lost = _LostUpdates()
@@ -140,8 +142,11 @@ class Sliced:
     def detect(self) -> Detected:
         """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
         with self._weights:
-            self._submitted = _composed(self._submitted, self._by_tensor(self._pending.collect()))
-            self._pending = _Pending()
+            submitted, pending = _composed(self._submitted, self._by_tensor(self._pending.collect())), _Pending()
+            self._submitted, self._pending = (
+                submitted,
+                pending,
+            )  # no call between: a KeyboardInterrupt changes both or none
             self._moved_buffers = self._buffers.detect()
             index_of = self.table.index_of
             buffers = {
@@ -252,7 +257,7 @@ class Sliced:
     def _remembered(self, watched: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         needed = sum(parameter.numel() for _, parameter in watched)
         if len(self._room) < needed:
-            self._room = torch.empty(needed, dtype=torch.bfloat16)
+            self._room = torch.empty(needed, dtype=torch.bfloat16, device="cpu")
         old, start = [], 0
         for number, parameter in watched:
             stop = start + parameter.numel()
@@ -314,10 +319,11 @@ class Sliced:
             self._note_versions()
             self._suspicion = None
             return True
+        self._suspect("their digest says so")  # also where the new start is interrupted
         logger.warning(
             "weights were written to outside of the optimizer's steps (%s), where changes are not seen: uploading the "
             "whole model. If this is how the training works, use detector='snapshot'",
-            self._suspicion or "their digest says so",
+            self._suspicion,
         )
         return False
 
@@ -438,7 +444,7 @@ def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -
     if _is_rounded_here(parameter, dtype) and rounding.round_into(bits_of(room), bits_of(parameter)):
         return room
     if dtype == room.dtype and parameter.device == room.device:
-        return room.copy_(parameter.detach().contiguous().view(-1))
+        return room.copy_(_view(parameter, dtype))  # cast in its shape: torch rounds a NaN otherwise in another
     return parameter.detach().to(dtype, copy=True).contiguous().view(-1)
 
 

@@ -8,6 +8,7 @@ closure, the call counted by LR schedulers) still happens once. Fused operators 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -56,6 +57,8 @@ def why_not(optimizer: Any) -> str | None:
     if not getattr(kind.step, "hooked", False):
         return f"the step of {kind.__name__} has been replaced"
     own = vars(optimizer).get("step")
+    if (slices := getattr(own, "_slices", None)) is not None and slices.active:
+        return "another engine looks at its steps already"
     if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
         return "the optimizer's step has been replaced"
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -75,6 +78,9 @@ class SlicedSteps:
         optimizer: a torch optimizer of which `why_not` says nothing.
         watcher: told around each step, and of the update of each parameter.
         bucket: elements stepped together where nobody can look along; a larger parameter is stepped by itself.
+
+    Attributes:
+        active: are steps still watched?
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, watcher: Watcher, bucket: int = BUCKET):
@@ -82,18 +88,19 @@ class SlicedSteps:
         self._bucket = bucket
         self._optimizer = weakref.ref(optimizer)
         self._own = vars(optimizer).get("step")  # of an LR scheduler, which counts calls
-        self._active = True
+        self.active = True
         update = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # without hooks and profiler range
 
         @wraps(type(optimizer).step)
         def step(optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
             if self._own is not None:
                 optimizer._opt_called = True  # type: ignore[attr-defined]
-            if not self._active:
+            if not self.active:
                 return update(optimizer, closure, **options)
             return self._step(optimizer, update, closure, options)
 
         hooked = torch.optim.Optimizer.profile_hook_step(step)
+        hooked._slices = self  # type: ignore[attr-defined]  # what an LR scheduler wraps around it has it, too
         if self._own is not None:
             hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self._installed = MethodType(hooked, optimizer)
@@ -101,7 +108,7 @@ class SlicedSteps:
 
     def undo(self) -> None:
         """Let steps be as they were. What was wrapped around ours since then stays, and does no harm."""
-        self._active = False
+        self.active = False
         optimizer = self._optimizer()
         if optimizer is None or vars(optimizer).get("step") is not self._installed:
             return
@@ -130,7 +137,8 @@ class SlicedSteps:
                     if FusedOperators.run(optimizer, group):
                         self._fused_update(optimizer, update, options)
                         continue
-                    for bucket in buckets(whole, torch.Tensor.numel, self._bucket):
+                    most = sys.maxsize if _is_one(optimizer, group) else self._bucket
+                    for bucket in buckets(whole, torch.Tensor.numel, most):
                         group["params"] = bucket
                         with self._watcher.update(bucket):
                             update(optimizer, **options)
@@ -148,6 +156,19 @@ class SlicedSteps:
         for parameter in group["params"]:
             if parameter.grad is not None and id(parameter) not in operators.updated:
                 self._watcher.missed(parameter)
+
+
+def _is_one(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether what some parameters of a group have decides how the others are updated, in this step.
+
+    SGD takes other operators for a whole group while a part of it has no momentum yet, and Adagrad while a part of it
+    has sparse gradients; they round bfloat16 otherwise.
+    """
+    if type(optimizer) not in (torch.optim.SGD, torch.optim.Adagrad):
+        return False
+    stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+    begun = {optimizer.state.get(parameter, {}).get("momentum_buffer") is not None for parameter in stepped}
+    return len(begun) > 1 or len({parameter.grad.is_sparse for parameter in stepped}) > 1
 
 
 def _is_known(kind: type) -> bool:

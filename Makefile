@@ -12,9 +12,9 @@ OLD_READY := $(OLD)/.ready
 # The older end of the supported TRL range, which lies before the environment's own TRL.
 OLD_TRL := .trl-1.13
 
-# DeepSpeed, for the tests of trainers under it: beside the environment, whose every process would import it.
-DEEPSPEED       := .deepspeed
-DEEPSPEED_READY := $(DEEPSPEED)/.ready
+# DeepSpeed, bitsandbytes and lion-pytorch, for the tests with them: beside the environment, where others would import them.
+EXTRAS       := .extras
+EXTRAS_READY := $(EXTRAS)/.ready
 
 # One thread per process: trainer, server and tests share few cores, and spinning OpenMP threads cost a factor of 40 here.
 export OMP_NUM_THREADS ?= 1
@@ -22,14 +22,14 @@ export OMP_NUM_THREADS ?= 1
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/test_extension.py tests/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions test-trl test-deepspeed test-soak test-matrix lint bench chaos clean
+.PHONY: help setup demo test test-fast test-versions test-trl test-extras test-soak test-matrix lint bench chaos clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
 	@echo "make test-fast  linters, types and the tests that start no vLLM and no ranks (under 5 minutes)"
 	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
 	@echo "make test-trl   the tests of TRL's trainers with TRL 1.13 (make test has those with 1.16)"
-	@echo "make test-deepspeed  the tests of trainers under DeepSpeed ZeRO"
+	@echo "make test-extras    the tests with DeepSpeed and with optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-matrix  every architecture in every layout (20 minutes)"
 	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
 	@echo "make chaos      200 random histories of kills, stalls and faults: exact, or loud (10 minutes)"
@@ -83,12 +83,12 @@ $(OLD_TRL): $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
 	@touch $@
 
-# Trainers under DeepSpeed ZeRO, on CPUs.
-test-deepspeed: $(READY) $(DEEPSPEED_READY)
-	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(BIN)/pytest -m deepspeed tests/test_zero.py tests/test_accelerate.py $(ARGS)
+# Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
+test-extras: $(READY) $(EXTRAS_READY)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(BIN)/pytest -m extras tests/test_zero.py tests/test_accelerate.py tests/test_sliced.py $(ARGS)
 
-$(DEEPSPEED_READY): $(READY) requirements/deepspeed.txt
-	$(BIN)/pip install -q --no-deps --upgrade --target $(DEEPSPEED) -r requirements/deepspeed.txt
+$(EXTRAS_READY): $(READY) requirements/extras.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(EXTRAS) -r requirements/extras.txt
 	@touch $@
 
 # Every architecture that is promised, alone, tensor parallel and expert parallel.
@@ -107,4 +107,4 @@ chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos --runs 200 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(DEEPSPEED) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import re
 import warnings
@@ -56,6 +57,27 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
+EXTRAS: dict[str, Make] = {
+    "bitsandbytes adamw": lambda p: _bitsandbytes().AdamW8bit(p, lr=1e-2, min_8bit_size=16),
+    "bitsandbytes adamw with some in 32 bits": lambda p: _in_32_bits(p[0], _bitsandbytes().AdamW8bit(p, lr=1e-2)),
+    "bitsandbytes lion": lambda p: _bitsandbytes().PagedLion8bit(p, lr=1e-2, min_8bit_size=16),
+    "lion": lambda p: importlib.import_module("lion_pytorch").Lion(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes").optim
+
+
+def _in_32_bits(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """As transformers' trainer has it for embeddings. bitsandbytes finds such parameters by their numbers."""
+    manager = _bitsandbytes().GlobalOptimManager.get_instance()
+    manager.register_parameters([parameter])
+    manager.override_config(parameter, "optim_bits", 32)
+    optimizer.args.min_8bit_size = 16  # type: ignore[attr-defined]
+    return optimizer
+
+
 def _transformers_adafactor(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     transformers = pytest.importorskip("transformers")
     return transformers.Adafactor(parameters, lr=None, scale_parameter=True, relative_step=True)
@@ -82,7 +104,7 @@ def sliced(model: torch.nn.Module, optimizer: torch.optim.Optimizer, view: torch
 def flattened(value: Any) -> list[Any]:
     """A nest of containers as one list, tensors as their bits."""
     if isinstance(value, torch.Tensor):
-        return [value.dtype, *bits_of(value.contiguous()).tolist()]
+        return [value.dtype, *value.detach().contiguous().view(-1).view(torch.uint8).tolist()]
     if isinstance(value, dict):
         return [entry for key in value for entry in (key, *flattened(value[key]))]
     if isinstance(value, list | tuple):
@@ -141,11 +163,12 @@ def run(make: Make, dtype: torch.dtype, hooked: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.extras) for name in EXTRAS)])
 def test_training_in_slices_is_bit_identical(name: str, dtype: torch.dtype) -> None:
     if (name, dtype) == ("sgd fused", torch.bfloat16):
         pytest.skip("torch's own result differs from run to run")
-    assert run(OPTIMIZERS[name], dtype, hooked=True) == run(OPTIMIZERS[name], dtype, hooked=False)
+    make = (OPTIMIZERS | EXTRAS)[name]
+    assert run(make, dtype, hooked=True) == run(make, dtype, hooked=False)
 
 
 def momentum_of_a_part(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

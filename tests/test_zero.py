@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: optimizer states, gradients and parameters partitioned over ranks, and nothing gathered to publish.
 
-DeepSpeed itself runs here, on CPUs over gloo. `make test-deepspeed` installs it and runs these tests, and the ones of
+DeepSpeed itself runs here, on CPUs over gloo. `make test-extras` installs it and runs these tests, and the ones of
 TRL under `accelerate launch` in test_accelerate.py.
 """
 
@@ -24,7 +24,7 @@ from tests.test_experts import qwen
 from tests.test_trainer import same_bits
 from tests.training import run, watched
 
-pytestmark = pytest.mark.deepspeed
+pytestmark = pytest.mark.extras
 
 STEPS = 3
 

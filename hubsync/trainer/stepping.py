@@ -3,7 +3,7 @@
 An optimizer that updates each parameter from that parameter's gradient and state alone does the same, bit for bit,
 when it steps one part of its parameters after the other. Everything around the update (hooks, profiler ranges, the
 closure, the call counted by LR schedulers) still happens once. Fused operators on a CPU are watched more closely, by
-`fused`.
+`fused`; and bitsandbytes' optimizers, which go by the numbers of their parameters, in the method that updates one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: fe
 # Classes whose `step` was read: each parameter is updated by itself. A subclass may do anything, and is not taken.
 _KNOWN = {"Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"}
 _KNOWN |= {"Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
-_KNOWN_BY_NAME = {"transformers.optimization.Adafactor"}
+_KNOWN_BY_NAME = {"transformers.optimization.Adafactor", "lion_pytorch.lion_pytorch.Lion"}
 
 
 class Watcher(Looker, Protocol):
@@ -128,6 +128,10 @@ class SlicedSteps:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if _is_bitsandbytes(type(optimizer)):
+            with self._watcher.step():
+                self._update_of_each(optimizer, update, options)
+            return loss
         groups = optimizer.param_groups
         with self._watcher.step():
             for group in groups:
@@ -146,6 +150,19 @@ class SlicedSteps:
                     group["params"] = whole
                     optimizer.param_groups = groups
         return loss
+
+    def _update_of_each(self, optimizer: Any, update: Callable[..., Any], options: dict[str, Any]) -> None:
+        update_one = optimizer.update_step
+
+        def watched(group: dict[str, Any], parameter: torch.Tensor, *place: int) -> None:
+            with self._watcher.update([parameter]):
+                update_one(group, parameter, *place)
+
+        optimizer.update_step = watched
+        try:
+            update(optimizer, **options)
+        finally:
+            del optimizer.update_step
 
     def _fused_update(
         self, optimizer: torch.optim.Optimizer, update: Callable[..., Any], options: dict[str, Any]
@@ -173,4 +190,8 @@ def _is_one(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 
 def _is_known(kind: type) -> bool:
     by_name = f"{kind.__module__}.{kind.__qualname__}" in _KNOWN_BY_NAME
-    return by_name or kind in [getattr(torch.optim, name, None) for name in _KNOWN]
+    return by_name or _is_bitsandbytes(kind) or kind in [getattr(torch.optim, name, None) for name in _KNOWN]
+
+
+def _is_bitsandbytes(kind: type) -> bool:
+    return kind.__module__.startswith("bitsandbytes.optim.") and hasattr(kind, "update_step")

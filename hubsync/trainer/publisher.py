@@ -177,6 +177,7 @@ class Publisher:
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-publisher")
+        self._closed = False
         self._last: Ticket | None = None
         self._anchoring: Future[None] | None = None
         self._committing: tuple[Position, Detected] | None = None  # what the snapshot moves to if it was durable
@@ -184,6 +185,7 @@ class Publisher:
     def wait(self) -> None:
         """Wait for the job under way; raises its error unless its ticket has told it already."""
         try:
+            self._wait_until_idle()
             if self._last is not None and not self._last.error_was_seen:
                 self._last.result()
             if self._anchoring is not None:
@@ -191,6 +193,14 @@ class Publisher:
         finally:  # also on the way out of a KeyboardInterrupt, after which the job still goes on
             if self._last is not None and self._last.done():
                 self._last = None
+
+    def _wait_until_idle(self) -> None:
+        """Also for a job that nobody has a ticket of: a KeyboardInterrupt may come when it has begun, and before that.
+
+        Beside such a job nothing may be detected or committed.
+        """
+        if not self._closed:
+            self._thread.submit(lambda: None).result()
 
     def begin(self) -> None:
         """Get ready for the next job: `wait` on all ranks, and find out what became of an unknown commit."""
@@ -302,6 +312,7 @@ class Publisher:
 
     def close(self) -> None:
         """Wait for the thread to end; errors of its last job are not raised here."""
+        self._closed = True
         self._thread.shutdown(wait=True)
         if self._compactor is not None:
             self._compactor.close()

@@ -181,6 +181,7 @@ class Publisher:
         self._last: Ticket | None = None
         self._anchoring: Future[None] | None = None
         self._committing: tuple[Position, Detected] | None = None  # what the snapshot moves to if it was durable
+        self._wait_until_idle()  # the thread begins here: where an interrupt meets that, two of them could
 
     def wait(self) -> None:
         """Wait for the job under way; raises its error unless its ticket has told it already."""

@@ -8,6 +8,7 @@ what it owns, rank 0 commits when all parts are durable, and all learn the same 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -178,6 +179,7 @@ class Publisher:
         self._versions_since_anchor = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-publisher")
         self._closed = False
+        self._process = os.getpid()
         self._last: Ticket | None = None
         self._anchoring: Future[None] | None = None
         self._committing: tuple[Position, Detected] | None = None  # what the snapshot moves to if it was durable
@@ -198,9 +200,9 @@ class Publisher:
     def _wait_until_idle(self) -> None:
         """Also for a job that nobody has a ticket of: a KeyboardInterrupt may come when it has begun, and before that.
 
-        Beside such a job nothing may be detected or committed.
+        Beside such a job nothing may be detected or committed. In a fork there is no thread to wait for.
         """
-        if not self._closed:
+        if not self._closed and os.getpid() == self._process:
             self._thread.submit(lambda: None).result()
 
     def begin(self) -> None:

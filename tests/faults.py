@@ -23,9 +23,9 @@ class FaultyBucket(Bucket):
         self.address = inner.address
         self.calls: Counter[str] = Counter()
         self.before_commit: Callable[[str], None] = lambda path: None
-        self._faults: dict[tuple[str, int], tuple[str, Exception]] = {}
+        self._faults: dict[tuple[str, int], tuple[str, BaseException]] = {}
 
-    def fail(self, verb: str, nth: int = 1, *, when: str = "before", error: Exception | None = None) -> None:
+    def fail(self, verb: str, nth: int = 1, *, when: str = "before", error: BaseException | None = None) -> None:
         """Let the nth call of `verb` from now on fail, before or after its work is done."""
         self._faults[verb, self.calls[verb] + nth] = when, error or BucketUnavailable(f"injected: {when} {verb}")
 

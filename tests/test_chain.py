@@ -170,10 +170,11 @@ def test_after_a_failure_anywhere_the_next_commit_continues_the_chain(
     assert versions(reader.plan(RUN.origin).deltas) == sorted({1, second.version, third.version})
 
 
-def test_an_unknown_manifest_that_was_written_counts(bucket: FaultyBucket) -> None:
+@pytest.mark.parametrize("error", [BucketUnavailable("injected"), KeyboardInterrupt()], ids=repr)
+def test_an_unknown_manifest_that_was_written_counts(bucket: FaultyBucket, error: BaseException) -> None:
     writer = ChainWriter.create(bucket, RUN)
-    bucket.fail("commit", when="after")
-    with pytest.raises(BucketUnavailable):
+    bucket.fail("commit", when="after", error=error)
+    with pytest.raises(type(error)):
         commit(writer)
     with pytest.raises(ChainError, match="settle"):
         commit(writer)

@@ -154,6 +154,25 @@ def test_a_quorum_goes_on_and_the_slow_one_follows_by_itself(servers: list[Stand
     until(lambda: servers[0].position == NEXT)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupted_hotload_leaves_no_server_waiting(
+    servers: list[StandIn], deployment: Deployment, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    thread = deployment._members[number].thread
+    submit = thread.submit
+
+    def interrupted(*job: Any) -> None:
+        submit(*job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployment.hotload(NEXT)
+    monkeypatch.setattr(thread, "submit", submit)
+    deployment.hotload(LATER, timeout=5.0).raise_for_quorum()
+    assert [server.position for server in servers] == [LATER] * 3
+
+
 def test_a_slow_server_skips_a_version_that_is_not_wanted_any_more(
     servers: list[StandIn], deployment: Deployment
 ) -> None:

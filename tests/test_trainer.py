@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -310,9 +311,11 @@ def test_a_forked_process_is_told_to_publish_elsewhere(model: Tiny, address: str
         torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
         child = os.fork()
         if child == 0:
+            signal.alarm(60)  # rather than wait for a thread that it does not have
             try:
                 engine.publish(1)
             except ConfigError:
+                engine.close()
                 os._exit(7)
             finally:
                 os._exit(1)
@@ -743,6 +746,34 @@ def test_an_anchor_that_the_local_disk_refuses_stops_nobody(model: Tiny, address
         for step in range(3):
             torch.nn.init.normal_(model.layers[0].weight)  # type: ignore[arg-type]
             assert engine.publish(step).result().version == step + 1
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+
+
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+def test_a_publish_that_an_interrupt_has_left_without_a_ticket_is_waited_for(
+    detector: str, model: Tiny, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    base, put = view_of(model), LocalBucket.put
+    config = SyncConfig(bucket=address, base_model="tiny", detector=detector)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        publisher = engine._publisher
+        submit = publisher._thread.submit
+
+        def interrupted(job: Any, *args: Any) -> Any:
+            future = submit(job, *args)
+            if job == publisher._before_merging:
+                raise KeyboardInterrupt
+            return future
+
+        monkeypatch.setattr(LocalBucket, "put", lambda *args: (time.sleep(0.2), put(*args)))  # the job takes its time
+        monkeypatch.setattr(publisher._thread, "submit", interrupted)
+        train(model, optimizer)
+        with pytest.raises(KeyboardInterrupt):
+            engine.publish(1)
+        monkeypatch.setattr(publisher._thread, "submit", submit)
+        train(model, optimizer)
+        assert engine.publish(2).result().version == 2
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 

@@ -269,16 +269,19 @@ class ChainWriter:
         Manifest.loads(data)  # what no reader would accept is not written
         advances = manifest.position != self._position
         self.check_fence()
+        self._unknown = manifest  # until it is known; a KeyboardInterrupt may come at any time
         try:
             self._bucket.commit(Layout.manifest(manifest), data)
-        except BucketUnavailable:
-            self._unknown = manifest
+        except Exception as error:
+            if not isinstance(error, BucketUnavailable):
+                self._unknown = None
             raise
         if advances:
             self._position, self._position_epoch = manifest.position, self._epoch
             self._next_version = manifest.version + 1
             self._newest = manifest
             self._serving = manifest.served
+        self._unknown = None
         if advances or self._head_is_behind:
             self._write_head()
         return manifest

@@ -134,10 +134,13 @@ class Deployment:
         started, needed = time.perf_counter(), self._needed(self._quorum if quorum is None else quorum)
         self._target = position
         turn = _Turn(position, len(self._members))
-        for member in self._members:
-            member.wanted = position
-            member.thread.submit(member.bring, turn, timeout)
-        turn.conduct(needed, timeout, self._request_timeout)
+        try:
+            for member in self._members:
+                member.wanted = position
+                member.thread.submit(member.bring, turn, timeout)
+            turn.conduct(needed, timeout, self._request_timeout)
+        finally:  # also when interrupted: nobody may wait for ever
+            turn.let_go()
         reports = tuple(self._outcome(member, turn, timeout) for member in self._members)
         for member, report in zip(self._members, reports, strict=True):
             member.mention(report.error)
@@ -246,13 +249,16 @@ class _Turn:
     def conduct(self, needed: int, timeout: float, commit_timeout: float) -> None:
         """Let the servers go once `needed` are ready, nobody else can be, or the time is up; then wait for these."""
         with self._changed:
-            try:
-                self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_spoken(), timeout)
-            finally:  # also when interrupted: nobody may wait for ever
-                self._going = True
-                self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_spoken(), timeout)
+            self.let_go()
             first = set(self._ready)
             self._changed.wait_for(lambda: first <= self.outcomes.keys(), commit_timeout)
+
+    def let_go(self) -> None:
+        """Have nobody wait for the others any more."""
+        with self._changed:
+            self._going = True
+            self._changed.notify_all()
 
     def ready(self, url: str) -> None:
         """Say that `url` is ready, and return when it may commit."""

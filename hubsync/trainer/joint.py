@@ -33,9 +33,7 @@ class JointWriter:
 
     def settle(self, ranks: Ranks) -> Manifest | None:
         """`ChainWriter.settle`."""
-        manifest = ranks.first(lambda: self._first.settle())
-        if manifest is not None:
-            self.position = manifest.position
+        manifest, self.position = ranks.first(lambda: (self._first.settle(), self._first.position))
         return manifest
 
     def check_fence(self, ranks: Ranks) -> None:

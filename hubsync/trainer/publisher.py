@@ -8,6 +8,7 @@ what it owns, rank 0 commits when all parts are durable, and all learn the same 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -178,13 +179,17 @@ class Publisher:
         self._anchored: Manifest | None = None
         self._versions_since_anchor = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-publisher")
+        self._closed = False
+        self._process = os.getpid()
         self._last: Ticket | None = None
         self._anchoring: Future[None] | None = None
         self._committing: tuple[Position, Detected] | None = None  # what the snapshot moves to if it was durable
+        self._wait_until_idle()  # the thread begins here: where an interrupt meets that, two of them could
 
     def wait(self) -> None:
         """Wait for the job under way; raises its error unless its ticket has told it already."""
         try:
+            self._wait_until_idle()
             if self._last is not None and not self._last.error_was_seen:
                 self._last.result()
             if self._anchoring is not None:
@@ -192,6 +197,14 @@ class Publisher:
         finally:  # also on the way out of a KeyboardInterrupt, after which the job still goes on
             if self._last is not None and self._last.done():
                 self._last = None
+
+    def _wait_until_idle(self) -> None:
+        """Also for a job that nobody has a ticket of: a KeyboardInterrupt may come when it has begun, and before that.
+
+        Beside such a job nothing may be detected or committed. In a fork there is no thread to wait for.
+        """
+        if not self._closed and os.getpid() == self._process:
+            self._thread.submit(lambda: None).result()
 
     def begin(self) -> None:
         """Get ready for the next job: `wait` on all ranks, and find out what became of an unknown commit."""
@@ -303,6 +316,7 @@ class Publisher:
 
     def close(self) -> None:
         """Wait for the thread to end; errors of its last job are not raised here."""
+        self._closed = True
         self._thread.shutdown(wait=True)
         if self._compactor is not None:
             self._compactor.close()

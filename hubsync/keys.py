@@ -1,7 +1,7 @@
 """Ed25519 keys of signed runs: made, read from files or the environment, and what they sign.
 
 The trainer holds a secret key and signs every document that it commits; who has the public key refuses all others.
-Needs the package `cryptography` (`pip install hubsync[signing]`), and only where a key is used.
+Needs the package `cryptography`, and only where a key is used.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _ed25519() -> Any:
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
-        raise ConfigError("signed runs need the package cryptography: pip install 'hubsync[signing]'") from None
+        raise ConfigError("signed runs need the package cryptography: pip install cryptography") from None
     return ed25519
 
 

@@ -245,6 +245,12 @@ def test_a_failure_without_end_is_unavailable(
     assert [s.path for s in hub_bucket.list()] == ["part"]
 
 
+@pytest.mark.usefixtures("no_waiting")
+def test_a_hub_that_is_not_up_is_named(hub_bucket: HubBucket) -> None:
+    with pytest.raises(BucketUnavailable, match=r"no connection to the Hub at http://127.0.0.1:9 "):
+        open_bucket(hub_bucket.address, token=TOKEN, endpoint="http://127.0.0.1:9")  # nothing listens there
+
+
 @pytest.mark.parametrize("where", ["GET /xorbs", "/v2/reconstructions"])
 @pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "drop"])
 def test_storage_that_is_down_leaves_no_file(

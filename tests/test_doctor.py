@@ -138,7 +138,7 @@ def test_without_vllm_it_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, text = run(checkpoint, capsys)
     assert code == 1
-    assert "pip install 'hubsync[vllm]'" in text
+    assert "pip install vllm" in text
 
 
 def test_layers_and_experts_are_folded() -> None:

@@ -435,6 +435,9 @@ def test_the_command_looks_once_if_told_so(publisher: Publisher, server: StandIn
     digest = publisher.positions[2].digest[:12]
     assert f"version 2 ({digest}), lag 2: 10 elements, 1,000 bytes, stage 0.000 s" in out
     assert process.returncode == 0
+    with command(publisher, server, "--once") as process:
+        out, _ = process.communicate(timeout=PATIENCE_S)
+    assert "nothing to do" in out
     server.stop()
     with command(publisher, server, "--once") as process:
         _, err = process.communicate(timeout=PATIENCE_S)

@@ -15,7 +15,7 @@ from hubsync.bits import bits_of
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader, Layout
 from hubsync.chain.retention import Collector, Policy
-from hubsync.cli import inspect
+from hubsync.cli import compact, inspect
 from hubsync.errors import BucketMissing, ConfigError, NoPath, ObjectCorrupt, WrongParent
 
 from .history import History
@@ -23,7 +23,9 @@ from .history import History
 
 def hubsync(*argv: object) -> int:
     parser = argparse.ArgumentParser()
-    inspect.add_parser(parser.add_subparsers())
+    subparsers = parser.add_subparsers()
+    for command in (inspect, compact):
+        command.add_parser(subparsers)
     args = parser.parse_args([str(arg) for arg in argv])
     return args.run(args)
 
@@ -129,7 +131,7 @@ def test_verify_finds_damage_and_a_wrong_base(address: str, base: Path, tmp_path
     other = tmp_path / "other"
     other.mkdir()
     save_file(tensors, other / "model.safetensors")
-    with pytest.raises(WrongParent, match="version 0"):
+    with pytest.raises(WrongParent, match="another model, or another revision"):
         hubsync("verify", address, "--base", other)
     manifest = ChainReader(LocalBucket(address), tmp_path / "cache").manifest(2)
     part = Path(address) / Layout.part(manifest, manifest.parts[0])
@@ -150,6 +152,14 @@ def test_pull_writes_a_version_as_a_checkpoint(
     with torch.no_grad():
         model.weight[2] = load_file(base / "model.safetensors")["weight"][2]
     assert is_the_view_of(tmp_path / "second", model)
+
+
+def test_ls_limits_versions_and_not_the_merged_deltas_to_them(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hubsync("compact", address)
+    capsys.readouterr()
+    assert hubsync("ls", address, "--limit", 2) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["2", "delta", "1"], ["2", "merged", "0"], ["3", "delta", "2"]]
 
 
 @pytest.mark.parametrize("limit", ["-5", "0", "many"])

@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFT
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.integrations.trl import HubSyncCallback, server_url
+from hubsync.localhub import LocalHub
 from hubsync.trainer.config import SyncConfig
 
 from .models import save_checkpoint, save_tokenizer
@@ -47,6 +48,16 @@ def config(tmp_path: Path) -> SyncConfig:
 def test_a_server_that_is_not_up_is_unreachable(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
     with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
         HubSyncCallback(grpo(checkpoint, tmp_path), config)
+
+
+def test_what_answers_but_is_no_server_is_not_waited_for_without_end(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LocalHub(tmp_path / "hub") as hub:  # something that speaks HTTP, and has no /health
+        trainer = grpo(checkpoint, tmp_path, vllm_server_base_url=hub.url, vllm_server_timeout=0.5)
+        with pytest.raises(ReplicaUnreachable, match="answers, but is not a vLLM server"):
+            HubSyncCallback(trainer, config)
+    assert [record.getMessage() for record in caplog.records if "Waiting for it, up to 0.5 s" in record.getMessage()]
 
 
 def test_rloo_generates_through_the_same_door(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:

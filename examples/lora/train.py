@@ -15,6 +15,11 @@
 """
 GRPO of a LoRA adapter: the server has the base model, and every step sends it the adapter.
 
+In a clone of hubsync (the PyPI package of that name is another project):
+
+pip install '.[trl]' peft math-verify          # on the training host
+pip install '.[vllm]'                          # on the inference host
+
 # Inference host
 
 HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/lora-1 VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \

@@ -36,6 +36,7 @@ async def main() -> None:
                 continue
             used += 1
             versions = " then ".join(f"{span.version} ({span.end - span.start} tokens)" for span in sample.spans)
+            versions = versions or f"{sample.min_version} to {sample.max_version}"  # without --enable-scale-out
             print(
                 f"prompt {sample.prompt}.{sample.k}: reward {reward(sample):.3f}, {sample.replica}, version {versions}"
             )

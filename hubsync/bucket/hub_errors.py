@@ -59,7 +59,16 @@ def translate(error: Exception, action: str, address: HubAddress) -> BucketError
     network = isinstance(error, (ConnectionError, TimeoutError))
     if not network and isinstance(error, (OSError, ValueError)):
         return BucketError(f"{failed}: {_first_line(error)}")  # a local file, or an answer that is not from a Hub
-    return BucketUnavailable(f"{failed}: no connection to the Hub ({_first_line(error)}); trying again later may work")
+    return BucketUnavailable(f"{failed}: no connection to {_hub(error)} ({_first_line(error)}); try again later")
+
+
+def _hub(error: Exception) -> str:
+    """Which Hub, where the HTTP library knows what was asked: HF_ENDPOINT may name one that is not up."""
+    try:
+        url = error.request.url  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return "the Hub"
+    return f"the Hub at {url.scheme}://{url.netloc.decode()}"
 
 
 def _by_status(status: int, error: Exception, failed: str, address: HubAddress) -> BucketError:

@@ -395,6 +395,8 @@ class ChainReader:
         versions = sorted({version for names in self._index.epochs.values() for version in names.deltas})
         anchors = sorted({version for names in self._index.epochs.values() for version in names.anchors})
         deltas = f"deltas to versions {versions[0]}..{versions[-1]}" if versions else "no deltas"
+        if versions and len(versions) <= versions[-1] - versions[0]:
+            deltas += " (not all of them: a trainer that starts again leaves out a number, and retention deletes)"
         return (
             f"the run has {deltas} and {'anchors of ' + ', '.join(map(str, anchors[-8:])) if anchors else 'no anchors'}"
         )

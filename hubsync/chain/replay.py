@@ -68,7 +68,8 @@ class View:
     @staticmethod
     def _require(digest: Digest, position: Position) -> None:
         if digest.hex != position.digest:
-            raise WrongParent(f"the weights have digest {digest.hex}, but {position} has {position.digest}")
+            hint = "" if position.version else ": is it another model, or another revision, than the run's base?"
+            raise WrongParent(f"the weights have digest {digest.hex}, but {position} has {position.digest}{hint}")
 
 
 def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:

@@ -44,7 +44,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--watch", action="store_true", help="go on with each new version, until interrupted")
     parser.add_argument(
-        "--interval", type=float, default=10.0, metavar="SECONDS", help="with --watch: how often to look"
+        "--interval",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="with --watch: how often to look (default: %(default)g)",
     )
     add_signing_key(parser)
     parser.set_defaults(run=run)

@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("vLLM is not installed here, and the doctor examines vLLM: pip install 'hubsync[vllm]'")
+        raise ConfigError("vLLM is not installed here, and the doctor examines vLLM: pip install vllm")
     from hubsync.doctor.exam import examine
     from hubsync.doctor.trial import make_random_checkpoint, make_trial
 

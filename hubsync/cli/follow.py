@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         followed = follower.step()
         if followed is not None:
             follower.on_commit(followed)
+        elif not args.json:
+            print("nothing to do: the server is at the version to be served, or somebody else is bringing it there")
         return 0
     return _run_until_told(follower)
 

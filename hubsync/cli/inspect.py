@@ -32,7 +32,7 @@ _ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
 
 def add_parser(subparsers: Any) -> None:
     ls = _command(subparsers, "ls", list_versions, "list the versions of a run")
-    ls.add_argument("--limit", type=_count, metavar="N", help="only the newest N")
+    ls.add_argument("--limit", type=_count, metavar="N", help="only the newest N versions")
 
     show = _command(subparsers, "show", show_version, "print the manifest of a version")
     show.add_argument("version", type=_version, metavar="N", help="number of the version, as `hubsync ls` lists it")
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     _add_base(verify)
 
     pull = _command(subparsers, "pull", pull_version, "write a version as a checkpoint that vllm and transformers load")
-    pull.add_argument("out", type=Path, help="directory to write; it must not exist, or be empty")
+    pull.add_argument("out", type=Path, metavar="DIR", help="directory to write; it must not exist, or be empty")
     pull.add_argument("--version", type=_version, metavar="N", help="default: the newest")
     pull.add_argument(
         "--max-head-age",
@@ -57,7 +57,8 @@ def list_versions(args: argparse.Namespace) -> int:
         reader = _reader(args, stack)
         run, manifests = reader.run(), _with_merged(reader)
     if args.limit is not None:
-        manifests = manifests[max(0, len(manifests) - args.limit) :]
+        newest = sorted({manifest.version for manifest in manifests})[-args.limit :]
+        manifests = [manifest for manifest in manifests if manifest.version in newest]
     base = "an anchor in the bucket" if run.base.model is None else run.base.model
     if run.base.revision is not None:
         base += f"@{run.base.revision[:12]}"

@@ -11,10 +11,19 @@ from hubsync.errors import ConfigError
 from hubsync.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, PublicKey, SigningKey
 from hubsync.manifest import Run
 
+DESCRIPTION = """\
+Make a key for one run. The trainer signs with the file; whoever is given the public key, which is printed, refuses
+what was not signed with it.
+"""
+
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("keygen", help="make a key that signs what a trainer publishes")
-    parser.add_argument("file", type=Path, help="new file for the secret key; only its owner can read it")
+    parser = subparsers.add_parser(
+        "keygen", help="make a key that signs what a trainer publishes", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="new file for the secret key; only its owner can read it"
+    )
     parser.set_defaults(run=make_key)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.replica.server import VLLMServer, new_session
 from hubsync.trainer.publisher import Published
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = "TRL >= 1.13, < 1.17"
 
@@ -187,15 +190,24 @@ def _sampling(trainer: Any) -> dict[str, Any]:
 
 
 def _wait_for(server: VLLMServer, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if server.health():
-                return
-        except ReplicaUnreachable:
-            if time.monotonic() > deadline:
-                raise
+    """Return once the server is up; what keeps it from that is said at once, and raised after `timeout` seconds."""
+    deadline, told = time.monotonic() + timeout, False
+    while (trouble := _trouble(server)) is not None:
+        if time.monotonic() > deadline:
+            raise trouble
+        if not told:
+            logger.warning("%s Waiting for it, up to %g s (vllm_server_timeout)", trouble, timeout)
+        told = True
         time.sleep(1.0)
+
+
+def _trouble(server: VLLMServer) -> ReplicaUnreachable | None:
+    try:
+        if server.health():
+            return None
+    except ReplicaUnreachable as error:
+        return error
+    return ReplicaUnreachable(f"{server.url} answers, but is not a vLLM server that is up (/health): check the URL")
 
 
 # --- the asynchronous trainers

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Loader:
         self.loaded: Tensors = {}
         self.fails = False
         self.largest = 8
+        self.meanwhile: Callable[[], object] = lambda: None
 
     def check(self, run: Run) -> None:
         if run.adapter is not None and run.adapter.config["r"] > self.largest:
@@ -45,6 +48,7 @@ class Loader:
         if self.fails:
             self.fails = False
             raise OSError("no space")
+        self.meanwhile()
         assert (path / "adapter_config.json").exists()
         self.loaded = load_file(path / "adapter_model.safetensors")
 
@@ -156,6 +160,37 @@ def test_directories_of_old_versions_are_deleted(worker: Worker) -> None:
     assert left == {"00000000", "00000003"}, "served, and the one before"
 
 
+def test_what_is_staged_during_a_commit_can_be_committed_next(worker: Worker) -> None:
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+
+    def stage_the_next() -> None:
+        worker.loader.meanwhile = lambda: None
+        worker.session.stage(POSITIONS[3])
+        worker.settled()
+
+    worker.loader.meanwhile = stage_the_next
+    worker.session.commit(POSITIONS[2])
+    worker.session.commit(POSITIONS[3])
+    worker.assert_serves(3)
+
+
+def test_a_commit_leaves_what_another_worker_has_written_of_the_version_that_is_staged_next(
+    worker: Worker, address: str, tmp_path: Path
+) -> None:
+    other, may_go_on = Worker(address, tmp_path).attached(), threading.Event()
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.session._background.submit(may_go_on.wait)
+    worker.session.stage(POSITIONS[3])
+    other.session.stage(POSITIONS[3])
+    other.settled()
+    worker.session.commit(POSITIONS[2])
+    other.session.commit(POSITIONS[3])
+    other.assert_serves(3)
+    may_go_on.set()
+
+
 def test_what_is_not_staged_is_not_loaded(worker: Worker) -> None:
     with pytest.raises(ReplicaRefused, match="not staged"):
         worker.session.commit(POSITIONS[2])
@@ -205,6 +240,50 @@ def test_a_failed_registration_is_an_error_of_the_status_and_tried_again(address
     assert not worker.register()
     assert worker.session.status()["state"] == "refused"
     worker.attached().assert_serves(1)
+
+
+def test_an_adapter_that_vllm_does_not_take_is_not_served(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.session.attach()
+    worker.settled()
+    assert not worker.session.registered(1, lambda: False)
+    assert "did not take it" in worker.session.status()["error"]["message"]
+
+
+def test_what_is_served_stays_where_it_is_when_loading_it_again_fails(worker: Worker) -> None:
+    worker.session.weights_lost("the server slept")
+    worker.loader.fails = True
+    with pytest.raises(ReplicaRefused, match="no space"):
+        worker.session.commit(POSITIONS[1])
+    worker.session.weights_lost("the server slept")
+    worker.session.before_forward()
+    worker.assert_serves(1)
+
+
+def test_another_engine_of_the_server_may_move_the_link_during_a_commit(worker: Worker) -> None:
+    served = worker.host.path.resolve()
+    worker.loader.meanwhile = lambda: _point(worker.host.path, served)
+    worker.follow(2)
+    worker.assert_serves(2)
+
+
+def test_nothing_is_loaded_after_a_failed_registration_and_requests_without_the_adapter_go_on(worker: Worker) -> None:
+    """vLLM has let go of the adapter before: there is nothing that a commit, or waking up, could put in its place."""
+    worker.follow(3)
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.session.weights_lost("the server slept")
+    worker.loader.fails = True
+    assert not worker.register()
+    worker.session.before_forward()
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        worker.session.commit(POSITIONS[2])
+    assert not worker.register(), "the link may be on its way elsewhere: attach before"
+    worker.attached().assert_serves(1)
+    with pytest.raises(ReplicaRefused, match="nothing to undo"):
+        worker.session.undo()
+    worker.follow(2)
+    worker.assert_serves(2)
 
 
 def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import copy
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def test_parts_of_a_parameter_are_views_of_it(address: str) -> None:
     assert up.data_ptr() == fused[3, 7:].data_ptr()
     assert torch.equal(up, fused[3, 7:])
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
+    live = list(tensors.values())
+    rows = excerpts.stretches_of(live, [Shard.whole(tensor.shape) for tensor in live])
+    assert len(rows) == len(list(model.parameters())), "all of a parameter is looked at together"
 
 
 def test_an_anchor_is_a_checkpoint_that_transformers_loads(address: str) -> None:
@@ -161,8 +165,9 @@ def test_wrappers_of_the_model_and_of_its_layers_leave_no_trace(address: str) ->
     assert list(published_tensors(compiled)) == expected
     model.model.layers[0] = torch.compile(model.model.layers[0])
     assert list(published_tensors(compiled)) == expected
-    inside = published_tensors(torch.nn.Sequential(model))
-    assert list(inside) == [f"0.{name}" for name in expected]
+    inside = torch.nn.Sequential(model)
+    inside.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+    assert list(published_tensors(inside)) == ["scale", *(f"0.{name}" for name in expected)]
 
 
 def test_a_weight_written_outside_of_the_steps_is_noticed_in_any_part(address: str, tmp_path: Path) -> None:
@@ -191,7 +196,7 @@ def test_replaced_parameters_are_followed(address: str, tmp_path: Path) -> None:
 
 def converted(*conversions: Any) -> Any:
     """A Qwen3-MoE that says that it was loaded through these conversions."""
-    model = qwen()
+    model = qwen(30)  # as wide as the hidden states: transposed, experts have the same shape
     model._weight_conversions = list(conversions)
     return model
 
@@ -211,7 +216,7 @@ def test_transposed_tensors_are_published_against_a_copy(
         engine.publish()
     assert "experts.down lies scattered in the parameter" in caplog.text
     view = follow(address, tmp_path)
-    assert view.tensors["model.layers.0.mlp.experts.down"].shape == (5, 7, 30)
+    assert view.tensors["model.layers.0.mlp.experts.down"].shape == (5, 30, 30)
     assert same_bits(view.tensors, saved(model, tmp_path / "saved"))
     tensors = published_tensors(model)
     table = table_of(tensors, torch.bfloat16)
@@ -236,16 +241,29 @@ def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: s
     assert not Path(address).exists()
 
 
-def test_a_conversion_that_writes_to_weights_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda tensor: tensor.mul_(2), r"cannot say how Qwen3MoeForCausalLM is saved.*writes"),
+        (lambda tensor: tensor.view(torch.int32), "that is computed from the model's parameters"),
+        (lambda tensor: tensor if tensor.is_meta else tensor * 2, "is saved with other elements than"),
+        (lambda tensor: None, r"does not save model\.layers\.0\.mlp\.experts\.\S*, which it holds"),
+    ],
+    ids=["written to", "other bits", "otherwise where there is memory", "left out"],
+)
+def test_a_conversion_that_makes_something_else_of_weights_is_refused(
+    made: Callable[[torch.Tensor], torch.Tensor | None], said: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.core_model_loading import SplitModulelist
 
     convert = SplitModulelist.convert
 
-    def scaling(self: Any, *arguments: Any, **options: Any) -> Any:
-        return {name: tensor.mul_(2) for name, tensor in convert(self, *arguments, **options).items()}
+    def otherwise(self: Any, *arguments: Any, **options: Any) -> Any:
+        parts = {name: made(tensor) for name, tensor in convert(self, *arguments, **options).items()}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
-    monkeypatch.setattr(SplitModulelist, "convert", scaling)
-    with pytest.raises(ConfigError, match=r"cannot say how Qwen3MoeForCausalLM is saved.*writes"):
+    monkeypatch.setattr(SplitModulelist, "convert", otherwise)
+    with pytest.raises(ConfigError, match=said):
         DeltaWeightTransferEngine(qwen(), None, SyncConfig(bucket=address))
 
 

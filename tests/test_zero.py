@@ -7,6 +7,7 @@ TRL under `accelerate launch` in test_accelerate.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,19 @@ def policy() -> Any:
     return qwen(67)
 
 
-def initialize(stage: int, **zero: Any) -> tuple[Any, Any]:
-    """DeepSpeed's engine and optimizer of a `policy`."""
+def initialize(stage: int, make: Callable[[], Any] = policy, **zero: Any) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer of a model."""
     import deepspeed
 
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # as a launcher says it
-    model = policy()
+    model = make()
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, optimizer
 
@@ -135,3 +136,24 @@ def looks_at_what_is_not_there(rank: int, address: str) -> str:
 def test_parameters_that_are_on_a_disk_are_refused(tmp_path: Path) -> None:
     said = run(2, looks_at_what_is_not_there, tmp_path / "run")
     assert all("is offloaded by DeepSpeed to a disk" in message for message in said)
+
+
+def publishes_an_adapter(rank: int, address: str) -> tuple[list[int], str | None]:
+    import peft
+
+    def adapted() -> Any:
+        return peft.get_peft_model(policy(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+
+    engine, optimizer = initialize(3, adapted)
+    with DeltaWeightTransferEngine(engine.module, optimizer, SyncConfig(bucket=address)) as sync:
+        train(engine, 1)
+        version = sync.publish().result()
+        assert sync.run.adapter is not None
+        return [share.changed for share in version.ranks], sync.run.adapter.base_digest
+
+
+def test_an_adapter_is_published_where_it_is_kept_and_nothing_is_said_of_its_partitioned_base(tmp_path: Path) -> None:
+    """A digest of what a module holds meanwhile would refuse the same base when it is whole."""
+    for changed, base_digest in run(2, publishes_an_adapter, tmp_path / "run"):
+        assert all(changed)
+        assert base_digest is None

@@ -167,7 +167,8 @@ class AdapterSession:
         try:
             self._position = self._load_together(self._position or self._ready, load)
         except Exception as error:
-            self._ready = self._position = self._before = self._staged = None
+            # vLLM has let go of what it had before it was asked to load this: nothing is left that could be broken.
+            self._ready = self._position = self._before = self._broken = None
             self._fail("vLLM could not load the adapter", error)
             return False
         self._number, self._broken = number, None
@@ -200,7 +201,7 @@ class AdapterSession:
 
     def commit(self, target: Position) -> int:
         """Load what all ranks have staged, on all of them or on none. Returns elements of the adapter."""
-        ready = self._number is not None and target in (self._position, self._staged)
+        ready = self._position is not None and target in (self._position, self._staged)
         if not all(self.ranks.gather(ready)):
             raise ReplicaRefused(f"{target} is not staged on every worker: stage it, and commit again")
         started, before = time.perf_counter(), self._position
@@ -313,8 +314,9 @@ class AdapterSession:
         """Delete directories of versions that nobody can ask for without staging them again."""
         host = self._host
         assert host is not None
-        # What is being staged here may have been written by another worker already.
-        positions = self._position, self._before, self._staged, self._wanted
+        # What is being staged here may have been written by another worker already. Asked for in this order, as the
+        # other thread makes what is wanted staged.
+        positions = self._position, self._before, self._wanted, self._staged
         kept = {_place(host, position) for position in positions if position}
         for directory in host.directory.iterdir():
             if directory.name != _CURRENT and not directory.name.startswith(".") and directory not in kept:

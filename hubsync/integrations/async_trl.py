@@ -139,7 +139,7 @@ class HubWeightTransfer:
         self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
         if self._is_adapted:
             seam.keep_adapter_apart(trainer)
-        self._trainer = trainer
+        self._trainer, self._rollouts_are_ready = trainer, False
         url = seam.server_url(trainer.args)
         self.config = replace(self.config, servers=list(self.config.servers) or [url])
         seam.join_transfer(trainer, self._synchronise)

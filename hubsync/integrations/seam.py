@@ -413,6 +413,8 @@ def _moved_rollouts() -> Iterator[str]:
         for name, parameters in uses.items():
             yield from _lacks(getattr(loop, name, None), parameters, f"{where}_AsyncRolloutLoop.{name}")
         yield from _lacks(loop, ("model_name",), f"{where}_AsyncRolloutLoop")
+        if "_loop_kwargs" not in _names(module.AsyncRolloutWorker.__init__.__code__):
+            yield f"{where}AsyncRolloutWorker no longer keeps the settings of its loop in _loop_kwargs"
         missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
         if missing:
             yield f"{where}RolloutSample has no {', '.join(sorted(missing))}"

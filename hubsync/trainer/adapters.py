@@ -16,6 +16,8 @@ from hubsync.digest import Digest, digest_torch, tensor_seed
 from hubsync.errors import ConfigError, RunMismatch
 from hubsync.manifest import ADAPTER_FIELDS, Adapter
 
+from .partitions import is_partitioned
+
 _MERGED = (
     "the adapter is merged into the base model: that changes nearly every weight of it in every step, and rounding "
     "makes it drift. hubsync publishes the adapter itself: call unmerge_adapter() before, and keep the PEFT model"
@@ -81,7 +83,8 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
     for name, tensor in base.named_parameters():
         if _is_adapters(name):
             continue
-        if not tensor.is_floating_point() or hasattr(tensor, "to_local") or tensor.is_meta:
+        elsewhere = hasattr(tensor, "to_local") or is_partitioned(tensor) or tensor.is_meta
+        if elsewhere or not tensor.is_floating_point():
             return None
         bits = tensor.detach().to(dtype).contiguous().view(-1).view(_INTEGERS[dtype.itemsize])
         digest += digest_torch(tensor_seed(name.replace(".base_layer", "")), bits)

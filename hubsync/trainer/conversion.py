@@ -28,7 +28,7 @@ _COPIES = (torch.Tensor.contiguous, torch.Tensor.clone, torch.clone)
 
 
 def places_in(model: Any, tensors: Tensors, prefix: str = "") -> Places:
-    """Where the tensors that a transformers model saves lie in its live ones. Empty if it saves what it holds.
+    """Where the tensors that a transformers model saves lie in its live ones.
 
     Args:
         tensors: checkpoint name -> live tensor of `model`.
@@ -47,8 +47,6 @@ def places_in(model: Any, tensors: Tensors, prefix: str = "") -> Places:
         return found
 
     places = _watched(type(model).__name__, saved, tensors, prefix)
-    if all(excerpts == {name: None} for name, excerpts in places.items()):
-        return {}
     _require_as_saved(saved, tensors, places, prefix)
     return places
 
@@ -128,7 +126,7 @@ def _require_as_saved(saved: Callable[[Tensors], Tensors], tensors: Tensors, pla
             continue
         seen.add(kind)
         with torch.no_grad():
-            real = saved({name.removeprefix(prefix): tensors[name].detach()})
+            real = saved({name.removeprefix(prefix): tensors[name]})
         for tensor_name, excerpt in published({name: tensors[name]}, {name: excerpts}).items():
             expected = real.get(tensor_name.removeprefix(prefix))
             if expected is None or not _same_bits(expected, local_part(excerpt)):

@@ -123,6 +123,15 @@ def test_parts_of_a_parameter_are_views_of_it(address: str) -> None:
     assert len(rows) == len(list(model.parameters())), "all of a parameter is looked at together"
 
 
+def test_parts_are_trained_as_their_parameter_is_and_need_it_in_one_piece() -> None:
+    whole = torch.nn.Parameter(torch.zeros(4, 3))
+    place = Place((2, 3), (3, 1), 6)
+    assert Excerpt("part", whole, place).requires_grad
+    assert not Excerpt("part", whole.requires_grad_(False), place).requires_grad
+    with pytest.raises(ConfigError, match="part is published from a part of a parameter whose memory is not contig"):
+        Excerpt("part", torch.zeros(3, 4).t(), place)
+
+
 def test_an_anchor_is_a_checkpoint_that_transformers_loads(address: str) -> None:
     model = mixtral()
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
@@ -305,7 +314,7 @@ def test_a_part_that_is_cut_is_held_as_rows_or_as_a_run_unless_it_is_scattered()
 def test_owners_of_any_piece_find_what_changes_in_every_tensor(data: st.DataObject) -> None:
     """Parts in a row, a scattered one and a gap, shared out over ranks anywhere, looked at in rows of any length."""
     size = data.draw(st.integers(1, 4))
-    whole = torch.nn.Parameter(torch.arange(8.0 * size))
+    whole = torch.nn.Parameter(torch.arange(8.0 * size + 1)[1:])  # anywhere in its memory, as sharded ones are
     shapes = {"a": (2, size), "b": (size,), "c": (2, size)}
     offsets = {"a": 0, "b": 2 * size, "c": 3 * size}
     places = {name: Place(shape, (size, 1)[-len(shape) :], offsets[name]) for name, shape in shapes.items()}
@@ -339,5 +348,8 @@ def test_the_detector_is_the_one_without_a_copy_where_experts_lie_in_a_row() -> 
     optimizer = torch.optim.AdamW(model.parameters())
     chosen = choose_detector(tensors, table_of(tensors, torch.bfloat16), optimizer, SyncConfig(bucket="unused"))
     assert isinstance(chosen, Sliced)
+    assert not list(chosen._buffers.table), "what is copied"
+    chosen.follow(published_tensors(model))
+    assert chosen._suspicion is None, "the same weights, though every view of them is new"
     ends = [(local_part(t).data_ptr(), local_part(t).nbytes) for t in tensors.values()]
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(sorted(ends)))

@@ -143,10 +143,8 @@ class Sliced:
         """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
         with self._weights:
             submitted, pending = _composed(self._submitted, self._by_tensor(self._pending.collect())), _Pending()
-            self._submitted, self._pending = (
-                submitted,
-                pending,
-            )  # no call between: a KeyboardInterrupt changes both or none
+            # No call between these two: a KeyboardInterrupt finds both changed, or none.
+            self._submitted, self._pending = submitted, pending
             self._moved_buffers = self._buffers.detect()
             index_of = self.table.index_of
             buffers = {

@@ -201,6 +201,10 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
     if why == "replicas":  # nobody has made them equal
         torch.manual_seed(rank)
         model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    if why == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model.module, device_id=torch.device(device_of(2)))
     if rank == 1 and why == "adapter":
         model.module.peft_config = {}
     if rank == 1 and why == "optimizer":
@@ -214,6 +218,7 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
         ("compact", "use encoding='fast'"),
         ("stages", "rank 1 holds weight where rank 0 holds embed.weight"),
         ("adapter", "PEFT"),
+        ("fsdp1", "is sharded by FSDP1, which is not supported: use FSDP2"),
         ("optimizer", "object is not a torch optimizer"),
         ("replicas", "0.weight differs between ranks 0 and 1"),
     ],

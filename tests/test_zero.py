@@ -35,7 +35,7 @@ def policy() -> Any:
     return qwen(67)
 
 
-def initialize(stage: int, make: Callable[[], Any] = policy, **zero: Any) -> tuple[Any, Any]:
+def initialize(stage: int, make: Callable[[], Any] = policy, bf16: bool = False, **zero: Any) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer of a model."""
     import deepspeed
 
@@ -46,6 +46,7 @@ def initialize(stage: int, make: Callable[[], Any] = policy, **zero: Any) -> tup
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100, **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -92,7 +93,13 @@ def follow(address: Path, tmp_path: Path) -> View:
 
 @pytest.mark.parametrize(
     ("stage", "zero"),
-    [(1, {}), (2, {}), (3, {}), (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}})],
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (3, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+        (3, {"bf16": True}),
+    ],
 )
 def test_a_replica_ends_with_what_was_trained(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
     results = run(3, publishes, tmp_path / "run", stage, zero)

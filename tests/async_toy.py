@@ -83,7 +83,7 @@ def make_trainer(policy: Path, directory: Path, url: str, **arguments: Any) -> A
     return AsyncGRPOTrainer(
         model=str(policy),
         reward_funcs=share_of_vowels,
-        args=AsyncGRPOConfig(num_generations=GENERATIONS, **settings(directory, url), **arguments),
+        args=AsyncGRPOConfig(num_generations=GENERATIONS, **{**settings(directory, url), **arguments}),
         train_dataset=questions(),
         **parts,
     )

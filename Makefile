@@ -68,7 +68,7 @@ test: lint
 	$(BIN)/pytest $(ARGS)
 
 test-fast: lint
-	$(BIN)/pytest -m "not server and not slow" $(ARGS)
+	$(BIN)/pytest -m "not server and not slow and not extras" $(ARGS)
 
 # What talks to vLLM, on both ends of the supported range.
 test-versions: $(READY) $(OLD_READY)

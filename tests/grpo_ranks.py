@@ -18,9 +18,9 @@ from trl import GRPOConfig, GRPOTrainer
 from hubsync import SyncConfig
 from hubsync.digest import digest_view
 from hubsync.integrations.trl import HubSyncCallback
+from hubsync.trainer.deepspeed import Partition, is_partitioned
 from hubsync.trainer.detection import published_tensors, table_of
 from hubsync.trainer.excerpts import Excerpt
-from hubsync.trainer.partitions import Partition, is_partitioned
 
 from .launched import prepare
 

@@ -107,6 +107,15 @@ def test_an_adapter_is_refused_where_trl_trains_none(
         transfer.attach(trainer)
 
 
+def test_a_trainer_is_attached_to_once(build: Callable[..., Any], config: SyncConfig) -> None:
+    config.servers = [NOBODY, "http://127.0.0.1:19"]
+    transfer = HubWeightTransfer(config, quorum=1)
+    trainer = build(weight_transfer=transfer)
+    transfer.attach(trainer)
+    with pytest.raises(ConfigError, match="is attached to this AsyncGRPOTrainer already"):
+        transfer.attach(trainer)
+
+
 def test_a_trainer_that_was_built_with_another_transfer_is_refused(
     build: Callable[..., Any], config: SyncConfig
 ) -> None:

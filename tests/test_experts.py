@@ -25,8 +25,9 @@ from hubsync.chain import ChainReader, Layout
 from hubsync.chain.replay import View, replay
 from hubsync.digest import Digest
 from hubsync.errors import ConfigError
-from hubsync.trainer import excerpts, shards
-from hubsync.trainer.detection import Snapshot, published_tensors, table_of
+from hubsync.trainer import conversion, excerpts, shards
+from hubsync.trainer.deepspeed import Partition
+from hubsync.trainer.detection import Snapshot, _weights, published_tensors, table_of
 from hubsync.trainer.excerpts import Excerpt, Place
 from hubsync.trainer.shards import Box, Shard, box_of, divide, local_part
 from hubsync.trainer.sliced import Sliced, choose_detector
@@ -241,12 +242,12 @@ def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: s
     from transformers.core_model_loading import Chunk, Interleave, WeightConverter
 
     apart = ["self_attn.k_proj.weight", "self_attn.v_proj.weight"]
-    for conversion, name in [
+    for converter, name in [
         (WeightConverter("experts.w13", "experts.gate_up_proj", [Interleave(dim=1)]), r"experts\.w13"),
         (WeightConverter("self_attn.both.weight", apart, [Chunk(dim=0)]), r"self_attn\.both\.weight"),
     ]:
         with pytest.raises(ConfigError, match=rf"model\.layers\.0\.\S*{name} with shape .* computed"):
-            DeltaWeightTransferEngine(converted(conversion), None, SyncConfig(bucket=address))
+            DeltaWeightTransferEngine(converted(converter), None, SyncConfig(bucket=address))
     assert not Path(address).exists()
 
 
@@ -353,3 +354,72 @@ def test_the_detector_is_the_one_without_a_copy_where_experts_lie_in_a_row() -> 
     assert chosen._suspicion is None, "the same weights, though every view of them is new"
     ends = [(local_part(t).data_ptr(), local_part(t).nbytes) for t in tensors.values()]
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(sorted(ends)))
+
+
+class Kept(torch.nn.Parameter):
+    """Stands in for a parameter that DeepSpeed ZeRO-3 has partitioned, as one rank has it; the real ones are in
+    test_zero.py, which CI does not run."""
+
+    def __new__(cls, whole: torch.Tensor, rank: int, ranks: int) -> Kept:
+        made = super().__new__(cls, torch.empty(0))
+        size = -(-whole.numel() // ranks)
+        run = whole.flatten()[rank * size : (rank + 1) * size]
+        kept = torch.cat([run, torch.full((size - len(run),), math.nan)])  # padding is never looked at
+        kept.ds_numel = size  # type: ignore[attr-defined]
+        made.ds_id, made.ds_shape, made.ds_process_group, made.ds_tensor = 0, whole.shape, rank, kept
+        return made
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 50])
+def test_ranks_of_zero3_publish_the_runs_they_keep_of_experts_too(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group)
+    old, new = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    places = {f"{expert}.up": Place((3, 5), (5, 1), 15 * expert) for expert in range(2)}
+
+    def view(parameter: Kept) -> dict[str, torch.Tensor]:
+        whole = Partition("experts", parameter)
+        return {"plain": whole, **{name: Excerpt(name, whole, place) for name, place in places.items()}}
+
+    parameters = [Kept(old, rank, ranks) for rank in range(ranks)]
+    views = [view(parameter) for parameter in parameters]
+    table = table_of(views[0], torch.bfloat16)
+    boxes = [[tensor.box for tensor in live.values()] for live in views]
+    owned = divide(list(views[0]), [spec.shape for spec in table], boxes)
+    snapshots = [Snapshot(live, table, shards=own) for live, own in zip(views, owned, strict=True)]
+    found: dict[str, list[int]] = {spec.name: [] for spec in table}
+    for rank, (parameter, snapshot) in enumerate(zip(parameters, snapshots, strict=True)):
+        parameter.ds_tensor.copy_(Kept(new, rank, ranks).ds_tensor)
+        for index, delta in snapshot.detect().patch.items():
+            found[table[index].name] += delta.indices.tolist()
+    moved = (old.bfloat16() != new.bfloat16()).flatten().nonzero().flatten().tolist()
+    assert found["plain"] == moved
+    assert found["0.up"] + [at + 15 for at in found["1.up"]] == moved
+
+
+REFUSED = {
+    "ernie4_5_vl_moe", "hrm_text", "inkling_mm_model", "kimi_k25", "nemotron_h_omni", "qianfan_ocr", "step3p7",
+}  # fmt: skip
+
+
+@pytest.mark.matrix
+def test_which_models_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that transformers builds from their default config, here without memory, so nothing is compared."""
+    from transformers.models.auto import modeling_auto
+
+    monkeypatch.setattr(conversion, "_require_as_saved", lambda *_: None)
+    maps = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kinds = dict(itertools.chain.from_iterable(found.items() for found in maps))
+    published, refused = 0, set()
+    for config, kind in kinds.items():
+        try:
+            with torch.device("meta"):
+                model = (kind[0] if isinstance(kind, tuple) else kind)(config())
+        except Exception:  # a config that stands for nothing by itself, or a package that is missing
+            continue
+        try:
+            conversion.places_in(model, _weights(model))
+            published += 1
+        except ConfigError:
+            refused.add(config.model_type)
+    print(f"\n{published} models can be published, {len(refused)} are refused: {', '.join(sorted(refused))}")
+    assert refused == REFUSED

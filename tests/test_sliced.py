@@ -165,10 +165,10 @@ def run(make: Make, dtype: torch.dtype, hooked: bool) -> list[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.extras) for name in EXTRAS)])
 def test_training_in_slices_is_bit_identical(name: str, dtype: torch.dtype) -> None:
-    if (name, dtype) == ("sgd fused", torch.bfloat16):
-        pytest.skip("torch's own result differs from run to run")
     make = (OPTIMIZERS | EXTRAS)[name]
-    assert run(make, dtype, hooked=True) == run(make, dtype, hooked=False)
+    in_slices = run(make, dtype, hooked=True)  # all changes are found, too
+    if (name, dtype) != ("sgd fused", torch.bfloat16):  # there torch's own result differs from run to run
+        assert in_slices == run(make, dtype, hooked=False)
 
 
 def momentum_of_a_part(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -135,6 +135,8 @@ class HubWeightTransfer:
             raise ConfigError(
                 f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {seam.family_names()}"
             )
+        if self._trainer is trainer:
+            raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: once is enough")
         seam.require_unmoved(type(trainer))
         self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
         if self._is_adapted:

@@ -16,7 +16,7 @@ from hubsync.digest import Digest, digest_torch, tensor_seed
 from hubsync.errors import ConfigError, RunMismatch
 from hubsync.manifest import ADAPTER_FIELDS, Adapter
 
-from .partitions import is_partitioned
+from .deepspeed import is_partitioned
 
 _MERGED = (
     "the adapter is merged into the base model: that changes nearly every weight of it in every step, and rounding "

@@ -25,8 +25,8 @@ from hubsync.table import TensorSpec, TensorTable
 
 from .adapters import adapter_tensors, is_adapted
 from .conversion import Places, places_in, published
+from .deepspeed import Partition, is_partitioned
 from .excerpts import Stretch, row_of, stretches_of
-from .partitions import Partition, is_partitioned
 from .shards import Shard, local_part, require_held
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing

@@ -33,6 +33,7 @@ from .adapters import adapter_config, base_digest, is_adapted, require_same_adap
 from .basecopy import copy_base, local_copy
 from .compacting import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
+from .deepspeed import is_deepspeeds, steps_masters
 from .detection import Detected, Detector, LiveView, Snapshot, table_of
 from .division import divided
 from .excerpts import whole_of
@@ -545,7 +546,7 @@ def _warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dt
 
 def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
     """What is trained without being of the model that was given: by intention, or because it is the wrong one."""
-    if optimizer is None or _is_deepspeeds(optimizer):
+    if optimizer is None or steps_masters(optimizer):
         return
     given = {id(parameter) for parameter in model.parameters()}
     groups = unwrapped(optimizer).param_groups
@@ -560,18 +561,11 @@ def _warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
         )
 
 
-def _is_deepspeeds(wrapper: Any) -> bool:
-    """Whether DeepSpeed steps masters of its own, and copies these into the model."""
-    while wrapper is not None and not type(wrapper).__module__.startswith("deepspeed."):
-        wrapper = getattr(wrapper, "optimizer", None)
-    return wrapper is not None
-
-
 def _without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside DDP, DeepSpeed's engine and torch.compile: it has the config and the class that describe it."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return _without_wrapper(model.module)
-    if type(model).__module__.startswith("deepspeed."):
+    if is_deepspeeds(model):
         return _without_wrapper(model.get_submodule("module"))
     compiled = getattr(model, "_orig_mod", None)
     return model if compiled is None else _without_wrapper(compiled)

@@ -1,9 +1,11 @@
-"""Parameters that DeepSpeed ZeRO-3 has partitioned: each rank keeps a run of their elements, and the module nothing.
+"""What DeepSpeed's engine, optimizers and parameters are. It is never imported for that.
 
-Facts of DeepSpeed 0.19 (`runtime/zero/partition_parameters.py`): `ds_shape` is a parameter's own shape. `ds_tensor` is
-what this rank keeps of its elements in row-major order, `ds_tensor.ds_numel` of them from rank x `ds_tensor.ds_numel`
-on, of which those behind the end of the parameter are padding. The optimizer writes to it. The parameter itself is
-filled while a forward or backward pass needs it, and never read here.
+Facts of DeepSpeed 0.19: its engine holds the model as `module`. Its optimizers step masters of their own with a torch
+optimizer, and copy these into the model. A parameter that ZeRO-3 has partitioned (`zero/partition_parameters.py`) is
+empty in the module; `ds_shape` is its own shape. `ds_tensor` is what this rank keeps of its elements in row-major
+order: `ds_tensor.ds_numel` of them from rank x `ds_tensor.ds_numel` on, of which those behind the end of the parameter
+are padding. The optimizer writes to it. The parameter itself is filled while a forward or backward pass needs it, and
+never read here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,18 @@ import torch
 from hubsync.errors import ConfigError
 
 from .shards import Box
+
+
+def is_deepspeeds(thing: object) -> bool:
+    """Whether DeepSpeed has made this engine or optimizer."""
+    return type(thing).__module__.startswith("deepspeed.")
+
+
+def steps_masters(optimizer: object) -> bool:
+    """Whether this is DeepSpeed's optimizer, or a wrapper of accelerate's around it."""
+    while optimizer is not None and not is_deepspeeds(optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer is not None
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:

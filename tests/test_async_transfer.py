@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,24 @@ def test_an_adapter_is_refused_where_trl_trains_none(
     monkeypatch.setattr(seam, "require_unmoved", lambda _: None)
     with pytest.raises(ConfigError, match=r"install TRL >= 1\.14"):
         transfer.attach(trainer)
+
+
+@pytest.mark.parametrize(
+    ("oldest", "trls_own", "dated"),
+    [(7, 2, 2), (6, 2, 1), (5, 2, 1), (9, 2, 2), (9, 1, 1), (4, 2, -(2**31))],
+    ids=["that very version", "between two", "the one before", "later than any", "trl's is older", "of no version"],
+)
+def test_a_sample_is_as_old_as_the_oldest_weights_that_made_it_and_never_newer_than_trl_says(
+    oldest: int, trls_own: int, dated: int, build: Callable[..., Any], config: SyncConfig
+) -> None:
+    transfer = HubWeightTransfer(config)
+    trainer = build(weight_transfer=transfer)
+    taken = SimpleNamespace(model_version=trls_own, metrics={"weight_sync/version_min": float(oldest)})
+    trainer.rollout_queue = SimpleNamespace(get=lambda: taken)
+    transfer.attach(trainer)
+    for trl_version, run_version in [(1, 5), (2, 7)]:
+        transfer.calendar.note(trl_version, run_version)
+    assert trainer.rollout_queue.get().model_version == dated
 
 
 def test_a_trainer_is_attached_to_once(build: Callable[..., Any], config: SyncConfig) -> None:

@@ -389,6 +389,7 @@ def test_ranks_of_zero3_publish_the_runs_they_keep_of_experts_too(ranks: int, mo
     found: dict[str, list[int]] = {spec.name: [] for spec in table}
     for rank, (parameter, snapshot) in enumerate(zip(parameters, snapshots, strict=True)):
         parameter.ds_tensor.copy_(Kept(new, rank, ranks).ds_tensor)
+        snapshot.follow(view(parameter))
         for index, delta in snapshot.detect().patch.items():
             found[table[index].name] += delta.indices.tolist()
     moved = (old.bfloat16() != new.bfloat16()).flatten().nonzero().flatten().tolist()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bits import bits_of
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader, Compactor, Step
+from hubsync.chain import ChainReader, ChainWriter, Compactor, Step
 from hubsync.chain.replay import View, replay
 from hubsync.digest import digest_view
 from hubsync.errors import (
@@ -459,6 +459,18 @@ def test_what_is_trained_outside_of_the_model_is_warned_of(
     assert "trains 2 tensors (7 elements) that are not in the model" in warning
 
 
+def test_masters_that_deepspeed_steps_are_nothing_to_be_warned_of(
+    model: Tiny, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stands in for DeepSpeed's optimizer: all that is asked is where its class is from, and what it steps with."""
+    stands_in = type("ZeROOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    stands_in.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(9))])
+    with DeltaWeightTransferEngine(model, stands_in, SyncConfig(bucket=address)) as engine:
+        stands_in.optimizer.step()
+        assert engine.steps == 1
+    assert "not in the model" not in caplog.text
+
+
 def test_a_model_of_buffers_only_is_published(address: str, tmp_path: Path) -> None:
     statistics = torch.nn.BatchNorm1d(4, affine=False)
     with DeltaWeightTransferEngine(statistics, None, SyncConfig(bucket=address)) as engine:
@@ -772,6 +784,24 @@ def test_a_publish_that_an_interrupt_has_left_without_a_ticket_is_waited_for(
         with pytest.raises(KeyboardInterrupt):
             engine.publish(1)
         monkeypatch.setattr(publisher._thread, "submit", submit)
+        train(model, optimizer)
+        assert engine.publish(2).result().version == 2
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+
+
+def test_a_version_whose_head_an_interrupt_has_left_unwritten_is_the_parent_of_the_next(
+    model: Tiny, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(writer: ChainWriter) -> None:
+        raise KeyboardInterrupt
+
+    base = view_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        train(model, optimizer)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ChainWriter, "_write_head", interrupted)
+            engine.publish(1).result()
         train(model, optimizer)
         assert engine.publish(2).result().version == 2
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))

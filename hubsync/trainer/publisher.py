@@ -123,7 +123,7 @@ class Ticket:
         """
         try:
             return self._future.result(timeout)
-        except Exception as error:
+        except BaseException as error:  # what ended the job, or an interrupt of the wait for it
             self.error_was_seen = self._future.done() and error is self._future.exception()
             raise
 

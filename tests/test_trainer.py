@@ -805,6 +805,7 @@ def test_a_version_whose_head_an_interrupt_has_left_unwritten_is_the_parent_of_t
         monkeypatch.undo()
         train(model, optimizer)
         assert engine.publish(2).result().version == 2
+    assert [manifest.kind for manifest in ChainReader(LocalBucket(address), tmp_path).manifests()] == ["delta"] * 2
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 

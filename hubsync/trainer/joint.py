@@ -31,10 +31,9 @@ class JointWriter:
         self.run: Run
         self.run, self.position, self.newest, self.serving = ranks.first(self._open)
 
-    def settle(self, ranks: Ranks) -> Manifest | None:
-        """`ChainWriter.settle`."""
-        manifest, self.position = ranks.first(lambda: (self._first.settle(), self._first.position))
-        return manifest
+    def settle(self, ranks: Ranks) -> None:
+        """`ChainWriter.settle`; `position` is then where the run really stands, whatever has ended the last commit."""
+        _, self.position = ranks.first(lambda: (self._first.settle(), self._first.position))
 
     def check_fence(self, ranks: Ranks) -> None:
         """`ChainWriter.check_fence`."""

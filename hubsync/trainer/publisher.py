@@ -209,8 +209,8 @@ class Publisher:
     def begin(self) -> None:
         """Get ready for the next job: `wait` on all ranks, and find out what became of an unknown commit."""
         self._ranks.together(self.wait)
-        manifest = self.writer.settle(self._ranks)
-        if manifest is not None and self._committing is not None and self._committing[0] == manifest.position:
+        self.writer.settle(self._ranks)
+        if self._committing is not None and self._committing[0] == self.writer.position:
             self.snapshot.advance(self._committing[1])
         self._committing = None
 

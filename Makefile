@@ -20,7 +20,7 @@ EXTRAS_READY := $(EXTRAS)/.ready
 export OMP_NUM_THREADS ?= 1
 
 # Tests that need vLLM and no TRL.
-ON_VLLM := tests/test_extension.py tests/test_commits.py
+ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py
 
 .PHONY: help setup demo test test-fast test-versions test-trl test-extras test-soak test-matrix lint bench chaos clean
 help:
@@ -77,7 +77,7 @@ test-versions: $(READY) $(OLD_READY)
 
 # The trainers, on the older end of the supported TRL range; the environment has the newer one.
 test-trl: $(READY) $(OLD_TRL)
-	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/test_trl.py tests/test_trl_family.py tests/test_trl_server.py $(ARGS)
+	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/integrations/test_trl.py tests/integrations/test_trl_family.py tests/servers/test_trl_server.py $(ARGS)
 
 $(OLD_TRL): $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
@@ -85,7 +85,7 @@ $(OLD_TRL): $(READY)
 
 # Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
 test-extras: $(READY) $(EXTRAS_READY)
-	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(BIN)/pytest -m extras tests/test_zero.py tests/test_accelerate.py tests/test_sliced.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(BIN)/pytest -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py $(ARGS)
 
 $(EXTRAS_READY): $(READY) requirements/extras.txt
 	$(BIN)/pip install -q --no-deps --upgrade --target $(EXTRAS) -r requirements/extras.txt
@@ -97,7 +97,7 @@ test-matrix: $(READY)
 
 # 200 commits in a row under load, with clients that are killed anywhere.
 test-soak: $(READY)
-	HUBSYNC_TEST_COMMITS=200 $(BIN)/pytest -m server tests/test_commits.py -k many_commits $(ARGS)
+	HUBSYNC_TEST_COMMITS=200 $(BIN)/pytest -m server tests/servers/test_commits.py -k many_commits $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)

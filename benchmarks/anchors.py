@@ -20,7 +20,7 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.parts import write_anchor
+from hubsync.format.parts import write_anchor
 
 from .codec import tensors_of
 from .measuring import timed

@@ -26,15 +26,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.bits import TORCH_DTYPES, advance, bits_of, dtype_code
+from hubsync.apply.applier import Applier
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
-from hubsync.digest import Digest, digest_change, digest_view, tensor_seed
-from hubsync.manifest import Position, Run
-from hubsync.parts import write_delta
-from hubsync.patch import Patch, TensorDelta
-from hubsync.table import TensorSpec, TensorTable
-from vllm_plugin.applier import Applier
+from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
+from hubsync.format.manifest import Position, Run
+from hubsync.format.parts import write_delta
+from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of, dtype_code
 
 DENSITIES = (1e-2, 1e-3, 1e-4)
 RUN_ID = "be9c4" * 6 + "00"
@@ -315,7 +315,7 @@ def under_load(repeats: int) -> dict[str, float]:
     from safetensors.torch import load_file
 
     from hubsync.demo.serving import ServerProcess
-    from hubsync.replica.sync import Replica
+    from hubsync.replicas.replica import Replica
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

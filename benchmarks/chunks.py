@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.codec import Encoded, Grid, encode
-from hubsync.patch import Patch
+from hubsync.format.codec import Encoded, Grid, encode
+from hubsync.format.patch import Patch
 
 from .codec import bits_view, patch_of
 from .floors import floors

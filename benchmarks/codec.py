@@ -22,12 +22,12 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.bits import advance, difference, find_changes
-from hubsync.digest import digest_change, digest_range
-from hubsync.manifest import Position
-from hubsync.parts import read_delta, write_delta
-from hubsync.patch import Patch, TensorDelta
-from hubsync.weights import ViewBits
+from hubsync.format.digest import digest_change, digest_range
+from hubsync.format.manifest import Position
+from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.view_bits import ViewBits
+from hubsync.kernels.bits import advance, difference, find_changes
 
 from .floors import floors
 from .measuring import Spread, repeated, timed

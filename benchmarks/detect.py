@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.apply import peak, reset_peak, resident
-from benchmarks.measuring import timed
-from hubsync.bits import bits_of
-from hubsync.table import TensorTable
-from hubsync.trainer.detection import Snapshot, table_of
-from hubsync.trainer.sliced import Sliced
+from hubsync.format.table import TensorTable
+from hubsync.kernels.bits import bits_of
+from hubsync.publish.detect.sliced import Sliced
+from hubsync.publish.detect.snapshot import Snapshot, table_of
+
+from .apply import peak, reset_peak, resident
+from .measuring import timed
 
 RATE = 1e-6
 _LIBC = ctypes.CDLL(None)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hubsync.bits import difference
+from hubsync.kernels.bits import difference
 
 from .snapshots import Pair
 

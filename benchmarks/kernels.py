@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync import kernels
-from hubsync.bits import bits_of, find_changes
-from hubsync.codec import decode, encode
-from hubsync.codec.encode import Encoded
-from hubsync.digest import digest_change, digest_torch
+from hubsync.format.codec import decode, encode
+from hubsync.format.codec.encode import Encoded
+from hubsync.format.digest import digest_change, digest_torch
+from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.format.view_bits import ViewBits
+from hubsync.kernels.bits import bits_of, find_changes
 from hubsync.kernels.classes import CLASSES, ClassMap
-from hubsync.patch import Patch, TensorDelta
-from hubsync.table import TensorSpec, TensorTable
-from hubsync.weights import ViewBits
 
 _SIDE = 2048
 _LOWEST = 107  # exponent of the lowest class: weights of about 0.02 lie in the 16 classes above

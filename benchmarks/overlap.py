@@ -26,9 +26,9 @@ from rich.table import Table
 
 from hubsync.demo.serving import ServerProcess
 from hubsync.localhub import LocalHub
-from hubsync.replica.server import VLLMServer
-from hubsync.trainer.config import SyncConfig
-from hubsync.trainer.engine import DeltaWeightTransferEngine
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.engine import DeltaWeightTransferEngine
+from hubsync.replicas.vllm_http import VLLMServer
 
 from .apply import Stream, write_checkpoint
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from hubsync.bits import bits_of
-from hubsync.checkpoint import is_checkpoint, shards_of
-from hubsync.table import TensorSpec, TensorTable
+from hubsync.format.checkpoint import is_checkpoint, shards_of
+from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.kernels.bits import bits_of
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.bits import bits_of
 from hubsync.chain.compaction import MAX_SPAN, due
-from hubsync.manifest import Manifest, Position
-from hubsync.parts import read_delta, write_delta
-from hubsync.patch import Patch, compose
-from hubsync.weights import Advanced
+from hubsync.format.manifest import Manifest, Position
+from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.patch import Patch, compose
+from hubsync.format.view_bits import Advanced
+from hubsync.kernels.bits import bits_of
 
 from .codec import apply_patch, bits_view, patch_of
 from .measuring import timed

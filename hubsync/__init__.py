@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .syncer import WeightSyncer
-    from .trainer.config import SyncConfig
-    from .trainer.engine import DeltaWeightTransferEngine
+    from hubsync.lifecycle.weight_syncer import WeightSyncer
+    from hubsync.publish.config import SyncConfig
+    from hubsync.publish.engine import DeltaWeightTransferEngine
 
 __all__ = ["DeltaWeightTransferEngine", "SyncConfig", "WeightSyncer", "__version__"]
 
 _LAZY = {
-    "DeltaWeightTransferEngine": ".trainer.engine",
-    "SyncConfig": ".trainer.config",
-    "WeightSyncer": ".syncer",
+    "DeltaWeightTransferEngine": ".publish.engine",
+    "SyncConfig": ".publish.config",
+    "WeightSyncer": ".lifecycle.weight_syncer",
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["tests.fixtures_hub", "tests.fixtures_server"]
+pytest_plugins = ["tests.support.fixtures_hub", "tests.support.fixtures_server"]
 
 # How long a test takes says nothing about the code: machines are shared.
 settings.register_profile("hubsync", deadline=None)

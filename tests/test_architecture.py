@@ -1,4 +1,4 @@
-"""The rooms of docs/ARCHITECTURE.md, held by their imports: one way, and light where it is promised."""
+"""The layers of docs/ARCHITECTURE.md: imports point one way, and light modules stay light."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Lower rooms first: a room may import itself and what stands on a lower line.
-FLOORS = [
-    {"hubsync.errors", "hubsync.cache", "hubsync.parallel"},
-    {"hubsync.table", "hubsync.bits", "hubsync.keys"},
-    {"hubsync.kernels"},
-    {"hubsync.digest", "hubsync.patch", "hubsync.manifest"},
-    {"hubsync.codec", "hubsync.checkpoint", "hubsync.bucket", "hubsync.localhub"},
-    {"hubsync.parts", "hubsync.weights"},
+# Lower layers first: a package may import itself and what stands on an earlier line.
+LAYERS = [
+    {"hubsync.errors", "hubsync.cache"},
+    {"hubsync.kernels", "hubsync.localhub"},
+    {"hubsync.format"},
+    {"hubsync.bucket"},
     {"hubsync.chain"},
-    {"hubsync.replica", "vllm_plugin"},
-    {"hubsync.trainer"},
-    {"hubsync.integrations", "hubsync.syncer"},
+    {"hubsync.apply"},
+    {"hubsync.replicas", "vllm_plugin"},
+    {"hubsync.publish"},
+    {"hubsync.integrations", "hubsync.lifecycle"},
     {"hubsync.demo", "hubsync.doctor"},
     {"hubsync.cli"},
 ]
-FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
+INFERENCE_ENGINES = {"vllm", "vllm_plugin"}
+TRAINERS = {"trl", "transformers"}
 NEVER = {
-    "hubsync.replica": {"torch", "vllm", "vllm_plugin", "trl", "transformers"},
-    "hubsync.trainer": {"vllm", "vllm_plugin", "trl"},
-    "hubsync.integrations": {"vllm", "vllm_plugin"},
-    "hubsync.syncer": {"vllm", "vllm_plugin", "trl", "transformers"},
-    "hubsync.doctor": {"vllm", "vllm_plugin", "trl"},
-    "hubsync.chain": {"vllm", "trl", "transformers", "requests"},
-    "vllm_plugin": {"trl", "transformers"},
+    "hubsync.apply": INFERENCE_ENGINES | TRAINERS,
+    "hubsync.replicas": INFERENCE_ENGINES | TRAINERS | {"torch"},
+    "hubsync.publish": INFERENCE_ENGINES | {"trl"},
+    "hubsync.integrations": INFERENCE_ENGINES,
+    "hubsync.lifecycle": INFERENCE_ENGINES | TRAINERS,
+    "hubsync.doctor": INFERENCE_ENGINES | {"trl"},
+    "hubsync.chain": INFERENCE_ENGINES | TRAINERS | {"requests"},
+    "vllm_plugin": TRAINERS,
 }
 
 
-def room_of(module: str) -> str | None:
+def package_of(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] == "vllm_plugin":
         return "vllm_plugin"
@@ -55,12 +57,12 @@ def sources() -> list[Path]:
 
 def imports(path: Path) -> Iterator[str]:
     """Absolute names of everything a file imports, wherever in the file."""
-    package = path.relative_to(ROOT).parent.parts
+    parents = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = list(package[: len(package) - node.level + 1]) if node.level else []
+            start = list(parents[: len(parents) - node.level + 1]) if node.level else []
             stem = ".".join([*start, *([node.module] if node.module else [])])
             yield stem
             yield from (f"{stem}.{alias.name}" for alias in node.names)
@@ -68,16 +70,14 @@ def imports(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
-    if room is None:  # the package itself only hands out names
+    package = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    if package is None:  # the package itself only hands out names
         return
     used = set(imports(path))
-    upwards = {name for name in used if FLOOR.get(room_of(name) or room, -1) > FLOOR[room]}
-    sideways = {
-        name for name in used if (other := room_of(name)) not in (None, room) and FLOOR.get(other, 0) == FLOOR[room]
-    }
-    forbidden = {name for name in used if name.split(".")[0] in NEVER.get(room, ())}
-    assert not upwards | sideways | forbidden
+    others = {name: other for name in used if (other := package_of(name)) not in (None, package)}
+    not_below = {name for name, other in others.items() if LAYER.get(other, -1) >= LAYER[package]}
+    forbidden = {name for name in used if name.split(".")[0] in NEVER.get(package, ())}
+    assert not not_below | forbidden
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         "import hubsync",
         "from hubsync import DeltaWeightTransferEngine, SyncConfig",
-        "import hubsync.chain, hubsync.replica.sync, hubsync.cli.main",
+        "import hubsync.chain, hubsync.replicas.replica, hubsync.cli.main",
         "import vllm_plugin; vllm_plugin.register()",
     ],
 )

@@ -8,8 +8,9 @@
     POST /finish_weight_update          {"weight_version": "42"}                         commit it
 
 The weights come from the bucket that was pinned at launch, not from the caller. vLLM answers `init` and `update` when
-the workers are attached, or have staged, and generates meanwhile: the engine core waits (`vllm_plugin.core`), the
-methods here only begin. They raise; `vllm_plugin.worker.call` makes answers of that.
+the workers are attached, or have staged, and generates meanwhile: the engine core waits
+(`hubsync.apply.engine_commit`), the methods here only begin. They raise; `vllm_plugin.worker.call` makes answers of
+that.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from hubsync.apply.session import Session
 from hubsync.errors import ReplicaRefused
-from hubsync.manifest import Position
+from hubsync.format.manifest import Position
 
-from .session import Session
 from .worker import position_of
 
 

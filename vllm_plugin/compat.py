@@ -24,15 +24,14 @@ import torch
 
 from hubsync.cache import default_cache
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
-from hubsync.keys import PUBLIC_KEY_VARIABLE, PublicKey
+from hubsync.format.keys import PUBLIC_KEY_VARIABLE, PublicKey
 
 if TYPE_CHECKING:
-    from hubsync.manifest import Run
-
-    from .adapters import AdapterHost
-    from .live import Hints
-    from .ranks import Ranks
-    from .session import Host
+    from hubsync.apply.adapter_session import AdapterHost
+    from hubsync.apply.live import Hints
+    from hubsync.apply.session import Host
+    from hubsync.apply.vote import Ranks
+    from hubsync.format.manifest import Run
 
 # This module is loaded in every process of vLLM, and imports numba in none: vLLM for CPUs walks over all modules when a
 # worker starts and asks each object for its `__dict__`, which numba's library handle answers with a function. What
@@ -136,7 +135,7 @@ def find_ranks() -> Ranks:
     """The workers of this process's engine."""
     from vllm.distributed.parallel_state import get_world_group
 
-    from .ranks import Alone
+    from hubsync.apply.vote import Alone
 
     group = get_world_group()
     return WorldRanks(group) if group.world_size > 1 else Alone()
@@ -164,7 +163,7 @@ def host_of(worker: Any, ranks: Ranks) -> Host:
     require_supported_version(version)
     config = worker.vllm_config
     _refuse_unsupported(config)
-    from .session import Host
+    from hubsync.apply.session import Host
 
     settings = _settings(config)
     models = _models(worker)
@@ -189,7 +188,7 @@ def adapter_host_of(worker: Any) -> AdapterHost:
     config = worker.vllm_config
     if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
         raise ReplicaRefused("adapters are not followed where experts are spread over data parallel engines")
-    from .adapters import AdapterHost
+    from hubsync.apply.adapter_session import AdapterHost
 
     settings = _settings(config)
     directory = settings.cache.absolute() / "adapters" / str(config.instance_id or os.getppid())
@@ -199,7 +198,7 @@ def adapter_host_of(worker: Any) -> AdapterHost:
 
 
 class LoRALoader:
-    """`vllm_plugin.adapters.Loader` on a vLLM worker."""
+    """`hubsync.apply.adapter_session.Loader` on a vLLM worker."""
 
     def __init__(self, worker: Any):
         self._worker = worker
@@ -269,7 +268,7 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
 
 def _hints(models: Iterable[torch.nn.Module]) -> Hints:
     """What vLLM did to parameters after loading them."""
-    from .live import Derived, Hints
+    from hubsync.apply.live import Derived, Hints
 
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     derived: dict[str, Derived] = {}
@@ -432,7 +431,7 @@ def _lora_name(pinned: dict[str, Any]) -> str:
 
 def _checkpoint_directory(model_config: Any) -> Path | None:
     """The safetensors checkpoint that the server was started from, if it is on this machine."""
-    from hubsync.checkpoint import is_checkpoint
+    from hubsync.format.checkpoint import is_checkpoint
 
     directory = Path(model_config.model)
     if not directory.is_dir():

@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from hubsync.apply.protocol import answering
 from hubsync.errors import FormatError
 
 from . import compat
-from .answers import answering
 from .worker import position_of, session_of, status_of
 
 # vLLM imports this module in the worker process because the extension class is named on its command line, and it does
@@ -87,7 +87,7 @@ class DeltaWorkerExtension:
     def hubsync_commit(self, version: int, digest: str, kv_cache: str = "recompute") -> dict[str, Any]:
         """Apply what is staged for this position, if all workers can. Also answers `changed`, the elements written.
 
-        `kv_cache` is for the engine around the workers: see `vllm_plugin.core`.
+        `kv_cache` is for the engine around the workers: see `hubsync.apply.engine_commit`.
         """
         changed = session_of(self).commit(position_of(version, digest))
         return {**_done(self), "changed": changed}

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from .core import KV_POLICIES, NATIVE, WINDOW_TIMEOUT_S, Answers, Core, intervals
+from hubsync.apply.engine_commit import KV_POLICIES, NATIVE, WINDOW_TIMEOUT_S, Answers, Core, intervals
 
 BACKEND = "hubsync"
 
@@ -125,7 +125,7 @@ def _core_of(engine_core: Any, collective_rpc: Callable[..., Any]) -> Core:
 
 
 class VLLMEngine:
-    """`vllm_plugin.core.Engine` on vLLM's engine core.
+    """`hubsync.apply.engine_commit.Engine` on vLLM's engine core.
 
     Args:
         core: the EngineCore.

@@ -1,7 +1,7 @@
 """What both adapters share in a worker: its one session, and vLLM's weight transfer methods without exceptions.
 
-The functions here take the worker. `vllm_plugin.extension` calls them in its methods, `vllm_plugin.core` sends them to
-the workers.
+The functions here take the worker. `vllm_plugin.extension` calls them in its methods,
+`hubsync.apply.engine_commit` sends them to the workers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import re
 from typing import Any
 
 import hubsync
+from hubsync.apply.adapter_session import AdapterSession
+from hubsync.apply.protocol import answering
+from hubsync.apply.session import Session
 from hubsync.errors import FormatError
-from hubsync.manifest import MAX_VERSION, Position
+from hubsync.format.manifest import MAX_VERSION, Position
 
 from . import compat
-from .adapters import AdapterSession
-from .answers import answering
-from .session import Session
 
 PROTOCOL = 1
 

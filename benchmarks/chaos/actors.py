@@ -26,21 +26,21 @@ import torch
 from safetensors.torch import load_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
-from hubsync.bits import bits_of
+from hubsync.apply.session import Host, Session
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Compactor, retention
 from hubsync.chain.replay import replay
 from hubsync.cli.main import main
 from hubsync.errors import HubsyncError
-from hubsync.keys import PublicKey, SigningKey
+from hubsync.format.keys import PublicKey, SigningKey
+from hubsync.format.manifest import Position
+from hubsync.format.parts import open_anchor
+from hubsync.kernels.bits import bits_of
 from hubsync.localhub import LocalHub
-from hubsync.manifest import Position
-from hubsync.parts import open_anchor
-from hubsync.replica.deployment import Deployment
-from hubsync.replica.server import VLLMServer
-from hubsync.replica.sync import Replica
-from hubsync.trainer.config import VIEW_DTYPES
-from vllm_plugin.session import Host, Session
+from hubsync.publish.config import VIEW_DTYPES
+from hubsync.replicas.deployment import Deployment
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import VLLMServer
 
 from .model import Policy, States, Tensors, fingerprint, served
 from .serving import Engine, listen
@@ -138,7 +138,7 @@ class Report:
     """What a replica serves.
 
     Attributes:
-        states: of its ranks; see `vllm_plugin.session.Session.state`.
+        states: of its ranks; see `hubsync.apply.session.Session.state`.
         positions: of the live weights, by what each rank says; None if it does not know.
         memory: per rank, every byte of every parameter.
         mixed: what a forward pass met that none must meet.

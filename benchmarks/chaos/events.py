@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hubsync.manifest import SIGNATURE, Head
+from hubsync.format.manifest import SIGNATURE, Head
 
 from . import actors
 from .actors import Actor, Failed, Report

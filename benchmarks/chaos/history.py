@@ -19,10 +19,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from hubsync.digest import digest_view
-from hubsync.keys import SigningKey
-from hubsync.manifest import Position
-from hubsync.trainer.detection import table_of
+from hubsync.format.digest import digest_view
+from hubsync.format.keys import SigningKey
+from hubsync.format.manifest import Position
+from hubsync.publish.detect.snapshot import table_of
 
 from . import actors, live
 from .actors import Actor, Failed, Report, Setup

@@ -10,10 +10,10 @@ from typing import Any
 from hubsync.demo.compare import greedy
 from hubsync.demo.serving import ServerProcess
 from hubsync.errors import HubsyncError
-from hubsync.keys import PUBLIC_KEY_VARIABLE
-from hubsync.manifest import Position
-from hubsync.replica.server import VLLMServer
-from hubsync.replica.sync import Replica
+from hubsync.format.keys import PUBLIC_KEY_VARIABLE
+from hubsync.format.manifest import Position
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import VLLMServer
 
 from .actors import PID_FILE, Failed, Report, Setup, download_anchor, obey
 

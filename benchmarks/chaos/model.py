@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubsync.bits import bits_of
+from hubsync.kernels.bits import bits_of
 
 Tensors = dict[str, torch.Tensor]
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from hubsync.bits import bits_of
-from hubsync.digest import digest_view
-from hubsync.manifest import Position
-from hubsync.parts import read_delta, write_delta
-from hubsync.trainer.config import VIEW_DTYPES
-from hubsync.trainer.detection import Snapshot, published_tensors, table_of
-from hubsync.weights import ViewBits
-from vllm_plugin.applier import Applier
+from hubsync.apply.applier import Applier
+from hubsync.format.digest import digest_view
+from hubsync.format.manifest import Position
+from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.view_bits import ViewBits
+from hubsync.kernels.bits import bits_of
+from hubsync.publish.config import VIEW_DTYPES
+from hubsync.publish.detect.snapshot import Snapshot, published_tensors, table_of
 
 from .actors import PID_FILE, Report, end_group
 from .events import ENDLESS, EVENTS, SIGNED

@@ -15,8 +15,8 @@ class Probe(DeltaWorkerExtension):
 
     def chaos_memory(self) -> dict[str, Any]:
         """`status`; fingerprints of the live weights in checkpoint coordinates; and hashes of all that vLLM holds."""
+        from hubsync.apply.session import Session
         from vllm_plugin.exam import memory_of
-        from vllm_plugin.session import Session
         from vllm_plugin.worker import session_of, status_of
 
         from .model import fingerprint
@@ -33,7 +33,7 @@ class Probe(DeltaWorkerExtension):
 
     def chaos_flip(self, seed: int) -> dict[str, Any]:
         """Flip one bit of a weight, as nobody should."""
-        from hubsync.bits import bits_of
+        from hubsync.kernels.bits import bits_of
 
         chance = random.Random(seed)
         model = self.model_runner.get_model()  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """A server without vLLM: plain modules that hold weights, and around them the parts that run in a vLLM server.
 
-The workers' sessions, the engine core's part (`vllm_plugin.core`, watchdog included) and HTTP are real, so real clients
-and followers talk to it. What is not there is vLLM: a forward pass only looks whether it may run, and on which weights.
+The workers' sessions, the engine core's part (`hubsync.apply.engine_commit`, watchdog included) and HTTP are real, so
+real clients and followers talk to it. vLLM is missing: a forward pass only checks whether it may run, and on which
+weights.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import hubsync
+from hubsync.apply.engine_commit import Answers, Core
+from hubsync.apply.protocol import answering
+from hubsync.apply.session import Session
 from hubsync.errors import ReplicaPoisoned, ReplicaUnsuitable
-from vllm_plugin.answers import answering
-from vllm_plugin.core import Answers, Core
-from vllm_plugin.session import Session
 from vllm_plugin.worker import PROTOCOL, position_of
 
 WINDOW_TIMEOUT_S = 1.0  # a client that was killed in a window is waited for as long
@@ -60,7 +61,7 @@ class _Worker:
 
 
 class Engine:
-    """The loop of an engine core: a request, a forward pass, and again; `vllm_plugin.core.Engine` for hubsync's part.
+    """The loop of an engine core: a request, a forward pass, and again. Implements `engine_commit.Engine`.
 
     Attributes:
         mixed: what a forward pass met that none must: ranks at different versions, or a label of another one.

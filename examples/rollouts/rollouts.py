@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from hubsync.replica.sampler import Sample, Sampler
-from hubsync.replica.window import AdaptiveWindow
+from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
+from hubsync.lifecycle.rollouts.window import AdaptiveWindow
 
 PROMPTS = [f"{a} plus {b} makes" for a in range(3, 8) for b in range(11, 15)]
 

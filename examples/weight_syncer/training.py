@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hubsync import SyncConfig, WeightSyncer
-from hubsync.replica.deployment import Deployment
+from hubsync.replicas.deployment import Deployment
 
 
 def parser(description: str) -> argparse.ArgumentParser:

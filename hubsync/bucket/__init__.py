@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hubsync.keys import PublicKey, SigningKey
+from hubsync.format.keys import PublicKey, SigningKey
 
 from .address import HUB_SCHEME, not_an_address
 from .base import Bucket, Download, Stat, Upload

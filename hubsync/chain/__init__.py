@@ -2,8 +2,8 @@
 
 from .compaction import Compactor
 from .layout import Layout
+from .planner import Plan, Step
 from .reader import ChainReader
-from .ways import Plan, Step
 from .writer import ChainWriter
 
 __all__ = ["ChainReader", "ChainWriter", "Compactor", "Layout", "Plan", "Step"]

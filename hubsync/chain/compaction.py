@@ -25,14 +25,14 @@ import torch
 
 from hubsync.bucket.base import Bucket, Upload
 from hubsync.errors import NoPath
-from hubsync.manifest import Manifest, Part, Position
-from hubsync.parts import write_delta
-from hubsync.patch import Patch, changed, compose
+from hubsync.format.manifest import Manifest, Part, Position
+from hubsync.format.parts import write_delta
+from hubsync.format.patch import Patch, changed, compose
 
 from .layout import Layout
+from .planner import Step
 from .reader import ChainReader
 from .replay import View, replay
-from .ways import Step
 
 MAX_SPAN = 256  # versions
 _SHORT = 8  # versions: spans of 4 up to these may start anywhere

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import FormatError, Untrusted
-from hubsync.manifest import MAX_VERSION, Manifest, Position, Run
+from hubsync.format.manifest import MAX_VERSION, Manifest, Position, Run
 
 from .layout import EpochNames, Layout, epoch_names, merged_names
 

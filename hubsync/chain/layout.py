@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hubsync.manifest import Manifest, Part
+from hubsync.format.manifest import Manifest, Part
 
 MAX_EPOCH = 10**8 - 1  # object names hold eight digits
 

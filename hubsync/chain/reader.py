@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from hubsync.bucket.base import Bucket, Download
-from hubsync.codec import OldBits
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
-from hubsync.manifest import MAX_VERSION, Head, Manifest, Position, Run
-from hubsync.parts import read_delta
-from hubsync.patch import Patch, compose, invert
-from hubsync.weights import Advanced
+from hubsync.format.codec import OldBits
+from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
+from hubsync.format.parts import read_delta
+from hubsync.format.patch import Patch, compose, invert
+from hubsync.format.view_bits import Advanced
 
 from .index import ChainIndex, read_head
 from .layout import Layout
-from .ways import Plan, Step, Ways
+from .planner import Plan, Step, Ways
 
 logger = logging.getLogger(__name__)
 

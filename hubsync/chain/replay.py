@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 import torch
 
-from hubsync.bits import TORCH_DTYPES, advance, bits_of
-from hubsync.digest import Digest, digest_change, digest_view, tensor_seed
 from hubsync.errors import NoPath, WrongParent
-from hubsync.manifest import Position
-from hubsync.parts import open_anchor
-from hubsync.patch import Patch, invert
-from hubsync.table import TensorTable
-from hubsync.weights import ViewBits
+from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
+from hubsync.format.manifest import Position
+from hubsync.format.parts import open_anchor
+from hubsync.format.patch import Patch, invert
+from hubsync.format.table import TensorTable
+from hubsync.format.view_bits import ViewBits
+from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of
 
+from .planner import Plan, Step
 from .reader import ChainReader
-from .ways import Plan, Step
 
 
 class View:

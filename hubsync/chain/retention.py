@@ -22,13 +22,13 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket, Stat
 from hubsync.errors import BucketError, FormatError, NoPath
-from hubsync.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Position, seal, unseal
+from hubsync.format.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Position, seal, unseal
 
 from .compaction import chain_of, due
 from .index import ChainIndex
 from .layout import Layout
+from .planner import Ways
 from .reader import ChainReader
-from .ways import Ways
 
 logger = logging.getLogger(__name__)
 

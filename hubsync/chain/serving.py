@@ -6,7 +6,7 @@ import time
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import ChainError
-from hubsync.manifest import Head, Position
+from hubsync.format.manifest import Head, Position
 
 from .index import ChainIndex
 from .layout import Layout

@@ -28,8 +28,8 @@ from hubsync.errors import (
     ObjectMissing,
     RunMismatch,
 )
-from hubsync.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
-from hubsync.table import TensorTable
+from hubsync.format.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
+from hubsync.format.table import TensorTable
 
 from .index import ChainIndex, read_head
 from .layout import MAX_EPOCH, Layout, epoch_names

@@ -12,9 +12,9 @@ from typing import Any
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Compactor
 from hubsync.chain.compaction import MAX_SPAN
-from hubsync.checkpoint import Checkpoint
 from hubsync.errors import BucketUnavailable, ConfigError
-from hubsync.replica.server import checked_seconds
+from hubsync.format.checkpoint import Checkpoint
+from hubsync.replicas.vllm_http import checked_seconds
 
 from .keys import add_signing_key, require_signing_key, signing_key
 

@@ -15,9 +15,9 @@ from hubsync.bucket import open_bucket
 from hubsync.cache import default_cache
 from hubsync.chain import ChainReader
 from hubsync.errors import HubsyncError
-from hubsync.replica.follower import Followed, Follower
-from hubsync.replica.server import VLLMServer
-from hubsync.replica.sync import KV_CACHE, Replica
+from hubsync.replicas.follower import Followed, Follower
+from hubsync.replicas.replica import KV_CACHE, Replica
+from hubsync.replicas.vllm_http import VLLMServer
 
 from .keys import add_public_key, public_key
 

@@ -20,10 +20,10 @@ from rich.table import Table
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
-from hubsync.checkpoint import Checkpoint
 from hubsync.errors import ConfigError, NoPath
-from hubsync.manifest import MAX_VERSION, SIDE_FILES, Manifest, Position, Run
-from hubsync.parts import open_anchor, write_adapter, write_anchor
+from hubsync.format.checkpoint import Checkpoint
+from hubsync.format.manifest import MAX_VERSION, SIDE_FILES, Manifest, Position, Run
+from hubsync.format.parts import open_anchor, write_adapter, write_anchor
 
 from .keys import add_public_key, public_key
 

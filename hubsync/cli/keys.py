@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hubsync.errors import ConfigError
-from hubsync.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, PublicKey, SigningKey
-from hubsync.manifest import Run
+from hubsync.format.keys import PUBLIC_KEY_VARIABLE, SIGNING_KEY_VARIABLE, PublicKey, SigningKey
+from hubsync.format.manifest import Run
 
 DESCRIPTION = """\
 Make a key for one run. The trainer signs with the file; whoever is given the public key, which is printed, refuses

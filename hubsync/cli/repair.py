@@ -11,7 +11,7 @@ from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader, Layout
 from hubsync.chain.index import ChainIndex, read_head
 from hubsync.errors import FormatError, UnknownFormat
-from hubsync.manifest import Head, Run
+from hubsync.format.manifest import Head, Run
 
 from .keys import add_signing_key, require_signing_key, signing_key
 

@@ -9,7 +9,7 @@ from typing import Any
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.chain.serving import serve
-from hubsync.manifest import MAX_VERSION
+from hubsync.format.manifest import MAX_VERSION
 
 from .keys import add_signing_key, require_signing_key, signing_key
 

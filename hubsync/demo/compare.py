@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import requests
 
-from hubsync.replica.server import new_session
+from hubsync.replicas.vllm_http import new_session
 
 MAX_TOKENS = 32
 

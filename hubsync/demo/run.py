@@ -22,9 +22,9 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError
 from hubsync.integrations.trl import HubSyncCallback
-from hubsync.replica.server import VLLMServer
-from hubsync.replica.sync import Replica
-from hubsync.trainer.config import SyncConfig
+from hubsync.publish.config import SyncConfig
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import VLLMServer
 
 from . import task
 from .compare import greedy

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hubsync.errors import ReplicaUnreachable
-from hubsync.replica.server import VLLMServer
+from hubsync.replicas.vllm_http import VLLMServer
 
 # What makes a vLLM server of a toy model start fast on few CPU cores. One OpenMP thread: with more, spinning threads
 # of several processes cost a factor of 40. On a machine with accelerators vLLM ignores the CPU settings.

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from hubsync.bits import advance, bits_of, difference
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
-from hubsync.checkpoint import Checkpoint, Patched, is_checkpoint
-from hubsync.digest import digest_view
 from hubsync.errors import ConfigError
-from hubsync.manifest import Position, Run
-from hubsync.parts import write_anchor, write_delta
-from hubsync.patch import Patch, TensorDelta
-from hubsync.table import WIDTHS, TensorSpec, TensorTable
+from hubsync.format.checkpoint import Checkpoint, Patched, is_checkpoint
+from hubsync.format.digest import digest_view
+from hubsync.format.manifest import Position, Run
+from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.table import WIDTHS, TensorSpec, TensorTable
+from hubsync.kernels.bits import advance, bits_of, difference
 
 FRACTION = 0.01
 _SMALL_STEP = 3

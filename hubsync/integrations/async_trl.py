@@ -32,15 +32,15 @@ from hubsync.errors import (
     ReplicaUnreachable,
     ReplicaUnsuitable,
 )
-from hubsync.manifest import Position
-from hubsync.replica.deployment import Deployment, HotloadReport
-from hubsync.replica.server import VLLMServer, checked_seconds, new_session
-from hubsync.replica.sync import Replica
-from hubsync.trainer.config import SyncConfig
-from hubsync.trainer.engine import DeltaWeightTransferEngine
-from hubsync.trainer.publisher import Published
+from hubsync.format.manifest import Position
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.engine import DeltaWeightTransferEngine
+from hubsync.publish.publisher import Published
+from hubsync.replicas.deployment import Deployment, HotloadReport
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import VLLMServer, checked_seconds, new_session
 
-from . import seam
+from . import trl_compat
 
 logger = logging.getLogger(__name__)
 
@@ -131,26 +131,26 @@ class HubWeightTransfer:
         Raises:
             ConfigError: for a trainer that cannot be served this way; the message says why, and what to change.
         """
-        if not seam.takes_weight_transfer(trainer):
+        if not trl_compat.takes_weight_transfer(trainer):
             raise ConfigError(
-                f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {seam.family_names()}"
+                f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {trl_compat.family_names()}"
             )
         if self._trainer is trainer:
             raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: once is enough")
-        seam.require_unmoved(type(trainer))
+        trl_compat.require_unmoved(type(trainer))
         self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
         if self._is_adapted:
-            seam.keep_adapter_apart(trainer)
+            trl_compat.keep_adapter_apart(trainer)
         self._trainer, self._rollouts_are_ready = trainer, False
-        url = seam.server_url(trainer.args)
+        url = trl_compat.server_url(trainer.args)
         self.config = replace(self.config, servers=list(self.config.servers) or [url])
-        seam.join_transfer(trainer, self._synchronise)
+        trl_compat.join_transfer(trainer, self._synchronise)
         if not trainer.accelerator.is_main_process:
             trainer.add_callback(_Leaving(self))  # TRL ends the transfer on the main process
             return
         if trainer.weight_transfer is not self:
             raise ConfigError("build the trainer with weight_transfer=transfer before transfer.attach(trainer)")
-        if seam.date_samples(trainer, self._date):
+        if trl_compat.date_samples(trainer, self._date):
             self._generates_on = url
         elif self.quorum not in (None, len(self.config.servers)):
             raise ConfigError(
@@ -283,7 +283,7 @@ class HubWeightTransfer:
     def _prepare_rollouts(self, report: HotloadReport) -> None:
         """Once: the servers serve the first version, and TRL's process of rollouts is about to start."""
         adapter = self._name_of_adapter(report) if self._is_adapted else None
-        if adapter is not None and not seam.roll_out_with(self._trainer, adapter):
+        if adapter is not None and not trl_compat.roll_out_with(self._trainer, adapter):
             logger.warning("the servers call the adapter %r: have your rollout worker name it as its model", adapter)
         if self._generates_on is not None:
             self._require_stated_versions(self._generates_on, adapter)
@@ -315,14 +315,14 @@ class HubWeightTransfer:
     def _record(self, published: Published, report: HotloadReport) -> None:
         commits = report.commits
         metrics = {
-            **seam.metrics_of(published),
+            **trl_compat.metrics_of(published),
             "version": published.version,
             "acknowledged": len(commits),
             "stage_s": max(commit.stage_s for commit in commits),
             "commit_s": max(commit.commit_s for commit in commits),
             "pause_s": max(commit.pause_s for commit in commits),
         }
-        seam.record(self._trainer, metrics)
+        trl_compat.record(self._trainer, metrics)
 
 
 class _Leaving(TrainerCallback):

@@ -15,22 +15,17 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hubsync.errors import (
-    BucketUnavailable,
-    ConfigError,
-    ReplicaPoisoned,
-    WrongParent,
-)
-from hubsync.manifest import Position
-from hubsync.replica.server import LORA_HINT, VLLMServer
-from hubsync.replica.sync import CommitReport, Replica
-from hubsync.trainer.config import SyncConfig
-from hubsync.trainer.engine import DeltaWeightTransferEngine
-from hubsync.trainer.publisher import Published, Ticket
+from hubsync.errors import BucketUnavailable, ConfigError, ReplicaPoisoned, WrongParent
+from hubsync.format.manifest import Position
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.engine import DeltaWeightTransferEngine
+from hubsync.publish.publisher import Published, Ticket
+from hubsync.replicas.replica import CommitReport, Replica
+from hubsync.replicas.vllm_http import LORA_HINT, VLLMServer
 
-from . import seam
+from . import trl_compat
 from .async_trl import HubWeightTransfer
-from .seam import server_url
+from .trl_compat import server_url
 
 __all__ = ["HubSyncCallback", "HubWeightTransfer", "server_url"]
 
@@ -41,7 +36,7 @@ class HubSyncCallback(TrainerCallback):
     """Serves a trainer's policy on a vLLM server, in step with every optimizer step, through a bucket.
 
     For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration` (they are
-    listed in `hubsync.integrations.seam`). After construction the trainer behaves as if it had been built with
+    listed in `hubsync.integrations.trl_compat`). After construction the trainer behaves as if it had been built with
     `use_vllm=True, vllm_mode="server"`, importance sampling correction included; where the server is and how it samples
     is taken from the trainer's own arguments (`vllm_server_base_url`, `temperature`, ...). Neither NCCL nor the `vllm`
     package is needed where the trainer runs. The callback adds itself to the trainer.
@@ -96,14 +91,14 @@ class HubSyncCallback(TrainerCallback):
         self._unverified: Position | None = None
         self._failure: Exception | None = None
         self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
-        seam.generate_on_server(trainer, url, self._synchronise)
+        trl_compat.generate_on_server(trainer, url, self._synchronise)
         try:
             if self._is_main:
                 self._replica.check()
                 self._ask_for_adapter()
                 self._warn_of_biased_logprobs()
         except BaseException:  # so that it can be tried again, once the server is as it must be
-            seam.generate_without_server(trainer)
+            trl_compat.generate_without_server(trainer)
             raise
         trainer.add_callback(self)
 
@@ -234,10 +229,10 @@ class HubSyncCallback(TrainerCallback):
             self.digest_matches += 1
 
     def _record_published(self, published: Published) -> None:
-        self._record(**seam.metrics_of(published))
+        self._record(**trl_compat.metrics_of(published))
 
     def _record(self, **metrics: float) -> None:
-        seam.record(self.trainer, metrics)
+        trl_compat.record(self.trainer, metrics)
 
     def _ask_for_adapter(self) -> None:
         """Have a PEFT policy's completions come from its adapter, and not from the base model beside it."""
@@ -249,7 +244,7 @@ class HubSyncCallback(TrainerCallback):
                 f"the policy is a PEFT model, and {self._replica.server.url} serves no adapters: start it with "
                 f"--enable-lora, and {LORA_HINT}"
             )
-        seam.request_model(self.trainer, adapter)
+        trl_compat.request_model(self.trainer, adapter)
 
     def _warn_of_biased_logprobs(self) -> None:
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
@@ -266,10 +261,10 @@ class HubSyncCallback(TrainerCallback):
 
 def _refuse_unsuitable(trainer: Any) -> None:
     args, name = trainer.args, type(trainer).__name__
-    if seam.family_of(trainer) is None:
-        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {seam.family_names()}")
-    seam.require_unmoved(type(trainer))
-    if seam.generates_on_server(trainer):
+    if trl_compat.family_of(trainer) is None:
+        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {trl_compat.family_names()}")
+    trl_compat.require_unmoved(type(trainer))
+    if trl_compat.generates_on_server(trainer):
         raise ConfigError(f"this {name} has a HubSyncCallback already: it needs no other one, and none again")
     if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:
         raise ConfigError(

@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from hubsync.bits import bits_of, build_prefetch, trailing_zeros
+from .bits import bits_of, build_prefetch, trailing_zeros
 
 LANES = 16  # elements updated by one instruction, where the processor has such ones
 _BLOCK = 1 << 12  # elements whose old patterns are remembered; they fit the nearest cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hubsync.bits import trailing_zeros
-
+from .bits import trailing_zeros
 from .classes import CLASSES, ClassMap
 
 _BLOCK = 64  # elements counted together: their counts fit a byte each, and a search inside is short

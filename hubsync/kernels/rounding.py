@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hubsync.bits import trailing_zeros
+from .bits import trailing_zeros
 
 _BLOCK = 1 << 12  # elements that fit the nearest cache with their flags
 _ROOM = 1 << 14  # changes that lists are first made for

@@ -40,7 +40,7 @@ def changes(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def digest_sums(
     flat: torch.Tensor, places: torch.Tensor, keys: tuple[int, ...], start: int, indices: torch.Tensor | None
 ) -> tuple[int, int]:
-    """The two sums of `hubsync.digest` modulo 2^64, as signed integers; numbers are given as signed 64-bit ones.
+    """The two sums of `hubsync.format.digest` modulo 2^64, as signed integers; numbers are given as signed 64-bit ones.
 
     Args:
         places: int64[2, n], the factors of places.

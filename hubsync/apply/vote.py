@@ -1,0 +1,155 @@
+"""What the ranks of one engine must agree on, as pure functions of what each of them says.
+
+Every rank holds a part of the published view: rows, columns, layers, experts; some of it twice. `join` decides once who
+*owns* each element (the first rank that holds it), checks that copies are equal and that nothing is missing, and adds
+the owners' digests up to the digest of the whole view. `tally` decides at every commit whether all ranks may write.
+All ranks evaluate the same words in the same order, so all come to the same conclusion, and no rank acts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hubsync.errors import ReplicaRefused, WrongParent
+from hubsync.format.digest import Digest
+from hubsync.format.manifest import Position
+from hubsync.format.table import TensorTable
+
+from .protocol import refusal
+from .regions import Region, overlap
+
+
+class Ranks(Protocol):
+    """The workers of one engine. `gather` is a collective: it must be called by all of them, in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, word: Any) -> list[Any]:
+        """What every rank said, in rank order."""
+        ...
+
+
+class Alone:
+    """An engine of one worker."""
+
+    rank, size = 0, 1
+
+    def gather(self, word: Any) -> list[Any]:
+        return [word]
+
+
+# --- who holds what ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Elements of one tensor that a rank holds in one region.
+
+    Attributes:
+        index: of the tensor in the run's table.
+        region: which elements; equal regions of several ranks are copies.
+        digest: of these elements, as they are in live memory.
+    """
+
+    index: int
+    region: Region
+    digest: Digest
+
+
+Census = Sequence[Holding]
+"""What one rank holds, in the order of its coordinate map."""
+
+
+def join(table: TensorTable, censuses: Sequence[Census]) -> tuple[list[list[bool]], Digest]:
+    """Who owns what, and the digest of the whole view in live memory.
+
+    Returns:
+        (for each rank: for each of its holdings, does it own that?; the digest).
+
+    Raises:
+        ReplicaRefused: elements that no rank holds, copies that differ, or that overlap without being equal.
+    """
+    owned: list[list[bool]] = []
+    owners: dict[tuple, tuple[int, Holding]] = {}
+    total = Digest()
+    for rank, census in enumerate(censuses):
+        owned.append([])
+        for holding in census:
+            key = holding.index, holding.region.source_key
+            owner = owners.setdefault(key, (rank, holding))
+            owned[-1].append(owner[1] is holding)
+            if owned[-1][-1]:
+                total += holding.digest
+            elif owner[1].digest != holding.digest:
+                who = f"ranks {owner[0]} and {rank} hold" if owner[0] != rank else f"rank {rank} holds two"
+                raise ReplicaRefused(f"{table[holding.index].name}: {who} copies of it that differ")
+    by_tensor: list[list[Region]] = [[] for _ in table]
+    for _, holding in owners.values():
+        by_tensor[holding.index].append(holding.region)
+    for spec, regions in zip(table, by_tensor, strict=True):
+        _check_whole(spec.name, spec.numel, regions)
+    return owned, total
+
+
+def _check_whole(name: str, numel: int, regions: Sequence[Region]) -> None:
+    """ReplicaRefused unless the regions hold each of a tensor's elements exactly once."""
+    held = sum(region.numel for region in regions)
+    if held == 0 and numel:
+        raise ReplicaRefused(
+            f"{name}: the model's load_weights ignores it; it is tied to another tensor, "
+            "or not part of the served model"
+        )
+    if held < numel:
+        raise ReplicaRefused(f"{name}: the model's load_weights uses only {held} of {numel} elements")
+    if held > numel or overlap(regions, "source", numel):
+        raise ReplicaRefused(f"{name}: the model keeps elements of it in more than one place")
+
+
+# --- may we write? ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank says before a write.
+
+    Attributes:
+        refusal: class in `hubsync.errors` and message of why it cannot write; None if it can.
+        start: where its weights are.
+        target: where the write leads.
+        share: digest of what it owns, after the write.
+    """
+
+    refusal: tuple[str, str] | None
+    start: Position | None
+    target: Position | None
+    share: Digest
+
+
+def tally(ballots: Sequence[Ballot]) -> None:
+    """Return if every rank can write and all writes together lead to the target; raise the same error on every rank.
+
+    Raises:
+        the first refusal; WrongParent where ranks start from different positions, or the sum of their shares is not the
+        target's digest.
+    """
+    for rank, ballot in enumerate(ballots):
+        if ballot.refusal is not None:
+            kind, message = ballot.refusal
+            raise refusal(kind, message if len(ballots) == 1 else f"rank {rank}: {message}")
+    target = ballots[0].target
+    assert target is not None, "only a refusal has none"
+    for rank, ballot in enumerate(ballots):
+        if ballot.target != target:
+            raise WrongParent(f"rank 0 would go to {target}, but rank {rank} to {ballot.target}; stage again")
+    starts = {ballot.start for ballot in ballots if ballot.start != target}
+    if len(starts) > 1:
+        raise WrongParent(f"the ranks are at different positions: {', '.join(map(str, starts))}")
+    total = sum((ballot.share for ballot in ballots), Digest())
+    if total.hex != target.digest:
+        raise WrongParent(
+            f"the delta does not lead to {target} but to digest {total.hex[:12]}; "
+            "its bytes are wrong, or it belongs to other weights"
+        )

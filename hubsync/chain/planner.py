@@ -1,0 +1,182 @@
+"""Ways between positions: which manifests lead from what somebody has to a version for the fewest bytes."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from hubsync.format.manifest import Manifest, Position
+
+from .index import ChainIndex
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Step:
+    """One delta on a way: applied, or undone (`inverse`)."""
+
+    manifest: Manifest
+    inverse: bool = False
+
+    @property
+    def start(self) -> Position:
+        """Where the step applies."""
+        return self.manifest.position if self.inverse else self._parent
+
+    @property
+    def end(self) -> Position:
+        """Where it leads."""
+        return self._parent if self.inverse else self.manifest.position
+
+    @property
+    def _parent(self) -> Position:
+        assert self.manifest.parent is not None  # the parser guarantees it for deltas
+        return self.manifest.parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to get to `target`: a starting point, then `steps` in order.
+
+    Attributes:
+        start: what the caller has, if the way starts there.
+        anchor: manifest of the anchor to load first, if the way starts there.
+        base: the way starts at the local base checkpoint (version 0).
+        steps: deltas to apply or to undo; each one starts where the one before ends.
+        target: where it ends.
+    """
+
+    start: Position | None
+    anchor: Manifest | None
+    base: bool
+    steps: tuple[Step, ...]
+    target: Position
+
+    @property
+    def deltas(self) -> list[Manifest]:
+        """What to download for the steps, in their order."""
+        return [step.manifest for step in self.steps]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to download."""
+        return sum(delta.nbytes for delta in self.deltas) + (self.anchor.nbytes if self.anchor else 0)
+
+
+@dataclass(order=True)
+class _Place:
+    """A position that a way may come through, and how it goes on from there to the target."""
+
+    nbytes: int
+    steps: int
+    number: int  # of two equal ones, the one that was found first
+    position: Position = field(compare=False)
+    step: Step | None = field(compare=False, default=None)
+    onward: _Place | None = field(compare=False, default=None)
+
+    def way(self) -> tuple[Step, ...]:
+        steps, place = [], self
+        while place.step is not None and place.onward is not None:
+            steps.append(place.step)
+            place = place.onward
+        return tuple(steps)
+
+
+class Ways:
+    """Finds ways through what an index has surveyed.
+
+    Args:
+        lost: names of manifests whose parts are known to be gone.
+    """
+
+    def __init__(self, index: ChainIndex, origin: Position, lost: Collection[str] = ()):
+        self._index = index
+        self._origin = origin
+        self._lost = lost
+        self._numbers = itertools.count()
+
+    def cheapest(self, target: Manifest | None, have: Position | None, base_available: bool) -> Plan | None:
+        """The plan with the fewest bytes (then the fewest steps) to a version (None: version 0); None if there is none.
+
+        Looks from the target backwards, the cheapest place first, so that no more manifests are read than matter.
+        """
+        end = self._origin if target is None else target.position
+        floor = self._floor(end, have, base_available)
+        undone = self._undone(have, end, floor)
+        places = [_Place(0, 0, next(self._numbers), end)]
+        best: Plan | None = None
+        visited: set[Position] = set()
+        while places:
+            place = heapq.heappop(places)
+            if best is not None and best.nbytes <= place.nbytes:
+                break
+            if place.position in visited:
+                continue
+            visited.add(place.position)
+            for plan in self._beginnings(place, end, have, base_available):
+                if best is None or plan.nbytes < best.nbytes:
+                    best = plan
+            for step in self._into(place, target, undone, floor):
+                spent, count = place.nbytes + step.manifest.nbytes, place.steps + 1
+                heapq.heappush(places, _Place(spent, count, next(self._numbers), step.start, step, place))
+        return best
+
+    def _floor(self, end: Position, have: Position | None, base_available: bool) -> int:
+        """Below this version nothing is read ahead."""
+        if have is not None:
+            return min(have.version, end.version)
+        if base_available:
+            return 0
+        anchored = (version for names in self._index.epochs.values() for version in names.anchors)
+        return max((version for version in anchored if version <= end.version), default=0)
+
+    def _undone(self, have: Position | None, end: Position, floor: int) -> dict[Position, list[Step]]:
+        """Deltas that can be undone on the way down from `have`, by where that leads.
+
+        Only what files alone can invert: a compact delta is coded against weights that are not at hand there.
+        """
+        undone: dict[Position, list[Step]] = defaultdict(list)
+        manifest = None if have is None else self._index.at_version(have.version)
+        if manifest is None or manifest.position != have:
+            return undone
+        deltas = list(self._index.merged(floor, manifest.version)) if manifest.version > end.version else []
+        for link in self._index.walk(manifest, floor=floor):
+            if link.delta is None:
+                break
+            deltas.append(link.delta)
+            if Step(link.delta).start.version <= end.version:
+                break
+        for delta in deltas:
+            if delta.encoding == "fast" and not self._is_lost(delta):
+                step = Step(delta, inverse=True)
+                undone[step.end].append(step)
+        return undone
+
+    def _beginnings(self, place: _Place, end: Position, have: Position | None, base_available: bool) -> Iterator[Plan]:
+        """Plans that start at a place itself."""
+        if place.position == have:
+            yield Plan(have, None, False, place.way(), end)
+        elif base_available and place.position == self._origin:
+            yield Plan(None, None, True, place.way(), end)
+        else:
+            anchor = self._index.anchor_of(place.position)
+            if anchor is not None and not self._is_lost(anchor):
+                yield Plan(None, anchor, False, place.way(), end)
+
+    def _into(
+        self, place: _Place, target: Manifest | None, undone: dict[Position, list[Step]], floor: int
+    ) -> Iterator[Step]:
+        """Steps that lead to a place."""
+        yield from undone.get(place.position, ())
+        if place.step is not None and place.step.inverse:
+            return  # to go up and down again leads nowhere
+        manifest = target if place.step is None else self._index.parent_of(place.step.manifest, floor=floor)
+        single = None if manifest is None else self._index.leading_to(manifest)
+        deltas = [*self._index.merged_into(place.position, floor=floor), *([] if single is None else [single])]
+        yield from (Step(delta) for delta in deltas if not self._is_lost(delta))
+
+    def _is_lost(self, manifest: Manifest) -> bool:
+        return Layout.manifest(manifest) in self._lost

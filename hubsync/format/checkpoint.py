@@ -1,0 +1,113 @@
+"""Whole views of the policy as lazy mappings: a checkpoint directory, and any view with a patch applied to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hubsync.errors import ConfigError, FormatError
+from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of
+
+from .patch import Patch
+from .table import TensorTable
+
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of a table out of a local safetensors checkpoint, in the dtypes of the table, one opened at a time.
+
+    The checkpoint may hold more tensors than the table, and in another dtype: then they are rounded as the published
+    view of version 0 is. Whether they *are* version 0 is for the digest to say; `check` says whether they can be.
+
+    ConfigError if the index or a file is damaged.
+    """
+
+    def __init__(self, directory: Path, table: TensorTable):
+        self._directory = directory
+        self._table = table
+        self._files: dict[str, Path] = {}
+        for path in shards_of(directory):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._files.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path} cannot be read as a safetensors file: {error}") from None
+
+    def check(self) -> None:
+        """ConfigError unless every tensor of the table is there, in its shape. Reads headers only."""
+        if not self._directory.is_dir():
+            raise ConfigError(f"{self._directory} is not a directory: download the checkpoint, as with `hf download`")
+        for spec in self._table:
+            if spec.name not in self._files:
+                raise ConfigError(
+                    f"{self._directory} does not have {spec.name}: it is not the base checkpoint of this run"
+                )
+            with safe_open(self._files[spec.name], framework="pt") as file:
+                shape = tuple(file.get_slice(spec.name).get_shape())
+            if shape != spec.shape:
+                raise ConfigError(
+                    f"{self._directory} has {spec.name} with shape {list(shape)} instead of {list(spec.shape)}: "
+                    "it is not the base checkpoint of this run"
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._table:
+            raise KeyError(name)
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor.to(TORCH_DTYPES[self._table[self._table.index_of(name)].dtype])
+
+    def __iter__(self) -> Iterator[str]:
+        return (spec.name for spec in self._table if spec.name in self._files)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Patched(Mapping[str, torch.Tensor]):
+    """A view with a patch applied, tensor by tensor as they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], table: TensorTable, patch: Patch):
+        self._tensors = tensors
+        self._table = table
+        self._patch = patch
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        delta = self._patch.get(self._table.index_of(name))
+        if delta is None:
+            return tensor
+        patched = tensor.contiguous().clone()
+        bits = bits_of(patched)
+        if int(delta.indices[-1]) >= len(bits):
+            raise FormatError(f"{name} has {len(bits)} elements in the checkpoint, too few for its delta")
+        bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
+        return patched
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Does it hold safetensors weights?"""
+    return directory.is_dir() and bool(shards_of(directory))
+
+
+def shards_of(directory: Path) -> list[Path]:
+    """The files of the checkpoint. Where an index exists only it counts: some directories hold the weights twice."""
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return [directory / Path(name).name for name in names]
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} is not the index of a checkpoint ({type(error).__name__}: {error})") from None
+    return sorted(directory.glob("*.safetensors"))

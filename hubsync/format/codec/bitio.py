@@ -1,0 +1,71 @@
+"""Reading and writing single numbers in a string of bits; compiled, for the other modules of the codec only.
+
+Bits are counted from the least significant bit of the first byte, held as uint64 words with one spare word at the end.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hubsync.kernels.bits import leading_zeros, trailing_zeros
+
+_1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
+
+
+def words_of(nbytes: int) -> np.ndarray:
+    """Zeroed words for `nbytes` bytes, and one to spare for reads and writes across the end."""
+    return np.zeros(nbytes // 8 + 2, np.dtype("<u8"))
+
+
+def words_from(data: np.ndarray) -> np.ndarray:
+    """A copy of `data` (uint8) as words."""
+    words = words_of(len(data))
+    words.view(np.uint8)[: len(data)] = data
+    return words
+
+
+@njit(nogil=True, cache=True)
+def put(words: np.ndarray, position: int, value: int) -> None:
+    """Or `value` into the zeroed bits from `position` on."""
+    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
+    words[word] |= np.uint64(value) << shift
+    words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
+
+
+@njit(nogil=True, cache=True)
+def put_unary(words: np.ndarray, position: int, value: int) -> int:
+    """`value` zeros and a one. Returns the position behind it."""
+    put(words, position + value, 1)
+    return position + value + 1
+
+
+@njit(nogil=True, cache=True)
+def get(words: np.ndarray, position: int, count: int) -> int:
+    """`count` < 64 bits from `position` on."""
+    return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
+
+
+@njit(nogil=True, cache=True)
+def next_one(words: np.ndarray, position: int, end: int) -> int:
+    """Position of the first set bit in `position .. end`, -1 if there is none."""
+    while position < end:
+        window = _window(words, position)
+        if window != 0:
+            position += int(np.int64(trailing_zeros(window)))
+            return position if position < end else -1
+        position += 64
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def exponent_of(value: int, k: int) -> int:
+    """Exponent of an Exp-Golomb code of order k: position of the leading one of value + 2^k, less k."""
+    return 63 - int(np.int64(leading_zeros(np.uint64(value + (1 << k))))) - k
+
+
+@njit(nogil=True, cache=True)
+def _window(words: np.ndarray, position: int) -> np.uint64:
+    """The 64 bits from `position` on."""
+    word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
+    return (words[word] >> shift) | ((words[word + _1] << _1) << (_63 - shift))

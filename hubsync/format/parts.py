@@ -1,0 +1,282 @@
+"""Delta parts and anchors as safetensors files.
+
+A delta part holds four tensors (docs/FORMAT.md): `tensors`, one record for each changed tensor; `books`, the code
+parameters; `chunks`, a row for each chunk of the coded tensors; `payload`, the bits. An anchor is an ordinary
+checkpoint that `from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from hubsync.errors import ConfigError, FormatError
+from hubsync.kernels.bits import TORCH_DTYPES
+
+from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .manifest import Adapter, Manifest, Position, Run
+from .patch import Patch, check
+from .table import TensorTable
+
+FORMAT = "hubsync-delta/1"
+
+_DTYPES = {"tensors": ("U32", "<u4"), "books": ("U8", "u1"), "chunks": ("U8", "u1"), "payload": ("U8", "u1")}
+_DIMENSIONS = {"tensors": 2, "books": 2, "chunks": 1, "payload": 1}
+
+
+def write_delta(
+    table: TensorTable,
+    patch: Patch,
+    *,
+    run_id: str,
+    parent: Position,
+    position: Position,
+    rank: int = 0,
+    old: OldBits | None = None,
+) -> bytes:
+    """The bytes of one delta part that leads from `parent` to `position`; the same arguments give the same bytes.
+
+    Args:
+        patch: what this rank changes; may be empty. FormatError if it is not a sound patch of views of `table`.
+        rank: the publisher rank; information only.
+        old: the view of `parent`, at least all of every tensor that changes. With it the part is *compact*: a third
+            smaller or less, but only who holds the same weights can read it.
+    """
+    check(table, patch)
+    encoding = "fast" if old is None else "compact"
+    metadata = {**_identity(run_id, table, parent, position), "encoding": encoding, "rank": str(rank)}
+    return _serialize(encode(table, patch, old), metadata)
+
+
+def read_delta(
+    source: Path | bytes, table: TensorTable, manifest: Manifest | None, old: OldBits | None = None
+) -> Patch:
+    """Decode one delta part; FormatError unless every byte of it makes sense for `table`.
+
+    Args:
+        source: the file or its bytes.
+        manifest: what the part must belong to (run, table, parent and position); None checks the table only.
+        old: the weights that the delta applies to, which a compact part is coded against (ConfigError without
+            them). Chunks of which it holds nothing are left out. Other weights than the right ones give a patch that
+            is sound but wrong, or a FormatError: compare digests.
+    """
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    arrays, metadata = _parse(data)
+    _check_identity(metadata, table, manifest)
+    classes = CLASSES_OF[metadata["encoding"]]
+    if classes > 1 and old is None:
+        raise ConfigError(
+            "delta part: it is compact, coded against the weights that it applies to: give them as `old` "
+            "(`weights.ViewBits`), or publish with encoding='fast'"
+        )
+    if arrays["books"].shape[1] != columns(classes):
+        raise FormatError(f"delta part: code books have {columns(classes)} bytes, not {arrays['books'].shape[1]}")
+    try:
+        return decode(table, **arrays, classes=classes, old=old)
+    except FormatError as error:
+        raise FormatError(f"delta part: {error}") from None
+
+
+def _identity(run_id: str, table: TensorTable, parent: Position, position: Position) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "run_id": run_id,
+        "table_hash": table.hash,
+        "from": f"{parent.version}:{parent.digest}",
+        "to": f"{position.version}:{position.digest}",
+    }
+
+
+def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: Manifest | None) -> None:
+    for key, known in (("format", [FORMAT]), ("encoding", list(CLASSES_OF))):
+        if metadata.get(key) not in known:
+            raise FormatError(
+                f"delta part: {key} {metadata.get(key)!r:.80} is not {' or '.join(known)}; upgrade hubsync to read it"
+            )
+    expected = {"table_hash": table.hash}
+    if manifest is not None:
+        if manifest.parent is None:
+            raise FormatError(f"delta part: the manifest of version {manifest.version} is not one of a delta")
+        expected = _identity(manifest.run_id, table, manifest.parent, manifest.position)
+    for key, value in expected.items():
+        if metadata.get(key) != value:
+            raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")
+
+
+def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. Written here because the library's writer gives other bytes each time (metadata order)."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    buffers, end = [], 0
+    for name, (code, dtype) in _DTYPES.items():
+        array: np.ndarray = getattr(encoded, name)
+        buffers.append(array.astype(dtype, copy=False).tobytes())
+        start, end = end, end + len(buffers[-1])
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *buffers])
+
+
+def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """The four tensors as arrays, and the metadata. safetensors' own parser checks the header and all offsets."""
+    try:
+        views = dict(safetensors.deserialize(data))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise FormatError(f"delta part: not a safetensors file, or a damaged one ({error})") from None
+    if views.keys() != _DTYPES.keys():
+        raise FormatError(f"delta part: holds {sorted(views)!r:.200} instead of {sorted(_DTYPES)}")
+    arrays = {}
+    for name, (code, dtype) in _DTYPES.items():
+        view = views[name]
+        shape = list(view["shape"])
+        if view["dtype"] != code or len(shape) != _DIMENSIONS[name]:
+            raise FormatError(f"delta part: {name} is {view['dtype']}{shape}")
+        raw = np.frombuffer(view["data"], dtype)
+        arrays[name] = raw.astype(raw.dtype.newbyteorder("="), copy=False).reshape(shape)
+    if arrays["tensors"].shape[1] != RECORD_COLUMNS:
+        raise FormatError(f"delta part: records have {RECORD_COLUMNS} columns, not {arrays['tensors'].shape[1]}")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return arrays, header.get("__metadata__") or {}
+
+
+def write_anchor(
+    directory: Path,
+    table: TensorTable,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    max_shard_bytes: int = 5 << 30,
+    stem: str = "model",
+) -> list[Path]:
+    """Write a full published view as safetensors shards into an existing directory.
+
+    One `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json` when the view is
+    larger than `max_shard_bytes`; `stem` stands for `model`. Returns the files written. FormatError if `tensors` is not
+    a view of `table`.
+    """
+    for name in tensors.keys() - {spec.name for spec in table}:
+        raise FormatError(f"anchor: {name} is not in the tensor table")
+    for spec in table:
+        if spec.name not in tensors:
+            raise FormatError(f"anchor: {spec.name} is missing")
+        tensor = tensors[spec.name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+            raise FormatError(
+                f"anchor: {spec.name} is {tensor.dtype}{list(tensor.shape)}, "
+                f"the table says {spec.dtype}{list(spec.shape)}"
+            )
+    files = anchor_files(table, max_shard_bytes, stem)
+    for file, names in files.items():
+        write_anchor_file(directory / file, {name: tensors[name] for name in names})
+    return [*(directory / file for file in files), *write_anchor_index(directory, table, files)]
+
+
+def write_adapter(directory: Path, run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a view of a run of adapters into an existing directory, as PEFT and vLLM load it."""
+    assert run.adapter is not None
+    write_anchor(directory, run.table, tensors, stem=run.stem)
+    write_adapter_config(directory, run.adapter)
+
+
+def write_adapter_config(directory: Path, adapter: Adapter) -> None:
+    (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+
+
+def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30, stem: str = "model") -> dict[str, list[str]]:
+    """File name -> names of the tensors in it, in table order: what `write_anchor` writes beside the index."""
+    shards = _shards(table, max_shard_bytes)
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+
+
+def write_anchor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """One shard of an anchor."""
+    safetensors.torch.save_file(_owned(tensors), path, {"format": "pt"})
+
+
+def write_anchor_index(directory: Path, table: TensorTable, files: Mapping[str, Sequence[str]]) -> list[Path]:
+    """`model.safetensors.index.json`, if there are several shards; returns what was written."""
+    if len(files) == 1:
+        return []
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": table.nbytes}, "weight_map": weight_map}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n")
+    return [path]
+
+
+def open_anchor(paths: Sequence[Path], table: TensorTable) -> Mapping[str, torch.Tensor]:
+    """A full published view, read lazily: indexing reads one tensor. FormatError unless names, shapes and dtypes match.
+
+    Files that are not safetensors files (an index, a tokenizer) are ignored.
+    """
+    return _Anchor([path for path in paths if path.suffix == ".safetensors"], table)
+
+
+class _Anchor(Mapping[str, torch.Tensor]):
+    def __init__(self, paths: Sequence[Path], table: TensorTable):
+        self._names = [spec.name for spec in table]
+        self._files: dict[str, safetensors.safe_open] = {}
+        for path in paths:
+            try:
+                file = safetensors.safe_open(path, framework="pt", device="cpu")
+                keys = list(file.keys())
+            except (safetensors.SafetensorError, ValueError) as error:
+                raise FormatError(
+                    f"anchor: {path.name} is not a safetensors file, or a damaged one ({error})"
+                ) from None
+            for name in keys:
+                if name in self._files or name not in table:
+                    raise FormatError(f"anchor: {name} occurs twice or is not in the tensor table")
+                self._files[name] = file
+        for spec in table:
+            if spec.name not in self._files:
+                raise FormatError(f"anchor: {spec.name} is missing")
+            view = self._files[spec.name].get_slice(spec.name)
+            if tuple(view.get_shape()) != spec.shape or view.get_dtype() != spec.dtype:
+                raise FormatError(
+                    f"anchor: {spec.name} is {view.get_dtype()}{view.get_shape()}, "
+                    f"the table says {spec.dtype}{list(spec.shape)}"
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shards(table: TensorTable, max_shard_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each shard, in table order; a tensor larger than the limit has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for spec in table:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec.name)
+        size += spec.nbytes
+    return shards
+
+
+def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors that share no memory: safetensors refuses tensors that do (ties, slices of one buffer)."""
+    out: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, held in tensors.items():
+        tensor = held.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        out[name] = tensor
+    return out

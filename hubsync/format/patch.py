@@ -1,0 +1,133 @@
+"""Deltas in memory: which elements of which tensors change, and by how many steps.
+
+Changes are signed steps modulo 2^width (`bits.difference`), so patches form a group: `compose` adds, `invert` negates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from hubsync.errors import FormatError
+from hubsync.kernels.bits import SIGNED
+
+from .table import TensorTable
+
+
+@dataclass(frozen=True, eq=False)
+class TensorDelta:
+    """The changed elements of one tensor.
+
+    Attributes:
+        indices: int64[n], strictly ascending flat row-major indices in checkpoint coordinates.
+        diffs: int8/16/32[n], non-zero steps between ordered integers, modulo 2^width.
+    """
+
+    indices: np.ndarray
+    diffs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorDelta):
+            return NotImplemented
+        return (
+            self.diffs.dtype == other.diffs.dtype
+            and np.array_equal(self.indices, other.indices)
+            and np.array_equal(self.diffs, other.diffs)
+        )
+
+
+Patch = dict[int, TensorDelta]
+"""Table index -> the tensor's changes. A tensor without changes has no entry."""
+
+
+def compose(first: Patch, second: Patch) -> Patch:
+    """The patch that does what `first` and then `second` do. Elements that come back to where they were disappear."""
+    out = {}
+    for index in sorted(first.keys() | second.keys()):
+        if index in first and index in second:
+            delta = _add(first[index], second[index])
+        else:
+            delta = first[index] if index in first else second[index]
+        if len(delta):
+            out[index] = delta
+    return out
+
+
+def invert(patch: Patch) -> Patch:
+    """The patch that undoes `patch`: `compose(patch, invert(patch)) == {}`."""
+    return {index: TensorDelta(delta.indices, -delta.diffs) for index, delta in patch.items()}
+
+
+def changed(patch: Patch) -> int:
+    """Number of changed elements."""
+    return sum(map(len, patch.values()))
+
+
+def check(table: TensorTable, patch: Patch) -> None:
+    """FormatError unless `patch` is a well-formed patch of views of this table."""
+    for index, delta in patch.items():
+        if not 0 <= index < len(table):
+            raise FormatError(f"patch: tensor {index} is not in a table of {len(table)}")
+        spec = table[index]
+        if delta.indices.dtype != np.int64 or delta.diffs.dtype != SIGNED[spec.width]:
+            raise FormatError(
+                f"patch: {spec.name} ({spec.dtype}) needs int64 indices and {spec.width}-bit signed differences, "
+                f"not {delta.indices.dtype} and {delta.diffs.dtype}"
+            )
+        if delta.indices.ndim != 1 or delta.indices.shape != delta.diffs.shape or len(delta) == 0:
+            raise FormatError(f"patch: {spec.name} needs one difference for each index, and at least one")
+        if not _is_sound(delta.indices, delta.diffs, spec.numel):
+            raise FormatError(
+                f"patch: the indices of {spec.name} must ascend strictly within its {spec.numel} elements, "
+                "and no difference may be zero"
+            )
+
+
+def _add(first: TensorDelta, second: TensorDelta) -> TensorDelta:
+    if first.diffs.dtype != second.diffs.dtype:
+        raise FormatError(f"patch: cannot add {second.diffs.dtype} differences to {first.diffs.dtype} ones")
+    indices = np.empty(len(first) + len(second), np.int64)
+    diffs = np.empty(len(indices), first.diffs.dtype)
+    n = _merge(first.indices, first.diffs, second.indices, second.diffs, indices, diffs)
+    return TensorDelta(indices[:n].copy(), diffs[:n].copy())
+
+
+@njit(nogil=True, cache=True)
+def _merge(
+    indices_a: np.ndarray,
+    diffs_a: np.ndarray,
+    indices_b: np.ndarray,
+    diffs_b: np.ndarray,
+    indices: np.ndarray,
+    diffs: np.ndarray,
+) -> int:
+    """Merge two ascending lists, adding where they meet. Returns how many elements were written."""
+    a, b, n = 0, 0, 0
+    while a < len(indices_a) or b < len(indices_b):
+        if b == len(indices_b) or (a < len(indices_a) and indices_a[a] < indices_b[b]):
+            indices[n], diffs[n] = indices_a[a], diffs_a[a]
+            a += 1
+        elif a == len(indices_a) or indices_b[b] < indices_a[a]:
+            indices[n], diffs[n] = indices_b[b], diffs_b[b]
+            b += 1
+        else:
+            indices[n], diffs[n] = indices_a[a], diffs_a[a] + diffs_b[b]
+            a += 1
+            b += 1
+        n += diffs[n] != 0
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _is_sound(indices: np.ndarray, diffs: np.ndarray, numel: int) -> bool:
+    previous = -1
+    for i in range(len(indices)):
+        if indices[i] <= previous or indices[i] >= numel or diffs[i] == 0:
+            return False
+        previous = indices[i]
+    return True

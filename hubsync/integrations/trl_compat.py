@@ -1,0 +1,489 @@
+"""TRL's seam: everything of TRL that hubsync uses and that TRL does not promise to keep.
+
+Written for the releases that `SUPPORTED` names. Two groups of trainers:
+
+* The family of `VLLMGeneration` (`FAMILY`) asks one object to synchronise and to generate. `generate_on_server` gives
+  a built trainer such an object. `HubSyncCallback` drives it.
+* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public. Not public are that
+  all ranks take part in it (`join_transfer`), that adapters are not merged for it (`keep_adapter_apart`) but asked for
+  by name (`roll_out_with`), and that samples say which weights made them: `date_samples` sees to that, with the loops
+  of `rollouts`, which run in TRL's process of rollouts. `HubWeightTransfer` drives them.
+
+`moved` compares what is used here with the TRL that is installed, and says in words what is different.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import trl
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.publish.publisher import Published
+from hubsync.replicas.vllm_http import VLLMServer, new_session
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = "TRL >= 1.13, < 1.17"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trainer class.
+
+    Attributes:
+        module: where it is defined.
+        name: of the class.
+        uses: attributes of the trainer that it reads or writes itself, and that hubsync relies on.
+    """
+
+    module: str
+    name: str
+    uses: tuple[str, ...]
+
+    def load(self) -> type:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+_GENERATES = ("use_vllm", "vllm_generation", "sync_weights", "generate", "_metrics")
+_BY_STEP = (*_GENERATES, "_last_loaded_step")
+_BY_FREQUENCY = (*_GENERATES, "_last_vllm_sync_step", "vllm_sync_frequency")
+
+# Subclasses (GMPO of GRPO, ServerDistillation of Distillation) belong to it too.
+FAMILY = (
+    Member("trl.trainer.grpo_trainer", "GRPOTrainer", _BY_STEP),
+    Member("trl.trainer.rloo_trainer", "RLOOTrainer", _BY_STEP),
+    Member("trl.trainer.distillation_trainer", "DistillationTrainer", _BY_STEP),
+    Member("trl.experimental.gold.gold_trainer", "GOLDTrainer", _BY_FREQUENCY),
+    Member("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", _BY_FREQUENCY),
+    Member("trl.experimental.sdft.sdft_trainer", "SDFTTrainer", _BY_STEP),
+    Member("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _BY_STEP),
+)
+
+_TRANSFERS = (
+    "weight_transfer",
+    "rollout_worker",
+    "rollout_queue",
+    "model_version",
+    "_metrics",
+    "_sync_weight",
+    "_streaming_iter",
+)
+
+ASYNC = (
+    Member("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer", _TRANSFERS),
+    Member("trl.experimental.async_distillation.async_distillation_trainer", "AsyncDistillationTrainer", _TRANSFERS),
+)
+
+TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "resume": 0, "destroy": 0}
+
+
+# --- the family of VLLMGeneration
+
+
+def family_of(trainer: Any) -> Member | None:
+    """Which of the family a trainer is, or descends from."""
+    return _member(type(trainer), FAMILY)
+
+
+def family_names() -> str:
+    return ", ".join(member.name for member in FAMILY)
+
+
+def server_url(args: Any) -> str:
+    """The vLLM server that a TRL configuration names."""
+    host = getattr(args, "vllm_server_host", None)
+    return (args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}").rstrip("/")
+
+
+def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) -> None:
+    """Make a trainer that was built with `use_vllm=False` generate on the server at `url`.
+
+    Args:
+        synchronise: called on all ranks before a generation, whenever an optimizer step lies behind the one before.
+    """
+    trainer.vllm_generation = _HTTPGeneration(trainer, url, synchronise)
+    trainer.use_vllm, trainer.vllm_mode = True, "server"
+    frequency = getattr(trainer.args, "vllm_sync_frequency", None)
+    if frequency is None:
+        trainer._last_loaded_step = -1  # no step's weights were loaded yet
+    else:
+        trainer.vllm_sync_frequency, trainer._last_vllm_sync_step = frequency, -frequency
+
+
+def generates_on_server(trainer: Any) -> bool:
+    """Was `generate_on_server` called for this trainer?"""
+    return isinstance(getattr(trainer, "vllm_generation", None), _HTTPGeneration)
+
+
+def generate_without_server(trainer: Any) -> None:
+    """Undo `generate_on_server`."""
+    trainer.vllm_generation, trainer.use_vllm = None, False
+
+
+def request_model(trainer: Any, name: str) -> None:
+    """Have the trainer's completions made by this model of its server. Main process only."""
+    trainer.vllm_generation.vllm_client.model = name
+
+
+class _HTTPGeneration(VLLMGeneration):
+    """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
+
+    def __init__(self, trainer: Any, url: str, synchronise: Callable[[], None]):
+        self._synchronise = synchronise
+        self._url = url
+        args = trainer.args
+        super().__init__(
+            model=trainer.model,
+            accelerator=trainer.accelerator,
+            processing_class=trainer.processing_class,
+            mode="server",
+            structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
+            server_base_url=url,
+            server_timeout=args.vllm_server_timeout,
+            # Of the sampled tokens, for the importance sampling correction; IWOPD has an objective that wants none.
+            logprobs=0 if getattr(args, "distillation_objective", "iw_opd") == "iw_opd" else None,
+            generation_kwargs=getattr(args, "generation_kwargs", None),
+            **_sampling(trainer),
+        )
+
+    def _init_vllm(self) -> None:
+        if self.accelerator.is_main_process:
+            self.vllm_client = _HTTPClient(self._url, self.server_timeout)
+        self.accelerator.wait_for_everyone()
+
+    def sync_weights(self) -> None:
+        """Return once the server generates with the weights of the last optimizer step. Collective."""
+        self._synchronise()
+
+
+class _HTTPClient(VLLMClient):
+    """The part of TRL's client that generates. It never opens a communicator."""
+
+    def __init__(self, url: str, timeout: float):
+        self.base_url = url
+        self.session = new_session(url)
+        _wait_for(VLLMServer(url), timeout)
+        self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
+
+    def logprobs_mode(self) -> str:
+        """Which log-probabilities the server reports. TRL asks for it since 1.16."""
+        info = self._get(f"{self.base_url}/server_info?config_format=json")
+        return str(info["vllm_config"]["model_config"]["logprobs_mode"])
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """How the trainer samples. A setting is the trainer's own, or only in its arguments, or in neither."""
+    names = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
+    found = {name: getattr(trainer, name, getattr(trainer.args, name, None)) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _wait_for(server: VLLMServer, timeout: float) -> None:
+    """Return once the server is up; what keeps it from that is said at once, and raised after `timeout` seconds."""
+    deadline, told = time.monotonic() + timeout, False
+    while (trouble := _trouble(server)) is not None:
+        if time.monotonic() > deadline:
+            raise trouble
+        if not told:
+            logger.warning("%s Waiting for it, up to %g s (vllm_server_timeout)", trouble, timeout)
+        told = True
+        time.sleep(1.0)
+
+
+def _trouble(server: VLLMServer) -> ReplicaUnreachable | None:
+    try:
+        if server.health():
+            return None
+    except ReplicaUnreachable as error:
+        return error
+    return ReplicaUnreachable(f"{server.url} answers, but is not a vLLM server that is up (/health): check the URL")
+
+
+# --- the asynchronous trainers
+
+
+def takes_weight_transfer(trainer: Any) -> bool:
+    return _member(type(trainer), ASYNC) is not None
+
+
+def join_transfer(trainer: Any, take_part: Callable[[], None]) -> None:
+    """Have no weights gathered for a transfer, and let the other ranks take part in it. On every rank.
+
+    TRL gathers each weight on all ranks and streams it to the main one's `send_weights`. Now nothing is streamed, and
+    `take_part` is called on the other ranks meanwhile.
+    """
+
+    def stream() -> Iterator[tuple[str, Any]]:
+        if not trainer.accelerator.is_main_process:
+            take_part()
+        return iter(())
+
+    trainer._streaming_iter = stream
+
+
+def keep_adapter_apart(trainer: Any) -> None:
+    """Have an adapter not merged into its base for a transfer, and taken out of it again. On every rank.
+
+    TRL does so around each: adding and subtracting rounds, so the base would drift away from the servers'.
+
+    Raises:
+        ConfigError: this TRL does not train adapters asynchronously.
+    """
+    merged = getattr(trainer, "_sync_weight_merged", None)
+    if merged is None:
+        raise ConfigError(f"TRL {trl.__version__} trains no adapters in {type(trainer).__name__}: install TRL >= 1.14")
+
+    def apart(*arguments: Any) -> Any:
+        with _doing_nothing(trainer.accelerator.unwrap_model(trainer.model), "merge_adapter", "unmerge_adapter"):
+            return merged(*arguments)
+
+    trainer._sync_weight_merged = apart
+
+
+@contextmanager
+def _doing_nothing(owner: Any, *methods: str) -> Iterator[None]:
+    """Meanwhile these methods of an object, which it has from its class or elsewhere, return without doing anything."""
+    for name in methods:
+        setattr(owner, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(owner, name)
+
+
+def roll_out_with(trainer: Any, model: str) -> bool:
+    """Have samples made by this model of the servers. Main process only, before TRL's process of rollouts starts.
+
+    Returns:
+        False, and nothing was done, with a rollout worker that is not TRL's.
+    """
+    settings = getattr(trainer.rollout_worker, "_loop_kwargs", {})
+    if "model_name" not in settings:
+        return False
+    settings["model_name"] = model
+    return True
+
+
+def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
+    """Have every sample bear the versions that the server says made it, and dated before the trainer looks at its age.
+
+    Possible with TRL's own workers. Main process only, between construction and training.
+
+    Args:
+        date: called with every sample and the oldest version that had a part in it (`trl_rollouts.UNKNOWN` if it is
+            none of a run's). The range is among the sample's metrics, as
+            `trl_rollouts.OLDEST` and `trl_rollouts.NEWEST`.
+
+    Returns:
+        False, and nothing was done, with any other worker.
+    """
+    from . import trl_rollouts  # heavy, and experimental in TRL
+
+    worker = trainer.rollout_worker
+    if type(worker) is trl_rollouts.distillation.AsyncRolloutWorker:
+        worker._mp_ctx = _Processes(worker._mp_ctx, trl_rollouts.distill)  # type: ignore[assignment]
+    elif getattr(worker, "_loop_cls", None) is trl_rollouts.grpo._AsyncRolloutLoop:
+        worker._loop_cls = trl_rollouts.DatedRollouts
+    else:
+        return False
+    trainer.rollout_queue = _DatedQueue(trainer.rollout_queue, trl_rollouts.OLDEST, date)
+    return True
+
+
+class _Processes:
+    """A multiprocessing context whose processes run another main function, with the arguments of TRL's."""
+
+    def __init__(self, context: Any, main: Callable[..., None]):
+        self._context = context
+        self._main = main
+
+    def Process(self, *, target: Any, **settings: Any) -> Any:
+        return self._context.Process(target=self._main, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+class _DatedQueue:
+    """TRL's queue of samples; each is dated as it is taken out."""
+
+    def __init__(self, queue: Any, oldest: str, date: Callable[[Any, int], None]):
+        self._queue = queue
+        self._oldest = oldest
+        self._date = date
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        sample = self._queue.get(*args, **kwargs)
+        self._date(sample, int(sample.metrics[self._oldest]))
+        return sample
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+# --- metrics
+
+
+def record(trainer: Any, metrics: dict[str, float]) -> None:
+    """Log values under `weight_sync/` with the trainer's next metrics."""
+    for name, value in metrics.items():
+        trainer._metrics["train"][f"weight_sync/{name}"].append(float(value))
+
+
+def metrics_of(published: Published) -> dict[str, float]:
+    """What a publish has cost; of several ranks, also the most that one of them uploaded or waited."""
+    costs = ("payload_bytes", "detect_s", "encode_s", "upload_s")
+    shares = published.ranks if len(published.ranks) > 1 else ()
+    return {
+        "changed_fraction": published.changed / published.total,
+        "payload_bytes": published.payload_bytes,
+        "bits_per_change": published.bits_per_change,
+        "compact": published.encoding == "compact",
+        "detect_s": published.detect_s,
+        "encode_s": published.encode_s,
+        "upload_s": published.upload_s,
+        **{f"rank_{cost}_max": max(getattr(share, cost) for share in shares) for cost in costs if shares},
+    }
+
+
+# --- has it moved?
+
+
+def require_unmoved(kind: type) -> None:
+    """ConfigError if the installed TRL has moved what hubsync uses of a trainer class."""
+    asynchronous = _member(kind, ASYNC)
+    member = asynchronous or _member(kind, FAMILY)
+    assert member is not None, kind
+    found = [*_unused(member), *(_moved_rollouts() if asynchronous else _moved_generation())]
+    if found:
+        raise ConfigError(
+            f"TRL {trl.__version__} is not the one that this hubsync was written for ({SUPPORTED}): {'; '.join(found)}"
+        )
+
+
+def moved() -> list[str]:
+    """Everything that the installed TRL has moved, one sentence each."""
+    unused = [text for member in (*FAMILY, *ASYNC) for text in _unused(member)]
+    return [*_moved_generation(), *unused, *_moved_rollouts()]
+
+
+def _moved_generation() -> Iterator[str]:
+    taken = "model accelerator processing_class mode structured_outputs_regex server_base_url server_timeout logprobs "
+    taken += "generation_kwargs repetition_penalty temperature top_p top_k min_p max_completion_length"
+    yield from _lacks(VLLMGeneration.__init__, taken.split())
+    for name in ("_init_vllm", "sync_weights", "generate"):
+        yield from _lacks(getattr(VLLMGeneration, name, None), (), f"VLLMGeneration.{name}")
+    if not {"_init_vllm", "server_timeout", "accelerator"} <= _names(VLLMGeneration.__init__.__code__):
+        yield "VLLMGeneration.__init__ no longer sets itself up through _init_vllm"
+    for name in ("_get", "generate"):
+        yield from _lacks(getattr(VLLMClient, name, None), (), f"VLLMClient.{name}")
+
+
+def _moved_rollouts() -> Iterator[str]:
+    from trl.experimental.async_distillation import async_rollout_worker as distillation
+    from trl.experimental.async_grpo import async_rollout_worker as grpo
+
+    grpo_loop = {
+        "_generate_one": ("prompt", "tool_dict", "tools", "group_id"),
+        "_generate_one_turn": ("prompt_ids",),
+        "_score_group": ("group",),
+        "_post": ("path", "payload", "timeout"),
+        "_retry": ("coro_factory", "label", "max_attempts"),
+    }
+    distillation_loop = {
+        "_generate_and_score_one": ("prompt_id", "row"),
+        "_generate_one_turn": ("prompt_ids",),
+        "_post": ("base_url", "path", "payload", "timeout"),
+        "_retry": ("coro_factory", "label", "max_attempts"),
+    }
+    for module, uses in ((grpo, grpo_loop), (distillation, distillation_loop)):
+        where = "distillation's " if module is distillation else ""
+        loop = getattr(module, "_AsyncRolloutLoop", None)
+        for name, parameters in uses.items():
+            yield from _lacks(getattr(loop, name, None), parameters, f"{where}_AsyncRolloutLoop.{name}")
+        yield from _lacks(loop, ("model_name",), f"{where}_AsyncRolloutLoop")
+        if "_loop_kwargs" not in _names(module.AsyncRolloutWorker.__init__.__code__):
+            yield f"{where}AsyncRolloutWorker no longer keeps the settings of its loop in _loop_kwargs"
+        missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
+        if missing:
+            yield f"{where}RolloutSample has no {', '.join(sorted(missing))}"
+    if getattr(grpo.AsyncRolloutWorker, "_loop_cls", None) is not getattr(grpo, "_AsyncRolloutLoop", None):
+        yield "AsyncRolloutWorker no longer runs the class in _loop_cls"
+    if not {"_mp_ctx", "Process", "_child_main"} <= _names(distillation.AsyncRolloutWorker.start.__code__):
+        yield "distillation's AsyncRolloutWorker no longer starts _child_main by _mp_ctx.Process"
+    if "_AsyncRolloutLoop" not in _names(distillation._child_main.__code__):
+        yield "distillation's _child_main no longer runs _AsyncRolloutLoop"
+    for member in ASYNC:
+        yield from _lacks(member.load(), ("weight_transfer",), f"the constructor of {member.name}")
+        yield from _moved_merging(member)
+        protocol = getattr(importlib.import_module(member.module), "WeightTransferProtocol", None)
+        methods_of = {name: value for name, value in vars(protocol or object).items() if not name.startswith("_")}
+        arity = {name: len(inspect.signature(value).parameters) - 1 for name, value in methods_of.items()}
+        if arity != TRANSFER_METHODS:
+            yield f"{member.name}'s WeightTransferProtocol is {arity}, not {TRANSFER_METHODS}"
+
+
+def _moved_merging(member: Member) -> Iterator[str]:
+    kind: Any = member.load()
+    if "peft_config" not in inspect.signature(kind).parameters:  # before 1.14 there were no adapters, nor merging
+        return
+    merging = getattr(kind, "_sync_weight_merged", None)
+    used = _names(merging.__code__) if inspect.isfunction(merging) else set()
+    if not {"merge_adapter", "unmerge_adapter"} <= used:
+        yield f"{member.name}._sync_weight_merged no longer merges adapters"
+
+
+def _unused(member: Member) -> Iterator[str]:
+    """What a trainer class no longer touches."""
+    try:
+        kind = member.load()
+    except (ImportError, AttributeError) as error:
+        yield f"{member.name} is not in {member.module} ({error})"
+        return
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__ == member.module:
+            for value in vars(base).values():
+                function = inspect.unwrap(value) if callable(value) else None
+                if inspect.isfunction(function):
+                    names |= _names(function.__code__)
+    for name in member.uses:
+        if name not in names:
+            yield f"{member.name} no longer uses {name}"
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names of all attributes and globals in a function and the functions inside of it."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _lacks(function: Any, parameters: Iterable[str], name: str | None = None) -> Iterator[str]:
+    name = name or getattr(function, "__qualname__", str(function))
+    if not callable(function):
+        yield f"{name} does not exist"
+        return
+    has = inspect.signature(function).parameters
+    missing = [parameter for parameter in parameters if parameter not in has]
+    if missing:
+        yield f"{name} does not take {', '.join(missing)}"
+
+
+def _member(kind: type, members: tuple[Member, ...]) -> Member | None:
+    bases = {(base.__module__, base.__name__) for base in kind.__mro__}
+    return next((member for member in members if (member.module, member.name) in bases), None)

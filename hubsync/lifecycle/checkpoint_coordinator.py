@@ -1,0 +1,277 @@
+"""Saves in the background, and steps that become visible only when all that belongs to them is durable.
+
+A save is work under a name: saves of one name follow one another, those of different names run side by side. A step is
+made of the saves that all ranks register for it. Once the last of them is durable, rank 0 makes the step visible by
+one call of `commit`, which writes a manifest, moves a "latest" file, or tells servers. If any of them fails, on any
+rank, the step never becomes visible, and every rank hears why.
+
+    coordinator = CheckpointCoordinator(commit)
+    ticket = engine.publish(step, serve=False)  # finds the changes now, uploads in the background
+    coordinator.save_async("weights", ticket.result, step, is_state_dict=True)
+    coordinator.save_async("optimizer", lambda: torch.save(optimizer_state, path), step)
+    coordinator.register_and_monitor(step, state_dict_thread_count=1, checkpoint_thread_count=1)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from hubsync.errors import CheckpointFailed, ConfigError, RankError
+from hubsync.publish.ranks import Alone, Ranks, join
+
+
+@dataclass
+class _Step:
+    """What is known in this process of one step; counts and errors by `is_state_dict`."""
+
+    registered: Counter[bool] = field(default_factory=Counter)
+    begun: Counter[bool] = field(default_factory=Counter)
+    durable: Counter[bool] = field(default_factory=Counter)
+    errors: dict[bool, str] = field(default_factory=dict)
+    awaited: Counter[bool] = field(default_factory=Counter)  # decisions that are still to be made
+    visible: set[bool] = field(default_factory=set)
+
+    def error(self, is_state_dict: bool) -> str | None:
+        return next((self.errors[kind] for kind in _kinds(is_state_dict) if kind in self.errors), None)
+
+    def complete(self, is_state_dict: bool) -> bool:
+        return all(self.registered[kind] == self.begun[kind] == self.durable[kind] for kind in _kinds(is_state_dict))
+
+
+class CheckpointCoordinator:
+    """Background saves of one process, or of all ranks of a job, and the commits of their steps.
+
+    Under torch.distributed every rank makes one, at the same place of the program, and calls `register_and_monitor` for
+    the same steps in the same order.
+
+    An error in the background is raised once, as CheckpointFailed: by the next call of any method, or by `wait_all`.
+    That call has done its own work then, so a caller may note the error and go on.
+
+    Args:
+        commit: called with (step, is_state_dict) to make a step visible, on rank 0 alone, once for each; step after
+            step in the order of their registration.
+        alone: coordinate this process only, whatever others torch.distributed knows.
+    """
+
+    def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False):
+        self._commit = commit
+        self._ranks: Ranks = Alone() if alone else join()
+        self._closed = False
+        self._changed = threading.Condition()  # guards all below
+        self._steps: dict[int, _Step] = {}
+        self._untold: list[CheckpointFailed] = []
+        self._lanes: dict[str, ThreadPoolExecutor] = {}
+        self._saves: dict[str, Future[None]] = {}  # the last one of every name
+        self._monitor = ThreadPoolExecutor(1, thread_name_prefix="hubsync-checkpoint-monitor")
+        self._decisions: list[Future[None]] = []
+
+    def save_async(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
+        """Run `work` in the background, once the save before it under this name has ended (that is waited for).
+
+        Args:
+            name: of the destination, such as "model" or "optimizer".
+            work: returns when what it saves is durable. What it saves must not change meanwhile.
+            global_step: the step that it is a part of.
+            is_state_dict: is it a part of what inference loads (weight sync), or of a full checkpoint alone?
+        """
+        self._require_open()
+        with self._changed:
+            before = self._saves.get(name)
+        if before is not None:
+            wait([before])
+        with self._changed:
+            if name not in self._lanes:
+                self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
+            untold = self._take_untold()
+            self._step(global_step).begun[is_state_dict] += 1
+            self._saves[name] = self._lanes[name].submit(self._save_or_note, name, work, global_step, is_state_dict)
+        _tell(untold)
+
+    def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
+        """Run `work` in this thread, which a save with collectives of its own needs; its error is raised here."""
+        self._require_open()
+        self._step(global_step).begun[is_state_dict] += 1
+        self._save("", work, global_step, is_state_dict)
+        _tell(self._take_untold())
+
+    def register_and_monitor(
+        self,
+        global_step: int,
+        is_state_dict: bool = False,
+        state_dict_thread_count: int = 0,
+        checkpoint_thread_count: int = 0,
+    ) -> None:
+        """Make a step visible, in the background, when all that is registered for it is durable on all ranks.
+
+        Args:
+            is_state_dict: the step becomes visible to inference as soon as its state dict saves are durable. Otherwise
+                it is a full checkpoint, and becomes visible when all of its saves are.
+            state_dict_thread_count: how many state dict saves this rank makes for it; added to those registered before.
+            checkpoint_thread_count: how many others this rank makes for it; added to those registered before.
+        """
+        self._require_open()
+        if state_dict_thread_count < 0 or checkpoint_thread_count < 0:
+            raise ConfigError(f"{state_dict_thread_count} and {checkpoint_thread_count} are no numbers of saves")
+        with self._changed:
+            step = self._step(global_step)
+            step.registered[True] += state_dict_thread_count
+            step.registered[False] += checkpoint_thread_count
+            step.awaited[is_state_dict] += 1
+            untold = self._take_untold()
+            self._decisions = [decision for decision in self._decisions if not decision.done()]
+            self._decisions.append(self._monitor.submit(self._decide, global_step, is_state_dict))
+        _tell(untold)
+
+    def wait_all(self, timeout: float | None = None) -> None:
+        """Wait until all saves have ended, and every registered step is visible or has failed.
+
+        Raises:
+            TimeoutError: that takes longer than `timeout` seconds. They go on.
+            CheckpointFailed: a save, another rank or a commit failed. Also of a step that has other saves than were
+                registered: its rest will not come.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            saves = list(self._saves.values())
+        _wait(saves, deadline)
+        with self._changed:
+            decisions = list(self._decisions)
+            self._expect_no_more()
+        _wait(decisions, deadline)
+        _tell(self._take_untold())
+
+    def close(self) -> None:
+        """Wait for all, as `wait_all`, and end the threads; closing twice is fine."""
+        self._closed = True
+        try:
+            self.wait_all()
+        finally:
+            for thread in (*self._lanes.values(), self._monitor):
+                thread.shutdown()
+
+    def __enter__(self) -> CheckpointCoordinator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointFailed:
+            if error is None:
+                raise
+
+    # --- saves
+
+    def _save_or_note(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
+        try:
+            self._save(name, work, global_step, is_state_dict)
+        except BaseException as error:
+            failure = CheckpointFailed(f"save {name!r} of step {global_step} failed: {error!r}; it is not visible")
+            failure.__cause__ = error
+            self._note(failure)
+
+    def _save(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
+        try:
+            work()
+        except BaseException as error:
+            with self._changed:
+                what = f"save {name!r}" if name else "a save"
+                self._step(global_step).errors.setdefault(is_state_dict, f"{what} failed: {error!r}")
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            self._step(global_step).durable[is_state_dict] += 1
+            self._changed.notify_all()
+
+    # --- steps
+
+    def _decide(self, global_step: int, is_state_dict: bool) -> None:
+        """Wait for this rank's part of a step, hear the others, and have rank 0 commit it."""
+        with self._changed:
+            step = self._step(global_step)
+            self._changed.wait_for(lambda: step.error(is_state_dict) is not None or step.complete(is_state_dict))
+            own = step.error(is_state_dict)
+        try:
+            error = self._agree(global_step, is_state_dict, own)
+        except RankError as failure:
+            error = f"its ranks cannot be heard: {failure}"
+        with self._changed:
+            step.awaited[is_state_dict] -= 1
+            if error is None:
+                step.visible.add(is_state_dict)
+                return
+            step.errors.setdefault(is_state_dict, error)
+        if own is None:  # else the caller hears of it as the error of the save
+            self._note(CheckpointFailed(f"step {global_step} is not visible: {error}"))
+
+    def _agree(self, global_step: int, is_state_dict: bool, own: str | None) -> str | None:
+        """Why the step is not visible, the same on all ranks; None if it is."""
+        reports = self._ranks.gather(lambda: (global_step, is_state_dict, own))
+        if len({(step, kind) for step, kind, _ in reports}) > 1:
+            return f"ranks registered other steps than each other, or in another order: {reports}"
+        errors = [f"rank {rank}: {error}" for rank, (_, _, error) in enumerate(reports) if error is not None]
+        if errors:
+            return "; ".join(errors)
+        return self._ranks.first(lambda: self._try_to_commit(global_step, is_state_dict))
+
+    def _try_to_commit(self, global_step: int, is_state_dict: bool) -> str | None:
+        if is_state_dict in self._step(global_step).visible:
+            return None
+        try:
+            self._commit(global_step, is_state_dict)
+        except BaseException as error:  # also SystemExit: here it would only end a thread that others wait for
+            return f"the commit failed: {error!r}"
+        return None
+
+    def _expect_no_more(self) -> None:
+        """Fail the steps that wait for other saves than were made: no more will come."""
+        for number, step in self._steps.items():
+            for kind in {kind for awaited in +step.awaited for kind in _kinds(awaited)}:
+                if step.registered[kind] != step.durable[kind] and kind not in step.errors:
+                    counts = f"{step.registered[kind]} were registered, and {step.durable[kind]} were made"
+                    step.errors[kind] = f"of its {'state dict' if kind else 'checkpoint'} saves {counts}"
+                    self._untold.append(CheckpointFailed(f"step {number} is not visible: {step.errors[kind]}"))
+        self._changed.notify_all()
+
+    def _step(self, global_step: int) -> _Step:
+        with self._changed:
+            return self._steps.setdefault(global_step, _Step())
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this coordinator is closed: make a new one")
+
+    # --- errors
+
+    def _note(self, failure: CheckpointFailed) -> None:
+        with self._changed:
+            self._untold.append(failure)
+
+    def _take_untold(self) -> list[CheckpointFailed]:
+        """What the caller is to be told. Taken before new work begins: the error of that is for the next call."""
+        with self._changed:
+            untold, self._untold = self._untold, []
+        return untold
+
+
+def _kinds(is_state_dict: bool) -> tuple[bool, ...]:
+    """The kinds of saves that a step needs: a full checkpoint needs its state dict too."""
+    return (True,) if is_state_dict else (True, False)
+
+
+def _tell(untold: list[CheckpointFailed]) -> None:
+    if untold:
+        raise CheckpointFailed("; ".join(map(str, untold))) from untold[0].__cause__
+
+
+def _wait(futures: list[Future[None]], deadline: float | None) -> None:
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if wait(futures, left).not_done:
+        raise TimeoutError("saves or commits are still under way; they go on")

@@ -1,0 +1,211 @@
+"""An asynchronous client of one vLLM server's generation endpoints: one continuation, and the versions that made it.
+
+A server that runs with `--enable-scale-out` tells which version sampled which token. Of others, the workers' status is
+read before a request and after it, and the answer is bounded by what they served then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+import httpx
+
+from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.replicas.vllm_http import DEV_MODE_HINT
+
+Prompt: TypeAlias = str | Sequence[int]
+
+_CONNECT_S = 10.0
+_PROBE_S = 30.0  # a server that is busy takes seconds to answer, one that hangs never does
+
+
+@dataclass(frozen=True)
+class Span:
+    """Output tokens `start <= i < end` were sampled under weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt.
+
+    Attributes:
+        token_ids: the sampled tokens.
+        text: what they say; None if the prompt was token ids.
+        logprobs: log-probability of each sampled token; None if not asked for.
+        finish_reason: "stop", "length", ...
+        min_version: no token was sampled under an older version.
+        max_version: no token was sampled under a newer version.
+        spans: which tokens under which version, in order; empty where the server does not tell, and the two bounds are
+            what it served before the request and after it.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    min_version: int
+    max_version: int
+    spans: tuple[Span, ...]
+
+
+class GenerationClient:
+    """One vLLM server.
+
+    Args:
+        url: base URL.
+        api_key: the server's `--api-key`, if it has one.
+        timeout: seconds that one continuation may take.
+
+    Every method raises ReplicaUnreachable if there is no usable answer (the server may be gone, restart or be ill),
+    ReplicaUnsuitable if it is one that cannot tell versions, ReplicaRefused if it is the request that is wrong, and
+    ConfigError if the API key is.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, *, timeout: float):
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        self._scale_out = True  # until it says otherwise
+        self._tells_spans = False  # until it has
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+            # vLLM closes connections that were idle for 5 seconds; a request must not cross with that.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
+            # A proxy of the environment does not come between us and this machine.
+            trust_env=urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"),
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def check_health(self) -> None:
+        await self._send("GET", "/health", _PROBE_S)
+
+    async def metrics(self) -> str:
+        return (await self._send("GET", "/metrics", _PROBE_S)).text
+
+    async def versions(self) -> tuple[int, int]:
+        """The lowest and the highest version that any worker serves now."""
+        body = {"method": "hubsync_status", "args": [], "timeout": _PROBE_S}
+        try:
+            ranks = (await self._post("/collective_rpc", body, _PROBE_S)).get("results")
+        except _NoSuchPath:
+            raise ReplicaUnsuitable(
+                f"{self.url} does not tell versions: start it with --enable-scale-out, or {DEV_MODE_HINT}"
+            ) from None
+        try:
+            versions = [int(rank["version"]) for rank in ranks or ()]
+            return min(versions), max(versions)
+        except (KeyError, TypeError, ValueError):
+            raise ReplicaUnsuitable(f"{self.url} does not follow a run (yet): attach it before sampling") from None
+
+    async def generate(self, prompt: Prompt, sampling: Mapping[str, Any], *, logprobs: bool) -> Completion:
+        """A continuation of `prompt`, text or token ids, with vLLM's sampling parameters."""
+        before = None if self._tells_spans else await self._versions_if_told()
+        choice = await self._choice(prompt, sampling, logprobs)
+        if choice.get("finish_reason") == "abort":
+            raise ReplicaUnreachable(f"{self.url} aborted the request")
+        self._tells_spans = bool(choice.get("weight_versions"))
+        try:
+            spans = tuple(_span(span) for span in choice.get("weight_versions") or ())
+            versions = [span.version for span in spans] or await self._versions_around(before)
+            return Completion(
+                token_ids=tuple(map(int, choice["token_ids"])),
+                text=choice["text"] if isinstance(prompt, str) else None,
+                logprobs=_logprobs(choice["logprobs"]) if logprobs else None,
+                finish_reason=choice["finish_reason"],
+                min_version=min(versions),
+                max_version=max(versions),
+                spans=spans,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplicaUnsuitable(f"{self.url} does not answer as vLLM does: {error!r} in {choice!r:.200}") from None
+
+    async def _versions_if_told(self) -> tuple[int, int] | None:
+        try:
+            return await self.versions()
+        except ReplicaUnsuitable:
+            return None
+
+    async def _versions_around(self, before: tuple[int, int] | None) -> list[int]:
+        """What may have been served since `before` was read: only said of an answer that has just arrived."""
+        after = await self.versions()
+        if before is None:
+            raise ReplicaUnreachable(f"{self.url} did not tell which versions made an answer, and did before")
+        return [*before, *after]
+
+    async def _choice(self, prompt: Prompt, sampling: Mapping[str, Any], logprobs: bool) -> dict[str, Any]:
+        """The one choice of the server's answer."""
+        options = {**sampling, **({"logprobs": 0} if logprobs else {})}  # 0: of the sampled token alone
+        if self._scale_out:
+            try:
+                return await self._generate(prompt, options)
+            except _NoSuchPath:
+                self._scale_out = False
+        body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "return_token_ids": True, **options}
+        return _only_choice(self.url, await self._post("/v1/completions", body, self._timeout))
+
+    async def _generate(self, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+        body: dict[str, Any] = {"token_ids": prompt, "sampling_params": options}
+        if isinstance(prompt, str):
+            tokenized = await self._post("/tokenize", {"prompt": prompt}, self._timeout)
+            body |= {"token_ids": tokenized.get("tokens"), "output_mode": "text"}
+        else:
+            body["token_ids"] = list(prompt)
+        return _only_choice(self.url, await self._post("/inference/v1/generate", body, self._timeout))
+
+    async def _post(self, path: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        answer = await self._send("POST", path, timeout, json=body)
+        try:
+            document = answer.json()
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer as vLLM does: {answer.text:.200}")
+        return document
+
+    async def _send(self, verb: str, path: str, timeout: float, **request: Any) -> httpx.Response:
+        limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S))
+        try:
+            answer = await self._http.request(verb, self.url + path, timeout=limits, **request)
+        except httpx.TimeoutException:
+            raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {timeout:g} s") from None
+        except httpx.RequestError as error:
+            raise ReplicaUnreachable(f"cannot reach {self.url}{path}: {error or type(error).__name__}") from None
+        if answer.status_code == 401:
+            raise ConfigError(f"{self.url} wants another API key: give the sampler its --api-key as api_key")
+        if answer.status_code in (403, 404):  # what was not switched on is forbidden in newer versions
+            raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {answer.text:.200})")
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {answer.text:.200}")
+        if not answer.is_success:
+            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {answer.text:.300}")
+        return answer
+
+
+class _NoSuchPath(ReplicaUnsuitable):
+    """The server does not have it, or it is switched off."""
+
+
+def _only_choice(url: str, answer: dict[str, Any]) -> dict[str, Any]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise ReplicaUnsuitable(f"{url} does not answer with one choice, as vLLM does: {answer!r:.200}")
+    return choices[0]
+
+
+def _span(span: Mapping[str, Any]) -> Span:
+    return Span(int(span["version"]), int(span["start"]), int(span["end"]))
+
+
+def _logprobs(logprobs: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the sampled tokens, in any of the shapes that vLLM's endpoints have for them."""
+    if "token_logprobs" in logprobs:
+        return tuple(map(float, logprobs["token_logprobs"]))
+    return tuple(float(token["logprob"]) for token in logprobs["content"])

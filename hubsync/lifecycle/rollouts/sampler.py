@@ -1,0 +1,387 @@
+"""Rollouts from the replicas of a run: K samples per prompt, each with the versions that made it.
+
+    async with Sampler(["http://10.0.0.7:8000", "http://10.0.0.8:8000"]) as sampler:
+        async for sample in sampler.sample(prompts, 8, max_tokens=512, temperature=1.0):
+            ...
+
+Every sample is one task, which asks one replica after the other until it has one answer, so there is exactly one of
+each, whatever dies: an answer whose request was given up has nobody who waits for it. A replica that failed is asked
+for nothing more until it has shown that it is well; what it was working on is given up when it turns out to be dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import NoneType, TracebackType
+from typing import Any
+
+from hubsync.errors import ConfigError, ReplicaError, ReplicaRefused, ReplicaUnreachable
+from hubsync.replicas.vllm_http import checked_seconds, checked_urls
+
+from .generation import Completion, GenerationClient, Prompt, Span
+from .window import AdaptiveWindow, Load, Window
+
+_BACK_OFF_S = 0.1
+_LONGEST_BACK_OFF_S = 10.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout.
+
+    Attributes:
+        prompt: index of its prompt.
+        k: which of the prompt's samples, 0 to K - 1.
+        token_ids: the sampled tokens.
+        text: what they say; None if the prompt was token ids.
+        logprobs: log-probability of each sampled token; None if not asked for.
+        finish_reason: "stop", "length", ...
+        min_version: no token was sampled under an older version.
+        max_version: no token was sampled under a newer version.
+        spans: which tokens under which version, in order; empty where the replica does not tell.
+        replica: URL of the replica that made it.
+        seconds: from the request that was answered to its answer.
+    """
+
+    prompt: int
+    k: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    logprobs: tuple[float, ...] | None
+    finish_reason: str
+    min_version: int
+    max_version: int
+    spans: tuple[Span, ...]
+    replica: str
+    seconds: float
+
+
+class Sampler:
+    """Samples from all replicas of a run; use it within `async with`.
+
+    Args:
+        replicas: base URLs of the vLLM servers.
+        window: requests that a replica works on at once: a number, or how to adapt it to the replica's load.
+        api_key: the servers' `--api-key`, if they have one.
+        timeout: seconds that one sample may take; then it is given up, and asked for again.
+        attempts: a sample that has failed so many times is an error.
+        patience: seconds without any usable replica that are an error.
+        poll_s: seconds between two looks at a replica that is well.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[str],
+        *,
+        window: int | AdaptiveWindow | None = None,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        attempts: int = 10,
+        patience: float = 60.0,
+        poll_s: float = 1.0,
+    ):
+        urls = checked_urls(replicas)
+        for what, seconds in (("timeout", timeout), ("patience", patience), ("poll_s", poll_s)):
+            checked_seconds(what, seconds)
+        if not isinstance(attempts, int) or attempts < 1:
+            raise ConfigError(f"attempts must be 1 or more, not {attempts!r}")
+        settings = AdaptiveWindow.fixed(window) if isinstance(window, int) else window or AdaptiveWindow()
+        if not isinstance(settings, AdaptiveWindow):
+            raise ConfigError(f"window must be a number of requests or an AdaptiveWindow, not {window!r:.80}")
+        self._attempts = attempts
+        self._patience = patience
+        self._poll_s = poll_s
+        self._replicas = [_Replica(GenerationClient(url, api_key, timeout=timeout), Window(settings)) for url in urls]
+        self._waiting: deque[asyncio.Future[_Replica]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._giving_up: asyncio.TimerHandle | None = None
+        self._open = self._closed = False
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """How many requests each replica, by its URL, may work on at once now."""
+        return {replica.url: replica.window.size for replica in self._replicas}
+
+    async def __aenter__(self) -> Sampler:
+        if self._closed:
+            raise ConfigError("this sampler was closed: make a new one")
+        self._open = True
+        for replica in self._replicas:
+            self._start(self._watch(replica))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give up what is under way, and close all connections."""
+        self._open, self._closed = False, True
+        await _end(list(self._tasks))
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+        for replica in self._replicas:
+            await replica.client.close()
+
+    async def sample(
+        self, prompts: Sequence[Prompt], k: int, *, ordered: bool = False, logprobs: bool = False, **sampling: Any
+    ) -> AsyncIterator[Sample]:
+        """Exactly `k` samples of every prompt. Leaving the loop gives up those that are still to come.
+
+        Args:
+            prompts: texts, or token ids.
+            ordered: in the order of prompts and k, instead of as they are completed.
+            logprobs: also the log-probability of every sampled token.
+            sampling: vLLM's sampling parameters, `max_tokens`, `temperature`, `stop`, ... With a `seed`, every sample
+                has a seed of its own, which follows from it.
+
+        Raises:
+            ReplicaUnreachable: there was no usable replica for `patience` seconds (it says what is wrong with each), or
+                one sample failed `attempts` times.
+            ReplicaRefused: a request is wrong; no replica will take it.
+            ConfigError: the API key or an argument is wrong, or the sampler is not open.
+        """
+        if not self._open:
+            raise ConfigError("the sampler is closed: use it within `async with Sampler(...) as sampler`")
+        _require_request(prompts, k, sampling)
+        tasks = [
+            self._start(self._sample(index, number, prompt, _seeded(sampling, index * k + number), logprobs))
+            for index, prompt in enumerate(prompts)
+            for number in range(k)
+        ]
+        try:
+            async for task in _in_order(tasks) if ordered else _as_completed(tasks):
+                if task.cancelled():
+                    raise ConfigError("the sampler was closed before all samples were there")
+                yield task.result()
+        finally:
+            await _end(tasks)
+
+    # --- one sample
+
+    async def _sample(self, index: int, k: int, prompt: Prompt, sampling: dict[str, Any], logprobs: bool) -> Sample:
+        failures = 0
+        while True:
+            replica = await self._acquire(again=failures > 0)
+            started = time.perf_counter()
+            try:
+                completion = await replica.generate(prompt, sampling, logprobs)
+            except ReplicaRefused:
+                raise
+            except ReplicaError as error:
+                failures += 1
+                replica.suspect(error)
+                if failures == self._attempts:
+                    raise ReplicaUnreachable(
+                        f"sample {k} of prompt {index} failed {failures} times, at last so: {error}"
+                    ) from error
+                continue
+            finally:
+                self._release(replica)
+            replica.failures = 0
+            return Sample(index, k, **vars(completion), replica=replica.url, seconds=time.perf_counter() - started)
+
+    async def _acquire(self, *, again: bool) -> _Replica:
+        """Room at the replica with the smallest share of its window in use, once there is any; first come, first
+        served, but for samples that have waited before."""
+        turn: asyncio.Future[_Replica] = asyncio.get_running_loop().create_future()
+        self._waiting.appendleft(turn) if again else self._waiting.append(turn)
+        self._assign()
+        self._watch_patience()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._release(turn.result())
+            raise
+
+    def _release(self, replica: _Replica) -> None:
+        replica.outstanding -= 1
+        self._assign()
+
+    def _assign(self) -> None:
+        while self._waiting:
+            if self._waiting[0].done():  # cancelled
+                self._waiting.popleft()
+                continue
+            free = [replica for replica in self._replicas if replica.has_room]
+            if not free:
+                return
+            least = min(replica.share for replica in free)
+            replica = random.choice([replica for replica in free if replica.share == least])
+            replica.outstanding += 1
+            replica.window.use(replica.outstanding)
+            self._waiting.popleft().set_result(replica)
+
+    # --- whether replicas are well
+
+    async def _watch(self, replica: _Replica) -> None:
+        """Look at a replica from time to time, at once when it is under suspicion, and less often while it is dead."""
+        while True:
+            try:
+                await replica.look()
+            except Exception as error:  # also what nobody foresaw: who is not watched would never be used again
+                replica.die(error)
+            else:
+                replica.live()
+                self._assign()
+            self._watch_patience()
+            await replica.wait(self._poll_s)
+
+    def _watch_patience(self) -> None:
+        if any(replica.usable for replica in self._replicas):
+            if self._giving_up is not None:
+                self._giving_up.cancel()
+            self._giving_up = None
+        elif self._giving_up is None:
+            self._giving_up = asyncio.get_running_loop().call_later(self._patience, self._give_up)
+
+    def _give_up(self) -> None:
+        self._giving_up = None
+        if any(replica.usable for replica in self._replicas):
+            return
+        reasons = "; ".join(str(replica.error or f"{replica.url} has not answered yet") for replica in self._replicas)
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(
+                    ReplicaUnreachable(f"no replica has been usable for {self._patience:g} s: {reasons}")
+                )
+
+    def _start(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Replica:
+    """A replica, and what is known of it.
+
+    Attributes:
+        outstanding: samples that have been asked of it.
+        usable: may it be asked for more?
+        error: what it failed with last.
+        failures: since it last made a sample.
+    """
+
+    def __init__(self, client: GenerationClient, window: Window):
+        self.client = client
+        self.url = client.url
+        self.window = window
+        self.outstanding = 0
+        self.usable = False
+        self.error: Exception | None = None
+        self.failures = 0
+        self._dead = asyncio.Event()
+        self._due = asyncio.Event()
+
+    @property
+    def has_room(self) -> bool:
+        return self.usable and self.outstanding < self.window.size
+
+    @property
+    def share(self) -> float:
+        return self.outstanding / self.window.size
+
+    async def generate(self, prompt: Prompt, sampling: dict[str, Any], logprobs: bool) -> Completion:
+        """Its answer; ReplicaUnreachable as soon as it is known to be dead."""
+        answer = asyncio.ensure_future(self.client.generate(prompt, sampling, logprobs=logprobs))
+        death = asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait({answer, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ReplicaUnreachable(f"{self.url} died: {self.error}")
+            return answer.result()
+        finally:
+            await _end([answer, death])
+
+    async def look(self) -> None:
+        """ReplicaUnreachable if it is not well. Where its window adapts, it does so now."""
+        if self.window.adapts:
+            self.window.observe(Load.parse(await self.client.metrics()))
+        await self.client.check_health()
+
+    def suspect(self, error: Exception) -> None:
+        """It failed once: it gets nothing more to do before it has been looked at."""
+        if self.usable:
+            self.usable, self.error = False, error
+            self.failures += 1
+            self._due.set()
+
+    def die(self, error: Exception) -> None:
+        """What it works on is given up."""
+        self.usable, self.error = False, error
+        self.failures += 1
+        self._dead.set()
+
+    def live(self) -> None:
+        self.usable = True
+        self._dead.clear()
+
+    async def wait(self, poll_s: float) -> None:
+        """Until it should be looked at again: the more often it has failed in a row, the later."""
+        if self.usable:
+            # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes with the event.
+            timer = asyncio.get_running_loop().call_later(poll_s, self._due.set)
+            try:
+                await self._due.wait()
+            finally:
+                timer.cancel()
+        self._due.clear()
+        if not self.usable and self.failures > 1:
+            await asyncio.sleep(min(_BACK_OFF_S * 2.0 ** min(self.failures - 2, 30), _LONGEST_BACK_OFF_S))
+
+
+def _require_request(prompts: Sequence[Prompt], k: int, sampling: dict[str, Any]) -> None:
+    if isinstance(prompts, (str, bytes)):
+        raise ConfigError("prompts must be a list of them: each is a text, or token ids")
+    for prompt in prompts:
+        if not _is_prompt(prompt):
+            raise ConfigError(f"a prompt is a text, or a list of token ids, not {prompt!r:.80}")
+    if not isinstance(k, int) or k < 0:
+        raise ConfigError(f"k must be a number of samples of each prompt, not {k!r:.80}")
+    ours = {"n", "stream"} & sampling.keys()
+    if ours:
+        raise ConfigError(
+            f"{' and '.join(sorted(ours))} cannot be chosen: every sample is a request of its own, k of them"
+        )
+    if not isinstance(sampling.get("seed"), (int, NoneType)):
+        raise ConfigError(f"seed must be a whole number, not {sampling['seed']!r:.80}")
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt)
+
+
+def _seeded(sampling: dict[str, Any], offset: int) -> dict[str, Any]:
+    """Samples with the same seed would be the same sample."""
+    return sampling if sampling.get("seed") is None else {**sampling, "seed": sampling["seed"] + offset}
+
+
+async def _in_order(tasks: Sequence[asyncio.Task[Sample]]) -> AsyncIterator[asyncio.Task[Sample]]:
+    for task in tasks:
+        await asyncio.wait({task})
+        yield task
+
+
+async def _as_completed(tasks: Sequence[asyncio.Task[Sample]]) -> AsyncIterator[asyncio.Task[Sample]]:
+    completed: asyncio.Queue[asyncio.Task[Sample]] = asyncio.Queue()
+    for task in tasks:
+        task.add_done_callback(completed.put_nowait)
+    for _ in tasks:
+        yield await completed.get()
+
+
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,510 @@
+"""Exact detection without a copy of the model: old weights are still there just before their own update.
+
+Where the step is torch's fused AdamW on a CPU, old and new weights are compared while they are updated (`fused`). Any
+other optimizer is stepped a few parameters at a time: each time their published view is remembered, and compared after
+the update; what is remembered is then forgotten. Changes of several steps add up; those that come back disappear. So
+only changes are held, and at most the memory for one bucket of parameters, or the largest one.
+
+What is written to weights at other times than in a step is not seen as it happens. Three things give it away: torch's
+version counters of tensors, tensors that have been replaced, and a digest of all live weights, recomputed now and then,
+that must be the one that the changes lead to. The answer to each is a new start: `digest` is that of the live weights
+from then on, and whoever publishes sees that it is not the run's, and uploads the whole model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from hubsync.errors import ChainError, ConfigError
+from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.table import TensorTable
+from hubsync.kernels import rounding
+from hubsync.kernels.adamw import Found
+from hubsync.kernels.bits import TORCH_DTYPES, bits_of
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.view.shards import local_part
+from hubsync.publish.view.strided import Excerpt, Stretch, row_of, whole_of
+
+from .snapshot import Change, Detected, Detector, Snapshot, _changes, by_tensor, integers, require_same_table
+from .stepping import BUCKET, SlicedSteps, unwrapped, why_not
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def choose_detector(tensors: Tensors, table: TensorTable, optimizer: Any, config: SyncConfig) -> Detector:
+    """The detector that `config.detector` asks for; with "auto" the sliced one wherever it is exact.
+
+    ConfigError if "sliced" is asked for and is not.
+    """
+    if config.detector == "snapshot" or (config.detector == "auto" and config.encoding == "compact"):
+        return Snapshot(tensors, table, config.snapshot_device)
+    reason = why_not_sliced(tensors, optimizer)
+    if reason is None:
+        if config.encoding == "auto":
+            logger.info("encoding=auto: fast, because no copy of the weights is kept (detector=%r)", config.detector)
+        return Sliced(tensors, table, unwrapped(optimizer), config.audit_every)
+    if config.detector == "sliced":
+        raise ConfigError(f"detector='sliced' cannot be exact here: {reason}. Use detector='snapshot'")
+    if optimizer is not None:
+        logger.info("a copy of the published weights is kept to find changes against: %s", reason)
+    return Snapshot(tensors, table, config.snapshot_device)
+
+
+def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
+    """Why changes of these live tensors cannot be found in the steps of this optimizer; None if they can."""
+    if optimizer is None:
+        return "there is no optimizer whose steps could be looked at"
+    reason = why_not(optimizer)
+    if reason is not None:
+        return reason
+    held = {id(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]}
+    if not any(id(whole_of(tensor)) in held for tensor in tensors.values()):
+        return "the optimizer holds none of the model's parameters"
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Excerpt) and not tensor.place.is_contiguous:
+            return f"{name} lies scattered in the parameter that the optimizer updates"
+        if tensor.requires_grad and id(whole_of(tensor)) not in held:
+            return f"the optimizer does not hold {name}, which is trained: another one may step it"
+    return _overlap(tensors)
+
+
+class Sliced:
+    """Finds what optimizer steps change, as they happen. Holds changes, buffers, and for each tensor where it was.
+
+    Args:
+        tensors: the live tensors, from `published_tensors`.
+        table: their table.
+        optimizer: the torch optimizer of which `why_not_sliced` says nothing; its `step` is replaced until `close`.
+        audit_every: recompute the digest of all live weights at each so many detections; 0 for the first one and
+            `audit` only.
+        bucket: elements stepped together.
+    """
+
+    holds_old = False  # no weights to encode compact deltas against
+    digest: Digest
+    _submitted: dict[int, Change]  # by the last detection
+    _pending: _Pending  # since then, in the elements of live tensors
+    _number: dict[int, int]  # id of a live tensor -> its number, which is the index of the first that lies in it
+    _lying: dict[int, Stretch]  # number of a live tensor -> the published ones that lie in it
+    _buffers: Snapshot
+    _moved_buffers: Detected
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        table: TensorTable,
+        optimizer: torch.optim.Optimizer,
+        audit_every: int = 0,
+        bucket: int = BUCKET,
+    ):
+        self.table = table
+        self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
+        self._audit_every = audit_every
+        self._detections = 0
+        self._weights = threading.RLock()  # held while a step moves weights, and while weights are looked at
+        self._room = torch.empty(0, dtype=torch.bfloat16, device="cpu")
+        self._suspicion: str | None = None
+        self._stepping = False
+        self._lost = _LostUpdates()
+        self._live = [tensors[spec.name] for spec in table]
+        self._begin()
+        self._steps = SlicedSteps(optimizer, self, bucket)
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    # --- what publishers call -----------------------------------------------------------------------
+
+    def follow(self, tensors: Tensors) -> None:
+        """Look at these live tensors from now on. ConfigError unless they are of the same table."""
+        require_same_table(self.table, tensors)
+        with self._weights:
+            live = [tensors[spec.name] for spec in self.table]
+            moved = [
+                spec.name
+                for spec, tensor, place in zip(self.table, live, self._places, strict=True)
+                if _place(whole_of(tensor)) != place
+            ]
+            if moved:
+                self._suspect(f"{moved[0]} was replaced")
+                self._live = live
+                self._look_at_live()
+
+    def detect(self) -> Detected:
+        """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
+        with self._weights:
+            submitted, pending = _composed(self._submitted, self._by_tensor(self._pending.collect())), _Pending()
+            # No call between these two: a KeyboardInterrupt finds both changed, or none.
+            self._submitted, self._pending = submitted, pending
+            self._moved_buffers = self._buffers.detect()
+            index_of = self.table.index_of
+            buffers = {
+                index_of(self._buffers.table[i].name): change for i, change in self._moved_buffers.changes.items()
+            }
+            detected = Detected(self.table, {**self._submitted, **buffers}, self.digest)
+            self._look_for_writes()
+            due = self._detections == 0 or (self._audit_every > 0 and self._detections % self._audit_every == 0)
+            self._detections += 1
+            if not due and self._suspicion is None:
+                return detected
+            if self._is_where_it_should_be(detected.digest):
+                return detected
+            self._begin()
+            return Detected(self.table, {}, self.digest)
+
+    def advance(self, detected: Detected) -> None:
+        """The view that the last `detected` leads to has become durable: changes count from there."""
+        digest = detected.digest
+        with self._weights:
+            self._submitted = {}
+            self._buffers.advance(self._moved_buffers)
+            self.digest = digest
+
+    def audit(self) -> None:
+        """Recompute the digest of the live weights. Begins anew if changes were missed: `digest` is then another."""
+        self._detections = 0
+        self.detect()
+
+    def tensors(self) -> Tensors:
+        """The view of `digest` by name: a clone of the live one with the changes since then undone.
+
+        ChainError if weights were written to outside of the optimizer's steps, so that it is not known.
+        """
+        view = {}
+        with self._weights:
+            later = _composed(self._submitted, self._by_tensor(self._pending.collect()))
+            for index, spec in enumerate(self.table):
+                tensor = self._view(index).clone()
+                if index in later:
+                    _write(tensor, later[index].indices, later[index].old)
+                view[spec.name] = tensor.view(spec.shape)
+            view |= {name: buffer.clone() for name, buffer in self._buffers.tensors().items()}
+            digest = self.digest
+        if _digest_of(self.table, view) != digest:
+            self._suspect("the view that was published cannot be told from it")
+            raise ChainError(
+                "weights were written to outside of the optimizer's steps: the view that was published is gone. The "
+                "next publish uploads the whole model"
+            )
+        return view
+
+    def close(self) -> None:
+        """Let the optimizer's step be as it was."""
+        self._hook.remove()
+        self._steps.undo()
+
+    # --- what steps call ----------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._weights:
+            self._look_for_writes()  # those that happened before this step; it changes what counters say
+            self._stepping = True
+            try:
+                yield
+            except BaseException:
+                self._stepping = False
+                self._suspect("a step has failed halfway")
+                raise
+            finally:
+                self._note_versions()
+                self._room = self._room[:0].clone()
+                self._lost.tell()
+
+    @contextmanager
+    def update(self, parameters: list[torch.Tensor]) -> Iterator[None]:
+        """Remember the view of these parameters, and find what has become of it."""
+        watched = [(self._number[id(p)], p) for p in parameters if p.grad is not None and id(p) in self._number]
+        old = self._remembered(watched)
+        try:
+            yield
+        finally:
+            for (number, parameter), before in zip(watched, old, strict=True):
+                change = _changes_since(before, parameter, self._dtypes[number])
+                self._lost.count(parameter, change)
+                self._pending.add(number, change)
+
+    def wants(self, parameter: torch.Tensor) -> bool:
+        number = self._number.get(id(parameter))
+        return number is not None and self._dtypes[number] == torch.bfloat16
+
+    def found(self, parameter: torch.Tensor, found: Found) -> None:
+        number = self._number[id(parameter)]
+        self._pending.add(number, Change(found.indices, found.old, found.new))
+        if found.unclear:
+            self._pending.add(number, _changes_of_unclear(found, parameter))
+
+    def missed(self, parameter: torch.Tensor) -> None:
+        if id(parameter) in self._number:
+            self._suspect("a fused optimizer has updated parameters in a way that was not seen")
+
+    def _after_step(self, *_: Any) -> None:
+        if not self._stepping:
+            self._suspect("the optimizer was stepped by a function that it had before")
+        self._stepping = False
+
+    def _remembered(self, watched: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        needed = sum(parameter.numel() for _, parameter in watched)
+        if len(self._room) < needed:
+            self._room = torch.empty(needed, dtype=torch.bfloat16, device="cpu")
+        old, start = [], 0
+        for number, parameter in watched:
+            stop = start + parameter.numel()
+            old.append(_remember(parameter, self._dtypes[number], self._room[start:stop]))
+            start = stop
+        return old
+
+    # --- writes at other times ----------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Count changes from the live weights on."""
+        self._submitted = {}
+        self._pending = _Pending()
+        self._look_at_live()
+        buffers = {
+            spec.name: tensor
+            for spec, tensor in zip(self.table, self._live, strict=True)
+            if not isinstance(whole_of(tensor), torch.nn.Parameter)
+        }
+        # No optimizer moves buffers, and they are small: these are compared with a copy.
+        self._buffers = Snapshot(buffers, TensorTable([spec for spec in self.table if spec.name in buffers]))
+        self._moved_buffers = self._buffers.detect()
+        self.digest = self._live_digest()
+        self._suspicion = None
+
+    def _look_at_live(self) -> None:
+        self._wholes = [whole_of(tensor) for tensor in self._live]
+        self._places = [_place(tensor) for tensor in self._wholes]
+        self._note_versions()
+        self._number = {}
+        lying: dict[int, list[tuple[int, int, int]]] = {}
+        for index, (spec, tensor) in enumerate(zip(self.table, self._live, strict=True)):
+            number = self._number.setdefault(id(whole_of(tensor)), index)
+            _, start = row_of(tensor)
+            lying.setdefault(number, []).append((index, start, start + spec.numel))
+        self._lying = {number: Stretch.of(parts) for number, parts in lying.items()}
+
+    def _note_versions(self) -> None:
+        self._versions = [_version(tensor) for tensor in self._wholes]
+
+    def _by_tensor(self, changes: dict[int, Change]) -> dict[int, Change]:
+        """Changes of live tensors, by number, as changes of the published tensors that lie in them."""
+        found: dict[int, Change] = {}
+        for number, change in changes.items():
+            found |= by_tensor(self._lying[number], change)
+        return found
+
+    def _look_for_writes(self) -> None:
+        for spec, tensor, version in zip(self.table, self._wholes, self._versions, strict=True):
+            if version != _version(tensor) and isinstance(tensor, torch.nn.Parameter):
+                self._suspect(f"{spec.name} was written to")
+                return
+
+    def _suspect(self, reason: str) -> None:
+        self._suspicion = self._suspicion or reason
+
+    def _is_where_it_should_be(self, expected: Digest) -> bool:
+        if self._live_digest() == expected:
+            self._note_versions()
+            self._suspicion = None
+            return True
+        self._suspect("their digest says so")  # also where the new start is interrupted
+        logger.warning(
+            "weights were written to outside of the optimizer's steps (%s), where changes are not seen: uploading the "
+            "whole model. If this is how the training works, use detector='snapshot'",
+            self._suspicion,
+        )
+        return False
+
+    def _live_digest(self) -> Digest:
+        digest = Digest()
+        for index, spec in enumerate(self.table):
+            digest += digest_torch(tensor_seed(spec.name), integers(self._view(index)))
+        return digest
+
+    def _view(self, index: int) -> torch.Tensor:
+        return _view(self._live[index], self._dtypes[index])
+
+
+class _Pending:
+    """Changes of several steps, by number. Lists of like sizes are merged, so that no change is merged often."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[Change]] = {}
+
+    def add(self, number: int, change: Change) -> None:
+        if len(change.indices) == 0:
+            return
+        parts = self._parts.setdefault(number, [])
+        parts.append(change)
+        while len(parts) > 1 and len(parts[-2].indices) < 2 * len(parts[-1].indices):
+            later, earlier = parts.pop(), parts.pop()
+            parts.append(compose(earlier, later))
+
+    def collect(self) -> dict[int, Change]:
+        """All of it as one change for each tensor; no empty ones."""
+        whole = {}
+        for index, parts in self._parts.items():
+            change = parts[-1]
+            for earlier in reversed(parts[:-1]):
+                change = compose(earlier, change)
+            if len(change.indices):
+                whole[index] = change
+        return whole
+
+
+class _LostUpdates:
+    """Says once how much of the first step a parameter's own dtype was too coarse for."""
+
+    def __init__(self) -> None:
+        self._asked = self._moved = 0
+        self._told = False
+
+    def count(self, parameter: torch.Tensor, change: Change) -> None:
+        if self._told or parameter.element_size() > 2 or change.new.itemsize != parameter.element_size():
+            return
+        if parameter.grad is not None and not parameter.grad.is_sparse:
+            self._asked += int(torch.count_nonzero(parameter.grad))
+            self._moved += len(change.indices)
+
+    def tell(self) -> None:
+        if self._told or self._moved == 0:  # a skipped step, or a learning rate that begins at zero
+            return
+        self._told = True
+        lost = 1 - self._moved / max(self._asked, self._moved)
+        logger.warning(
+            "the first step has left %.1f %% of the parameters as they were although they have a gradient: their "
+            "updates are smaller than half a unit in the last place, and lost",
+            100 * lost,
+        )
+
+
+def compose(first: Change, second: Change) -> Change:
+    """The change that does what `first` and then `second` do; elements that come back disappear."""
+    size = len(first.indices) + len(second.indices)
+    indices, old, new = np.empty(size, np.int64), np.empty(size, first.old.dtype), np.empty(size, first.new.dtype)
+    n = _merge(first.indices, first.old, first.new, second.indices, second.old, second.new, indices, old, new)
+    return Change(indices[:n].copy(), old[:n].copy(), new[:n].copy())
+
+
+@njit(nogil=True, cache=True)
+def _merge(
+    indices_a: np.ndarray,
+    old_a: np.ndarray,
+    new_a: np.ndarray,
+    indices_b: np.ndarray,
+    old_b: np.ndarray,
+    new_b: np.ndarray,
+    indices: np.ndarray,
+    old: np.ndarray,
+    new: np.ndarray,
+) -> int:
+    """Merge two ascending lists: old patterns of the first, new ones of the second. Returns how many were written."""
+    a, b, n = 0, 0, 0
+    while a < len(indices_a) or b < len(indices_b):
+        if b == len(indices_b) or (a < len(indices_a) and indices_a[a] < indices_b[b]):
+            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_a[a]
+            a += 1
+        elif a == len(indices_a) or indices_b[b] < indices_a[a]:
+            indices[n], old[n], new[n] = indices_b[b], old_b[b], new_b[b]
+            b += 1
+        else:
+            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_b[b]
+            a += 1
+            b += 1
+        n += old[n] != new[n]
+    return n
+
+
+def _composed(first: dict[int, Change], second: dict[int, Change]) -> dict[int, Change]:
+    out = {**first, **second}
+    for index in first.keys() & second.keys():
+        out[index] = compose(first[index], second[index])
+    return {index: change for index, change in out.items() if len(change.indices)}
+
+
+def _view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The published view of a live tensor, flat; it may share the live tensor's memory."""
+    return local_part(tensor).to(dtype).contiguous().view(-1)
+
+
+def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -> torch.Tensor:
+    """A copy of the published view, flat; in `room` (bfloat16[numel], on the CPU) where it fits."""
+    if _is_rounded_here(parameter, dtype) and rounding.round_into(bits_of(room), bits_of(parameter)):
+        return room
+    if dtype == room.dtype and parameter.device == room.device:
+        return room.copy_(_view(parameter, dtype))  # cast in its shape: torch rounds a NaN otherwise in another
+    return parameter.detach().to(dtype, copy=True).contiguous().view(-1)
+
+
+def _changes_since(old: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtype) -> Change:
+    if _is_rounded_here(parameter, dtype):
+        found = rounding.changes(bits_of(parameter), bits_of(old))
+        if found is not None:
+            indices, new = found
+            return Change(indices, bits_of(old)[indices], new)
+    return _changes(old, _view(parameter, dtype))
+
+
+def _changes_of_unclear(found: Found, parameter: torch.Tensor) -> Change:
+    """Those of blocks with a NaN: torch casts the parameter as it is, and as it was in these blocks."""
+    was = parameter.detach().clone()
+    for start, old in found.unclear:
+        was.view(-1)[start : start + len(old)] = torch.from_numpy(old.view(np.int16)).view(torch.bfloat16)
+    return _changes(_view(was, torch.bfloat16), _view(parameter, torch.bfloat16))
+
+
+def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether our own kernels know this cast; torch does all others."""
+    on_cpu = parameter.device.type == "cpu" and parameter.is_contiguous()
+    return on_cpu and parameter.dtype == torch.float32 and dtype == torch.bfloat16
+
+
+def _write(flat: torch.Tensor, indices: np.ndarray, patterns: np.ndarray) -> None:
+    held = integers(flat)
+    values = torch.from_numpy(patterns.view(f"{'u' if patterns.itemsize == 1 else 'i'}{patterns.itemsize}"))
+    held[torch.from_numpy(indices).to(flat.device)] = values.to(flat.device)
+
+
+def _digest_of(table: TensorTable, view: Tensors) -> Digest:
+    digest = Digest()
+    for spec in table:
+        digest += digest_torch(tensor_seed(spec.name), integers(view[spec.name].view(-1)))
+    return digest
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """What another tensor in its place would have otherwise."""
+    return id(tensor), tensor.data_ptr(), tensor.dtype
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often torch has seen it written to; not by fused optimizers, and not through `.data`."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _overlap(tensors: Tensors) -> str | None:
+    """Two tensors that share memory: the update of one would be seen as one of that tensor only."""
+    extents = sorted(_extents(tensors.items()))
+    for (_, end, name), (start, _, other) in itertools.pairwise(extents):
+        if start < end:
+            return f"{name} and {other} share memory without being one parameter"
+    return None
+
+
+def _extents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, int, str]]:
+    for name, held in tensors:
+        tensor = local_part(held)
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            yield start, start + (last + 1) * tensor.element_size(), name

@@ -1,0 +1,171 @@
+"""A PEFT model's adapter as what is published: its tensors and its config, and what would make it unusable.
+
+The base model is frozen and the servers have it, so a version is the adapter alone. It is never merged into the base:
+that changes nearly every weight of it in every step, and rounds, so that adding and taking away again drifts.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from hubsync.errors import ConfigError, RunMismatch
+from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.manifest import ADAPTER_FIELDS, Adapter
+
+from .deepspeed import is_partitioned
+
+_MERGED = (
+    "the adapter is merged into the base model: that changes nearly every weight of it in every step, and rounding "
+    "makes it drift. hubsync publishes the adapter itself: call unmerge_adapter() before, and keep the PEFT model"
+)
+
+# Settings with which an adapter is more, or something else, than what vLLM adds to a layer.
+_UNSERVABLE = {
+    "use_dora": "DoRA scales the columns of the base",
+    "lora_bias": "it has biases of its own",
+    "modules_to_save": "these modules are trained whole",
+    "trainable_token_indices": "it trains embeddings of tokens",
+    "target_parameters": "it adapts parameters that are no layers",
+    "alora_invocation_tokens": "it is only active after certain tokens",
+    "layer_replication": "it repeats layers of the base",
+    "use_qalora": "it pools the inputs of layers",
+    "use_bdlora": "its matrices are block-diagonal",
+}
+# Initialisations that leave the base model as it is.
+_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+# Settings that change what the same tensors compute.
+_MEANING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Is it a PEFT model?"""
+    return hasattr(model, "peft_config")
+
+
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name in `adapter_model.safetensors` -> live parameter of the active adapter, in the model's order.
+
+    ConfigError for an adapter that vLLM cannot load, that is merged into the base, or is not all that is trained.
+    """
+    name, config = _active(model)
+    _require_servable(config)
+    from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or any(layer.merged for layer in layers):
+        raise ConfigError(_MERGED)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), adapter_name=name, save_embedding_layers=False
+    )
+    _require_all_that_is_trained(model, found.values())
+    return found
+
+
+def adapter_config(model: torch.nn.Module) -> dict[str, Any]:
+    """What the adapter's `adapter_config.json` says, as far as it matters to who loads it."""
+    _, config = _active(model)
+    said = {**config.to_dict(), "inference_mode": True}
+    return {key: _plain(said[key]) for key in ADAPTER_FIELDS if said.get(key) is not None}
+
+
+def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
+    """Digest of the frozen model's tensors, cast to `dtype`, by their names without the adapter.
+
+    None where this process does not hold them whole, or they are quantised.
+    """
+    digest, base = Digest(), _base_model(model)
+    for name, tensor in base.named_parameters():
+        if _is_adapters(name):
+            continue
+        elsewhere = hasattr(tensor, "to_local") or is_partitioned(tensor) or tensor.is_meta
+        if elsewhere or not tensor.is_floating_point():
+            return None
+        bits = tensor.detach().to(dtype).contiguous().view(-1).view(_INTEGERS[dtype.itemsize])
+        digest += digest_torch(tensor_seed(name.replace(".base_layer", "")), bits)
+    return digest.hex
+
+
+def require_same_adapter(run: Adapter | None, own: Adapter | None) -> None:
+    """RunMismatch unless the tensors of a run and of the model in training mean the same."""
+    if (run is None) != (own is None):
+        raise RunMismatch(
+            f"the run in the bucket publishes {'a whole model' if run is None else 'an adapter'}, and this trainer "
+            f"{'a whole model' if own is None else 'an adapter'}: choose another prefix for a new run"
+        )
+    if run is None or own is None:
+        return
+    for key in _MEANING:
+        if (run.config.get(key) or None) != (own.config.get(key) or None):
+            raise RunMismatch(
+                f"the run's adapter has {key}={run.config.get(key)!r}, this one {own.config.get(key)!r}: choose "
+                "another prefix for a new run"
+            )
+    if None not in (run.base_digest, own.base_digest) and run.base_digest != own.base_digest:
+        raise RunMismatch(
+            f"the run's adapter was trained on other weights ({run.base.model or 'a base without a name'}) than those "
+            "of this model: load that base, or choose another prefix for a new run"
+        )
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def _active(model: Any) -> tuple[str, Any]:
+    """Name and config of the one active adapter."""
+    active = getattr(model, "active_adapters", None)
+    names = list(active() if callable(active) else active or ())
+    if len(names) != 1 or names[0] not in model.peft_config:
+        raise ConfigError(
+            f"this PEFT model has the active adapters {names}, and exactly one is published: "
+            "activate it with set_adapter"
+        )
+    return names[0], model.peft_config[names[0]]
+
+
+def _require_servable(config: Any) -> None:
+    kind = str(_plain(config.peft_type))
+    if kind != "LORA":
+        raise ConfigError(f"vLLM loads LoRA adapters, not PEFT's {kind}: train a LoraConfig, or all parameters")
+    if config.bias != "none":
+        raise ConfigError(f"vLLM loads no adapter with bias={config.bias!r}: train with LoraConfig(bias='none')")
+    for setting, why in _UNSERVABLE.items():
+        if getattr(config, setting, None):
+            raise ConfigError(f"vLLM cannot load an adapter with {setting}, because {why}: train a LoraConfig without")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower() not in _INITIALISATIONS:
+        raise ConfigError(
+            f"init_lora_weights={start!r} changes the base model, which servers load as it is: leave it True, or use "
+            f"one of {', '.join(_INITIALISATIONS)}"
+        )
+
+
+def _require_all_that_is_trained(model: torch.nn.Module, adapter: Iterable[torch.Tensor]) -> None:
+    published = {id(tensor) for tensor in adapter}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in published:
+            raise ConfigError(
+                f"{name} is trained, but is no part of the adapter that is published: freeze it, or train all "
+                "parameters without PEFT"
+            )
+
+
+def _base_model(model: Any) -> torch.nn.Module:
+    base: torch.nn.Module = model.get_base_model()
+    return base
+
+
+def _is_adapters(name: str) -> bool:
+    return any(segment.startswith("lora_") for segment in name.split("."))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value

@@ -1,0 +1,393 @@
+"""Push: bringing many inference servers to a version side by side, so that a dead or slow one holds up nobody.
+
+Each server has one thread, which alone stages and commits there. A hot-load is a job on each of these threads: stage,
+wait until all servers, or a quorum of them, have staged, then commit. A server that comes too late for that goes on by
+itself, and commits when it is ready, unless another version has been asked for meanwhile: then it goes there directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
+from hubsync.format.manifest import Position
+
+from .replica import CommitReport, Replica, ReplicaStatus
+from .vllm_http import VLLMServer, checked_seconds, checked_urls
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LOOK_S = 10.0  # for a status: who does not answer in this time is reported as unreachable
+_RETRY_S = 0.5
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """One server of a deployment.
+
+    Attributes:
+        url: of the server.
+        state: what its workers say (see `hubsync_status`); "unreachable" or "unsuitable" if they say nothing.
+        position: what it serves; None while unknown.
+        lag: versions from there to the one asked for last, negative on the way back; None while unknown.
+        error: what keeps it from that version, or None.
+        commit: its commit in this hot-load, or None.
+    """
+
+    url: str
+    state: str
+    position: Position | None
+    lag: int | None
+    error: HubsyncError | None
+    commit: CommitReport | None = None
+
+    @property
+    def version(self) -> int | None:
+        return None if self.position is None else self.position.version
+
+
+@dataclass(frozen=True)
+class HotloadReport:
+    """One hot-load of a deployment.
+
+    Attributes:
+        position: what was asked for.
+        needed: how many servers had to commit it.
+        replicas: a report for each server, in the order of the deployment's.
+        hotload_s: seconds from the call until it returned.
+    """
+
+    position: Position
+    needed: int
+    replicas: tuple[ReplicaReport, ...]
+    hotload_s: float
+
+    @property
+    def commits(self) -> tuple[CommitReport, ...]:
+        """Of the servers that serve the position now, in the deployment's order."""
+        return tuple(replica.commit for replica in self.replicas if replica.commit is not None)
+
+    def raise_for_quorum(self) -> None:
+        """Raise the first server's error if fewer than the needed servers have committed."""
+        if len(self.commits) < self.needed:
+            raise next(replica.error for replica in self.replicas if replica.error is not None)
+
+
+class Deployment:
+    """The servers that a publisher pushes to. Nothing is sent before the first call.
+
+    The servers keep all state, so a deployment made anew by a restarted trainer goes on with servers as they are.
+
+    Args:
+        servers: base URLs, for example `http://10.0.0.7:8000`.
+        kv_cache: see [`Replica`].
+        api_key: the servers' `--api-key`, if they have one.
+        quorum: how many servers have to have a version staged before it is committed; 0 for all.
+        request_timeout: seconds a server may take to answer one request.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        *,
+        kv_cache: str = "recompute",
+        api_key: str | None = None,
+        quorum: int = 0,
+        request_timeout: float = 120.0,
+    ):
+        checked_seconds("request_timeout", request_timeout)
+        urls = checked_urls(servers)
+        self._members = [_Member(url, kv_cache, api_key, request_timeout) for url in urls]
+        self._quorum = quorum
+        self._request_timeout = request_timeout
+        self._is_closed = False
+        self._target: Position | None = None
+        self._needed(quorum)
+
+    def signal(self, position: Position) -> None:
+        """Have all servers stage `position`, and return at once. What fails here is found again by `hotload`."""
+        self._require_open()
+        self._target = position
+        for member in self._members:
+            member.wanted = position
+            member.thread.submit(member.stage, position)
+
+    def hotload(self, position: Position, quorum: int | None = None, timeout: float = 600.0) -> HotloadReport:
+        """Commit `position`, newer or older than what is served, once all servers or a quorum have staged it.
+
+        Args:
+            quorum: instead of the deployment's; 0 for all.
+            timeout: seconds that servers have for staging. Those that are ready then commit without the others.
+
+        Raises nothing for what servers do: see the report, and its `raise_for_quorum`.
+        """
+        self._require_open()
+        checked_seconds("timeout", timeout, zero=True)
+        started, needed = time.perf_counter(), self._needed(self._quorum if quorum is None else quorum)
+        self._target = position
+        turn = _Turn(position, len(self._members))
+        try:
+            for member in self._members:
+                member.wanted = position
+                member.thread.submit(member.bring, turn, timeout)
+            turn.conduct(needed, timeout, self._request_timeout)
+        finally:  # also when interrupted: nobody may wait for ever
+            turn.let_go()
+        reports = tuple(self._outcome(member, turn, timeout) for member in self._members)
+        for member, report in zip(self._members, reports, strict=True):
+            member.mention(report.error)
+        return HotloadReport(position, needed, reports, time.perf_counter() - started)
+
+    def status(self) -> tuple[ReplicaReport, ...]:
+        """What each server says now."""
+        self._require_open()
+        return self._each(self._look)
+
+    def wait_ready(self, timeout: float = 600.0) -> tuple[ReplicaReport, ...]:
+        """Return once all servers, or a quorum, are up and know where they are in the run.
+
+        Raises the first server's error if there are too few after `timeout` seconds, or too many are unsuitable.
+        """
+        self._require_open()
+        deadline = time.monotonic() + checked_seconds("timeout", timeout, zero=True)
+        errors = self._each(lambda member: _error_of(lambda: member.meet(deadline)))
+        self._raise_unless_enough(errors)
+        return self.status()
+
+    def warm_up(self, retries: int = 10) -> None:
+        """Have each server generate one token, so that the first request does not pay for what comes first.
+
+        Raises the first server's error if all its tries fail and fewer servers than the quorum are warm.
+        """
+        self._require_open()
+        errors = self._each(lambda member: _error_of(lambda: _retried(member.replica.server.generate_a_token, retries)))
+        self._raise_unless_enough(errors)
+
+    def close(self, leave_serving: bool = True) -> None:
+        """Let go of the servers. They serve on; with `leave_serving=False` they are paused, until `/resume`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for member in self._members:
+            member.wanted = None
+        if not leave_serving:
+            for error in self._each(lambda member: _error_of(member.replica.server.pause)):
+                if error is not None:
+                    logger.warning("not paused: %s", error)
+        for member in self._members:
+            member.close()
+
+    # --- details ------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this deployment is closed: make a new one, it finds the servers as they are")
+
+    def _needed(self, quorum: int) -> int:
+        if not isinstance(quorum, int) or not 0 <= quorum <= len(self._members):
+            raise ConfigError(f"quorum must be 0 (all) or at most the {len(self._members)} servers, not {quorum}")
+        return quorum or len(self._members)
+
+    def _each(self, act: Callable[[_Member], T]) -> tuple[T, ...]:
+        with ThreadPoolExecutor(len(self._members), thread_name_prefix="hubsync-deployment") as threads:
+            return tuple(threads.map(act, self._members))
+
+    def _raise_unless_enough(self, errors: Sequence[HubsyncError | None]) -> None:
+        failed = [error for error in errors if error is not None]
+        if failed and len(errors) - len(failed) < self._needed(self._quorum):
+            raise failed[0]
+
+    def _look(self, member: _Member) -> ReplicaReport:
+        try:
+            status = member.watcher.status()
+        except HubsyncError as error:
+            return self._report(member.url, _state_of(error), None, error)
+        return self._report(member.url, status.state, status.position, status.error)
+
+    def _outcome(self, member: _Member, turn: _Turn, timeout: float) -> ReplicaReport:
+        outcome, seen = turn.outcomes.get(member.url), member.seen
+        if isinstance(outcome, CommitReport):
+            return self._report(member.url, "applied", outcome.position, None, outcome)
+        error = outcome or ReplicaBehind(
+            f"{member.url} has not committed {turn.position} yet ({timeout:g} s allowed): it will when it is ready, or "
+            "be taken along with the next version"
+        )
+        state = seen.state if seen is not None else _state_of(error)
+        return self._report(member.url, state, None if seen is None else seen.position, error)
+
+    def _report(
+        self,
+        url: str,
+        state: str,
+        position: Position | None,
+        error: HubsyncError | None,
+        commit: CommitReport | None = None,
+    ) -> ReplicaReport:
+        lag = None if position is None or self._target is None else self._target.version - position.version
+        return ReplicaReport(url, state, position, lag, error, commit)
+
+
+class _Turn:
+    """One hot-load: servers say that they are ready, are let go together, and say how it ended."""
+
+    def __init__(self, position: Position, members: int):
+        self.position = position
+        self.outcomes: dict[str, CommitReport | HubsyncError] = {}  # by URL
+        self._members = members
+        self._ready: set[str] = set()
+        self._going = False
+        self._changed = threading.Condition()
+
+    def conduct(self, needed: int, timeout: float, commit_timeout: float) -> None:
+        """Let the servers go once `needed` are ready, nobody else can be, or the time is up; then wait for these."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_spoken(), timeout)
+            self.let_go()
+            first = set(self._ready)
+            self._changed.wait_for(lambda: first <= self.outcomes.keys(), commit_timeout)
+
+    def let_go(self) -> None:
+        """Have nobody wait for the others any more."""
+        with self._changed:
+            self._going = True
+            self._changed.notify_all()
+
+    def ready(self, url: str) -> None:
+        """Say that `url` is ready, and return when it may commit."""
+        with self._changed:
+            self._ready.add(url)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._going)
+
+    def settle(self, url: str, outcome: CommitReport | HubsyncError) -> None:
+        with self._changed:
+            self.outcomes[url] = outcome
+            self._changed.notify_all()
+
+    def _all_have_spoken(self) -> bool:
+        return len(self._ready | self.outcomes.keys()) == self._members
+
+
+class _Member:
+    """One server of a deployment.
+
+    Attributes:
+        thread: stages and commits, one after the other.
+        wanted: where the server was last asked to go; jobs that lead elsewhere give up.
+        seen: its last status on the way to a version; None if the last try found nobody.
+        watcher: looks at the server beside what `thread` does, and does not wait for long.
+    """
+
+    def __init__(self, url: str, kv_cache: str, api_key: str | None, timeout: float):
+        self.url = url
+        self.replica = Replica(VLLMServer(url, api_key=api_key, timeout=timeout), kv_cache)
+        self.watcher = Replica(VLLMServer(url, api_key=api_key, timeout=min(timeout, _LOOK_S)))
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-replica")
+        self.wanted: Position | None = None
+        self.seen: ReplicaStatus | None = None
+        self._is_known = False
+        self._mentioned: type[HubsyncError] | None = None
+
+    def mention(self, error: HubsyncError | None) -> None:
+        """Log what keeps the server behind, once: it is asked again for every version, and while someone waits."""
+        kind = None if error is None else type(error)
+        if kind is self._mentioned:
+            return
+        self._mentioned = kind
+        if error is None:
+            logger.info("%s follows again", self.url)
+        else:
+            logger.warning("%s is left behind: %s", self.url, error)
+
+    def stage(self, position: Position) -> None:
+        if self.wanted != position:
+            return
+        try:
+            self._know()
+            if self.replica.status().position is None:
+                self.replica.attach()
+            self.replica.stage(position)
+        except HubsyncError as error:
+            logger.debug("not staged yet: %s", error)
+
+    def bring(self, turn: _Turn, timeout: float) -> None:
+        """Stage and commit; whatever happens is an outcome of the turn."""
+        self.seen = None
+        try:
+            outcome: CommitReport | HubsyncError = self._bring(turn, timeout)
+        except HubsyncError as error:
+            outcome = error
+        except Exception as error:  # what nobody foresaw must not leave the others waiting
+            outcome = HubsyncError(f"{self.url}: {type(error).__name__}: {error}")
+            logger.exception("while bringing %s to %s", self.url, turn.position)
+        turn.settle(self.url, outcome)
+
+    def _bring(self, turn: _Turn, timeout: float) -> CommitReport:
+        position = turn.position
+        self._require_wanted(position)
+        self._know()
+        self.replica.prepare(position, timeout, lambda status: self._is_wanted(position, status))
+        turn.ready(self.url)
+        self._require_wanted(position)
+        return self.replica.commit(position)
+
+    def meet(self, deadline: float) -> None:
+        """Return once the server is up and attached; it is asked again until the deadline while it is unreachable."""
+        while True:
+            try:
+                self._know()
+                if self.replica.status().position is None:
+                    self.replica.attach(max(0.0, deadline - time.monotonic()))
+                return
+            except ReplicaUnreachable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_S)
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.replica.server.close()
+        self.watcher.server.close()
+
+    def _know(self) -> None:
+        if not self._is_known:
+            self.replica.check()
+            self._is_known = True
+
+    def _is_wanted(self, position: Position, status: ReplicaStatus) -> bool:
+        self.seen = status
+        return self.wanted == position
+
+    def _require_wanted(self, position: Position) -> None:
+        if self.wanted != position:
+            raise ReplicaBehind(f"{self.url} is wanted at {self.wanted or 'no version'} now, not at {position}")
+
+
+def _state_of(error: HubsyncError) -> str:
+    return "unreachable" if isinstance(error, (ReplicaUnreachable, ReplicaBehind)) else "unsuitable"
+
+
+def _error_of(act: Callable[[], None]) -> HubsyncError | None:
+    try:
+        act()
+    except HubsyncError as error:
+        return error
+    return None
+
+
+def _retried(act: Callable[[], None], retries: int) -> None:
+    for _ in range(retries):
+        try:
+            return act()
+        except HubsyncError as error:
+            logger.debug("trying again: %s", error)
+            time.sleep(_RETRY_S)
+    act()

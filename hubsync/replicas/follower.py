@@ -1,0 +1,158 @@
+"""Pull: one inference server follows a run from beside it, without anybody knowing that it does.
+
+A follower polls the head of the run and brings its server to the version that is to be served. It keeps nothing: it may
+be killed at any moment, be one of several, or work beside a publisher that pushes, because all operations on a server
+are idempotent. It needs no more of the network than the Hub and its server.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hubsync.chain import ChainReader
+from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
+
+from .replica import CommitReport, Replica, ReplicaStatus
+from .vllm_http import checked_seconds
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Followed:
+    """One commit that a follower made.
+
+    Attributes:
+        commit: what was done.
+        lag: versions that the server was behind; negative if it went back.
+        nbytes: bytes that its workers downloaded for it; None if they do not say.
+    """
+
+    commit: CommitReport
+    lag: int
+    nbytes: int | None
+
+
+class Follower:
+    """Brings one server to the served version of a run, again and again.
+
+    Args:
+        open_reader: makes a reader of the run. Called when one is needed, so the run need not exist yet.
+        replica: the server.
+        interval: seconds between two looks at the head. A look costs the Hub two or three requests.
+        stage_timeout: seconds the server may take to find its place in the run, or to stage a version.
+
+    Attributes:
+        on_commit: called by `run` with every commit. To be replaced by who wants to know.
+        on_error: called by `run` with an error, and the seconds until the next try. As above.
+    """
+
+    def __init__(
+        self,
+        open_reader: Callable[[], ChainReader],
+        replica: Replica,
+        *,
+        interval: float = 5.0,
+        stage_timeout: float = 600.0,
+    ):
+        checked_seconds("interval", interval)
+        checked_seconds("stage_timeout", stage_timeout)
+        self._open_reader = open_reader
+        self._replica = replica
+        self._interval = interval
+        self._stage_timeout = stage_timeout
+        self._stop = threading.Event()
+        self._reader: ChainReader | None = None
+        self._is_known = False
+        self.on_commit: Callable[[Followed], None] = lambda followed: None
+        self.on_error: Callable[[HubsyncError, float], None] = lambda error, retry_s: None
+
+    def run(self) -> None:
+        """Follow until `stop` is called. Errors are told and retried, ever more slowly; but a ConfigError is raised."""
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                followed = self.step()
+                pause, failures = self._interval * random.uniform(0.75, 1.25), 0
+            except ConfigError:
+                raise
+            except HubsyncError as error:
+                failures += 1
+                pause = min(_LONGEST_PAUSE_S, self._interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
+                self.on_error(error, pause)
+            else:
+                if followed is not None:
+                    self.on_commit(followed)
+            self._stop.wait(pause)
+
+    def stop(self) -> None:
+        """Have `run` end; what it stages is given up, a commit is finished. May be called from anywhere."""
+        self._stop.set()
+
+    def step(self) -> Followed | None:
+        """Look once, and bring the server to the version that is to be served.
+
+        Returns:
+            what was committed; None if the server is there already, or another client is moving it.
+
+        Raises:
+            ConfigError: waiting does not help: another run is in the bucket now, or the server follows another one.
+        """
+        if self._reader is None:
+            self._reader = self._open_reader()
+        try:
+            target = self._reader.served()
+        except RunMismatch as replaced:
+            raise ConfigError(str(replaced)) from replaced
+        status = self._status()
+        self._require_same_run(self._reader.run().run_id, status)
+        if status.position == target and status.window is None:
+            return None
+        try:
+            self._replica.wait_staged(target, self._stage_timeout, lambda now: self._is_undisturbed(status, now))
+            if not self._is_undisturbed(status, self._replica.status()):
+                return None
+            commit = self._replica.commit(target)
+        except ReplicaBehind as behind:
+            logger.debug("looking again: %s", behind)
+            return None
+        if status.position is None or status.position == target:
+            return None
+        return Followed(commit, target.version - status.position.version, _downloaded(self._replica.status()))
+
+    def _status(self) -> ReplicaStatus:
+        """The status of a server that is attached and not poisoned: what it takes for that is done."""
+        if not self._is_known:
+            self._replica.check()
+            self._is_known = True
+        status = self._replica.status()
+        if status.state == "poisoned":
+            logger.warning("%s is poisoned: rebuilding its weights", self._replica.server.url)
+            self._replica.heal()
+            return self._replica.status()
+        if status.position is None:
+            return self._replica.attach(self._stage_timeout)
+        return status
+
+    def _require_same_run(self, ours: str, status: ReplicaStatus) -> None:
+        if status.run_id not in (None, ours):
+            raise ConfigError(
+                f"{self._replica.server.url} follows the run {status.run_id}, and the bucket given here holds {ours}: "
+                "give both the same bucket (HUBSYNC_BUCKET of the server); restart the server if its run was made anew"
+            )
+
+    def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
+        """Is the server still where it was when we decided where to bring it? If not, somebody may know better."""
+        return now.position == before.position and not self._stop.is_set()
+
+
+def _downloaded(status: ReplicaStatus) -> int | None:
+    sizes = [rank.get("metrics", {}).get("stage_bytes") for rank in status.ranks]
+    known = [int(size) for size in sizes if size is not None]
+    return max(known) if len(known) == len(sizes) else None

@@ -1,0 +1,468 @@
+"""Bringing one inference server from version to version, whatever dies on the way.
+
+Staging happens beside generation. The commit is one request: in one turn of the engine's loop, between two forward
+passes, caches of the old weights are cut off, all ranks vote and write, and responses from there on state the new
+version (`hubsync.apply.engine_commit`). It happens or it does not, so a client can die at any moment.
+
+Where data parallel engines share forward passes (experts spread over them), one request does not reach all ranks
+between the same two, so the server must be paused around it, and a client can die in between:
+
+    open      the workers record that a window opens, for which position and by whom
+    pause     requests freeze between two forward passes
+    commit    as above
+    resume    frozen requests go on
+    close     the workers forget the window
+
+The server itself ends a window that is not closed in time (setting `window_timeout`), and so does the next client that
+finds one (`recover`). All steps are idempotent.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hubsync.errors import (
+    ConfigError,
+    HubsyncError,
+    ReplicaBehind,
+    ReplicaError,
+    ReplicaPoisoned,
+    ReplicaRefused,
+    ReplicaUnsuitable,
+    WrongParent,
+)
+from hubsync.format.manifest import Position
+
+from .vllm_http import PROTOCOL, VLLMServer, worker_error
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+KV_CACHE = ("recompute", "keep")
+
+_PAUSE_S = 0.05
+
+# For engines of a data parallel server that did not commit when others did, to stage again.
+_CATCH_UP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A commit window that some client opened.
+
+    Attributes:
+        position: where it was going.
+        token: what closes it.
+        abandoned: has it been open for so long that its client must be gone?
+    """
+
+    position: Position
+    token: str
+    abandoned: bool = False
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """What all ranks of one server say, taken together.
+
+    Attributes:
+        state: of the rank that is furthest from being ready.
+        position: where the live weights are; None while unknown, or when the ranks differ.
+        staged: the position that all ranks have staged; None if there is none.
+        window: a commit window left open, or None.
+        error: the first rank's recorded error, or None.
+        run_id: the run that the server follows, or None.
+        atomic: can it commit without a pause? Not where data parallel engines share forward passes.
+        spans_engines: does a forward pass of one engine wait for another engine?
+        adapter: what requests call the LoRA adapter that the server follows; None if it follows a whole model.
+        adapter_path: the adapter's directory on the server's host.
+        ranks: the untouched answers, in rank order.
+    """
+
+    state: str
+    position: Position | None
+    staged: Position | None
+    window: Window | None
+    error: HubsyncError | None
+    run_id: str | None
+    atomic: bool
+    spans_engines: bool
+    adapter: str | None
+    adapter_path: str | None
+    ranks: tuple[dict[str, Any], ...]
+
+    def all_at(self, position: Position) -> bool:
+        """Do all ranks serve this position?"""
+        return all(_position(rank) == position for rank in self.ranks)
+
+    def all_ready_for(self, position: Position) -> bool:
+        """Does every rank serve this position, or have it staged?"""
+        return all(position in (_position(rank), _position(rank.get("staged") or {})) for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """One commit.
+
+    Attributes:
+        position: where the server is now.
+        pause_s: seconds in which no request could make progress: of the turn in which the slowest engine committed, or
+            from pause to resume where it had to be paused.
+        commit_s: seconds the slowest rank says it needed to apply.
+        stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
+        changed: elements written, over all ranks' shards; None if the workers do not say.
+    """
+
+    position: Position
+    pause_s: float
+    commit_s: float
+    stage_s: float
+    changed: int | None
+
+    @property
+    def version(self) -> int:
+        return self.position.version
+
+
+class Replica:
+    """One inference server that follows a run.
+
+    Args:
+        server: how to reach it.
+        kv_cache: what happens at a commit to keys and values that old weights have computed. `"recompute"`: none is
+            used again; running requests go on with the tokens that they have, once the new weights have recomputed
+            theirs. `"keep"`: running requests go on at once with those that they have, so they mix; requests that come
+            later never see any of it.
+        pause: pause the server around every commit? None: only if it has to be.
+    """
+
+    def __init__(self, server: VLLMServer, kv_cache: str = "recompute", *, pause: bool | None = None):
+        if kv_cache not in KV_CACHE:
+            raise ConfigError(f"kv_cache must be one of {', '.join(KV_CACHE)}, not {kv_cache!r}")
+        self.server = server
+        self.kv_cache = kv_cache
+        self._pause = pause
+        self._token: str | None = None  # of the window that we opened last; it may still be open
+
+    def check(self) -> None:
+        """ReplicaUnsuitable unless the server is one that hubsync can drive."""
+        self.server.version()
+        ranks = self.status().ranks
+        protocol = next((rank.get("protocol") for rank in ranks if rank.get("protocol") != PROTOCOL), PROTOCOL)
+        if protocol != PROTOCOL:
+            raise ReplicaUnsuitable(
+                f"{self.server.url} speaks protocol {protocol}, this side {PROTOCOL}: install the same hubsync on both"
+            )
+        workers = self.server.world_size()
+        if workers != len(ranks):
+            raise ReplicaUnsuitable(
+                f"{self.server.url} has {workers} workers, but only {len(ranks)} are within its reach: address each of "
+                "its API servers (without data parallel load balancing outside of vLLM there is only one)"
+            )
+
+    def status(self) -> ReplicaStatus:
+        ranks = self.server.rpc("hubsync_status")
+        if not all("engine" in rank for rank in ranks):
+            raise ReplicaUnsuitable(
+                f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
+                "VLLM_PLUGINS keeps hubsync from being loaded"
+            )
+        return self._understood(lambda: _merge(self.server.url, ranks))
+
+    def attach(self, timeout: float = 600.0) -> ReplicaStatus:
+        """Have the workers find out where their weights are, and finish what a dead client left open.
+
+        Raises:
+            RunMismatch, NoPath, ReplicaRefused, ...: whatever the workers say keeps them from following the run.
+            ReplicaUnsuitable: see `check`; or still attaching after `timeout` seconds.
+        """
+        self.check()
+        self.server.rpc("hubsync_attach")
+        status = self._settled(timeout)
+        if status.state == "mapped":
+            self._join(status)
+            status = self._settled(timeout)
+        self._raise_if_lost(status)
+        return self._labelled(self._without_window())
+
+    def stage(self, position: Position) -> None:
+        """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
+        self.server.rpc("hubsync_stage", position.version, position.digest)
+
+    def prepare(
+        self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
+    ) -> None:
+        """`wait_staged`, from whatever state the server is in: just (re)started, or poisoned."""
+        deadline, status = time.monotonic() + timeout, self.status()
+        if status.state == "poisoned":
+            self.heal()
+        elif status.position is None:
+            self.attach(timeout)
+        self.wait_staged(position, max(0.0, deadline - time.monotonic()), wanted)
+
+    def wait_staged(
+        self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
+    ) -> None:
+        """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has.
+
+        Args:
+            wanted: asked with every status on the way; ReplicaBehind once it says no.
+        """
+        self.stage(position)
+
+        def staged(status: ReplicaStatus) -> bool:
+            self._raise_if_lost(status)
+            if status.all_ready_for(position):
+                return True
+            if wanted is not None and not wanted(status):
+                raise ReplicaBehind(f"{self.server.url} is wanted elsewhere: {position} is not committed")
+            if status.state == "staging":
+                return False
+            if status.error is not None:
+                raise status.error
+            self.stage(position)  # another client had something else staged
+            return False
+
+        self._until(staged, timeout, f"stage {position}")
+
+    def commit(self, position: Position) -> CommitReport:
+        """Make all ranks serve the staged `position`; see the top of this file.
+
+        An error means that the old weights are still served, or, where the commit had happened before the error, that
+        the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, it ends
+        the window by itself.
+        """
+        status = self._without_window()
+        if status.all_at(position):
+            self._labelled(status)
+            return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
+        pause = not status.atomic if self._pause is None else self._pause
+        if not pause:
+            applied = self._commit(position)
+            return self._understood(lambda: _report(position, applied, pause_s=_longest_turn(applied)))
+        window = Window(position, uuid.uuid4().hex)
+        self._token = window.token
+        self.server.rpc("hubsync_open", position.version, position.digest, window.token)
+        started = time.perf_counter()
+        try:
+            self.server.pause()
+            applied = self._commit(position)
+            resumed = self._end(window)
+        except BaseException:
+            self._try_to_recover()
+            raise
+        return self._understood(lambda: _report(position, applied, pause_s=resumed - started))
+
+    def recover(self) -> bool:
+        """Complete a commit window that a client left open. True if there was one."""
+        return self._recover(self.status())
+
+    def wait_verified(self, position: Position, timeout: float = 600.0) -> None:
+        """Return once every rank has recomputed the digest of its live weights at `position` and found it right.
+
+        Raises:
+            ReplicaPoisoned: it was wrong.
+            WrongParent: the server serves another position, or was restarted and does not know its own.
+        """
+
+        def verified(status: ReplicaStatus) -> bool:
+            self._raise_if_lost(status)
+            if status.state == "detached":  # nothing is verified before somebody attaches it
+                raise WrongParent(f"{self.server.url} was restarted: it does not know yet where its weights are")
+            if status.position is not None and status.position != position:
+                raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
+            return status.position == position and status.state != "applied"
+
+        self._until(verified, timeout, f"verify {position}")
+
+    def heal(self) -> None:
+        """Rebuild poisoned weights from the run; what wrong weights have cached is dropped.
+
+        ReplicaRefused if they are not poisoned; NoPath or a BucketError if it was not possible.
+        """
+        self.server.rpc("hubsync_heal")
+
+    def _settled(self, timeout: float) -> ReplicaStatus:
+        """The status once no rank is still finding out where its weights are."""
+        return self._until(
+            lambda status: status.state not in ("detached", "attaching"), timeout, "find out where its weights are"
+        )
+
+    def _join(self, status: ReplicaStatus) -> None:
+        """Have the ranks, which know what each holds, agree on what they hold together.
+
+        They wait for each other, so where a forward pass of one engine waits for another engine (experts spread over
+        data parallel engines) the server is paused meanwhile.
+        """
+        if status.adapter is not None:
+            self.server.load_adapter(status.adapter, str(status.adapter_path))
+            return
+        if not status.spans_engines:
+            self.server.rpc("hubsync_join")
+            return
+        token = uuid.uuid4().hex
+        self.server.rpc("hubsync_hold", token)
+        self.server.pause()
+        try:
+            self.server.rpc("hubsync_join")
+        finally:
+            self.server.resume()
+            self.server.rpc("hubsync_close", token)
+
+    def _without_window(self) -> ReplicaStatus:
+        """The status once no commit window is open: other clients are given time to close theirs."""
+        while True:
+            status = self.status()
+            if status.window is None:
+                return status
+            if status.window.token == self._token or status.window.abandoned:
+                self._recover(status)
+            else:
+                time.sleep(_PAUSE_S)
+
+    def _labelled(self, status: ReplicaStatus) -> ReplicaStatus:
+        """Have responses state the version that is served. Returns the status afterwards.
+
+        A commit sets the label itself. If another client makes one between our look and our word, ours is wrong: so the
+        last who sets it looks again.
+        """
+        while status.position is not None:
+            self.server.set_weight_version(str(status.position.version))
+            before, status = status, self.status()
+            if status.position == before.position:
+                break
+        return status
+
+    def _commit(self, position: Position) -> list[dict[str, Any]]:
+        """The commit itself. Data parallel engines each vote for themselves; none of them is left behind."""
+        commit = "hubsync_commit", position.version, position.digest, self.kv_cache
+        try:
+            return self.server.rpc(*commit)
+        except HubsyncError:
+            status = self.status()
+            if status.all_at(position) or not any(_position(rank) == position for rank in status.ranks):
+                raise
+            logger.warning("only some engines of %s are at %s; trying again with the others", self.server.url, position)
+        try:
+            self.wait_staged(position, _CATCH_UP_S)
+            return self.server.rpc(*commit)
+        except HubsyncError as error:
+            raise ReplicaRefused(
+                f"some engines of {self.server.url} are at {position} and some are not (each serves one version, and "
+                f"says which): {error}; commit again, or restart the server"
+            ) from error
+
+    def _end(self, window: Window) -> float:
+        """What comes after the commit, or instead of it. Returns `time.perf_counter()` of when requests went on."""
+        self.server.resume()
+        resumed = time.perf_counter()
+        self.server.rpc("hubsync_close", window.token)
+        return resumed
+
+    def _recover(self, status: ReplicaStatus) -> bool:
+        if status.window is None:
+            return False
+        self._end(status.window)
+        return True
+
+    def _try_to_recover(self) -> None:
+        try:
+            self.recover()
+        except ReplicaError as error:
+            logger.warning("a commit window stays open until the server or the next client ends it: %s", error)
+
+    def _understood(self, read: Callable[[], T]) -> T:
+        """What `read` makes of the workers' answers."""
+        try:
+            return read()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ReplicaUnsuitable(
+                f"the workers of {self.server.url} do not answer as this side expects ({type(error).__name__}: "
+                f"{error!s:.80}): install the same hubsync on both"
+            ) from error
+
+    def _raise_if_lost(self, status: ReplicaStatus) -> None:
+        if status.state not in ("poisoned", "refused"):
+            return
+        if status.error is not None:
+            raise status.error
+        kind = ReplicaPoisoned if status.state == "poisoned" else ReplicaRefused
+        raise kind(f"{self.server.url} is {status.state}; see the server's log")
+
+    def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
+        """The first status that is `done`, asking at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
+        deadline, pause = time.monotonic() + timeout, 0.005
+        while not done(status := self.status()):
+            if time.monotonic() > deadline:
+                raise ReplicaUnsuitable(
+                    f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
+                    "see the server's log, or allow more time"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+        return status
+
+
+# Furthest from ready first; of several ranks, the worst speaks for the server.
+_STATES = ("poisoned", "refused", "detached", "attaching", "mapped", "staging", "applied", "ready", "staged")
+
+
+def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
+    positions = {_position(rank) for rank in ranks}
+    staged = {_position(rank.get("staged") or {}) for rank in ranks}
+    windows = [_window(rank) for rank in ranks if rank.get("window")]
+    failures = [rank["error"] for rank in ranks if rank.get("error")]
+    adapter = ranks[0].get("adapter")
+    return ReplicaStatus(
+        state=min((str(rank.get("state")) for rank in ranks), key=_badness),
+        position=positions.pop() if len(positions) == 1 else None,
+        staged=staged.pop() if len(staged) == 1 else None,
+        window=windows[0] if windows else None,
+        error=worker_error(failures[0], url) if failures else None,
+        run_id=ranks[0].get("run_id"),
+        atomic=all(rank["engine"]["atomic"] for rank in ranks),
+        spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
+        adapter=None if adapter is None else str(adapter["name"]),
+        adapter_path=None if adapter is None else str(adapter["path"]),
+        ranks=tuple(ranks),
+    )
+
+
+def _report(position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
+    changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
+    return CommitReport(
+        position=position,
+        pause_s=pause_s,
+        commit_s=_slowest(applied, "commit_s"),
+        stage_s=_slowest(applied, "stage_s"),
+        changed=sum(changed) if len(changed) == len(applied) else None,
+    )
+
+
+def _longest_turn(applied: list[dict[str, Any]]) -> float:
+    return max(float(rank["engine"]["turn_s"]) for rank in applied)
+
+
+def _window(rank: dict[str, Any]) -> Window:
+    window, timeout = rank["window"], float(rank["engine"]["window_timeout_s"])
+    position = Position(int(window["version"]), str(window["digest"]))
+    return Window(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
+
+
+def _badness(state: str) -> int:
+    return _STATES.index(state) if state in _STATES else 0
+
+
+def _position(document: dict[str, Any]) -> Position | None:
+    version, digest = document.get("version"), document.get("digest")
+    return None if version is None or digest is None else Position(int(version), str(digest))
+
+
+def _slowest(ranks: list[dict[str, Any]], metric: str) -> float:
+    return max(float((rank.get("metrics") or rank).get(metric) or 0.0) for rank in ranks)

@@ -1,0 +1,254 @@
+"""A thin HTTP client of one vLLM server's control endpoints.
+
+It only knows URLs and what their failures mean. Every failure becomes a `ReplicaError` that says what to do; the
+order in which the endpoints are called is `hubsync.replicas.replica`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import requests
+
+from hubsync import errors
+from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+
+OLDEST = (0, 26)
+_LABELS_SINCE = (0, 27)
+PROTOCOL = 1  # of the worker methods `hubsync_*`
+
+DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
+EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
+
+_LONGEST_WAIT_S = 1e6  # some days; waiting functions take no infinity
+
+T = TypeVar("T")
+
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+
+
+class VLLMServer:
+    """One vLLM server.
+
+    Args:
+        url: base URL, for example `http://10.0.0.7:8000`.
+        api_key: the server's `--api-key`, if it has one.
+        timeout: seconds to wait for any one answer. A paused or busy server answers between two forward passes, so this
+            must be longer than the longest of those.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
+        self.url = checked_url(url)
+        self.timeout = timeout
+        self._labels = True
+        self._session = new_session(url)
+        wanted = "an API key, and none was given" if api_key is None else "another API key than the one given"
+        self._key_hint = f"{wanted}: use that of its --api-key (`hubsync follow --api-key`, or VLLM_API_KEY)"
+        if api_key is not None:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def close(self) -> None:
+        self._session.close()
+
+    def health(self) -> bool:
+        """True if the server is up; ReplicaUnreachable if nothing listens."""
+        return self._send("GET", "/health", refuse=False).ok
+
+    def version(self) -> str:
+        """vLLM's version; ReplicaUnsuitable if it is older than hubsync supports."""
+        version = str(self._get("/version").get("version", ""))
+        found = _VERSION.match(version)
+        # Source builds without tags call themselves 0.1.dev...; nothing can be read from those.
+        released = (int(found[1]), int(found[2])) if found and "dev" not in version else None
+        self._labels = released is None or released >= _LABELS_SINCE
+        if released is not None and released < OLDEST:
+            raise ReplicaUnsuitable(
+                f"{self.url} runs vLLM {version}; hubsync needs vLLM >= {OLDEST[0]}.{OLDEST[1]}: upgrade the server"
+            )
+        return version
+
+    def world_size(self) -> int:
+        """Workers of the server: tensor x pipeline x data parallel."""
+        return self._read("/get_world_size", lambda answer: int(answer["world_size"]))
+
+    def pause(self) -> None:
+        """Freeze all requests between two forward passes; they go on after `resume`."""
+        self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
+
+    def resume(self) -> None:
+        self._post("/resume")
+
+    def is_paused(self) -> bool:
+        return self._read("/is_paused", lambda answer: bool(answer["is_paused"]))
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop all cached prefixes. False, and nothing dropped, while a running request holds blocks."""
+        return bool(self._post("/reset_prefix_cache")["success"])
+
+    def set_weight_version(self, version: str) -> None:
+        """Set what responses state as the weights that made them. vLLM 0.26 states nothing."""
+        if self._labels:
+            self._post("/update_weight_version", json={"new_version": version})
+
+    def weight_version(self) -> str:
+        return self._read("/weight_info", lambda answer: str(answer["weight_version"]))
+
+    def generate_a_token(self) -> None:
+        """Have the model run once, on a prompt of one token."""
+        model = self._read("/v1/models", lambda answer: answer["data"][0]["id"])
+        self._post("/v1/completions", json={"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0})
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have vLLM serve the LoRA adapter in a directory of the server's host, to requests for the model `name`.
+
+        Registered before: it is let go and loaded anew.
+        """
+        adapter = {"lora_name": name, "lora_path": path}
+        try:
+            if name in (model["id"] for model in self._get("/v1/models")["data"]):
+                self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+            self._send("POST", "/v1/load_lora_adapter", json=adapter)
+        except ReplicaUnsuitable as error:
+            raise ReplicaUnsuitable(f"{error}; for adapters with --enable-lora and {LORA_HINT}") from None
+
+    def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Call a worker method on every rank.
+
+        Returns:
+            one dict per rank, in rank order.
+
+        Raises:
+            the error that the first refusing rank names (a class of `hubsync.errors`; ReplicaRefused if it names
+            none of them), ReplicaUnsuitable if the workers have no such method.
+        """
+        body = {"method": method, "args": list(args), "timeout": self.timeout}
+        answer = self._send("POST", "/collective_rpc", json=body, refuse=False)
+        if answer.status_code == 500:
+            self._explain_rpc_failure(method, answer)
+        results = self._json(answer, "/collective_rpc").get("results")
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
+            raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
+        for rank, result in enumerate(results):
+            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
+                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
+        return results
+
+    def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:
+        text = _message(answer)
+        if method in text and ("no attribute" in text or "not implemented" in text):
+            raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
+        raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
+
+    def _read(self, path: str, read: Callable[[dict[str, Any]], T]) -> T:
+        """What `read` finds in the answer; ReplicaUnsuitable if it does not find it."""
+        answer = self._get(path)
+        try:
+            return read(answer)
+        except (LookupError, TypeError, ValueError):
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {answer!r:.300}") from None
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._json(self._send("GET", path), path)
+
+    def _post(self, path: str, **request: Any) -> dict[str, Any]:
+        return self._json(self._send("POST", path, **request), path)
+
+    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> requests.Response:
+        try:
+            answer = self._session.request(verb, self.url + path, timeout=self.timeout, **request)
+        except requests.exceptions.ConnectionError as error:
+            raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({error})") from None
+        except requests.exceptions.Timeout:
+            raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {self.timeout:g} s") from None
+        except requests.exceptions.RequestException as error:
+            raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
+        if answer.status_code in (401, 403):
+            raise ReplicaUnsuitable(f"{self.url} wants {self._key_hint}")
+        if answer.status_code == 404 and path not in ("/health", "/version"):
+            raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
+        if answer.status_code in (502, 503, 504):
+            raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")
+        if refuse and not answer.ok:
+            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {_message(answer)}")
+        return answer
+
+    def _json(self, answer: requests.Response, path: str) -> dict[str, Any]:
+        try:
+            document = answer.json()
+        except (ValueError, RecursionError):
+            document = None
+        if not answer.ok or not isinstance(document, dict):
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
+        return document
+
+
+def checked_url(url: str) -> str:
+    """The base URL of a server, without a slash at its end. ConfigError for anything else."""
+    if not isinstance(url, str):
+        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like 'http://10.0.0.7:8000'")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # brackets that do not match, a port that is no number
+        valid = False
+    if not valid:
+        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
+    return url.rstrip("/")
+
+
+def checked_urls(urls: Sequence[str]) -> list[str]:
+    """Base URLs of several servers, at least one, and each once: ConfigError otherwise."""
+    if isinstance(urls, str) or not urls:
+        raise ConfigError(f"give a list with the URL of at least one server, not {urls!r:.80}")
+    checked = [checked_url(url) for url in urls]
+    twice = next((url for number, url in enumerate(checked) if url in checked[:number]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice: name each server once")
+    return checked
+
+
+def checked_seconds(what: str, seconds: float, *, zero: bool = False) -> float:
+    """A time to wait. ConfigError for what is no number of seconds, or so many that nobody waits for it.
+
+    Args:
+        zero: may it be 0?
+    """
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds <= _LONGEST_WAIT_S or (seconds == 0 and not zero):
+        least = "0 or more" if zero else "more than 0"
+        raise ConfigError(
+            f"{what} must be a number of seconds, {least} and at most {_LONGEST_WAIT_S:g}, not {seconds!r}"
+        )
+    return seconds
+
+
+def new_session(url: str) -> requests.Session:
+    """A session for requests to `url`. A proxy of the environment does not come between us and this machine."""
+    session = requests.Session()
+    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+    return session
+
+
+def worker_error(error: Any, where: str) -> HubsyncError:
+    """The error that a worker names, `{"type": class of hubsync.errors, "message": text}`; never any other class."""
+    named = error if isinstance(error, dict) else {"message": error}
+    kind = getattr(errors, str(named.get("type")), None)
+    if not (isinstance(kind, type) and issubclass(kind, HubsyncError)):
+        kind = ReplicaRefused
+    return kind(f"{where}: {named.get('message')}")
+
+
+def _message(answer: requests.Response) -> str:
+    """The readable core of an error response, shortened."""
+    try:
+        document = answer.json()
+    except ValueError:
+        return answer.text[:300]
+    if isinstance(document, dict):
+        error = document.get("error", document)
+        document = error.get("message", error) if isinstance(error, dict) else error
+    return str(document)[:300]

@@ -1,0 +1,357 @@
+"""A worker's life with a run of adapters, without vLLM: real files of a real chain, and a loader that reads them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hubsync.apply.adapter_session import AdapterHost, AdapterSession, _point
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainWriter
+from hubsync.errors import ReplicaPoisoned, ReplicaRefused
+from hubsync.format.manifest import Adapter, Base, Position, Run
+from hubsync.format.parts import write_adapter, write_delta
+from hubsync.format.table import TensorSpec, TensorTable
+from tests.support.sharded import Meeting
+from tests.support.toy import Tensors, nudged, patch_between, position_of
+
+TABLE = TensorTable([TensorSpec(f"m.q_proj.lora_{side}.weight", (4, 8), "BF16") for side in "AB"])
+VIEWS: list[Tensors] = [{spec.name: torch.full(spec.shape, 0.5, dtype=torch.bfloat16) for spec in TABLE}]
+for seed in range(1, 4):
+    VIEWS.append(nudged(VIEWS[-1], seed))
+POSITIONS = [position_of(version, view, TABLE) for version, view in enumerate(VIEWS)]
+RUN = Run("1" * 32, TABLE, POSITIONS[0].digest, created=time.time(), adapter=Adapter({"r": 4}, Base("me/base")))
+
+
+class Loader:
+    """Reads what it is told to load, as vLLM would: `loaded` is what requests would compute with."""
+
+    def __init__(self) -> None:
+        self.loaded: Tensors = {}
+        self.fails = False
+        self.largest = 8
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def check(self, run: Run) -> None:
+        if run.adapter is not None and run.adapter.config["r"] > self.largest:
+            raise ReplicaRefused("start the server with --max-lora-rank")
+
+    def load(self, name: str, number: int, path: Path) -> None:
+        if self.fails:
+            self.fails = False
+            raise OSError("no space")
+        self.meanwhile()
+        assert (path / "adapter_config.json").exists()
+        self.loaded = load_file(path / "adapter_model.safetensors")
+
+
+class Worker:
+    def __init__(self, address: str, directory: Path, ranks: Meeting | None = None, rank: int = 0):
+        self.loader = Loader()
+        self.host = AdapterHost(self.loader, address, directory / "cache", directory / "adapters", "policy")
+        self.session = AdapterSession(lambda: self.host, ranks.ranks()[rank] if ranks else None)
+
+    def settled(self) -> dict:
+        deadline = time.monotonic() + 60
+        while (status := self.session.status())["state"] in ("attaching", "staging"):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.005)
+        return status
+
+    def register(self) -> bool:
+        """What a client has vLLM do."""
+
+        def load() -> bool:
+            self.loader.load("policy", 1, self.host.path)
+            return True
+
+        return self.session.registered(1, load)
+
+    def attached(self) -> Worker:
+        self.session.attach()
+        assert self.settled()["state"] == "mapped"
+        assert self.register()
+        return self
+
+    def follow(self, version: int) -> None:
+        self.session.stage(POSITIONS[version])
+        assert self.settled()["state"] == "staged"
+        self.session.commit(POSITIONS[version])
+
+    def assert_serves(self, version: int) -> None:
+        status = self.session.status()
+        assert (status["version"], status["digest"]) == (version, POSITIONS[version].digest)
+        assert all(torch.equal(self.loader.loaded[name], tensor) for name, tensor in VIEWS[version].items())
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    """A run of three versions after its anchor, of which the first is to be served."""
+    place = str(tmp_path / "bucket")
+    writer = ChainWriter.create(open_bucket(place, create=True), RUN)
+    anchor = tmp_path / "anchor"
+    anchor.mkdir()
+    write_adapter(anchor, RUN, VIEWS[0])
+    writer.commit_anchor(anchor, at=POSITIONS[0])
+    for version in range(1, 4):
+        patch = patch_between(VIEWS[version - 1], VIEWS[version], TABLE)
+        data = write_delta(TABLE, patch, run_id=RUN.run_id, parent=POSITIONS[version - 1], position=POSITIONS[version])
+        writer.commit_delta([data], digest=POSITIONS[version].digest, changed=sum(map(len, patch.values())))
+    writer.serve(1)
+    return place
+
+
+@pytest.fixture
+def worker(address: str, tmp_path: Path) -> Worker:
+    return Worker(address, tmp_path).attached()
+
+
+def test_nothing_is_served_until_vllm_has_loaded_the_version_to_be_served(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.session.attach()
+    status = worker.settled()
+    assert (status["state"], status["version"]) == ("mapped", None)
+    assert status["adapter"] == {"name": "policy", "path": str(worker.host.path)}
+    worker.register()
+    worker.assert_serves(1)
+
+
+def test_the_name_is_told_before_there_is_a_run(tmp_path: Path) -> None:
+    worker = Worker(str(tmp_path / "nowhere"), tmp_path)
+    assert worker.session.status()["adapter"]["name"] == "policy"
+    worker.session.attach()
+    assert worker.settled()["state"] == "refused"
+
+
+def test_a_run_that_vllm_could_not_load_is_refused_before_anything_is_downloaded(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.loader.largest = 2
+    worker.session.attach()
+    status = worker.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ReplicaRefused")
+    assert "--max-lora-rank" in status["error"]["message"]
+    assert not worker.host.directory.exists()
+
+
+def test_every_version_is_loaded_forwards_and_backwards(worker: Worker) -> None:
+    for version in (3, 0, 2, 1):
+        worker.follow(version)
+        worker.assert_serves(version)
+
+
+def test_the_last_commit_can_be_taken_back(worker: Worker) -> None:
+    worker.follow(3)
+    worker.session.undo()
+    worker.assert_serves(1)
+
+
+def test_directories_of_old_versions_are_deleted(worker: Worker) -> None:
+    for version in (2, 3, 0):
+        worker.follow(version)
+    left = {path.name[:8] for path in worker.host.directory.iterdir() if path.name != "current"}
+    assert left == {"00000000", "00000003"}, "served, and the one before"
+
+
+def test_what_is_staged_during_a_commit_can_be_committed_next(worker: Worker) -> None:
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+
+    def stage_the_next() -> None:
+        worker.loader.meanwhile = lambda: None
+        worker.session.stage(POSITIONS[3])
+        worker.settled()
+
+    worker.loader.meanwhile = stage_the_next
+    worker.session.commit(POSITIONS[2])
+    worker.session.commit(POSITIONS[3])
+    worker.assert_serves(3)
+
+
+def test_a_commit_leaves_what_another_worker_has_written_of_the_version_that_is_staged_next(
+    worker: Worker, address: str, tmp_path: Path
+) -> None:
+    other, may_go_on = Worker(address, tmp_path).attached(), threading.Event()
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.session._background.submit(may_go_on.wait)
+    worker.session.stage(POSITIONS[3])
+    other.session.stage(POSITIONS[3])
+    other.settled()
+    worker.session.commit(POSITIONS[2])
+    other.session.commit(POSITIONS[3])
+    other.assert_serves(3)
+    may_go_on.set()
+
+
+def test_what_is_not_staged_is_not_loaded(worker: Worker) -> None:
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        worker.session.commit(POSITIONS[2])
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        worker.session.commit(Position(2, "0" * 32))
+    worker.assert_serves(1)
+
+
+def test_a_load_that_fails_leaves_what_was_served(worker: Worker) -> None:
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.loader.fails = True
+    with pytest.raises(ReplicaRefused, match="no space"):
+        worker.session.commit(POSITIONS[2])
+    worker.session.before_forward()
+    worker.assert_serves(1)
+
+
+def test_a_version_that_could_not_be_loaded_is_written_again_when_it_is_staged_again(worker: Worker) -> None:
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    (staged,) = worker.host.directory.glob("00000002-*")
+    (staged / "adapter_model.safetensors").write_bytes(b"the disk was full")
+    with pytest.raises(ReplicaRefused):
+        worker.session.commit(POSITIONS[2])
+    worker.follow(2)
+    worker.assert_serves(2)
+
+
+def test_an_adapter_that_vllm_has_dropped_is_loaded_before_the_next_forward_pass_or_none_is_made(
+    worker: Worker,
+) -> None:
+    worker.loader.loaded = {}
+    worker.session.weights_lost("the server slept")
+    worker.loader.fails = True
+    with pytest.raises(ReplicaPoisoned, match="slept"):
+        worker.session.before_forward()
+    worker.session.before_forward()
+    worker.assert_serves(1)
+
+
+def test_a_failed_registration_is_an_error_of_the_status_and_tried_again(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.session.attach()
+    worker.settled()
+    worker.loader.fails = True
+    assert not worker.register()
+    assert worker.session.status()["state"] == "refused"
+    worker.attached().assert_serves(1)
+
+
+def test_an_adapter_that_vllm_does_not_take_is_not_served(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.session.attach()
+    worker.settled()
+    assert not worker.session.registered(1, lambda: False)
+    assert "did not take it" in worker.session.status()["error"]["message"]
+
+
+def test_what_is_served_stays_where_it_is_when_loading_it_again_fails(worker: Worker) -> None:
+    worker.session.weights_lost("the server slept")
+    worker.loader.fails = True
+    with pytest.raises(ReplicaRefused, match="no space"):
+        worker.session.commit(POSITIONS[1])
+    worker.session.weights_lost("the server slept")
+    worker.session.before_forward()
+    worker.assert_serves(1)
+
+
+def test_another_engine_of_the_server_may_move_the_link_during_a_commit(worker: Worker) -> None:
+    served = worker.host.path.resolve()
+    worker.loader.meanwhile = lambda: _point(worker.host.path, served)
+    worker.follow(2)
+    worker.assert_serves(2)
+
+
+def test_nothing_is_loaded_after_a_failed_registration_and_requests_without_the_adapter_go_on(worker: Worker) -> None:
+    """vLLM has let go of the adapter before: there is nothing that a commit, or waking up, could put in its place."""
+    worker.follow(3)
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.session.weights_lost("the server slept")
+    worker.loader.fails = True
+    assert not worker.register()
+    worker.session.before_forward()
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        worker.session.commit(POSITIONS[2])
+    assert not worker.register(), "the link may be on its way elsewhere: attach before"
+    worker.attached().assert_serves(1)
+    with pytest.raises(ReplicaRefused, match="nothing to undo"):
+        worker.session.undo()
+    worker.follow(2)
+    worker.assert_serves(2)
+
+
+def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -> None:
+    meeting = Meeting(2)
+    workers = [Worker(address, tmp_path, meeting, rank) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(Worker.attached, workers))
+        for worker in workers:
+            worker.session.stage(POSITIONS[3])
+            worker.settled()
+        workers[1].loader.fails = True
+        refused = [threads.submit(worker.session.commit, POSITIONS[3]) for worker in workers]
+        assert all(isinstance(outcome.exception(), ReplicaRefused) for outcome in refused)
+        for worker in workers:
+            worker.assert_serves(1)
+            worker.session.stage(POSITIONS[3])
+            worker.settled()
+        list(threads.map(lambda worker: worker.session.commit(POSITIONS[3]), workers))
+    for worker in workers:
+        worker.assert_serves(3)
+
+
+def test_a_registration_that_fails_on_one_rank_counts_on_none(address: str, tmp_path: Path) -> None:
+    """Else they could not be attached again: the one that serves has no reason to, and the other goes elsewhere."""
+    meeting = Meeting(2)
+    workers = [Worker(address, tmp_path, meeting, rank) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        for worker in workers:
+            worker.session.attach()
+            worker.settled()
+        workers[1].loader.fails = True
+        assert list(threads.map(Worker.register, workers)) == [False, False]
+        assert [worker.session.status()["error"]["message"] for worker in workers] == ["OSError: no space"] * 2
+        ChainWriter.resume(open_bucket(address), TABLE).serve(3)
+        list(threads.map(Worker.attached, workers))
+    for worker in workers:
+        worker.assert_serves(3)
+
+
+def test_workers_may_move_the_link_at_the_same_time(tmp_path: Path) -> None:
+    (tmp_path / "version").mkdir()
+
+    def move(_: int) -> None:
+        for _ in range(2000):
+            _point(tmp_path / "current", tmp_path / "version")
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(move, range(2)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "version"]
+
+
+@pytest.mark.server  # no server, but half of vLLM is imported
+def test_vllm_reads_the_directories_that_are_written_and_refuses_a_higher_rank(tmp_path: Path) -> None:
+    """Its own reader of adapter files; what it does with them next takes a server."""
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    view = {f"base_model.model.{name}": tensor for name, tensor in VIEWS[1].items()}
+    table = TensorTable([TensorSpec(f"base_model.model.{spec.name}", spec.shape, spec.dtype) for spec in TABLE])
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    write_adapter(tmp_path, Run("1" * 32, table, "0" * 32, adapter=Adapter(config, Base())), view)
+    helper = PEFTHelper.from_local_dir(str(tmp_path), None)
+    helper.validate_legal(LoRAConfig(max_lora_rank=8))
+    loaded = LoRAModel.from_local_checkpoint(
+        str(tmp_path), {"q_proj"}, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+    )
+    layer = loaded.get_lora("m.q_proj")
+    assert layer is not None
+    assert torch.equal(layer.lora_a, view["base_model.model.m.q_proj.lora_A.weight"])
+    with pytest.raises(ValueError, match="max_lora_rank"):
+        PEFTHelper.from_dict({**config, "r": 16}).validate_legal(LoRAConfig(max_lora_rank=8))

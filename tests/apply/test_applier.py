@@ -1,0 +1,245 @@
+"""Stage, commit, verify, undo, poison and heal, on a hand-made model, on the CPU and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hubsync.apply.applier import Applier
+from hubsync.apply.memory import Edit
+from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
+from hubsync.format.manifest import Position
+from hubsync.format.patch import TensorDelta, changed, compose
+from tests.support.toy import TABLE, Model, assert_same, loaded, memory, nudged, patch_between, position_of, view
+
+V0 = view(0)
+V1 = nudged(V0, 1)
+V2 = nudged(V1, 2)
+P0, P1, P2 = (position_of(version, tensors) for version, tensors in enumerate((V0, V1, V2)))
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def model(request: pytest.FixtureRequest) -> Model:
+    return loaded(V0, request.param)
+
+
+@pytest.fixture
+def applier(model: Model) -> Applier:
+    applier = Applier(model, TABLE, model.embed.device)
+    assert applier.join([applier.census()]).hex == P0.digest
+    applier.adopt(P0)
+    return applier
+
+
+def test_the_live_digest_is_that_of_the_view(applier: Applier) -> None:
+    assert applier.live_digest().hex == P0.digest
+
+
+def test_commit_equals_a_fresh_load(model: Model, applier: Applier) -> None:
+    before = memory(model)
+    staged = applier.stage_patch(patch_between(V0, V1), P1)
+    assert_same(memory(model), before)
+    assert (staged.start, staged.target, staged.changed) == (P0, P1, changed(patch_between(V0, V1)))
+    assert applier.commit(P1) == staged.changed
+    assert_same(memory(model), memory(loaded(V1)))
+    assert (applier.position, applier.verified, applier.staged) == (P1, False, None)
+    assert applier.verify()
+    assert applier.verified
+
+
+def test_commit_is_idempotent(model: Model, applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    applier.commit(P1)
+    assert applier.commit(P1) == 0
+    assert_same(memory(model), memory(loaded(V1)))
+
+
+def test_several_deltas_in_one_commit(model: Model, applier: Applier) -> None:
+    applier.stage_patch(compose(patch_between(V0, V1), patch_between(V1, V2)), P2)
+    applier.commit(P2)
+    assert_same(memory(model), memory(loaded(V2)))
+    assert applier.verify()
+
+
+def test_undo_writes_the_old_values_back(model: Model, applier: Applier) -> None:
+    before = memory(model)
+    applier.stage_patch(patch_between(V0, V1), P1)
+    applier.commit(P1)
+    assert applier.undo() == P0
+    assert_same(memory(model), before)
+    assert applier.verify()
+    with pytest.raises(ReplicaRefused, match="no commit to undo"):
+        applier.undo()
+
+
+def test_catching_up_by_a_whole_view_writes_only_what_differs(model: Model, applier: Applier) -> None:
+    staged = applier.stage_view(V2, P2)
+    assert staged.changed == changed(patch_between(V0, V2))
+    applier.commit(P2)
+    assert_same(memory(model), memory(loaded(V2)))
+    assert applier.verify()
+    applier.undo()
+    assert_same(memory(model), memory(loaded(V0)))
+
+
+def test_an_empty_delta_moves_the_version(model: Model, applier: Applier) -> None:
+    same = Position(1, P0.digest)
+    applier.stage_patch({}, same)
+    assert applier.commit(same) == 0
+    assert applier.position == same
+    assert applier.verify()
+
+
+def test_differing_names_the_tensors(applier: Applier) -> None:
+    assert applier.differing(V0) == []
+    other = {**V0, "k": V1["k"], "mixed": V1["mixed"]}
+    assert applier.differing(other) == ["k", "mixed"]
+
+
+# --- refusals: nothing staged, nothing written
+
+
+def test_a_damaged_delta_is_refused_before_any_write(model: Model, applier: Applier) -> None:
+    before = memory(model)
+    patch = patch_between(V0, V1)
+    patch[1].diffs[0] += 1 if patch[1].diffs[0] != -1 else 2
+    with pytest.raises(WrongParent, match="does not lead from"):
+        applier.stage_patch(patch, P1)
+    with pytest.raises(ReplicaRefused, match="nothing is staged"):
+        applier.commit(P1)
+    assert_same(memory(model), before)
+
+
+def test_a_delta_of_another_parent_is_refused(model: Model, applier: Applier) -> None:
+    before = memory(model)
+    with pytest.raises(WrongParent):
+        applier.stage_patch(patch_between(V1, V2), P2)
+    assert_same(memory(model), before)
+
+
+def test_a_malformed_patch_is_refused(applier: Applier) -> None:
+    outside = {0: TensorDelta(np.array([37 * 8]), np.array([1], np.int16))}
+    with pytest.raises(FormatError, match="embed"):
+        applier.stage_patch(outside, P1)
+
+
+def test_a_view_that_is_not_the_target_is_refused(applier: Applier) -> None:
+    with pytest.raises(WrongParent, match="has digest"):
+        applier.stage_view(V1, P2)
+    with pytest.raises(FormatError, match="q is missing"):
+        applier.stage_view({"embed": V1["embed"]}, P1)
+    with pytest.raises(FormatError, match=r"scale is torch.float16"):
+        applier.stage_view({**V1, "scale": torch.tensor(1.0, dtype=torch.float16)}, P1)
+    assert applier.staged is None
+
+
+def test_what_was_staged_elsewhere_cannot_be_committed(model: Model, applier: Applier) -> None:
+    stale = applier.stage_patch(patch_between(V0, V2), P2)
+    applier.stage_patch(patch_between(V0, V1), P1)
+    applier.commit(P1)
+    applier.verify()
+    applier.staged = stale
+    with pytest.raises(WrongParent, match="was staged from version 0"):
+        applier.commit(P2)
+    assert_same(memory(model), memory(loaded(V1)))
+
+
+def test_a_new_target_replaces_the_staged_one(applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    applier.stage_patch(patch_between(V0, V2), P2)
+    with pytest.raises(ReplicaRefused, match=r"version 2 .* is staged"):
+        applier.commit(P1)
+
+
+def test_the_next_commit_waits_for_the_digest(model: Model, applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    applier.commit(P1)
+    applier.stage_patch(patch_between(V1, V2), P2)
+    with pytest.raises(ReplicaRefused, match="still being recomputed"):
+        applier.commit(P2)
+    assert_same(memory(model), memory(loaded(V1)))
+    applier.verify()
+    applier.commit(P2)
+    assert_same(memory(model), memory(loaded(V2)))
+
+
+# --- poison
+
+
+def test_weights_changed_by_somebody_else_poison_the_commit(model: Model, applier: Applier) -> None:
+    patch = patch_between(V0, V1)
+    applier.stage_patch(patch, P1)
+    touched = int(patch[1].indices[0])
+    model.qkv.view(torch.int16).view(-1)[touched] ^= 1
+    before = memory(model)
+    with pytest.raises(ReplicaPoisoned, match="somebody else"):
+        applier.commit(P1)
+    assert_same(memory(model), before)
+    assert applier.poisoned
+    for refused in (lambda: applier.commit(P1), applier.undo, applier.verify):
+        with pytest.raises(ReplicaPoisoned):
+            refused()
+
+
+def test_memory_that_does_not_hold_what_was_written_poisons(applier: Applier) -> None:
+    staged = applier.stage_patch(patch_between(V0, V1), P1)
+    number, edit = next(iter(staged.edits.items()))
+    twice = [torch.cat([part, part]) for part in (edit.places, edit.old, edit.new)]
+    twice[2][0] ^= 1  # two patterns for one element: only one of them can be there afterwards
+    applier.staged = replace(staged, edits={**staged.edits, number: Edit(*twice)})
+    with pytest.raises(ReplicaPoisoned, match="do not hold what was just written"):
+        applier.commit(P1)
+
+
+def test_a_wrong_digest_poisons(model: Model, applier: Applier) -> None:
+    model.down.view(torch.int16)[3, 3] ^= 1
+    with pytest.raises(ReplicaPoisoned, match="have digest"):
+        applier.verify()
+    assert applier.poisoned
+    assert not applier.verified
+
+
+def test_a_moved_parameter_poisons(model: Model, applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    model.qkv = nn.Parameter(model.qkv.clone(), requires_grad=False)
+    with pytest.raises(ReplicaPoisoned, match="qkv was replaced"):
+        applier.commit(P1)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_heal_rebuilds_whatever_happened(model: Model, applier: Applier, moved: bool) -> None:
+    with torch.no_grad():
+        model.qkv.view(torch.int16).random_()
+        model.down.view(torch.int16)[0, 0] ^= 1
+    if moved:
+        model.mixed = nn.Parameter(model.mixed.clone(), requires_grad=False)
+    applier.poison("test")
+    with pytest.raises(WrongParent):
+        applier.heal(V1, P2)
+    assert applier.poisoned
+    assert applier.heal(V1, P1) > 0
+    assert (applier.position, applier.verified, applier.poisoned) == (P1, True, None)
+    assert_same(memory(model), memory(loaded(V1)))
+    applier.stage_patch(patch_between(V1, V2), P2)
+    applier.commit(P2)
+    assert applier.verify()
+
+
+def test_a_digest_of_weights_that_changed_meanwhile_says_nothing(applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    compute = applier.live_digest
+
+    def commits_meanwhile() -> object:
+        applier.commit(P1)
+        return compute()
+
+    applier.live_digest = commits_meanwhile  # type: ignore[method-assign,assignment]
+    assert not applier.verify()
+    assert applier.poisoned is None
+    assert not applier.verified

@@ -1,0 +1,398 @@
+"""What one turn of the engine's loop does, and what the watchdog does for clients that are gone, on a model engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hubsync.apply.engine_commit import Core
+from hubsync.errors import NoPath, ReplicaRefused
+from vllm_plugin import hooks
+
+OLD, NEW = (1, "a" * 32), (2, "b" * 32)
+
+
+class ModelEngine:
+    """Two workers, and a clock that tests turn."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.alone = self.still = True
+        self.paused = False
+        self.label = "1"
+        self.log: list[str] = []
+        self.workers: list[dict[str, Any]] = [
+            {"state": "ready", "version": OLD[0], "digest": OLD[1], "window": None, "staged": None, "target": None}
+            for _ in range(2)
+        ]
+        self.refusals: dict[str, list[dict[str, Any] | None]] = {}  # of a method: what each worker answers instead
+        self.cache_error: Exception | None = None
+        self.resume_errors: list[Exception] = []
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        self.log.append(method)
+        answers = []
+        for rank, worker in enumerate(self.workers):
+            refusal = self.refusals.get(method, [None, None])[rank]
+            if refusal is None:
+                getattr(self, f"_{method}", lambda worker, *args: None)(worker, *args)
+            answers.append({**worker, "error": None} if refusal is None else {"error": refusal})
+        return answers
+
+    def _hubsync_commit(self, worker: dict[str, Any], version: int, digest: str) -> None:
+        worker |= {"version": version, "digest": digest}
+
+    def _hubsync_open(self, worker: dict[str, Any], version: int, digest: str, token: str) -> None:
+        worker["window"] = {"version": version, "digest": digest, "token": token}
+
+    def _hubsync_close(self, worker: dict[str, Any], token: str) -> None:
+        worker["window"] = None
+
+    def native(self, step: str, *args: Any) -> list[dict[str, Any]]:
+        if step == "status":
+            return [{"error": None, **worker} for worker in self.workers]
+        if step == "call" and args[0] == "finish_weight_update":
+            return self.call("hubsync_commit", *NEW)
+        return self.call(args[0] if step == "call" else step)
+
+    def _join(self, worker: dict[str, Any]) -> None:
+        worker["state"] = "ready"
+
+    def settle(self) -> None:
+        self.log.append("settle")
+
+    def recompute(self) -> None:
+        self.log.append("recompute")
+        if self.cache_error is not None:
+            raise self.cache_error
+
+    def isolate(self) -> None:
+        self.log.append("isolate")
+
+    def set_label(self, version: str) -> None:
+        self.log.append(f"label {version}")
+        self.label = version
+
+    def resume(self) -> None:
+        self.log.append("resume")
+        if self.resume_errors:
+            raise self.resume_errors.pop()
+        self.paused = False
+
+    def later(self, seconds: float, turn: Callable[[], None]) -> Callable[[], None]:
+        timer = (seconds, turn)
+        self.timers.append(timer)
+        return lambda: self.timers.remove(timer) if timer in self.timers else None
+
+    def until(self, look: Callable[[], bool]) -> Future[None] | None:
+        for _ in range(10):
+            if look():
+                return None
+        raise AssertionError("never")
+
+    def ring(self) -> float:
+        """Let the next timer run out. Returns how long it was."""
+        seconds, turn = self.timers.pop(0)
+        turn()
+        return seconds
+
+
+@pytest.fixture
+def engine() -> ModelEngine:
+    return ModelEngine()
+
+
+@pytest.fixture
+def core(engine: ModelEngine) -> Core:
+    return Core(engine, (15.0, "keep"))
+
+
+def refused(kind: str = "ReplicaRefused", message: str = "not staged") -> dict[str, str]:
+    return {"type": kind, "message": message}
+
+
+# --- one turn
+
+
+@pytest.mark.parametrize(
+    ("policy", "caches"), [((), "recompute"), (("recompute",), "recompute"), (("keep",), "isolate")]
+)
+def test_caches_weights_and_label_change_in_one_turn(
+    core: Core, engine: ModelEngine, policy: tuple, caches: str
+) -> None:
+    answers = core.handle("hubsync_commit", *NEW, *policy)
+    assert engine.log == ["settle", caches, "hubsync_commit", "label 2"]
+    assert [answer["version"] for answer in answers] == [2, 2]
+    about = answers[0]["engine"]
+    assert (about["index"], about["atomic"], about["label"], about["window_timeout_s"]) == (0, True, "2", 15.0)
+    assert about["turn_s"] > 0
+
+
+def test_an_unknown_policy_is_an_answer(core: Core, engine: ModelEngine) -> None:
+    (answer,) = core.handle("hubsync_commit", *NEW, "maybe")
+    assert answer["error"]["type"] == "ConfigError"
+    assert engine.log == []
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("hubsync_commit", (1,)), ("hubsync_open", ()), ("hubsync_close", ()), ("hubsync_hold", ())],
+)
+def test_wrong_arguments_are_an_answer(core: Core, engine: ModelEngine, method: str, arguments: tuple) -> None:
+    (answer,) = core.handle(method, *arguments)
+    assert "argument" in answer["error"]["message"]
+    assert engine.log == []
+
+
+def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: Core, engine: ModelEngine) -> None:
+    engine.cache_error = RuntimeError("requests wait for remote blocks")
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "remote blocks" in answer["error"]["message"]
+    assert engine.log == ["settle", "recompute"]
+
+
+def test_what_the_workers_refuse_changes_no_label(core: Core, engine: ModelEngine) -> None:
+    engine.refusals["hubsync_commit"] = [refused(), refused()]
+    assert core.handle("hubsync_commit", *NEW)[0]["error"]["message"] == "not staged"
+    assert engine.label == "1"
+
+
+def test_after_a_write_that_failed_on_one_worker_the_label_is_where_they_voted_to_be(
+    core: Core, engine: ModelEngine
+) -> None:
+    engine.refusals["hubsync_commit"] = [None, refused("ReplicaPoisoned", "a device error")]
+    engine.workers[1] |= {"version": NEW[0], "digest": NEW[1]}  # it will be rebuilt there
+    core.handle("hubsync_commit", *NEW)
+    assert engine.label == "2"
+
+
+def test_undoing_and_healing_drop_caches_and_label_too(core: Core, engine: ModelEngine) -> None:
+    for method in ("hubsync_undo", "hubsync_heal"):
+        engine.log.clear()
+        core.handle(method)
+        assert engine.log == ["settle", "recompute", method, "label 1"]
+
+
+def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: Core, engine: ModelEngine) -> None:
+    engine.alone = engine.still = False
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "pause it first" in answer["error"]["message"]
+    assert engine.log == []
+    core.handle("hubsync_heal")  # only concerns workers that are in no forward pass
+    engine.still = True
+    assert core.handle("hubsync_commit", *NEW)[0]["error"] is None
+    assert engine.label == "2"
+
+
+# --- watchdog
+
+
+def test_a_window_that_is_closed_in_time_is_left_alone(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_open", *NEW, "token")
+    core.handle("hubsync_close", "token")
+    assert engine.timers == []
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_window_that_nobody_closes_ends_by_itself(core: Core, engine: ModelEngine, commits: bool) -> None:
+    core.handle("hubsync_open", *NEW, "token")
+    engine.paused = True
+    if commits:
+        core.handle("hubsync_commit", *NEW)
+    assert engine.ring() == 15.0
+    assert engine.log[-2:] == ["resume", "hubsync_close"]
+    assert (engine.paused, engine.label) == (False, "2" if commits else "1")
+    assert engine.timers == []
+
+
+def test_a_client_whose_window_was_ended_is_told_so(core: Core, engine: ModelEngine) -> None:
+    engine.alone = engine.still = False
+    core.handle("hubsync_open", *NEW, "token")
+    engine.ring()
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "was not closed within 15 s" in answer["error"]["message"]
+    core.handle("hubsync_open", *NEW, "token")
+    (answer,) = core.handle("hubsync_commit", *NEW)
+    assert "pause it first" in answer["error"]["message"]
+
+
+def test_a_client_that_died_before_it_paused_leaves_nothing_to_resume(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_open", *NEW, "token")
+    engine.ring()
+    assert "resume" not in engine.log
+    assert engine.workers[0]["window"] is None
+
+
+def test_the_watchdog_tries_until_it_succeeds(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_open", *NEW, "token")
+    engine.paused, engine.resume_errors = True, [RuntimeError("the pause is still in flight")]
+    engine.ring()
+    assert engine.paused
+    assert engine.ring() == 1.0
+    assert not engine.paused
+
+
+def test_workers_at_different_versions_are_never_resumed(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_open", *NEW, "token")
+    engine.paused = True
+    engine.workers[1]["version"] = 7
+    engine.ring()
+    assert engine.paused
+    assert len(engine.timers) == 1
+
+
+def test_a_refused_window_is_not_watched(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_open", *NEW, "mine")
+    engine.refusals["hubsync_open"] = [refused(), refused()]
+    core.handle("hubsync_open", *NEW, "yours")
+    engine.ring()
+    assert engine.workers[0]["window"] is None, "it was the first that ran out"
+
+
+def test_a_pause_that_is_not_for_a_commit_is_watched_too(core: Core, engine: ModelEngine) -> None:
+    core.handle("hubsync_hold", "token")
+    engine.paused = True
+    engine.ring()
+    assert not engine.paused
+
+
+# --- vLLM's own calls
+
+
+def test_vllms_calls_attach_stage_and_commit(core: Core, engine: ModelEngine) -> None:
+    for worker in engine.workers:
+        worker["state"] = "mapped"
+    assert core.handle_native("init_weight_transfer_engine", init_info={}) == [None]
+    core.handle_native("start_weight_update")
+    for worker in engine.workers:
+        worker["target"] = worker["staged"] = {"version": 2, "digest": "b" * 32}
+    core.handle_native("update_weights", update_info={})
+    core.handle_native("finish_weight_update")
+    calls = ["init_weight_transfer_engine", "join", "start_weight_update", "update_weights"]
+    assert engine.log == [*calls, "settle", "isolate", "hubsync_commit", "label 2"]
+
+
+@pytest.mark.parametrize("method", ["update_weights", "finish_weight_update"])
+def test_what_one_worker_says_is_raised_once_and_ends_the_update_on_all(
+    core: Core, engine: ModelEngine, method: str
+) -> None:
+    step = "hubsync_commit" if method == "finish_weight_update" else method
+    engine.refusals[step] = [None, refused("NoPath", "no such version")]
+    with pytest.raises(NoPath, match="no such version"):
+        core.handle_native(method)
+    assert engine.log[-1] == "abandon"
+
+
+def test_what_goes_wrong_while_staging_is_raised(core: Core, engine: ModelEngine) -> None:
+    for worker in engine.workers:
+        worker["target"] = {"version": 9, "digest": "c" * 32}
+    engine.workers[1]["error"] = refused("NoPath", "no such version")
+    with pytest.raises(NoPath, match="no such version"):
+        core.handle_native("update_weights")
+    assert engine.log[-1] == "abandon"
+    engine.workers[0]["state"] = "refused"
+    with pytest.raises(NoPath):
+        core.handle_native("init_weight_transfer_engine")
+
+
+def test_joining_needs_a_pause_where_engines_wait_for_each_other(core: Core, engine: ModelEngine) -> None:
+    engine.alone = engine.still = False
+    for worker in engine.workers:
+        worker["state"] = "mapped"
+    with pytest.raises(ReplicaRefused, match="pause it first"):
+        core.handle_native("init_weight_transfer_engine")
+
+
+# --- hooks
+
+
+class EngineCore:
+    """The attributes of vLLM's engine core that are read, as a server of one worker has them."""
+
+    def __init__(self, **config: Any) -> None:
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
+            model_config=SimpleNamespace(is_multimodal_model=False),
+            additional_config=config,
+        )
+        self.batch_queue: list[str] = []
+        self._weight_version = "1"
+
+    def set_weight_version(self, version: str) -> None:
+        self._weight_version = version
+
+    def collective_rpc(self, method: Any, timeout: Any = None, args: tuple = (), kwargs: Any = None) -> Any:
+        return method, args, kwargs
+
+    def attach_weight_version(self, outputs: dict[int, Any]) -> None:
+        for output in outputs.values():
+            output.weight_version = self._weight_version
+
+
+def test_outputs_of_batches_that_began_before_a_commit_state_the_old_version() -> None:
+    hooks._wrap(EngineCore, "attach_weight_version", hooks._attach_weight_version)
+    core = EngineCore()
+    engine = core._hubsync_engine = hooks.VLLMEngine(core, core.collective_rpc)  # type: ignore[attr-defined]
+    core.batch_queue = ["a", "b"]
+    engine.set_label("2")
+    engine.set_label("3")  # both still in flight
+    labels = []
+    for _ in range(3):
+        output = SimpleNamespace()
+        core.attach_weight_version({0: output})
+        labels.append(output.weight_version)
+    assert labels == ["1", "1", "3"]
+
+
+def test_servers_that_do_not_use_hubsync_are_passed_through() -> None:
+    for _ in range(2):
+        hooks._wrap(EngineCore, "collective_rpc", hooks._collective_rpc)
+    core = EngineCore()
+    assert core.collective_rpc("update_weights", args=(1,)) == ("update_weights", (1,), None)
+    assert core.collective_rpc(print) == (print, (), None)
+    assert not hasattr(core, "_hubsync")
+    assert not hasattr(EngineCore.collective_rpc._hubsync_original, "_hubsync_original")  # type: ignore[attr-defined]
+
+
+def test_all_data_parallel_engines_are_heard() -> None:
+    class Client:
+        core_engines = ("x", "y")
+
+        async def collective_rpc_async(
+            self, method: str, timeout: Any = None, args: tuple = (), kwargs: Any = None
+        ) -> Any:
+            return "the first engine's"
+
+        async def _call_utility_async(self, call: str, method: str, *args: Any, engine: str) -> list[str]:
+            return [f"{call} {method} {engine}{rank}" for rank in range(2)]
+
+    hooks._wrap(Client, "collective_rpc_async", hooks._collective_rpc_async)
+    client = Client()
+    assert asyncio.run(client.collective_rpc_async("get_model")) == "the first engine's"
+    answers = asyncio.run(client.collective_rpc_async("hubsync_status"))
+    assert answers == [f"collective_rpc hubsync_status {name}" for name in ("x0", "x1", "y0", "y1")]
+
+
+@pytest.mark.parametrize(
+    ("pinned", "environment", "expected"),
+    [
+        (None, {}, (15.0, "recompute")),
+        (None, {"HUBSYNC_WINDOW_TIMEOUT": "2.5", "HUBSYNC_KV_CACHE": "keep"}, (2.5, "keep")),
+        ({"window_timeout": 3, "kv_cache": "recompute"}, {"HUBSYNC_KV_CACHE": "keep"}, (3.0, "recompute")),
+        ({"window_timeout": "soon", "kv_cache": "some"}, {}, (15.0, "recompute")),
+        (None, {"HUBSYNC_WINDOW_TIMEOUT": "-1"}, (15.0, "recompute")),
+        (["not", "an", "object"], {}, (15.0, "recompute")),
+    ],
+)
+def test_settings(pinned: Any, environment: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HUBSYNC_WINDOW_TIMEOUT", "HUBSYNC_KV_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hooks._settings(EngineCore(hubsync=pinned).vllm_config) == expected

@@ -1,0 +1,595 @@
+"""A worker's life with a run, without vLLM: a hand-made model, a real chain in a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hubsync.apply.applier import Applier
+from hubsync.apply.session import Host, Session
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader, ChainWriter
+from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
+from hubsync.format.keys import SigningKey
+from hubsync.format.manifest import Position, Run
+from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.view_bits import ViewBits
+from tests.support.sharded import SIZE, Meeting, Shard, random_view
+from tests.support.sharded import TABLE as SHARDED
+from tests.support.toy import (
+    TABLE,
+    Model,
+    Tensors,
+    assert_same,
+    loaded,
+    memory,
+    nudged,
+    patch_between,
+    position_of,
+    view,
+)
+
+VIEWS = [view(0)]
+for seed in range(1, 4):
+    VIEWS.append(nudged(VIEWS[-1], seed))
+RUN_ID = "0123456789abcdef" * 2
+
+
+class Trainer:
+    """Publishes `VIEWS` into a directory bucket."""
+
+    def __init__(self, directory: Path):
+        self.address = str(directory / "bucket")
+        self.positions = [position_of(0, VIEWS[0])]
+        run = Run(RUN_ID, TABLE, self.positions[0].digest, created=time.time())
+        self.writer = ChainWriter.create(open_bucket(self.address, create=True), run)
+
+    def publish(self, version: int, compact: bool = False) -> Position:
+        parent, position = self.writer.position, position_of(version, VIEWS[version])
+        patch = patch_between(VIEWS[parent.version], VIEWS[version])
+        old = ViewBits(TABLE, VIEWS[parent.version]) if compact else None
+        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, old=old)
+        encoding = "compact" if compact else "fast"
+        changed = sum(map(len, patch.values()))
+        self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
+        self.positions.append(position)
+        return position
+
+    def anchor(self, directory: Path) -> None:
+        directory.mkdir()
+        write_anchor(directory, TABLE, VIEWS[self.writer.position.version])
+        self.writer.commit_anchor(directory, at=self.writer.position)
+
+
+class Replica:
+    """A model that serves, and the session that keeps it in step."""
+
+    def __init__(self, directory: Path, address: str, tensors: Tensors = VIEWS[0], checkpoint: Path | None = None):
+        self.model: Model = loaded(tensors)
+        self.host = Host((self.model,), torch.device("cpu"), address, directory / "cache", checkpoint)
+        self.session = Session(lambda: self.host)
+
+    def settled(self) -> dict:
+        """Status once the background thread has nothing left to do."""
+        deadline = time.monotonic() + 30
+        while (status := self.session.status())["state"] in ("attaching", "staging", "applied"):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.005)
+        return status
+
+    def attached(self) -> Replica:
+        self.session.attach()
+        status = self.settled()
+        assert status["state"] == "ready", status["error"]
+        return self
+
+    def stage(self, position: Position) -> dict:
+        self.session.stage(position)
+        return self.settled()
+
+    def follow(self, position: Position) -> dict:
+        assert self.stage(position)["state"] == "staged"
+        self.session.commit(position)
+        return self.settled()
+
+    def assert_serves(self, version: int) -> None:
+        assert_same(memory(self.model), memory(loaded(VIEWS[version])))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return Trainer(tmp_path)
+
+
+@pytest.fixture
+def replica(tmp_path: Path, trainer: Trainer) -> Replica:
+    return Replica(tmp_path, trainer.address).attached()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The base model as a checkpoint directory."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    save_file(VIEWS[0], directory / "model.safetensors")
+    return directory
+
+
+# --- attach
+
+
+def test_attach_finds_the_position_of_the_live_weights(replica: Replica, trainer: Trainer) -> None:
+    status = replica.session.status()
+    assert (status["state"], status["run_id"], status["version"]) == ("ready", RUN_ID, 0)
+    assert status["digest"] == trainer.positions[0].digest
+    assert (status["staged"], status["window"], status["error"]) == (None, None, None)
+
+
+def test_a_server_started_from_a_later_version_attaches_there(tmp_path: Path, trainer: Trainer) -> None:
+    trainer.publish(1)
+    trainer.publish(2)
+    replica = Replica(tmp_path, trainer.address, VIEWS[2]).attached()
+    assert replica.session.status()["version"] == 2
+
+
+def test_a_worker_that_was_given_a_key_refuses_an_unsigned_run(tmp_path: Path, trainer: Trainer) -> None:
+    replica = Replica(tmp_path, trainer.address)
+    replica.host = dataclasses.replace(replica.host, public_key=SigningKey.generate().public)
+    replica.session.attach()
+    status = replica.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "Untrusted")
+    assert "run.json is not signed" in status["error"]["message"]
+
+
+def test_attach_before_the_trainer_has_begun_can_be_retried(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    replica = Replica(tmp_path, str(tmp_path / "bucket"))
+    replica.session.attach()
+    status = replica.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ObjectMissing")
+    assert "holds no run" in status["error"]["message"]
+    Trainer(tmp_path)
+    replica.attached()
+
+
+def test_other_weights_are_refused_and_left_alone(tmp_path: Path, trainer: Trainer) -> None:
+    other = view(99)
+    replica = Replica(tmp_path, trainer.address, other)
+    replica.session.attach()
+    status = replica.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "RunMismatch")
+    assert "not started from a version of the run" in status["error"]["message"]
+    assert_same(memory(replica.model), memory(loaded(other)))
+
+
+def test_a_relaid_out_weight_is_named(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    replica = Replica(tmp_path, trainer.address, checkpoint=base)
+    q = replica.model.qkv.data[:8]
+    q.copy_(q.flip(0))  # what a kernel's own layout does to a weight after loading: same shape, other order
+    replica.session.attach()
+    error = replica.settled()["error"]
+    assert error["type"] == "RunMismatch"
+    assert error["message"].startswith("q: the live weights are not those of the checkpoint")
+
+
+def test_requests_before_attaching_say_so(tmp_path: Path, trainer: Trainer) -> None:
+    session = Replica(tmp_path, trainer.address).session
+    assert session.status()["state"] == "detached"
+    with pytest.raises(ReplicaRefused, match="detached; call hubsync_attach"):
+        session.stage(trainer.positions[0])
+    session.before_forward()  # nothing is known, so nothing is wrong
+
+
+# --- stage and commit
+
+
+def test_follow_version_by_version(replica: Replica, trainer: Trainer) -> None:
+    for version in (1, 2, 3):
+        position = trainer.publish(version)
+        status = replica.stage(position)
+        assert status["staged"] == {"version": version, "digest": position.digest}
+        replica.assert_serves(version - 1)
+        assert replica.session.commit(position) == sum(
+            map(len, patch_between(VIEWS[version - 1], VIEWS[version]).values())
+        )
+        status = replica.settled()
+        assert (status["state"], status["version"], status["staged"]) == ("ready", version, None)
+        replica.assert_serves(version)
+
+
+def test_catch_up_with_several_versions_in_one_commit(replica: Replica, trainer: Trainer) -> None:
+    for version in (1, 2, 3):
+        trainer.publish(version)
+    replica.follow(trainer.positions[3])
+    replica.assert_serves(3)
+
+
+def test_a_server_ahead_goes_back_by_undoing_deltas(tmp_path: Path, trainer: Trainer) -> None:
+    for version in (1, 2, 3):
+        trainer.publish(version)
+    replica = Replica(tmp_path, trainer.address, VIEWS[3]).attached()
+    replica.follow(trainer.positions[1])
+    replica.assert_serves(1)
+    replica.follow(trainer.positions[2])
+    replica.assert_serves(2)
+
+
+def test_where_deltas_cannot_be_undone_a_server_ahead_goes_back_through_the_base(
+    tmp_path: Path, trainer: Trainer, base: Path
+) -> None:
+    trainer.publish(1, compact=True)
+    trainer.publish(2, compact=True)
+    replica = Replica(tmp_path, trainer.address, VIEWS[2], base).attached()
+    replica.follow(trainer.positions[1])
+    replica.assert_serves(1)
+
+
+def test_a_delta_that_was_deleted_is_gone_around(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    replica = Replica(tmp_path, trainer.address, VIEWS[0], base).attached()
+    trainer.publish(1)
+    trainer.publish(2)
+    write_anchor(tmp_path, TABLE, VIEWS[2])
+    trainer.writer.commit_anchor(tmp_path, at=trainer.positions[2])
+    bucket = open_bucket(trainer.address)
+    bucket.delete([stat.path for stat in bucket.list() if "/deltas/00000002" in stat.path])
+    replica.follow(trainer.positions[2])
+    replica.assert_serves(2)
+
+
+def test_staging_what_is_served_does_nothing(replica: Replica, trainer: Trainer) -> None:
+    assert replica.stage(trainer.positions[0])["state"] == "ready"
+
+
+def test_a_digest_that_the_version_does_not_have_is_refused(replica: Replica, trainer: Trainer) -> None:
+    trainer.publish(1)
+    status = replica.stage(Position(1, "0" * 32))
+    assert (status["state"], status["error"]["type"]) == ("ready", "WrongParent")
+    replica.assert_serves(0)
+
+
+def test_a_damaged_part_is_refused_and_staging_can_be_retried(
+    tmp_path: Path, replica: Replica, trainer: Trainer
+) -> None:
+    position = trainer.publish(1)
+    (part,) = (tmp_path / "bucket").rglob("deltas/*.safetensors")
+    good = part.read_bytes()
+    part.chmod(0o644)
+    part.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    status = replica.stage(position)
+    assert (status["state"], status["error"]["type"]) == ("ready", "ObjectCorrupt")
+    with pytest.raises(ReplicaRefused, match="nothing is staged"):
+        replica.session.commit(position)
+    replica.assert_serves(0)
+    part.write_bytes(good)
+    status = replica.follow(position)
+    assert status["error"] is None
+    replica.assert_serves(1)
+
+
+def test_a_failed_staging_does_not_leave_an_older_one_to_commit(replica: Replica, trainer: Trainer) -> None:
+    first = trainer.publish(1)
+    replica.stage(first)
+    status = replica.stage(Position(7, "0" * 32))
+    assert status["error"]["type"] == "NoPath"
+    assert status["staged"] is None
+
+
+def test_undo_goes_back_one_commit(replica: Replica, trainer: Trainer) -> None:
+    replica.follow(trainer.publish(1))
+    replica.session.undo()
+    assert replica.settled()["version"] == 0
+    replica.assert_serves(0)
+    replica.follow(trainer.positions[1])
+    replica.assert_serves(1)
+
+
+def test_forward_passes_go_on_while_the_background_attaches_stages_and_verifies(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = trainer.publish(1)
+    replica = Replica(tmp_path, trainer.address)
+    go_on = threading.Event()
+
+    def hold_up(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, **kwargs: go_on.wait(60) and method(*args, **kwargs))
+
+    def assert_stuck_in(state: str, version: int) -> None:
+        replica.session.before_forward()
+        assert replica.session.status()["state"] == state
+        replica.assert_serves(version)
+        go_on.set()
+        replica.settled()
+        go_on.clear()
+
+    hold_up(Applier, "live_digest")
+    hold_up(ChainReader, "fetch")
+    replica.session.attach()
+    assert_stuck_in("attaching", 0)
+    replica.session.stage(position)
+    assert_stuck_in("staging", 0)
+    replica.session.commit(position)
+    assert_stuck_in("applied", 1)
+    assert replica.session.status()["state"] == "ready"
+
+
+# --- commit windows
+
+
+def test_one_window_at_a_time(replica: Replica, trainer: Trainer) -> None:
+    position = trainer.publish(1)
+    replica.stage(position)
+    replica.session.open(position, "mine")
+    replica.session.open(position, "mine")
+    with pytest.raises(ReplicaRefused, match=r"window to version 1 .* \(token mine\)"):
+        replica.session.open(position, "yours")
+    with pytest.raises(ReplicaRefused, match="complete that one first"):
+        replica.session.open(trainer.positions[0], "mine")
+    with pytest.raises(ReplicaRefused, match="another token"):
+        replica.session.close("yours")
+    assert replica.session.status()["window"]["committed"] is False
+    replica.session.commit(position)
+    window = replica.session.status()["window"]
+    assert (window["version"], window["digest"], window["token"]) == (1, position.digest, "mine")
+    assert window["committed"] is True
+    replica.session.close("mine")
+    replica.session.close("mine")
+    assert replica.session.status()["window"] is None
+
+
+# --- poison
+
+
+def poisoned_after_commit(replica: Replica, trainer: Trainer) -> None:
+    """A bit flips in a weight that the delta does not touch: only the full digest can see it."""
+    position = trainer.publish(1)
+    replica.stage(position)
+    touched = patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices
+    damage_where(replica.model, next(i for i in range(24 * 8) if i not in touched))
+    replica.session.commit(position)
+    status = replica.settled()
+    assert (status["state"], status["error"]["type"]) == ("poisoned", "ReplicaPoisoned")
+
+
+@pytest.mark.parametrize("source", ["base", "anchor"])
+def test_poisoned_weights_are_rebuilt_before_the_next_forward_pass(
+    tmp_path: Path, trainer: Trainer, base: Path, source: str
+) -> None:
+    if source == "anchor":
+        trainer.anchor(tmp_path / "anchor")
+    replica = Replica(tmp_path, trainer.address, checkpoint=base if source == "base" else None).attached()
+    poisoned_after_commit(replica, trainer)
+    replica.session.before_forward()
+    replica.assert_serves(1)
+    status = replica.settled()
+    assert (status["state"], status["version"], status["error"]) == ("ready", 1, None)
+    assert status["metrics"]["heals"] == 1
+    replica.follow(trainer.publish(2))
+    replica.assert_serves(2)
+
+
+def test_without_a_way_to_rebuild_them_no_forward_pass_runs(replica: Replica, trainer: Trainer) -> None:
+    poisoned_after_commit(replica, trainer)
+    with pytest.raises(ReplicaPoisoned, match=r"refusing to run the model: .* NoPath"):
+        replica.session.before_forward()
+    with pytest.raises(ReplicaPoisoned, match="heal first"):
+        replica.session.stage(trainer.positions[0])
+    assert replica.session.status()["state"] == "poisoned"
+
+
+def test_weights_damaged_before_a_commit_poison_it(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    replica = Replica(tmp_path, trainer.address, checkpoint=base).attached()
+    position = trainer.publish(1)
+    replica.stage(position)
+    with torch.no_grad():
+        replica.model.qkv.view(torch.int16).bitwise_xor_(1)
+    with pytest.raises(ReplicaPoisoned, match="somebody else"):
+        replica.session.commit(position)
+    assert replica.session.status()["error"]["type"] == "ReplicaPoisoned"
+    replica.session.heal()
+    replica.assert_serves(0)
+    with pytest.raises(ReplicaRefused, match="nothing to heal"):
+        replica.session.heal()
+    replica.follow(position)
+    replica.assert_serves(1)
+
+
+def damage_where(model: Model, position: int) -> None:
+    """Flip a bit of the exponent of one element of `down`, given in checkpoint coordinates."""
+    row, column = divmod(position, 8)
+    with torch.no_grad():
+        model.down.view(torch.int16)[column, row] ^= 1 << 13
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_sound_delta_that_does_not_fit_damaged_weights_poisons_them(
+    tmp_path: Path, trainer: Trainer, base: Path, compact: bool
+) -> None:
+    """`python -m benchmarks.chaos --only 11`: the delta was blamed, and the damaged weights were served on."""
+    replica = Replica(tmp_path, trainer.address, checkpoint=base).attached()
+    position = trainer.publish(1, compact)
+    for element in patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices:
+        damage_where(replica.model, int(element))
+    status = replica.stage(position)
+    assert (status["state"], status["error"]["type"]) == ("poisoned", "ReplicaPoisoned")
+    replica.session.before_forward()
+    replica.assert_serves(0)
+    replica.follow(position)
+    replica.assert_serves(1)
+
+
+def test_a_wrong_base_checkpoint_heals_nothing(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    save_file(view(5), base / "model.safetensors")
+    replica = Replica(tmp_path, trainer.address)
+    replica.host = replace(replica.host, checkpoint=base)
+    replica.attached()
+    poisoned_after_commit(replica, trainer)
+    with pytest.raises(ReplicaPoisoned, match="not the checkpoint this run started from"):
+        replica.session.before_forward()
+
+
+def test_a_server_that_was_started_from_an_anchor_does_not_take_that_for_the_base(
+    tmp_path: Path, trainer: Trainer
+) -> None:
+    """Its checkpoint is not version 0, although the way from there would be fewer bytes."""
+    trainer.publish(1)
+    trainer.anchor(tmp_path / "anchor")
+    replica = Replica(tmp_path, trainer.address, VIEWS[1], checkpoint=tmp_path / "anchor").attached()
+    replica.follow(trainer.publish(2))
+    replica.model.qkv.data[0] = 0
+    replica.session.weights_lost("a test")
+    replica.session.before_forward()
+    replica.assert_serves(2)
+
+
+def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None:
+    """One, then two at once, mixed with a fast one; and after damage from the base checkpoint."""
+    trainer = Trainer(tmp_path)
+    save_file(VIEWS[0], tmp_path / "model.safetensors")
+    replica = Replica(tmp_path, trainer.address, checkpoint=tmp_path).attached()
+    replica.follow(trainer.publish(1, compact=True))
+    assert_same(memory(replica.model), memory(loaded(VIEWS[1])))
+    trainer.publish(2)
+    replica.follow(trainer.publish(3, compact=True))
+    assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
+    replica.model.qkv.data[0] = 0
+    replica.session.weights_lost("a test")
+    replica.session.before_forward()
+    assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
+
+
+# --- several ranks: what each does by itself, and where they meet
+
+
+class Ranks:
+    """The sessions of an engine of two ranks. Requests reach both, as they do in vLLM."""
+
+    def __init__(self, directory: Path):
+        self.views = [random_view(0)]
+        self.views.append(nudged(self.views[0], 1))
+        self.positions = [position_of(version, tensors, SHARDED) for version, tensors in enumerate(self.views)]
+        self.address = str(directory / "bucket")
+        run = Run(RUN_ID, SHARDED, self.positions[0].digest, created=time.time())
+        writer = ChainWriter.create(open_bucket(self.address, create=True), run)
+        patch = patch_between(self.views[0], self.views[1], SHARDED)
+        part = write_delta(SHARDED, patch, run_id=RUN_ID, parent=self.positions[0], position=self.positions[1])
+        writer.commit_delta([part], digest=self.positions[1].digest, changed=1)
+        self.models = self.serving(self.views[0])
+        self.hosts = [
+            Host((model,), torch.device("cpu"), self.address, directory / f"cache{rank}", None)
+            for rank, model in enumerate(self.models)
+        ]
+        self.sessions = [
+            Session(lambda rank=rank: self.hosts[rank], seat)  # type: ignore[misc]
+            for rank, seat in enumerate(Meeting().ranks())
+        ]
+
+    @staticmethod
+    def serving(tensors: Tensors) -> list[Shard]:
+        models = [Shard(rank) for rank in range(SIZE)]
+        for model in models:
+            model.load_weights((name, tensor.clone()) for name, tensor in tensors.items())
+        return models
+
+    def all(self, method: str, *args: object) -> list[object]:
+        """What each rank answers; an error is an answer."""
+
+        def answer(session: Session) -> object:
+            try:
+                return getattr(session, method)(*args)
+            except HubsyncError as error:
+                return error
+
+        with ThreadPoolExecutor(SIZE) as pool:
+            return list(pool.map(answer, self.sessions))
+
+    def states(self) -> list[str]:
+        """The ranks' states once their background threads have nothing left to do."""
+        deadline = time.monotonic() + 30
+        while any(session.state in ("attaching", "staging", "applied") for session in self.sessions):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return [session.state for session in self.sessions]
+
+    def memory(self) -> list[dict[str, torch.Tensor]]:
+        return [memory(model) for model in self.models]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    return Ranks(tmp_path)
+
+
+def test_ranks_map_by_themselves_and_join_together(ranks: Ranks) -> None:
+    ranks.all("attach")
+    assert ranks.states() == ["mapped", "mapped"]
+    assert ranks.sessions[1].layout()["tensors"]["last"] == {"class": "affine", "elements": 15, "reason": None}
+    assert ranks.all("join") == [None, None]
+    assert ranks.states() == ["ready", "ready"]
+    assert ranks.all("join") == [None, None], "idempotent, and no longer a collective"
+    ranks.all("stage", ranks.positions[1])
+    assert ranks.states() == ["staged", "staged"]
+    assert all(isinstance(changed, int) for changed in ranks.all("commit", ranks.positions[1]))
+    assert ranks.states() == ["ready", "ready"]
+    for live, fresh in zip(ranks.memory(), map(memory, ranks.serving(ranks.views[1])), strict=True):
+        assert_same(live, fresh)
+
+
+def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: Ranks) -> None:
+    host = ranks.hosts[1]
+    ranks.hosts[1] = replace(host, bucket=str(Path(ranks.address).parent / "nowhere"))
+    ranks.all("attach")
+    assert ranks.states() == ["mapped", "refused"]
+    answers = ranks.all("join")
+    assert len({str(answer) for answer in answers}) == 1
+    assert str(answers[0]).startswith("rank 1: ")
+    assert all(isinstance(answer, ReplicaRefused) for answer in ranks.all("commit", ranks.positions[1]))
+    ranks.hosts[1] = host
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    assert ranks.states() == ["ready", "ready"]
+
+
+def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: Ranks) -> None:
+    ranks.sessions[0].attach()
+    ranks.states()
+    assert [str(answer) for answer in ranks.all("join")] == [
+        "rank 1: this worker is detached; call hubsync_attach and wait until it is mapped"
+    ] * SIZE
+
+
+def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: Ranks) -> None:
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    ranks.states()
+    ranks.sessions[0].stage(ranks.positions[1])
+    assert ranks.states() == ["staged", "ready"]
+    before = ranks.memory()
+    assert [str(answer).split(": ", 1)[0] for answer in ranks.all("commit", ranks.positions[1])] == ["rank 1"] * SIZE
+    for live, old in zip(ranks.memory(), before, strict=True):
+        assert_same(live, old)
+
+
+def test_a_rank_with_damaged_weights_is_found_out_by_the_vote(ranks: Ranks) -> None:
+    """Alone it cannot tell that its share is wrong; all see that the sum is, and each looks at its own weights."""
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    ranks.states()
+    touched = patch_between(ranks.views[0], ranks.views[1], SHARDED)[SHARDED.index_of("last")].indices
+    with torch.no_grad():
+        ranks.models[1].last.view(torch.int16).view(-1)[int(touched[0])] ^= 1
+    ranks.all("stage", ranks.positions[1])
+    ranks.states()
+    assert all(isinstance(answer, WrongParent) for answer in ranks.all("commit", ranks.positions[1]))
+    assert ranks.states() == ["staged", "poisoned"]

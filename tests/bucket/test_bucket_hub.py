@@ -1,0 +1,382 @@
+"""A Hugging Face bucket: few API calls, verified bytes, and every failure as an error that says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hubsync.bucket import Bucket, Download, Upload, open_bucket
+from hubsync.bucket.hub import HubBucket
+from hubsync.errors import (
+    BucketDenied,
+    BucketError,
+    BucketMissing,
+    BucketUnavailable,
+    ConfigError,
+    ObjectCorrupt,
+    ObjectMissing,
+)
+from hubsync.localhub import LocalHub
+from tests.support.fixtures_hub import READ_ONLY_TOKEN, TOKEN
+
+FOREVER = 1000
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub waits 23 s in all before it gives up, and has no setting for it."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def download(path: str, data: bytes, destination: Path) -> Download:
+    return Download(path, len(data), hashlib.sha256(data).hexdigest(), destination)
+
+
+def files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+# --- API calls ----------------------------------------------------------------------------------------
+
+
+def calls(hub: LocalHub, action: object) -> int:
+    hub.reset()
+    action()  # type: ignore[operator]
+    return hub.api_calls()
+
+
+def test_each_method_makes_the_stated_number_of_api_calls(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    parts = {f"deltas/{n}": os.urandom(100) for n in range(20)}
+    puts = [Upload(path, data) for path, data in parts.items()]
+    gets = [download(path, data, tmp_path / path) for path, data in parts.items()]
+    measured = {
+        "open": calls(local_hub, lambda: HubBucket(hub_bucket.address, token=TOKEN, endpoint=local_hub.url)),
+        "put": calls(local_hub, lambda: hub_bucket.put(puts)),
+        "commit": calls(local_hub, lambda: hub_bucket.commit("head.json", os.urandom(10))),
+        "read": calls(local_hub, lambda: hub_bucket.read(["head.json", *parts])),
+        "stat": calls(local_hub, lambda: hub_bucket.stat(["head.json"])),
+        "list": calls(local_hub, lambda: hub_bucket.list("deltas", recursive=False)),
+        "fetch": calls(local_hub, lambda: hub_bucket.fetch(gets)),
+        "delete": calls(local_hub, lambda: hub_bucket.delete(list(parts))),
+        "now": calls(local_hub, hub_bucket.now),
+    }
+    assert measured == HubBucket.API_CALLS
+    assert HubBucket.API_CALLS["stat"] == 1  # the idle poll
+
+
+def test_the_time_is_the_hubs(hub_bucket: HubBucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine's clock says."""
+    date = "Thu, 26 Nov 2026 00:00:00 GMT"
+    monkeypatch.setattr("http.server.BaseHTTPRequestHandler.date_time_string", lambda *_: date)
+    assert hub_bucket.now() == 1795651200.0
+
+
+def test_a_publish_makes_at_most_nine_api_calls(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    def publish() -> None:
+        hub_bucket.put([Upload(f"epochs/1/deltas/{n}", os.urandom(1000)) for n in range(4)])
+        hub_bucket.list("epochs", recursive=False)
+        hub_bucket.commit("epochs/1/versions/1.json", os.urandom(100))
+        hub_bucket.commit("head.json", os.urandom(100))
+
+    assert calls(local_hub, publish) <= 9
+
+
+def test_fetching_what_is_already_there_asks_nobody(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"bytes")
+    assert calls(local_hub, lambda: hub_bucket.fetch([download("part", b"bytes", tmp_path / "part")])) == 0
+
+
+# --- addresses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "hf://buckets/me",
+        "hf://buckets/me/name",
+        "hf://buckets/me/name/",
+        "hf://me/name/run",
+        "hf://buckets/me/../name/run",
+        "hf://buckets/me/name/run//x",
+        "hf://buckets/me/name/.run",
+    ],
+)
+def test_an_address_of_another_form_is_explained(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"hf://buckets/<namespace>/<name>/<run> .* directory"):
+        open_bucket(address)
+
+
+def test_runs_of_one_bucket_are_apart(local_hub: LocalHub, hub_address: str) -> None:
+    one, two = (HubBucket(hub_address + name, create=True, token=TOKEN, endpoint=local_hub.url) for name in ("", "-2"))
+    one.commit("head.json", b"one")
+    two.commit("head.json", b"two")
+    assert [s.path for s in one.list()] == ["head.json"]
+    assert one.read(["head.json"]) == {"head.json": b"one"}
+
+
+def test_the_endpoint_of_the_environment_is_used(
+    local_hub: LocalHub, hub_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", local_hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    open_bucket(hub_address, create=True).commit("head.json", b"1")
+    assert open_bucket(hub_address).read(["head.json"]) == {"head.json": b"1"}
+
+
+# --- access -------------------------------------------------------------------------------------------
+
+
+def test_a_missing_bucket_says_how_to_create_it(local_hub: LocalHub, hub_address: str) -> None:
+    with pytest.raises(BucketMissing, match=r"hf buckets create me/\w+ --private"):
+        open_bucket(hub_address, token=TOKEN, endpoint=local_hub.url)
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_bad_token_says_how_to_log_in(local_hub: LocalHub, hub_address: str, create: bool) -> None:
+    with pytest.raises(BucketDenied, match="hf auth login"):
+        open_bucket(hub_address, create=create, token="hf_unknown", endpoint=local_hub.url)
+
+
+def test_a_bucket_is_created_private(
+    hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(BucketMissing):
+        open_bucket(hub_bucket.address, endpoint=local_hub.url)
+
+
+def test_a_read_only_token_reads_but_is_told_why_it_cannot_write(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.commit("head.json", b"1")
+    reader = open_bucket(hub_bucket.address, token=READ_ONLY_TOKEN, endpoint=local_hub.url)
+    assert reader.read(["head.json"]) == {"head.json": b"1"}
+    for attempt in (
+        lambda: reader.commit("head.json", b"2"),
+        lambda: reader.put([Upload("part", b"2")]),
+        lambda: reader.delete(["head.json"]),
+    ):
+        with pytest.raises(BucketDenied, match="write access to me"):
+            attempt()
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"1"}
+
+
+def test_a_bucket_that_vanishes_is_missing_for_every_method(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    local_hub.fail("/api/buckets/", status=404, headers={"X-Error-Code": "RepoNotFound"}, times=FOREVER)
+    for attempt in (
+        lambda: hub_bucket.put([Upload("part", b"1")]),
+        lambda: hub_bucket.commit("head.json", b"1"),
+        lambda: hub_bucket.read(["head.json"]),
+        lambda: hub_bucket.stat(["head.json"]),
+        lambda: hub_bucket.list(),
+        lambda: hub_bucket.fetch([download("part", b"1", tmp_path / "part")]),
+        lambda: hub_bucket.delete(["head.json"]),
+    ):
+        with pytest.raises(BucketMissing):
+            attempt()
+
+
+# --- an unreliable Hub --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 503}, {"drop": True}], ids=["429", "503", "drop"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "POST /api/buckets/.*/paths-info",
+        "POST /api/buckets/.*/batch",
+        "xet-.*-token",
+        "/v1/xorbs",
+        "/v1/shards",
+        "GET /xorbs",
+    ],
+)
+@pytest.mark.usefixtures("no_waiting")
+def test_one_failure_is_retried_unnoticed(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, where: str, fault: dict
+) -> None:
+    data = os.urandom(2000)
+    local_hub.fail(where, times=1, **fault)
+    hub_bucket.put([Upload("part", data)])
+    hub_bucket.fetch([download("part", data, tmp_path / "part")])
+    assert (tmp_path / "part").read_bytes() == data
+    assert local_hub.faults_left() == 0
+
+
+@pytest.mark.parametrize("create", [False, True])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "drop"])
+@pytest.mark.usefixtures("no_waiting")
+def test_opening_is_retried_too(hub_bucket: HubBucket, local_hub: LocalHub, create: bool, fault: dict) -> None:
+    local_hub.fail("/api/buckets/", times=2, **fault)
+    open_bucket(hub_bucket.address, create=create, token=TOKEN, endpoint=local_hub.url).stat(["head.json"])
+    assert local_hub.faults_left() == 0
+
+
+@pytest.mark.parametrize("fault", [{"status": 429}, {"status": 500}, {"drop": True}], ids=["429", "500", "drop"])
+@pytest.mark.usefixtures("no_waiting")
+def test_a_failure_without_end_is_unavailable(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, fault: dict
+) -> None:
+    hub_bucket.put([Upload("part", b"bytes")])
+    local_hub.fail(".", times=FOREVER, **fault)
+    for attempt in (
+        lambda: open_bucket(hub_bucket.address, token=TOKEN, endpoint=local_hub.url),
+        lambda: open_bucket(hub_bucket.address, token=TOKEN, endpoint=local_hub.url, create=True),
+        lambda: hub_bucket.put([Upload("another", os.urandom(100))]),
+        lambda: hub_bucket.commit("head.json", b"1"),
+        lambda: hub_bucket.read(["part"]),
+        lambda: hub_bucket.stat(["part"]),
+        lambda: hub_bucket.list(),
+        lambda: hub_bucket.fetch([download("part", b"bytes", tmp_path / "part")]),
+        lambda: hub_bucket.delete(["part"]),
+    ):
+        with pytest.raises(BucketUnavailable, match="later"):
+            attempt()
+    assert files_below(tmp_path / "cache") == []
+    local_hub.reset()
+    assert [s.path for s in hub_bucket.list()] == ["part"]
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_hub_that_is_not_up_is_named(hub_bucket: HubBucket) -> None:
+    with pytest.raises(BucketUnavailable, match=r"no connection to the Hub at http://127.0.0.1:9 "):
+        open_bucket(hub_bucket.address, token=TOKEN, endpoint="http://127.0.0.1:9")  # nothing listens there
+
+
+@pytest.mark.parametrize("where", ["GET /xorbs", "/v2/reconstructions"])
+@pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "drop"])
+def test_storage_that_is_down_leaves_no_file(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, where: str, fault: dict
+) -> None:
+    data = os.urandom(2000)
+    hub_bucket.put([Upload("part", data)])
+    local_hub.fail(where, times=FOREVER, **fault)
+    with pytest.raises(BucketUnavailable):
+        hub_bucket.fetch([download("part", data, tmp_path / "cache" / "part")])
+    assert files_below(tmp_path / "cache") == []
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_commit_whose_answers_are_lost_is_read_back(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.commit("head.json", b"old")
+    local_hub.fail("/batch", lose_answer=True, times=FOREVER)
+    hub_bucket.commit("head.json", b"new")
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"new"}
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_commit_that_never_arrived_is_unavailable(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.commit("head.json", b"old and longer")
+    local_hub.fail("/batch", drop=True, times=FOREVER)
+    with pytest.raises(BucketUnavailable):
+        hub_bucket.commit("head.json", b"new")
+    assert hub_bucket.read(["head.json"]) == {"head.json": b"old and longer"}
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_delete_whose_first_answer_is_lost_has_worked(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.put([Upload("a", b"1"), Upload("b", b"2")])
+    local_hub.fail("/batch", lose_answer=True)
+    hub_bucket.delete(["a", "b"])
+    assert hub_bucket.list() == []
+
+
+def test_a_refused_delete_is_an_error(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.put([Upload("a", b"1"), Upload("kept", b"2")])
+    local_hub.refuse("kept")
+    with pytest.raises(BucketError, match="refused run/kept"):
+        hub_bucket.delete(["a", "kept"])
+    assert [s.path for s in hub_bucket.list()] == ["kept"]
+
+
+def test_a_partly_refused_batch_names_what_was_refused(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    local_hub.refuse("broken")
+    with pytest.raises(BucketError, match=r"refused run/broken-1 \(.*\), run/broken-2 \(.*\)"):
+        hub_bucket.put([Upload(path, b"1") for path in ("broken-1", "fine", "broken-2")])
+    assert [s.path for s in hub_bucket.list()] == ["fine"]
+
+
+def test_a_batch_that_loses_a_file_silently_is_noticed(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    local_hub.refuse("lost", silently=True)
+    with pytest.raises(BucketError, match="lost did not arrive"):
+        hub_bucket.put([Upload(path, b"1") for path in ("fine", "lost")])
+
+
+# --- damaged bytes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [os.urandom(5000), b"compressible" * 5000], ids=["stored", "compressed"])
+def test_damaged_bytes_are_refused_and_leave_no_file(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, data: bytes
+) -> None:
+    hub_bucket.put([Upload("good", b"untouched"), Upload("part", data)])
+    local_hub.fail("GET /xorbs", corrupt=True, times=FOREVER)
+    with pytest.raises(ObjectCorrupt, match=r"part.*hubsync verify"):
+        hub_bucket.fetch([download("part", data, tmp_path / "cache" / "part")])
+    assert files_below(tmp_path / "cache") == []
+
+
+def test_bytes_damaged_once_on_the_way_are_fetched_again(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    data = os.urandom(5000)
+    hub_bucket.put([Upload("part", data)])
+    local_hub.fail("GET /xorbs", corrupt=True, times=1)
+    hub_bucket.fetch([download("part", data, tmp_path / "part")])
+    assert (tmp_path / "part").read_bytes() == data
+
+
+def test_one_damaged_file_does_not_spoil_the_others(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    parts = {name: os.urandom(3000) for name in ("a", "b")}
+    for name, data in parts.items():  # each in a xorb of its own
+        hub_bucket.put([Upload(name, data)])
+    wrong = download("b", os.urandom(3000), tmp_path / "b")
+    with pytest.raises(ObjectCorrupt, match=r"^b in"):
+        hub_bucket.fetch([download("a", parts["a"], tmp_path / "a"), wrong])
+    assert files_below(tmp_path) == [tmp_path / "a"]
+
+
+def test_content_that_the_hub_lost_is_missing(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    data = os.urandom(3000)
+    hub_bucket.put([Upload("part", data)])
+    local_hub.fail("/reconstructions/", status=404, times=FOREVER)
+    with pytest.raises(ObjectMissing, match="lost the content"):
+        hub_bucket.fetch([download("part", data, tmp_path / "cache" / "part")])
+    assert files_below(tmp_path / "cache") == []
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+def publish_elsewhere(address: str, endpoint: str, writer: int) -> None:
+    bucket: Bucket = open_bucket(address, token=TOKEN, endpoint=endpoint)
+    for turn in range(3):
+        bucket.put([Upload(f"{writer}/{turn}", hashlib.shake_128(f"{writer} {turn}".encode()).digest(300_000))])
+        bucket.commit("head.json", hashlib.shake_128(f"head {writer} {turn}".encode()).digest(1000))
+
+
+def test_what_two_processes_write_a_third_reads_byte_for_byte(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    writers = [
+        spawn.Process(target=publish_elsewhere, args=(hub_bucket.address, local_hub.url, writer)) for writer in (1, 2)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+
+    expected = {f"{w}/{t}": hashlib.shake_128(f"{w} {t}".encode()).digest(300_000) for w in (1, 2) for t in range(3)}
+    hub_bucket.fetch([download(path, data, tmp_path / path) for path, data in expected.items()])
+    assert {path: (tmp_path / path).read_bytes() for path in expected} == expected
+    last = {hashlib.shake_128(f"head {w} 2".encode()).digest(1000) for w in (1, 2)}
+    assert hub_bucket.read(["head.json"])["head.json"] in last

@@ -1,0 +1,205 @@
+"""`hubsync ls`, `show`, `verify` and `pull`, on runs that a real engine has written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader, Layout
+from hubsync.chain.retention import Collector, Policy
+from hubsync.cli import compact, inspect
+from hubsync.errors import BucketMissing, ConfigError, NoPath, ObjectCorrupt, WrongParent
+from hubsync.kernels.bits import bits_of
+from tests.support.history import History
+
+
+def hubsync(*argv: object) -> int:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    for command in (inspect, compact):
+        command.add_parser(subparsers)
+    args = parser.parse_args([str(arg) for arg in argv])
+    return args.run(args)
+
+
+@pytest.fixture
+def model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(32, 16)
+
+
+@pytest.fixture
+def base(model: torch.nn.Linear, tmp_path: Path) -> Path:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    save_file(
+        {name: tensor.detach().clone() for name, tensor in model.named_parameters()}, directory / "model.safetensors"
+    )
+    (directory / "config.json").write_text('{"made": "here"}')
+    return directory
+
+
+@pytest.fixture
+def address(model: torch.nn.Linear, base: Path, tmp_path: Path) -> str:
+    """A run with versions 1..3 whose base is known by a name that does not exist here."""
+    address = str(tmp_path / "bucket")
+    config = SyncConfig(bucket=address, base_model="me/base", base_revision="0123abcd", name="tests")
+    with DeltaWeightTransferEngine(model, None, config) as engine:
+        for step in range(3):
+            with torch.no_grad():
+                model.weight[step] += 1
+            engine.publish(10 + step)
+    return address
+
+
+def is_the_view_of(directory: Path, model: torch.nn.Linear) -> bool:
+    tensors = load_file(directory / "model.safetensors")
+    expected = {name: tensor.detach().bfloat16() for name, tensor in model.named_parameters()}
+    return all(bits_of(tensors[name]).tolist() == bits_of(expected[name]).tolist() for name in expected)
+
+
+def test_ls_shows_each_version_on_a_line(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hubsync("ls", address) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 tensors" in lines[0]
+    assert "me/base@0123abcd" in lines[0]
+    assert [line.split()[:4] for line in lines[2:]] == [[str(v), "delta", str(v - 1), "32"] for v in (1, 2, 3)]
+    assert hubsync("ls", address, "--limit", 1) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[0] == "3"
+
+
+def test_show_prints_the_manifest(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hubsync("show", address, 2) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["position"]["version"], document["step"], document["name"]) == (2, 11, "tests")
+    assert hubsync("show", address, 0) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["model"] == "me/base"
+
+
+def test_verify_replays_everything(address: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hubsync("verify", address, "--base", base) == 0
+    assert "3 of 3 replayed bit for bit" in capsys.readouterr().out
+
+
+def test_verify_without_the_base_says_what_it_could_not_prove(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hubsync("verify", address) == 1
+    assert "needs --base" in capsys.readouterr().out
+
+
+def test_verify_starts_at_an_anchor_too(
+    address: str, model: torch.nn.Linear, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        engine.anchor()
+        with torch.no_grad():
+            model.weight[5] += 1
+        engine.publish(20)
+    assert hubsync("verify", address) == 1
+    output = capsys.readouterr().out
+    assert "ok       delta  version 3" in output  # undone from the anchor, and done again
+    assert "3 of 5 replayed" in output
+    assert hubsync("verify", address, "--base", base) == 0
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["fast", "compact"])
+def test_verify_begins_at_the_oldest_anchor_that_retention_has_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], compact: bool
+) -> None:
+    history = History(LocalBucket(tmp_path / "bucket", create=True))
+    for number in range(6):
+        history.publish(compact=compact)
+        if number == 3:
+            history.anchor(tmp_path / "anchor")
+    Collector(history.bucket, history.reader(tmp_path / "gc"), Policy(keep_last=3, grace=0)).collect()
+    assert hubsync("verify", history.bucket.address) == 0
+    output = capsys.readouterr().out
+    assert ("3 of 4 replayed" if compact else "4 of 4 replayed") in output
+    assert ("what it applies to has been deleted" in output) == compact
+
+
+def test_verify_finds_damage_and_a_wrong_base(address: str, base: Path, tmp_path: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["weight"][0, 0] += 1
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(WrongParent, match="another model, or another revision"):
+        hubsync("verify", address, "--base", other)
+    manifest = ChainReader(LocalBucket(address), tmp_path / "cache").manifest(2)
+    part = Path(address) / Layout.part(manifest, manifest.parts[0])
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(ObjectCorrupt):
+        hubsync("verify", address, "--base", base)
+
+
+def test_pull_writes_a_version_as_a_checkpoint(
+    address: str, model: torch.nn.Linear, base: Path, tmp_path: Path
+) -> None:
+    assert hubsync("pull", address, tmp_path / "newest", "--base", base) == 0
+    assert is_the_view_of(tmp_path / "newest", model)
+    assert (tmp_path / "newest" / "config.json").read_text() == '{"made": "here"}'
+    assert hubsync("pull", address, tmp_path / "second", "--base", base, "--version", 2) == 0
+    with torch.no_grad():
+        model.weight[2] = load_file(base / "model.safetensors")["weight"][2]
+    assert is_the_view_of(tmp_path / "second", model)
+
+
+def test_ls_limits_versions_and_not_the_merged_deltas_to_them(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hubsync("compact", address)
+    capsys.readouterr()
+    assert hubsync("ls", address, "--limit", 2) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["2", "delta", "1"], ["2", "merged", "0"], ["3", "delta", "2"]]
+
+
+@pytest.mark.parametrize("limit", ["-5", "0", "many"])
+def test_ls_refuses_a_limit_that_makes_no_sense(address: str, limit: str) -> None:
+    with pytest.raises(SystemExit):
+        hubsync("ls", address, "--limit", limit)
+
+
+def test_pull_to_a_place_through_a_directory_that_is_not_there(
+    address: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"new/\.\. is not empty"):
+        hubsync("pull", address, "new/..", "--base", base)
+    assert hubsync("pull", address, "new/../out", "--base", base) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_pull_from_an_anchor_needs_no_base(address: str, model: torch.nn.Linear, tmp_path: Path) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        engine.anchor()
+    assert hubsync("pull", address, tmp_path / "out") == 0
+    assert is_the_view_of(tmp_path / "out", model)
+
+
+def test_pull_writes_all_or_nothing(address: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoPath, match=r"base checkpoint is not at hand.* --base DIR"):
+        hubsync("pull", address, tmp_path / "out")
+    with pytest.raises(NoPath, match="version 9"):
+        hubsync("pull", address, tmp_path / "out", "--base", base, "--version", 9)
+    with pytest.raises(ConfigError, match="not a directory"):
+        hubsync("pull", address, tmp_path / "out", "--base", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="not the base checkpoint"):
+        hubsync("pull", address, tmp_path / "out", "--base", tmp_path / "empty")
+    with pytest.raises(ConfigError, match="not empty"):
+        hubsync("pull", address, base, "--base", base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "bucket", "empty"]
+
+
+def test_a_run_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BucketMissing):
+        hubsync("ls", tmp_path / "nowhere")

@@ -1,0 +1,122 @@
+"""Which trainers the TRL callback takes, and what it tells the others. That it works is shown in test_end_to_end.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
+
+from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.integrations.trl import HubSyncCallback, server_url
+from hubsync.localhub import LocalHub
+from hubsync.publish.config import SyncConfig
+from tests.support.models import save_checkpoint, save_tokenizer
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_checkpoint("qwen3_tied", tmp_path_factory.mktemp("policy"))
+    save_tokenizer(directory)
+    return directory
+
+
+def settings(directory: Path, **extra: Any) -> dict[str, Any]:
+    common = {"output_dir": str(directory), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+    return {**common, "vllm_server_base_url": NOBODY, "vllm_server_timeout": 0.0, **extra}
+
+
+def grpo(checkpoint: Path, directory: Path, **extra: Any) -> GRPOTrainer:
+    return GRPOTrainer(
+        model=str(checkpoint),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["one plus two"] * 8}),
+        args=GRPOConfig(**settings(directory, **extra)),
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SyncConfig:
+    return SyncConfig(bucket=str(tmp_path / "bucket"))
+
+
+def test_a_server_that_is_not_up_is_unreachable(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
+    with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
+        HubSyncCallback(grpo(checkpoint, tmp_path), config)
+
+
+def test_what_answers_but_is_no_server_is_not_waited_for_without_end(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LocalHub(tmp_path / "hub") as hub:  # something that speaks HTTP, and has no /health
+        trainer = grpo(checkpoint, tmp_path, vllm_server_base_url=hub.url, vllm_server_timeout=0.5)
+        with pytest.raises(ReplicaUnreachable, match="answers, but is not a vLLM server"):
+            HubSyncCallback(trainer, config)
+    assert [record.getMessage() for record in caplog.records if "Waiting for it, up to 0.5 s" in record.getMessage()]
+
+
+def test_rloo_generates_through_the_same_door(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
+    trainer = RLOOTrainer(
+        model=str(checkpoint),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_dict({"prompt": ["one plus two"] * 8}),
+        args=RLOOConfig(**settings(tmp_path)),
+    )
+    with pytest.raises(ReplicaUnreachable):  # it gets as far as looking for the server
+        HubSyncCallback(trainer, config)
+
+
+def test_a_trainer_that_does_not_generate_is_refused(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
+    trainer = SFTTrainer(
+        model=str(checkpoint),
+        train_dataset=Dataset.from_dict({"text": ["one plus two is three"] * 8}),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+    )
+    with pytest.raises(ConfigError, match="use GRPOTrainer"):
+        HubSyncCallback(trainer, config)
+
+
+def test_a_trainer_with_its_own_vllm_is_told_to_be_built_without(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig
+) -> None:
+    trainer = grpo(checkpoint, tmp_path)
+    trainer.args.use_vllm = True
+    with pytest.raises(ConfigError, match="use_vllm=False"):
+        HubSyncCallback(trainer, config)
+
+
+def test_continuous_batching_is_refused_because_it_casts_the_policy(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig
+) -> None:
+    trainer = grpo(checkpoint, tmp_path)
+    trainer.args.use_transformers_continuous_batching = True
+    with pytest.raises(ConfigError, match="casts the policy"):
+        HubSyncCallback(trainer, config)
+
+
+def test_a_loss_that_needs_token_level_correction_keeps_its_check(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig
+) -> None:
+    trainer = grpo(checkpoint, tmp_path, loss_type="vespo", vllm_importance_sampling_mode="sequence_mask")
+    with pytest.raises(ConfigError, match="token_truncate"):
+        HubSyncCallback(trainer, config)
+
+
+def test_the_server_is_the_one_of_trls_own_arguments(tmp_path: Path) -> None:
+    by_url = GRPOConfig(**settings(tmp_path, vllm_server_base_url="http://inference:8000/"))
+    by_host = GRPOConfig(**settings(tmp_path, vllm_server_base_url=None, vllm_server_host="h", vllm_server_port=1))
+    assert server_url(by_url) == "http://inference:8000"
+    assert server_url(by_host) == "http://h:1"
+
+
+def test_the_settings_can_be_parsed_beside_trls(tmp_path: Path) -> None:
+    arguments = ["--output_dir", str(tmp_path), "--bucket", "runs/a", "--anchor_every", "50", "--kv_cache", "keep"]
+    training, sync = TrlParser((GRPOConfig, SyncConfig)).parse_args_and_config(
+        [*arguments, "--use_cpu", "--bf16", "False"]
+    )
+    assert training.output_dir == str(tmp_path)
+    assert sync == SyncConfig(bucket="runs/a", anchor_every=50, kv_cache="keep")

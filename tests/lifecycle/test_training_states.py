@@ -1,0 +1,213 @@
+"""A training's state across ranks: whole or invisible, restorable, and together with the weights of its step."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import set_state_dict
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig, WeightSyncer
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader
+from hubsync.errors import CheckpointFailed, ConfigError
+from hubsync.lifecycle.checkpoint_coordinator import CheckpointCoordinator
+from hubsync.lifecycle.training_states import TrainingStates, state_of
+from hubsync.publish.ranks import join
+from hubsync.replicas.deployment import Deployment
+from tests.support.standin import StandIn
+from tests.support.training import Net, run, spread, train, whole_view
+
+pytestmark = pytest.mark.slow
+
+
+def states(address: str) -> Path:
+    return Path(f"{address}-states")
+
+
+def session(how: str, address: str, **options: Any) -> tuple[Any, Any, WeightSyncer]:
+    model = spread(how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config = SyncConfig(bucket=address, base_model="net")
+    return model, optimizer, WeightSyncer(model, optimizer, config, dcp_directory=states(address), **options)
+
+
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, directory: Path, **options: Any) -> None:
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=directory, **options)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def saves_and_restores(rank: int, address: str, how: str) -> list[dict[str, torch.Tensor]]:
+    model, optimizer, syncer = session(how, address)
+    with syncer:
+        train(model, optimizer, 1)
+        assert syncer.save_dcp("step-1")
+        saved = whole_view(model)
+        train(model, optimizer, 2)
+        again = spread(how)
+        its_optimizer = torch.optim.AdamW(again.parameters(), lr=7.0)
+        restore(again, its_optimizer, states(address) / "step-1")
+        train(again, its_optimizer, 2)
+        return [saved, whole_view(model), whole_view(again)]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_ranks_go_on_from_a_saved_state_exactly_and_so_does_one_process(how: str, tmp_path: Path) -> None:
+    (saved, trained, restored), _ = run(2, saves_and_restores, tmp_path / "run", how)
+    assert all(torch.equal(restored[name], tensor) for name, tensor in trained.items())
+    assert [path.name for path in states(str(tmp_path / "run")).iterdir()] == ["step-1"]
+    alone = Net()
+    restore(alone, torch.optim.AdamW(alone.parameters()), states(str(tmp_path / "run")) / "step-1", no_dist=True)
+    assert all(torch.equal(saved[name], alone.state_dict()[name].bfloat16()) for name in saved)
+
+
+def fails_to_save(rank: int, address: str, how: str) -> list[Any]:
+    states_of_all = TrainingStates(states(address), join(), timeout=60.0 if how != "hangs" else 2.0)
+    model = spread("fsdp2")
+    write, save = FileSystemWriter.write_data, dcp.save
+    if rank == 1 and how == "disk":
+        FileSystemWriter.write_data = lambda *_: _full_disk()  # type: ignore[method-assign]
+    if rank == 1 and how == "hangs":
+        dcp.save = lambda *args, **options: (time.sleep(6), save(*args, **options))
+    if rank == 1 and how == "dies":
+        FileSystemWriter.write_data = lambda *_: os._exit(3)  # type: ignore[method-assign]
+    said = []
+    for name in ("a", "b"):
+        try:
+            said.append(states_of_all.save(name, model, None))
+        except CheckpointFailed as error:
+            said.append(str(error))
+        except Exception as error:
+            return [*said, type(error).__name__]
+        FileSystemWriter.write_data = write  # type: ignore[method-assign]
+    return said
+
+
+def _full_disk() -> None:
+    raise OSError("disk full")
+
+
+def test_a_state_that_one_rank_cannot_write_is_no_state_and_the_next_one_is(tmp_path: Path) -> None:
+    for said in run(2, fails_to_save, tmp_path / "run", "disk"):
+        assert "disk full" in said[0]
+        assert said[1:] == [None]
+    assert [path.name for path in states(str(tmp_path / "run")).iterdir()] == ["b"]
+
+
+def test_a_rank_that_hangs_holds_up_the_others_no_longer_than_the_timeout(tmp_path: Path) -> None:
+    first, second = run(2, fails_to_save, tmp_path / "run", "hangs")
+    assert (
+        first == second == ["not written in 2 s", "the save before is still being written, although its time is over"]
+    )
+    assert not [path for path in states(str(tmp_path / "run")).iterdir() if not path.name.startswith(".")]
+
+
+def test_a_rank_that_dies_while_it_writes_is_noticed(tmp_path: Path) -> None:
+    said, exit_code = run(2, fails_to_save, tmp_path / "run", "dies")
+    assert exit_code == 3
+    assert said[-1] == "RankError"
+    assert not [path for path in states(str(tmp_path / "run")).iterdir() if not path.name.startswith(".")]
+
+
+def hot_loads(rank: int, address: str, url: str) -> list[Any]:
+    model = spread("fsdp2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    config, deployment = SyncConfig(bucket=address, base_model="net"), Deployment([url]) if rank == 0 else None
+    with WeightSyncer(model, optimizer, config, deployment, dcp_directory=states(address)) as syncer:
+        said: list[Any] = [syncer.wait_for_hotload_ready(60)]
+        for step in (1, 2):
+            train(model, optimizer, step)
+            said.append(syncer.save_and_hotload(f"step-{step}"))
+        said += [syncer.hotload(said[1]), syncer.check_deployment_state(), syncer.hotload("nobody-saved-this")]
+        try:
+            syncer.save_only("../a")
+        except ConfigError as error:
+            said.append(str(error))
+        return said
+
+
+def test_all_ranks_share_a_session_and_one_of_them_speaks_to_the_servers(tmp_path: Path) -> None:
+    with StandIn() as server:
+        first, second = run(2, hot_loads, tmp_path / "run", server.url)
+        assert first == second
+        ready, one, two, loaded, state, unknown, refused = first
+        assert (ready, loaded, unknown) == (True, True, False)
+        assert one != two
+        assert state == one
+        assert "is not a name" in refused
+        assert server.position.version == 1
+        assert server.attached == 1
+
+
+# --- weights and state of a step, together
+
+
+def together(rank: int, address: str, fails: bool) -> tuple[list[str], str | None]:
+    """What docs/sampler.md shows. What a commit does is rank 0's alone: here, a file that names the latest step."""
+    model = spread("fsdp2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    latest, said = Path(f"{address}-latest"), []
+
+    def commit(step: int, is_state_dict: bool) -> None:
+        latest.write_text(f"step-{step}")
+
+    with (
+        WeightSyncer(model, optimizer, SyncConfig(bucket=address), dcp_directory=states(address)) as syncer,
+        CheckpointCoordinator(commit) as coordinator,
+    ):
+        for step in (1, 2):
+            train(model, optimizer, step)
+            if fails and step == 2 and rank == 1:
+                FileSystemWriter.write_data = lambda *_: _full_disk()  # type: ignore[method-assign]
+            ticket = syncer.engine.publish(step, serve=False)
+            coordinator.save_async("weights", ticket.result, step, is_state_dict=True)
+            try:
+                coordinator.save_sync(lambda step=step: require(syncer.save_dcp(f"step-{step}")), step)  # type: ignore[misc]
+            except CheckpointFailed:
+                pass
+            coordinator.register_and_monitor(step, state_dict_thread_count=1, checkpoint_thread_count=1)
+            try:
+                coordinator.wait_all()
+            except CheckpointFailed:
+                pass
+            join_all = syncer.engine.ranks.gather(latest.read_text)
+            said.append(join_all[0])
+            if said[-1] == f"step-{step}":
+                syncer.engine.serve(ticket.result().version)
+    return said, None
+
+
+def require(saved: bool) -> None:
+    if not saved:
+        raise CheckpointFailed("the state was not saved: see the log")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_and_state_of_a_step_become_visible_together_or_not_at_all(fails: bool, tmp_path: Path) -> None:
+    first, second = run(2, together, tmp_path / "run", fails)
+    assert first == second == (["step-1", "step-1" if fails else "step-2"], None)
+    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
+    assert (reader.newest().version, reader.served().version) == (2, 1 if fails else 2)
+    assert states(str(tmp_path / "run")).joinpath("step-2").exists() is not fails
+
+
+def test_one_process_has_an_engine_and_a_coordinator_too(tmp_path: Path) -> None:
+    visible: list[int] = []
+    model = Net()
+    with (
+        DeltaWeightTransferEngine(model, None, SyncConfig(bucket=str(tmp_path / "run"))) as engine,
+        CheckpointCoordinator(lambda step, _: visible.append(engine.serve(step).version)) as coordinator,
+    ):
+        with torch.no_grad():
+            model.embed.weight.add_(1.0)
+        ticket = engine.publish(1, serve=False)
+        coordinator.save_async("weights", ticket.result, 1, is_state_dict=True)
+        coordinator.register_and_monitor(1, is_state_dict=True, state_dict_thread_count=1)
+    assert visible == [1]

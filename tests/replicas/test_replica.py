@@ -1,0 +1,436 @@
+"""The commit window as a state machine: whoever dies, and wherever, the next client brings the server back whole."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hubsync.errors import (
+    ConfigError,
+    NoPath,
+    ReplicaPoisoned,
+    ReplicaRefused,
+    ReplicaUnreachable,
+    ReplicaUnsuitable,
+    WrongParent,
+)
+from hubsync.format.manifest import Position
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import PROTOCOL, VLLMServer, worker_error
+
+BASE, NEXT, LATER = (Position(version, f"{version:032x}") for version in (0, 1, 2))
+
+
+class Killed(BaseException):
+    """The client process is gone."""
+
+
+class ModelServer(VLLMServer):
+    """The worker protocol of docs/ARCHITECTURE.md as an executable model: one server of `engines`, `ranks` in each.
+
+    `fault(call, before)` runs before and after every call that reaches the server; it may raise.
+    """
+
+    def __init__(self, ranks: int = 1, *, engines: int = 1, atomic: bool = True):
+        super().__init__("http://model")
+        self.positions = [[BASE] * ranks for _ in range(engines)]
+        self.atomic = atomic
+        self.spans_engines = False
+        self.staged: Position | None = None
+        self.window: dict[str, Any] | None = None
+        self.window_age_s = 3600.0
+        self.watched: str | None = None  # token of the window that the server will end by itself
+        self.state = "ready"
+        self.paused = False
+        self.labels = ["default"] * engines
+        self.caches = [BASE] * engines  # whose keys and values a request could hit
+        self.refusing: list[int] = []  # an engine that refuses its next commit, for each time
+        self.calls: list[str] = []
+        self.fault: Callable[[str, bool], None] = lambda call, before: None
+
+    def reached(self, call: str, change: Callable[[], Any]) -> Any:
+        self.fault(call, True)
+        self.calls.append(call)
+        result = change()
+        self.fault(call, False)
+        return result
+
+    def version(self) -> str:
+        return "0.32.0"
+
+    def world_size(self) -> int:
+        return sum(map(len, self.positions))
+
+    def pause(self) -> None:
+        self.reached("pause", lambda: setattr(self, "paused", True))
+
+    def resume(self) -> None:
+        self.reached("resume", lambda: setattr(self, "paused", False))
+
+    def set_weight_version(self, version: str) -> None:
+        self.reached("label", lambda: setattr(self, "labels", [version] * len(self.labels)))
+
+    def rpc(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        return self.reached(method, lambda: self._answer(method, *args))
+
+    def _answer(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        results = []
+        for engine in range(len(self.positions)):
+            about = {"index": engine, "atomic": self.atomic, "paused": self.paused, "window_timeout_s": 15.0}
+            for answer in getattr(self, method)(engine, *args):
+                results.append({**answer, "engine": {"turn_s": 0.003, **about}})
+        for rank, result in enumerate(results):
+            if "error" in result and method != "hubsync_status":
+                raise worker_error(result["error"], f"rank {rank}")
+        return results
+
+    def hubsync_status(self, engine: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "protocol": PROTOCOL,
+                "rank": rank,
+                "state": self.state,
+                "parallel": {"dp": len(self.positions) if self.spans_engines else 1},
+                "version": position.version,
+                "digest": position.digest,
+                "staged": self.staged and {"version": self.staged.version, "digest": self.staged.digest},
+                "window": self.window and {**self.window, "age_s": self.window_age_s},
+            }
+            for rank, position in enumerate(self.positions[engine])
+        ]
+
+    def hubsync_attach(self, engine: int) -> list[dict[str, Any]]:
+        return [{} for _ in self.positions[engine]]
+
+    def hubsync_hold(self, engine: int, token: str) -> list[dict[str, Any]]:
+        self.watched = token
+        return [{}]
+
+    def hubsync_join(self, engine: int) -> list[dict[str, Any]]:
+        assert self.paused or not self.spans_engines, "engines would wait for each other"
+        self.state = "ready"
+        return [{} for _ in self.positions[engine]]
+
+    def hubsync_stage(self, engine: int, version: int, digest: str) -> list[dict[str, Any]]:
+        self.staged = Position(version, digest)
+        return [{} for _ in self.positions[engine]]
+
+    def hubsync_open(self, engine: int, version: int, digest: str, token: str) -> list[dict[str, Any]]:
+        if self.window is not None and self.window["token"] != token:
+            return [{"error": {"type": "ReplicaRefused", "message": f"window {self.window} is open"}}]
+        self.window = {"version": version, "digest": digest, "token": token}
+        self.watched = token
+        return [{} for _ in self.positions[engine]]
+
+    def hubsync_commit(self, engine: int, version: int, digest: str, kv_cache: str) -> list[dict[str, Any]]:
+        assert kv_cache in ("recompute", "keep")
+        target, ranks = Position(version, digest), self.positions[engine]
+        if target not in (self.staged, ranks[0]) or engine in self.refusing:
+            self.refusing = self.refusing[1:]
+            return [{"error": {"type": "ReplicaRefused", "message": f"{target} is not staged"}}]
+        assert self.paused or self.atomic
+        self.positions[engine] = [target] * len(ranks)
+        self.caches[engine], self.labels[engine] = target, str(version)
+        return [{"changed": 10} for _ in ranks]
+
+    def hubsync_close(self, engine: int, token: str) -> list[dict[str, Any]]:
+        if self.window is not None and self.window["token"] == token:
+            self.window = None
+        if self.watched == token:
+            self.watched = None
+        return [{} for _ in self.positions[engine]]
+
+    def assert_whole(self) -> None:
+        """Running, one version, labelled with it, nothing cached by another, no window."""
+        assert not self.paused
+        assert self.window is None
+        assert self.watched is None
+        assert len({position for engine in self.positions for position in engine}) == 1
+        assert set(self.labels) == {str(self.positions[0][0].version)}
+        assert set(self.caches) == {self.positions[0][0]}
+
+
+def staged_server(ranks: int = 1, **options: Any) -> ModelServer:
+    server = ModelServer(ranks, **options)
+    Replica(server).attach()
+    Replica(server).wait_staged(NEXT)
+    server.calls.clear()
+    return server
+
+
+# What a commit does where the server must be paused, after a look at the status.
+WINDOW = ["hubsync_open", "pause", "hubsync_commit", "resume", "hubsync_close"]
+
+
+@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+def test_a_commit_is_one_request(kv_cache: str) -> None:
+    server = staged_server(ranks=2)
+    report = Replica(server, kv_cache).commit(NEXT)
+    assert server.calls == ["hubsync_status", "hubsync_commit"]
+    assert (report.version, report.changed, report.pause_s) == (1, 20, 0.003)
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+def test_where_one_request_is_not_atomic_it_goes_through_the_documented_steps_in_order(kv_cache: str) -> None:
+    server = staged_server(ranks=2, atomic=False)
+    report = Replica(server, kv_cache).commit(NEXT)
+    assert server.calls == ["hubsync_status", *WINDOW]
+    assert (report.version, report.changed) == (1, 20)
+    server.assert_whole()
+
+
+def test_a_pause_can_be_asked_for() -> None:
+    server = staged_server()
+    Replica(server, pause=True).commit(NEXT)
+    assert server.calls == ["hubsync_status", *WINDOW]
+
+
+@pytest.mark.parametrize("spans_engines", [False, True])
+def test_ranks_join_once_all_have_mapped_what_they_hold(spans_engines: bool) -> None:
+    server = ModelServer(ranks=2, engines=2)
+    server.state, server.spans_engines = "mapped", spans_engines
+    watched: list[str | None] = []
+    server.fault = lambda call, before: watched.append(server.watched) if call == "pause" else None
+    Replica(server).attach()
+    assert server.calls.count("hubsync_join") == 1
+    assert ("pause" in server.calls) == spans_engines
+    assert all(watched), "a client that dies here leaves no server paused"
+    assert (server.paused, server.watched) == (False, None)
+
+
+def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
+    server = staged_server(atomic=False)
+    assert Replica(server).commit(BASE).pause_s == 0
+    assert server.calls == ["hubsync_status", "label", "hubsync_status"]
+
+
+@pytest.mark.parametrize("look", [lambda replica: replica.attach(), lambda replica: replica.commit(BASE)])
+def test_a_label_that_is_set_too_late_does_not_hide_the_commit_of_another_client(
+    look: Callable[[Replica], object],
+) -> None:
+    """A follower beside a publisher that pushes."""
+    server = staged_server()
+
+    def commit_in_between(call: str, before: bool) -> None:
+        if call == "label" and before:
+            server.fault = lambda call, before: None
+            Replica(server).commit(NEXT)
+
+    server.fault = commit_in_between
+    look(Replica(server))
+    assert server.positions == [[NEXT]]
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("step", WINDOW)
+def test_a_client_killed_at_any_step_leaves_a_server_that_the_next_one_completes(step: str, before: bool) -> None:
+    server = staged_server(atomic=False)
+    dead = False
+
+    def kill(call: str, is_before: bool) -> None:
+        nonlocal dead
+        dead = dead or (call == step and is_before == before)
+        if dead:
+            raise Killed
+
+    server.fault = kill
+    with pytest.raises(Killed):
+        Replica(server).commit(NEXT)
+    server.fault = lambda call, is_before: None
+    assert server.watched or not server.paused, "the server would end it by itself"
+
+    Replica(server).attach()
+    server.assert_whole()
+    Replica(server).wait_staged(LATER)
+    Replica(server).commit(LATER)
+    server.assert_whole()
+    assert server.positions == [[LATER]]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["request lost", "answer lost"])
+@pytest.mark.parametrize("step", WINDOW)
+def test_a_connection_lost_at_any_step_never_leaves_the_server_paused(step: str, before: bool) -> None:
+    server, lost = staged_server(atomic=False), []
+
+    def lose_once(call: str, is_before: bool) -> None:
+        if call == step and is_before == before and not lost:
+            lost.append(call)
+            raise ReplicaUnreachable("connection reset")
+
+    server.fault = lose_once
+    client = Replica(server)
+    with pytest.raises(ReplicaUnreachable):
+        client.commit(NEXT)
+    assert not server.paused
+    client.recover()  # only an answer lost before `pause` leaves anything to do
+    client.commit(NEXT)
+    server.assert_whole()
+    assert server.positions == [[NEXT]]
+
+
+def test_a_server_that_was_unreachable_for_the_rest_of_a_window_is_completed_by_the_next_commit() -> None:
+    server = staged_server(atomic=False)
+
+    def cut(call: str, before: bool) -> None:
+        if before and "hubsync_commit" in server.calls:
+            raise ReplicaUnreachable("network down")
+
+    server.fault = cut
+    client = Replica(server)
+    with pytest.raises(ReplicaUnreachable):
+        client.commit(NEXT)
+    assert server.paused
+    assert server.window
+    server.fault = lambda call, before: None
+    client.wait_staged(LATER)
+    client.commit(LATER)
+    server.assert_whole()
+
+
+def test_an_engine_that_does_not_commit_when_others_do_is_not_left_behind() -> None:
+    server = staged_server(engines=3)
+    server.refusing = [1]
+    Replica(server).commit(NEXT)
+    assert server.calls.count("hubsync_commit") == 2
+    server.assert_whole()
+
+
+def test_engines_that_stay_at_different_versions_are_reported_and_join_the_next_commit() -> None:
+    server = staged_server(engines=3)
+    server.refusing = [1, 1]
+    client = Replica(server)
+    with pytest.raises(ReplicaRefused, match=r"some engines of .* commit again"):
+        client.commit(NEXT)
+    assert server.positions == [[NEXT], [BASE], [NEXT]]
+    assert server.labels[:2] == ["1", "0"], "each engine says which version it serves"
+    assert client.status().position is None
+    client.wait_staged(LATER)
+    client.commit(LATER)
+    server.assert_whole()
+
+
+def test_a_window_of_another_client_is_waited_for() -> None:
+    server = staged_server()
+    server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
+    looks = []
+
+    def close_after_some_looks(call: str, before: bool) -> None:
+        looks.append(call)
+        if len(looks) == 5:
+            server.window = None
+
+    server.fault = close_after_some_looks
+    Replica(server).commit(NEXT)
+    assert "resume" not in server.calls
+    server.assert_whole()
+
+
+def test_two_clients_never_share_a_window() -> None:
+    server = staged_server(atomic=False)
+    late = Replica(server)
+    late._without_window = lambda: Replica(server).status()  # type: ignore[method-assign]  # looked just before
+    server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
+    with pytest.raises(ReplicaRefused, match="living client"):
+        late.commit(NEXT)
+    assert "pause" not in server.calls
+
+
+def test_a_refused_commit_resumes_with_the_old_weights() -> None:
+    server = staged_server(atomic=False)
+    with pytest.raises(ReplicaRefused, match="not staged"):
+        Replica(server).commit(LATER)
+    assert (server.paused, server.window, server.positions) == (False, None, [[BASE]])
+
+
+def test_waiting_for_a_poisoned_server_raises() -> None:
+    server = staged_server()
+    server.state = "poisoned"
+    for wait in (Replica(server).wait_staged, Replica(server).wait_verified):
+        with pytest.raises(ReplicaPoisoned):
+            wait(NEXT)
+
+
+def test_verifying_another_position_than_the_served_one_is_refused() -> None:
+    with pytest.raises(WrongParent, match="serves version 0"):
+        Replica(staged_server()).wait_verified(NEXT)
+
+
+def test_a_server_that_was_restarted_is_not_waited_for_to_verify() -> None:
+    server = staged_server()
+    server.state = "detached"
+    with pytest.raises(WrongParent, match="was restarted"):
+        Replica(server).wait_verified(NEXT, timeout=0)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"version": "newest"},
+        {"staged": "yes"},
+        {"window": {"token": "a"}},
+        {"engine": {}},
+        {"parallel": {"dp": None}},
+        {"adapter": {"name": "a"}},
+    ],
+    ids=str,
+)
+def test_workers_of_another_hubsync_are_unsuitable(strange: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    ranks = [rank | strange for rank in server.rpc("hubsync_status")]
+    monkeypatch.setattr(server, "rpc", lambda *_: ranks)
+    with pytest.raises(ReplicaUnsuitable, match="install the same hubsync on both"):
+        Replica(server).status()
+
+
+def test_waiting_ends_with_the_state_that_it_waited_in() -> None:
+    server = staged_server()
+    server.state = "attaching"
+    with pytest.raises(ReplicaUnsuitable, match="attaching"):
+        Replica(server).attach(timeout=0)
+
+
+def test_a_server_with_workers_out_of_reach_is_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    monkeypatch.setattr(server, "world_size", lambda: 2)
+    with pytest.raises(ReplicaUnsuitable, match="only 1 are within its reach"):
+        Replica(server).check()
+
+
+def test_a_server_whose_engine_is_not_hooked_is_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    monkeypatch.setattr(server, "_answer", lambda method: server.hubsync_status(0))
+    with pytest.raises(ReplicaUnsuitable, match="VLLM_PLUGINS"):
+        Replica(server).check()
+
+
+def test_workers_of_another_protocol_are_unsuitable(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = staged_server()
+    monkeypatch.setattr(server, "hubsync_status", lambda engine: [{"protocol": PROTOCOL + 1}])
+    with pytest.raises(ReplicaUnsuitable, match="same hubsync on both"):
+        Replica(server).check()
+
+
+def test_an_unknown_cache_policy_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="recompute, keep"):
+        Replica(ModelServer(), kv_cache="maybe")
+
+
+def test_a_worker_error_becomes_the_class_it_names_and_nothing_else_can_be_named() -> None:
+    named = worker_error({"type": "NoPath", "message": "why"}, "rank 0")
+    assert type(named) is NoPath
+    assert "why" in str(named)
+    for kind in ("SystemExit", "annotations", "Exception", None):
+        assert type(worker_error({"type": kind, "message": ""}, "rank 0")) is ReplicaRefused
+
+
+def test_nobody_listening_is_unreachable() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound but not listening
+        server = VLLMServer(f"http://127.0.0.1:{probe.getsockname()[1]}")
+        with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
+            server.health()

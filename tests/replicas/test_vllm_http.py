@@ -1,0 +1,101 @@
+"""What the client of a server makes of answers over real HTTP, of servers that are not as they should be."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.replicas.vllm_http import VLLMServer
+
+Answers = dict[str, tuple[int, Any]]  # path -> status, JSON document or text
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answers], VLLMServer]]:
+    """A server with these answers, and 404 for everything else."""
+    running: list[ThreadingHTTPServer] = []
+
+    def start(answers: Answers) -> VLLMServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, content = answers.get(self.path.partition("?")[0], (404, {"detail": "Not Found"}))
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        running.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return VLLMServer(f"http://127.0.0.1:{running[-1].server_port}/")
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("version", ["0.8.5", "0.25.4"])
+def test_a_server_that_is_too_old_is_to_be_upgraded(serve: Callable[[Answers], VLLMServer], version: str) -> None:
+    with pytest.raises(ReplicaUnsuitable, match=rf"runs vLLM {version}; hubsync needs vLLM >= 0.26: upgrade"):
+        serve({"/version": (200, {"version": version})}).version()
+
+
+@pytest.mark.parametrize("version", ["0.27.0", "0.32.0+cpu", "1.0.0", "0.1.dev12345+gabc"])
+def test_newer_and_untagged_servers_are_taken(serve: Callable[[Answers], VLLMServer], version: str) -> None:
+    assert serve({"/version": (200, {"version": version})}).version() == version
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "says"),
+    [
+        ({}, ReplicaUnsuitable, "VLLM_SERVER_DEV_MODE=1"),
+        ({"/collective_rpc": (401, {"error": "Unauthorized"})}, ReplicaUnsuitable, "an API key, and none was given"),
+        ({"/collective_rpc": (502, "bad gateway")}, ReplicaUnreachable, "is the vLLM server up"),
+        ({"/collective_rpc": (200, "<html>")}, ReplicaUnsuitable, "does not answer like a vLLM server"),
+        ({"/collective_rpc": (200, [])}, ReplicaUnsuitable, "does not answer like a vLLM server"),
+        ({"/collective_rpc": (200, {"results": []})}, ReplicaUnsuitable, "--worker-extension-cls"),
+        ({"/collective_rpc": (200, {"results": [None]})}, ReplicaUnsuitable, "--worker-extension-cls"),
+        (
+            {"/collective_rpc": (500, {"error": {"message": "'Worker' object has no attribute 'hubsync_undo'"}})},
+            ReplicaUnsuitable,
+            "--worker-extension-cls",
+        ),
+        (
+            {"/collective_rpc": (500, {"error": {"message": "Method 'hubsync_undo' is not implemented."}})},
+            ReplicaUnsuitable,
+            "--worker-extension-cls",
+        ),
+        ({"/collective_rpc": (500, {"error": {"message": "hubsync_undo: not now"}})}, ReplicaRefused, "not now"),
+        (
+            {"/collective_rpc": (200, {"results": [{}, {"error": {"type": "SystemExit", "message": "stop"}}]})},
+            ReplicaRefused,
+            "rank 1 refused hubsync_undo: stop",
+        ),
+    ],
+)
+def test_every_failure_of_a_request_says_what_to_do(
+    serve: Callable[[Answers], VLLMServer], answers: Answers, error: type[HubsyncError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        serve(answers).rpc("hubsync_undo")
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost", "localhost:8000", "ftp://x", "http://", "http://[::1", "http://x:port", "http://x\n"]
+)
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not the URL of a server"):
+        VLLMServer(url)

@@ -1,0 +1,234 @@
+"""Will my model work? The doctor's answers on real vLLM, and that it can say no."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hubsync.cli.doctor import folded
+from hubsync.cli.main import main
+from hubsync.doctor import exam
+from hubsync.doctor.exam import TensorReport
+from hubsync.doctor.trial import make_trial, random_patch
+from hubsync.format.parts import open_anchor
+from hubsync.kernels.bits import bits_of
+from tests.support.models import CONFIGS, EXPERTS, save_checkpoint, with_float32_router
+from tests.support.toy import TABLE, view
+
+# vLLM for CPUs keeps nothing but packed weights of latent attention where it finds AMX, unless told not to.
+LATENT = ["--attention-backend", "CPU_MLA"]
+
+
+def options(architecture: str) -> list[str]:
+    return LATENT if architecture == "deepseek_v2" else []
+
+
+# --- the trial ----------------------------------------------------------------------------------------
+
+
+def test_a_trial_changes_a_hundredth_of_every_tensor_in_every_way() -> None:
+    tensors = {name: tensor.repeat(*[50] * max(1, tensor.ndim)) for name, tensor in view(0).items()}
+    table = type(TABLE)([type(spec)(spec.name, tuple(tensors[spec.name].shape), spec.dtype) for spec in TABLE])
+    patch = random_patch(table, tensors, seed=1)
+    assert patch.keys() == set(range(len(table)))
+    for index, delta in patch.items():
+        assert 0.5 < len(delta) / max(1, table[index].numel // 100) <= 1
+    steps = np.abs(patch[0].diffs.astype(np.int64))
+    assert 0.3 < (steps <= 3).mean() < 0.7, "small steps and any pattern"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "base"
+    directory.mkdir()
+    save_file(
+        {"b": torch.randn(400, 3).bfloat16(), "a": torch.randn(200)}, directory / "model.safetensors", {"format": "pt"}
+    )
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def test_the_patched_checkpoint_is_version_one(checkpoint: Path, tmp_path: Path) -> None:
+    trial = make_trial(checkpoint, tmp_path)
+    patched = open_anchor(list(trial.patched.glob("*.safetensors")), trial.table)
+    base = load_file(checkpoint / "model.safetensors")
+    changed = sum(int((bits_of(base[spec.name]) != bits_of(patched[spec.name])).sum()) for spec in trial.table)
+    assert changed == trial.changed > 0
+    assert (trial.patched / "config.json").is_file()
+
+
+# --- what it prints and returns -----------------------------------------------------------------------
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Stand-in for the two engines, which cannot be made to fail on purpose: what they would report."""
+    layout = {"tensors": {name: {"class": "affine", "elements": 1, "reason": None} for name in "ab"}, "derived": ["v"]}
+    follows = {
+        "memory": [{"w": "old"}],
+        "followed": [{"w": "new"}],
+        "undone": [{"w": "old"}],
+        "layout": [layout],
+        "error": None,
+        "load_s": 1.0,
+        "seconds": {"commit": 0.5},
+        **changes,
+    }
+    answers = iter([follows, {"memory": [{"w": "new"}], "error": None}])
+    monkeypatch.setattr(exam, "_run", lambda *_: next(answers))
+
+
+def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(["doctor", str(checkpoint), *arguments])
+    captured = capsys.readouterr()
+    return code, " ".join((captured.out + captured.err).split())
+
+
+def test_an_exact_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake(monkeypatch)
+    code, text = run(checkpoint, capsys)
+    assert code == 0
+    assert "computed again after a commit: v" in text
+    assert "Yes: this model can be followed exactly" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"followed": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal a fresh load"),
+        ({"undone": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal the weights before"),
+        ({"followed": [{"w": "new", "lost": "x"}]}, "differs: rank 0: lost"),
+        ({"error": {"type": "ReplicaRefused", "message": "a: why"}}, "No. ReplicaRefused: a: why"),
+    ],
+)
+def test_any_difference_is_a_no(
+    changes: dict[str, Any],
+    words: str,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake(monkeypatch, **changes)
+    code, text = run(checkpoint, capsys)
+    assert code == 1
+    assert words in text
+    fake(monkeypatch, **changes)
+    code, text = run(checkpoint, capsys, "--json")
+    assert code == 1
+    assert json.loads(text)["exact"] is False
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(tmp_path, capsys)
+    assert code == 1
+    assert "holds no safetensors checkpoint; download the model first" in text
+
+
+def test_without_vllm_it_says_what_to_install(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, text = run(checkpoint, capsys)
+    assert code == 1
+    assert "pip install vllm" in text
+
+
+def test_layers_and_experts_are_folded() -> None:
+    reports = [
+        TensorReport(f"layers.{layer}.experts.{expert}.w1.weight", "affine", None, 1)
+        for layer in range(2)
+        for expert in range(3)
+    ]
+    odd = TensorReport("layers.1.experts.9.w1.weight", "refused", "why", 0)
+    rows = [(name, kind, len(found)) for name, kind, found in folded([*reports, odd])]
+    assert rows == [("layers.*.experts.*.w1.weight", "affine", 6), ("layers.*.experts.*.w1.weight", "refused", 1)]
+
+
+# --- on real engines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+def test_a_model_that_vllm_cannot_load_shows_why(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(checkpoint, capsys)
+    assert code == 1
+    assert "vLLM ended with code 1" in text
+
+
+@pytest.mark.server
+def test_a_refusal_names_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_checkpoint("qwen3_tied", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    code, text = run(base, capsys)
+    assert code == 1
+    assert "No. ReplicaRefused: lm_head.weight: the model's load_weights ignores it" in text
+
+
+@pytest.fixture
+def diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def diagnose(architecture: str, *arguments: str) -> dict[str, Any]:
+        base = save_checkpoint(architecture, tmp_path / "base")
+        code = main(["doctor", str(base), "--json", *options(architecture), *arguments])
+        answer = json.loads(capsys.readouterr().out)
+        shutil.rmtree(base)
+        assert (code, answer["error"], answer["exact"]) == (0, None, True), answer
+        return answer
+
+    return diagnose
+
+
+@pytest.mark.server
+def test_experts_on_two_workers(diagnosed: Callable[..., dict[str, Any]]) -> None:
+    answer = diagnosed("qwen3_moe", "--tensor-parallel-size", "2", "--enable-expert-parallel")
+    assert answer["ranks"] == 2
+    kinds = {report["name"].split(".")[-2]: report["kind"] for report in answer["tensors"]}
+    assert (kinds["gate_proj"], kinds["q_proj"]) == ("relayout", "affine")
+
+
+@pytest.mark.server
+def test_latent_attention(diagnosed: Callable[..., dict[str, Any]]) -> None:
+    diagnosed("deepseek_v2")
+
+
+@pytest.mark.server
+def test_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EXPERTS["gpt_oss"]().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"]
+
+
+@pytest.mark.server
+def test_a_tensor_that_is_served_in_another_dtype_is_loaded_whole_if_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_float32_router().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--random", "--json", "--dense-fallback", *LATENT]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    dense = [report["name"] for report in answer["tensors"] if report["kind"] == "dense"]
+    assert dense == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+
+
+SPLIT = ["--tensor-parallel-size", "2"]
+SPREAD = [*SPLIT, "--enable-expert-parallel"]
+MATRIX = [
+    *(pytest.param(name, layout, id=f"{name}-{layout_name}") for name in (*CONFIGS, *EXPERTS) for layout_name, layout in
+      (("tp1", []), ("tp2", SPLIT))),
+    *(pytest.param(name, SPREAD, id=f"{name}-ep2") for name in EXPERTS),
+]  # fmt: skip
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+@pytest.mark.parametrize(("architecture", "layout"), MATRIX)
+def test_every_architecture_in_every_layout(
+    architecture: str, layout: list[str], diagnosed: Callable[..., dict[str, Any]]
+) -> None:
+    diagnosed(architecture, *layout)

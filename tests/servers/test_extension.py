@@ -1,0 +1,343 @@
+"""The extension in real vLLM engines: every architecture of the promise, bit for bit.
+
+One in-process engine per architecture (about 10 s each on a CPU). What is compared is every byte of every parameter and
+buffer, and what the engine generates, with a fresh engine on the checkpoint of the version.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llvmlite.binding import ffi
+from safetensors.torch import load_file, save_file
+
+from hubsync.errors import ReplicaPoisoned
+from hubsync.format.manifest import Position
+from hubsync.kernels.bits import bits_of
+from tests.support.models import CONFIGS, VOCABULARY, save_checkpoint, save_with_draft_layer
+from tests.support.publisher import Publisher, any_bits, small_steps
+
+pytestmark = pytest.mark.server
+
+PROMPT = {"prompt_token_ids": [int(token) for token in np.random.default_rng(0).integers(0, VOCABULARY, 24)]}
+
+
+def memory_of(worker: Any) -> dict[str, str]:
+    """Hash of every parameter and buffer of the worker's model."""
+    model = worker.model_runner.get_model()
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        name: hashlib.sha1(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in named
+    }
+
+
+def memory_with_draft_of(worker: Any) -> dict[str, str]:
+    draft = worker.model_runner.get_draft_model()
+    named = {
+        f"draft.{name}": hashlib.sha1(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in draft.named_parameters(remove_duplicate=False)
+    }
+    return {**memory_of(worker), **named}
+
+
+def make_room_between_stages(worker: Any) -> None:
+    """vLLM for CPUs does this in a profile run, which it leaves out where there is nothing to compile."""
+    worker.model_runner.profile_run()
+
+
+def forget_what_is_staged(worker: Any, rank: int) -> None:
+    if worker.rank == rank:
+        worker._hubsync._attached.applier.discard()
+
+
+def flip_a_bit(worker: Any, index: int) -> None:
+    """Somebody writes into the embedding behind hubsync's back."""
+    with torch.inference_mode():
+        worker.model_runner.get_model().model.embed_tokens.weight.view(torch.int16).view(-1)[index] ^= 1
+
+
+class Engine:
+    """A vLLM engine with the extension, in this process; with several workers, each of those in its own."""
+
+    def __init__(self, checkpoint: Path, **options: Any):
+        from vllm import LLM, SamplingParams
+
+        self._sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3, detokenize=False)
+        self.llm = LLM(
+            model=str(checkpoint),
+            worker_extension_cls="vllm_plugin.DeltaWorkerExtension",
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            max_num_seqs=4,
+            dtype="bfloat16",
+            seed=0,
+            enforce_eager=True,
+            **options,
+        )
+        if "pipeline_parallel_size" in options:
+            self.all(make_room_between_stages)
+
+    def call(self, method: str | Callable, *args: Any) -> Any:
+        (answer,) = self.all(method, *args)
+        return answer
+
+    def all(self, method: str | Callable, *args: Any) -> list[Any]:
+        """What every worker answers."""
+        return self.llm.collective_rpc(method, args=args)
+
+    def memory(self, of: Callable[[Any], dict[str, str]] = memory_of) -> dict[str, str]:
+        return {f"{rank}.{name}": bits for rank, memory in enumerate(self.all(of)) for name, bits in memory.items()}
+
+    def generate(self) -> list:
+        self.llm.reset_prefix_cache()
+        output = self.llm.generate([PROMPT], self._sampling, use_tqdm=False)[0].outputs[0]
+        return [
+            list(output.token_ids),
+            [sorted((token, value.logprob) for token, value in step.items()) for step in output.logprobs],
+        ]
+
+    def settled(self) -> dict:
+        """The status of a worker, once no worker's background thread has anything left to do; the same on all."""
+        deadline = time.monotonic() + 60
+        while True:
+            statuses = self.all("hubsync_status")
+            if not any(status["state"] in ("attaching", "staging", "applied") for status in statuses):
+                assert len({(status["state"], status["version"]) for status in statuses}) == 1, statuses
+                return statuses[0]
+            assert time.monotonic() < deadline, statuses
+            time.sleep(0.01)
+
+    def attach(self) -> dict:
+        self.all("hubsync_attach")
+        if self.settled()["state"] == "mapped":
+            self.all("hubsync_join")
+        return self.settled()
+
+    def stage(self, position: Position) -> None:
+        self.all("hubsync_stage", position.version, position.digest)
+        status = self.settled()
+        assert status["state"] == "staged", status
+
+    def follow(self, position: Position) -> None:
+        self.stage(position)
+        answers = self.all("hubsync_commit", position.version, position.digest)
+        assert [answer["error"] for answer in answers] == [None] * len(answers), answers
+        status = self.settled()
+        assert (status["state"], status["version"]) == ("ready", position.version), status
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the functions above travel to workers in other processes
+    }.items():
+        monkeypatch.setenv(key, value)
+    # vLLM for CPUs walks over every module at the start of an engine and asks each object for its `__dict__`, which
+    # llvmlite's library handle answers with a function. A server starts before numba is imported; these tests do not.
+    ask = ffi._lib_wrapper.__getattr__
+    monkeypatch.setattr(ffi._lib_wrapper, "__getattr__", lambda self, name: _no_dunder(name) or ask(self, name))
+
+
+def _no_dunder(name: str) -> None:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def start(checkpoint: Path, address: str, cache: Path, **options: Any) -> Engine:
+        monkeypatch.setenv("HUBSYNC_BUCKET", address)
+        monkeypatch.setenv("HUBSYNC_CACHE", str(cache))
+        if {"tensor_parallel_size", "pipeline_parallel_size"} & options.keys():
+            cores = sorted(os.sched_getaffinity(0))
+            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+        engines.append(Engine(checkpoint, **options))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def assert_exact(root: Path, base: Path, start: Callable[..., Engine], **options: Any) -> None:
+    """Follow two versions, take one back, and compare all memory and outputs with fresh engines."""
+    publisher = Publisher(root, base)
+    engine = start(publisher.base, publisher.address, root / "cache", **options)
+    status = engine.attach()
+    assert (status["state"], status["version"]) == ("ready", 0), status
+    original, original_output = engine.memory(), engine.generate()
+
+    # Of a model as small as this one the ranks hold parts of what a compact delta does not cut.
+    engine.follow(publisher.publish(1, small_steps, compact=not options))
+    followed, output = engine.memory(), engine.generate()
+    assert output != original_output
+    engine.follow(publisher.publish(2, any_bits))
+    wild = engine.memory()
+    engine.all("hubsync_undo")
+    assert engine.settled()["version"] == 1
+    assert engine.memory() == followed
+
+    fresh = start(publisher.checkpoint(1), publisher.address, root / "cache", **options)
+    assert fresh.memory() == followed != original
+    assert fresh.generate() == output
+    assert fresh.attach()["version"] == 1
+    fresh.follow(publisher.positions[2])
+    assert fresh.memory() == wild
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_byte_equals_a_fresh_load(architecture: str, tmp_path: Path, start: Callable[..., Engine]) -> None:
+    assert_exact(tmp_path, save_checkpoint(architecture, tmp_path / "base"), start)
+
+
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_every_worker_holds_its_part_exactly(parallel: str, tmp_path: Path, start: Callable[..., Engine]) -> None:
+    """A tied embedding: split over tensor parallel ranks, and on both ends of a pipeline."""
+    assert_exact(tmp_path, save_checkpoint("qwen3_tied", tmp_path / "base"), start, **{parallel: 2})
+
+
+def test_one_worker_that_refuses_keeps_all_from_writing(
+    tmp_path: Path, publisher: Publisher, start: Callable[..., Engine]
+) -> None:
+    engine = start(publisher.base, publisher.address, tmp_path / "cache", tensor_parallel_size=2)
+    assert engine.attach()["state"] == "ready"
+    before, position = engine.memory(), publisher.publish(1, small_steps)
+    for refuses in (0, 1):
+        engine.stage(position)
+        engine.all(forget_what_is_staged, refuses)
+        answers = engine.all("hubsync_commit", position.version, position.digest)
+        assert {answer["error"]["message"].split(":")[0] for answer in answers} == {f"rank {refuses}"}
+        assert engine.memory() == before
+    engine.follow(position)
+    assert engine.memory() != before
+
+
+def test_draft_layers_of_the_checkpoint_follow(tmp_path: Path, start: Callable[..., Engine]) -> None:
+    publisher = Publisher(tmp_path, save_with_draft_layer(tmp_path / "base"))
+    speculative = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    engine = start(publisher.base, publisher.address, tmp_path / "cache", **speculative)
+    assert engine.attach()["state"] == "ready"
+    engine.follow(publisher.publish(1, small_steps))
+    fresh = start(publisher.checkpoint(1), publisher.address, tmp_path / "cache", **speculative)
+    assert engine.memory(memory_with_draft_of) == fresh.memory(memory_with_draft_of)
+    assert engine.generate() == fresh.generate()
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path, save_checkpoint("qwen3_tied", tmp_path / "base"))
+
+
+def test_wrong_weights_never_run(tmp_path: Path, publisher: Publisher, start: Callable[..., Engine]) -> None:
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    engine.settled()
+    engine.generate()
+
+    def commit_over_a_flipped_bit(version: int) -> None:
+        """The bit is one that the delta does not touch, so only the digest of all weights can see it."""
+        position = publisher.publish(version, small_steps)
+        old, new = (bits_of(view["model.embed_tokens.weight"]) for view in publisher.views[-2:])
+        engine.call(flip_a_bit, int(np.flatnonzero(old == new)[0]))
+        engine.call("hubsync_stage", version, position.digest)
+        assert engine.settled()["state"] == "staged"
+        assert engine.call("hubsync_commit", version, position.digest)["error"] is None
+        assert engine.settled()["state"] == "poisoned"
+
+    commit_over_a_flipped_bit(1)
+    assert engine.call("hubsync_undo")["error"]["type"] == "ReplicaPoisoned"
+    output = engine.generate()  # waits until the weights are right
+    status = engine.settled()
+    assert (status["state"], status["version"], status["metrics"]["heals"]) == ("ready", 1, 1)
+    fresh = start(publisher.checkpoint(1), publisher.address, tmp_path / "cache")
+    assert engine.memory() == fresh.memory()
+    assert output == fresh.generate()
+
+    (publisher.base / "model.safetensors").unlink()
+    commit_over_a_flipped_bit(2)
+    with pytest.raises(ReplicaPoisoned, match="refusing to run the model: the live weights have digest"):
+        engine.generate()
+
+
+def test_weights_that_somebody_else_replaced_are_rebuilt(
+    tmp_path: Path, publisher: Publisher, start: Callable[..., Engine]
+) -> None:
+    """Sleeping at level 2 discards weights, on a GPU; reloading writes those of the first checkpoint."""
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    engine.attach()
+    engine.follow(publisher.publish(1, small_steps))
+    followed, output = engine.memory(), engine.generate()
+    for replace in (lambda worker: worker.sleep(2), lambda worker: worker.reload_weights()):
+        engine.call(replace)
+        assert engine.settled()["state"] == "poisoned"
+        assert engine.generate() == output
+        assert engine.settled()["state"] == "ready"
+        assert engine.memory() == followed
+
+
+def test_requests_never_raise(
+    tmp_path: Path, publisher: Publisher, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(publisher.base, publisher.address, tmp_path / "cache")
+    monkeypatch.delenv("HUBSYNC_BUCKET")
+    assert engine.call("hubsync_status")["state"] == "attaching"
+    status = engine.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ConfigError")
+    assert "HUBSYNC_BUCKET" in status["error"]["message"]
+    assert status["protocol"] == 1
+    digest = publisher.positions[0].digest
+    for method, arguments, error in [
+        ("hubsync_stage", (1, digest), "ConfigError"),
+        ("hubsync_commit", (1, digest), "ReplicaRefused"),
+        ("hubsync_open", (1, digest, "token"), "ConfigError"),
+        ("hubsync_undo", (), "ReplicaRefused"),
+        ("hubsync_heal", (), "ConfigError"),
+        ("hubsync_stage", ("1", digest), "FormatError"),
+        ("hubsync_stage", (1, "../../etc/passwd"), "FormatError"),
+        ("hubsync_open", (1, digest, "a token\n"), "FormatError"),
+        ("hubsync_stage", (), "ReplicaError"),
+    ]:
+        assert engine.call(method, *arguments)["error"]["type"] == error, method
+    assert engine.call("hubsync_close", "token")["window"] is None
+
+    monkeypatch.setenv("HUBSYNC_BUCKET", publisher.address)
+    engine.call("hubsync_attach")
+    assert engine.settled()["state"] == "ready"
+    assert engine.call("hubsync_stage", 7, digest)["error"] is None
+    assert engine.settled()["error"]["type"] == "NoPath"
+    assert engine.call("hubsync_open", 0, digest, "token")["error"] is None, "an old error is not this request's"
+
+
+def test_a_redundant_head_that_vllm_ties_is_refused_by_name(tmp_path: Path, start: Callable[..., Engine]) -> None:
+    """vLLM ties a redundant lm_head to the embedding, so a version in which they differ could not be served."""
+    tied = save_checkpoint("qwen3_tied", tmp_path / "tied")
+    tensors = load_file(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    publisher = Publisher(tmp_path, tied)
+    engine = start(tied, publisher.address, tmp_path / "cache")
+    engine.call("hubsync_attach")
+    status = engine.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "ReplicaRefused")
+    assert status["error"]["message"].startswith("lm_head.weight: the model's load_weights ignores it")

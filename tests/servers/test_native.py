@@ -1,0 +1,88 @@
+"""vLLM's own weight transfer calls as the only way in: no worker extension, and two workers that must stay in step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import requests
+
+from hubsync.demo.compare import greedy
+from hubsync.format.manifest import Position
+from hubsync.replicas.vllm_http import VLLMServer
+from tests.support.models import save_checkpoint, save_tokenizer
+from tests.support.publisher import Publisher, small_steps
+
+pytestmark = pytest.mark.server
+
+PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
+
+
+class Native:
+    """A run, and a client of a server that knows nothing of hubsync."""
+
+    def __init__(self, publisher: Publisher, url: str):
+        self.publisher = publisher
+        self.url = url
+
+    def call(self, path: str, **body: Any) -> requests.Response:
+        return requests.post(f"{self.url}/{path}", json=body or None, timeout=120)
+
+    def update(self, position: Position) -> None:
+        info = {"version": position.version, "digest": position.digest}
+        for path, body in (
+            ("start_weight_update", {}),
+            ("update_weights", {"update_info": info}),
+            ("finish_weight_update", {"weight_version": str(position.version)}),
+        ):
+            answer = self.call(path, **body)
+            assert answer.ok, answer.text
+        assert VLLMServer(self.url).weight_version() == str(position.version)
+
+
+@pytest.fixture(scope="module")
+def native(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Native:
+    root, cores = tmp_path_factory.mktemp("native"), sorted(os.sched_getaffinity(0))
+    base = save_checkpoint("qwen3_tied", root / "base")
+    save_tokenizer(base)
+    publisher = Publisher(root, base)
+    url = start_server(
+        base,
+        environment={
+            "HUBSYNC_BUCKET": publisher.address,
+            "HUBSYNC_CACHE": str(root / "cache"),
+            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
+        },
+        arguments=["--weight-transfer-config", '{"backend": "hubsync"}', "--tensor-parallel-size", "2"],
+    )
+    return Native(publisher, url)
+
+
+def test_versions_come_and_go_through_vllms_own_calls(native: Native) -> None:
+    before = greedy(native.url, PROMPTS)
+    assert native.call("init_weight_transfer_engine", init_info={}).ok
+    native.update(native.publisher.publish(1, small_steps))
+    after = greedy(native.url, PROMPTS)
+    assert after != before
+    native.update(native.publisher.publish(2, small_steps))  # the same bits again, of other elements
+    native.update(native.publisher.positions[1])
+    assert greedy(native.url, PROMPTS) == after
+    native.update(native.publisher.positions[0])
+    assert greedy(native.url, PROMPTS) == before
+
+
+def test_errors_are_raised_once_and_leave_the_workers_in_step(native: Native) -> None:
+    digest = native.publisher.positions[0].digest
+    for info in ({"version": 9, "digest": digest}, {"version": "1", "digest": digest}, {"url": "http://elsewhere"}):
+        assert native.call("start_weight_update").ok
+        failed = native.call("update_weights", update_info=info)
+        assert failed.status_code == 500, info
+        assert not native.call("finish_weight_update", weight_version="9").ok
+    assert VLLMServer(native.url).weight_version() != "9"
+    assert not native.call("finish_weight_update").ok, "nothing was started"
+    assert native.call("start_weight_update").ok
+    assert "nothing was staged" in native.call("finish_weight_update").text
+    native.update(native.publisher.positions[1])
+    native.update(native.publisher.positions[0])

@@ -1,0 +1,119 @@
+"""One real vLLM server for the whole session, following a run in a bucket of the local Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
+from hubsync.demo.serving import ServerProcess
+from hubsync.localhub import LocalHub
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.engine import DeltaWeightTransferEngine
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.vllm_http import VLLMServer
+
+from .fixtures_hub import TOKEN
+
+WINDOW_TIMEOUT_S = 4.0  # of `served`: short enough to be waited for, long enough for another client to come first
+
+
+@dataclass
+class Served:
+    """A policy in training, and the server that follows it. Tests continue the run where the one before left it."""
+
+    base: Path
+    address: str
+    url: str
+    model: torch.nn.Module
+    engine: DeltaWeightTransferEngine
+    environment: dict[str, str]
+
+    @property
+    def server(self) -> VLLMServer:
+        return VLLMServer(self.url)
+
+    @property
+    def replica(self) -> Replica:
+        """A client that has not met the server yet."""
+        return Replica(self.server)
+
+    def reader(self, cache: Path) -> ChainReader:
+        return ChainReader(open_bucket(self.address), cache)
+
+    def train(self, lr: float = 1e-3) -> None:
+        """One step of plain stochastic gradient descent with random gradients: a few percent of the bits change."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                chosen = torch.rand_like(parameter) < 0.05
+                parameter.add_(torch.randn_like(parameter) * lr * chosen)
+
+
+@pytest.fixture(scope="session")
+def hub_environment(hub_process: LocalHub) -> Iterator[dict[str, str]]:
+    """This process talks to the local Hub where no endpoint is given, as a user's does to the real one."""
+    environment = {"HF_ENDPOINT": hub_process.url, "HF_TOKEN": TOKEN}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    yield environment
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def start_server(
+    hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., str]]:
+    """Starts vLLM servers that end with the module: `start_server(model, bucket=..., ...) -> URL`.
+
+    Each takes more than a gigabyte, so they must not outlive what needs them.
+    """
+    with _servers(tmp_path_factory) as start:
+        yield start
+
+
+@contextmanager
+def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    processes: list[ServerProcess] = []
+
+    def start(model: Path, **options: object) -> str:
+        process = ServerProcess(model, tmp_path_factory.mktemp("server") / "log", **options)  # type: ignore[arg-type]
+        processes.append(process)
+        process.wait_ready()
+        return process.url
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.stop()
+
+
+@pytest.fixture(scope="session")
+def served(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A tiny Qwen3 in fp32, published from its bf16 checkpoint, and a server of that checkpoint."""
+    import transformers  # seconds, which tests without a server should not pay
+
+    from .models import save_checkpoint, save_tokenizer
+
+    base = save_checkpoint("qwen3_tied", tmp_path_factory.mktemp("base"))
+    save_tokenizer(base)
+    address = "hf://buckets/me/end-to-end/run"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with _servers(tmp_path_factory) as start:
+        url = start(
+            base,
+            bucket=address,
+            environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S)},
+            arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
+        )
+        with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
+            engine.sync()  # the server finds its place
+            yield Served(base, address, url, model, engine, hub_environment)

@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py
 
-.PHONY: help setup demo test test-fast test-versions test-trl test-extras test-soak test-matrix lint bench chaos clean
+.PHONY: help setup docs demo test test-fast test-versions test-trl test-extras test-soak test-matrix lint bench chaos clean
 help:
 	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test       everything: linters, types, unit and end-to-end tests"
@@ -105,6 +105,16 @@ bench: $(READY)
 # Random histories; one seed again: make chaos ARGS="--only 17".
 chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos --runs 200 $(ARGS)
+
+# The documentation site, with an API reference from docstrings: build/docs/index.html.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build $(ARGS)
+
+$(DOCS)/.ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements/docs.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -150,7 +150,7 @@ def measure(
     """Stage, commit and undo at each density, and the same change through the peer; live weights are compared."""
     table = table_of(tensors)
     applier = Applier(model, table, device)
-    digest = applier.join([applier.census()])
+    digest = applier.join([applier.inventory()])
     start = Position(0, digest.hex)
     applier.adopt(start)
     rows = []

@@ -28,9 +28,9 @@ from hubsync.format.keys import PUBLIC_KEY_VARIABLE, PublicKey
 
 if TYPE_CHECKING:
     from hubsync.apply.adapter_session import AdapterHost
-    from hubsync.apply.live import Hints
+    from hubsync.apply.live import LayoutHints
     from hubsync.apply.session import Host
-    from hubsync.apply.vote import Ranks
+    from hubsync.apply.vote import WorkerGroup
     from hubsync.format.manifest import Run
 
 # This module is loaded in every process of vLLM, and imports numba in none: vLLM for CPUs walks over all modules when a
@@ -117,7 +117,7 @@ def end_weight_update(worker: Any) -> None:
     worker.weight_transfer_engine.reset_weight_update_target()
 
 
-class WorldRanks:
+class WorldGroup:
     """The workers that run forward passes together: tensor and pipeline parallel ranks, and, where experts are spread
     over data parallel engines, those of all engines. They meet on vLLM's own CPU group, on the main thread only."""
 
@@ -131,14 +131,14 @@ class WorldRanks:
         return words
 
 
-def find_ranks() -> Ranks:
+def find_ranks() -> WorkerGroup:
     """The workers of this process's engine."""
     from vllm.distributed.parallel_state import get_world_group
 
-    from hubsync.apply.vote import Alone
+    from hubsync.apply.vote import SingleWorker
 
     group = get_world_group()
-    return WorldRanks(group) if group.world_size > 1 else Alone()
+    return WorldGroup(group) if group.world_size > 1 else SingleWorker()
 
 
 def parallel_of(config: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def parallel_of(config: Any) -> dict[str, Any]:
     }
 
 
-def host_of(worker: Any, ranks: Ranks) -> Host:
+def host_of(worker: Any, ranks: WorkerGroup) -> Host:
     """What hubsync needs of a vLLM worker.
 
     Raises:
@@ -266,9 +266,9 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
     return model, draft
 
 
-def _hints(models: Iterable[torch.nn.Module]) -> Hints:
+def _hints(models: Iterable[torch.nn.Module]) -> LayoutHints:
     """What vLLM did to parameters after loading them."""
-    from hubsync.apply.live import Derived, Hints
+    from hubsync.apply.live import Derived, LayoutHints
 
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     derived: dict[str, Derived] = {}
@@ -284,7 +284,7 @@ def _hints(models: Iterable[torch.nn.Module]) -> Hints:
                 refresh = functools.partial(module.process_weights_after_loading, module.kv_b_proj.weight.dtype)
                 for name in ("W_UV", "W_UK_T"):
                     derived[f"{prefix}.{name}"] = Derived((source,) if source else (), refresh)
-    return Hints(relayouts, derived)
+    return LayoutHints(relayouts, derived)
 
 
 def _expert_kernel(module: Any) -> str | None:

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_BUSY = ("attaching", "staging", "applied")
+from hubsync.apply.protocol import BUSY, WorkerMethod, WorkerState
+
 _TIMEOUT_S = 3600.0
 
 
@@ -64,8 +65,8 @@ class _Engine:
         """Wait until no worker is busy; _Refused unless all are in one of the expected states."""
         deadline = time.monotonic() + _TIMEOUT_S
         while True:
-            statuses = self.ask("hubsync_status")
-            if not any(status["state"] in _BUSY for status in statuses):
+            statuses = self.ask(WorkerMethod.STATUS)
+            if not any(status["state"] in BUSY for status in statuses):
                 break
             if time.monotonic() > deadline:
                 raise _Refused({"type": "ReplicaUnsuitable", "message": f"still {statuses[0]['state']}; see the log"})
@@ -75,27 +76,27 @@ class _Engine:
                 raise _Refused({"type": "ReplicaRefused", "message": f"a worker is {status['state']}; see the log"})
 
     def attach(self, report: dict[str, Any]) -> None:
-        self.ask("hubsync_attach")
-        self.settled("mapped", "ready")
-        report["layout"] = self.ask("hubsync_layout")
+        self.ask(WorkerMethod.ATTACH)
+        self.settled(WorkerState.MAPPED, WorkerState.READY)
+        report["layout"] = self.ask(WorkerMethod.LAYOUT)
         if len(report["layout"]) > 1:
-            self.ask("hubsync_join")
-        self.settled("ready")
+            self.ask(WorkerMethod.JOIN)
+        self.settled(WorkerState.READY)
 
     def follow(self, version: int, digest: str, report: dict[str, Any]) -> None:
         seconds = report["seconds"] = {}
         started = time.perf_counter()
         self.attach(report)
         seconds["attach"], started = time.perf_counter() - started, time.perf_counter()
-        self.ask("hubsync_stage", version, digest)
-        self.settled("staged")
+        self.ask(WorkerMethod.STAGE, version, digest)
+        self.settled(WorkerState.STAGED)
         seconds["stage"], started = time.perf_counter() - started, time.perf_counter()
-        self.ask("hubsync_commit", version, digest)
+        self.ask(WorkerMethod.COMMIT, version, digest)
         seconds["commit"] = time.perf_counter() - started
-        self.settled("ready")  # the digest of all live weights is right
+        self.settled(WorkerState.READY)  # the digest of all live weights is right
         report["followed"] = self.ask(memory_of)
-        self.ask("hubsync_undo")
-        self.settled("ready")
+        self.ask(WorkerMethod.UNDO)
+        self.settled(WorkerState.READY)
         report["undone"] = self.ask(memory_of)
 
 
@@ -112,7 +113,7 @@ def main(spec_file: str, report_file: str) -> None:
     except _Refused as refused:
         report["error"] = refused.args[0]
         if "layout" not in report:
-            report["layout"] = engine._llm.collective_rpc("hubsync_layout")
+            report["layout"] = engine._llm.collective_rpc(WorkerMethod.LAYOUT)
     Path(report_file).write_text(json.dumps(report))
 
 

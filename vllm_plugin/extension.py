@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hubsync.apply.protocol import answering
+from hubsync.apply.protocol import KvPolicy, answering
 from hubsync.errors import FormatError
 
 from . import compat
@@ -84,7 +84,7 @@ class DeltaWorkerExtension:
         return _done(self)
 
     @answering
-    def hubsync_commit(self, version: int, digest: str, kv_cache: str = "recompute") -> dict[str, Any]:
+    def hubsync_commit(self, version: int, digest: str, kv_cache: str = KvPolicy.RECOMPUTE) -> dict[str, Any]:
         """Apply what is staged for this position, if all workers can. Also answers `changed`, the elements written.
 
         `kv_cache` is for the engine around the workers: see `hubsync.apply.engine_commit`.

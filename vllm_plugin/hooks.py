@@ -24,14 +24,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from hubsync.apply.engine_commit import KV_POLICIES, NATIVE, WINDOW_TIMEOUT_S, Answers, Core, intervals
+from hubsync.apply.engine_commit import NATIVE, Answers, Core, intervals
+from hubsync.apply.protocol import KV_POLICIES, METHOD_PREFIX, WINDOW_TIMEOUT_S, KvPolicy
 
 BACKEND = "hubsync"
 
 logger = logging.getLogger("vllm.hubsync")
 
 
-class _Turn:
+class _CoreTurn:
     """Type of the requests in the core's input queue that are hubsync's own: a function to call."""
 
 
@@ -71,7 +72,7 @@ def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if isinstance(method, str):
-            if method.startswith("hubsync_"):
+            if method.startswith(METHOD_PREFIX):
                 return _core_of(self, original).handle(method, *args, **kwargs or {})
             if method in NATIVE and uses_backend(self.vllm_config):
                 return _core_of(self, original).handle_native(method, *args, **kwargs or {})
@@ -82,7 +83,7 @@ def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _handle_client_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_client_request(self: Any, request_type: Any, request: Any) -> Any:
-        if request_type is not _Turn:
+        if request_type is not _CoreTurn:
             return original(self, request_type, request)
         try:
             request()
@@ -212,7 +213,7 @@ class VLLMEngine:
         inbox = getattr(self._core, "input_queue", None)
         if inbox is None:  # in the process that uses it, and dies with that
             return lambda: None
-        timer = threading.Timer(seconds, inbox.put_nowait, [(_Turn, turn)])
+        timer = threading.Timer(seconds, inbox.put_nowait, [(_CoreTurn, turn)])
         timer.daemon = True
         timer.start()
         return timer.cancel
@@ -280,7 +281,7 @@ def _collective_rpc_async(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The answers of all engines, where vLLM gives those of the first."""
-        if not (isinstance(method, str) and method.startswith("hubsync_")):
+        if not (isinstance(method, str) and method.startswith(METHOD_PREFIX)):
             return await original(self, method, timeout, args, kwargs)
         calls = [
             self._call_utility_async("collective_rpc", method, timeout, args, kwargs, engine=engine)
@@ -341,7 +342,7 @@ def _settings(config: Any) -> tuple[float, str]:
     pinned = extra.get("hubsync", {})
     pinned = pinned if isinstance(pinned, dict) else {}  # the workers refuse to attach, with the reason
     timeout = pinned.get("window_timeout") or os.environ.get("HUBSYNC_WINDOW_TIMEOUT") or WINDOW_TIMEOUT_S
-    policy = pinned.get("kv_cache") or os.environ.get("HUBSYNC_KV_CACHE") or KV_POLICIES[0]
+    policy = pinned.get("kv_cache") or os.environ.get("HUBSYNC_KV_CACHE") or KvPolicy.RECOMPUTE
     try:
         seconds = float(timeout)
     except (TypeError, ValueError):
@@ -351,5 +352,5 @@ def _settings(config: Any) -> tuple[float, str]:
         seconds = WINDOW_TIMEOUT_S
     if policy not in KV_POLICIES:
         logger.error("hubsync: kv_cache must be one of %s, not %r", ", ".join(KV_POLICIES), policy)
-        policy = KV_POLICIES[0]
+        policy = KvPolicy.RECOMPUTE
     return seconds, policy

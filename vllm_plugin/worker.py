@@ -11,14 +11,12 @@ from typing import Any
 
 import hubsync
 from hubsync.apply.adapter_session import AdapterSession
-from hubsync.apply.protocol import answering
+from hubsync.apply.protocol import PROTOCOL, answering
 from hubsync.apply.session import Session
 from hubsync.errors import FormatError
 from hubsync.format.manifest import MAX_VERSION, Position
 
 from . import compat
-
-PROTOCOL = 1
 
 
 def session_of(worker: Any) -> Session | AdapterSession:

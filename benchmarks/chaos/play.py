@@ -233,7 +233,7 @@ def prepare() -> None:
         start = Position(0, snapshot.digest.hex)
         shard = served(old, 1)[0]
         applier = Applier(shard, table, torch.device("cpu"))
-        applier.join([applier.census()])
+        applier.join([applier.inventory()])
         applier.adopt(start)
         for tensor in policy.parameters():
             bits_of(tensor.detach())[::3] ^= 1

@@ -32,9 +32,9 @@ from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import write_adapter
 
 from .background import Background
-from .protocol import describe
-from .session import Window
-from .vote import Alone, Ranks
+from .protocol import WorkerState, error_to_json
+from .session import CommitWindow
+from .vote import SingleWorker, WorkerGroup
 
 logger = logging.getLogger("vllm.hubsync")
 
@@ -88,9 +88,9 @@ class AdapterSession:
         ranks: the workers of this engine.
     """
 
-    def __init__(self, find_host: Callable[[], AdapterHost], ranks: Ranks | None = None):
+    def __init__(self, find_host: Callable[[], AdapterHost], ranks: WorkerGroup | None = None):
         self._find_host = find_host
-        self.ranks = ranks or Alone()
+        self.ranks = ranks or SingleWorker()
         self._host: AdapterHost | None = None
         self._reader: ChainReader | None = None
         self._view: View | None = None  # the version materialised last
@@ -100,7 +100,7 @@ class AdapterSession:
         self._before: Position | None = None  # for undo
         self._staged: Position | None = None
         self._wanted: Position | None = None
-        self._window: Window | None = None
+        self._window: CommitWindow | None = None
         self._broken: str | None = None  # why what is loaded is not known to be `_position`
         self._attaching = False
         self._error: HubsyncError | None = None
@@ -114,16 +114,16 @@ class AdapterSession:
         """detached, attaching, mapped (vLLM has not loaded the adapter yet), refused, ready, staging, staged or
         poisoned."""
         if self._attaching:
-            return "attaching"
+            return WorkerState.ATTACHING
         if self._position is None:
             if self._error is not None:
-                return "refused"
-            return "detached" if self._ready is None else "mapped"
+                return WorkerState.REFUSED
+            return WorkerState.DETACHED if self._ready is None else WorkerState.MAPPED
         if self._broken is not None:
-            return "poisoned"
+            return WorkerState.POISONED
         if self._wanted is not None:
-            return "staging"
-        return "ready" if self._staged is None else "staged"
+            return WorkerState.STAGING
+        return WorkerState.READY if self._staged is None else WorkerState.STAGED
 
     def status(self) -> dict[str, Any]:
         """What `hubsync_status` answers; `adapter` has its name, and the path to register it with."""
@@ -134,18 +134,18 @@ class AdapterSession:
             **_json(self._position, {"version": None, "digest": None}),
             "staged": _json(self._staged, None),
             "window": window.to_json() if window else None,
-            "error": describe(error) if error else None,
+            "error": error_to_json(error) if error else None,
             "metrics": dict(self._metrics),
             "adapter": None if host is None else {"name": host.name, "path": str(host.path)},
         }
 
     def start(self) -> None:
-        if self.state == "detached":
+        if self.state == WorkerState.DETACHED:
             self._begin()
 
     def attach(self) -> None:
         """Start materialising the served version, for vLLM to load. A refusal is tried again."""
-        if self.state in ("detached", "refused"):
+        if self.state in (WorkerState.DETACHED, WorkerState.REFUSED):
             self._begin()
 
     def join(self) -> None:
@@ -191,7 +191,7 @@ class AdapterSession:
         if window is not None and (window.token, window.position) != (token, position):
             raise ReplicaRefused(f"a commit window to {window.position} is open; complete that one first")
         if window is None:
-            self._window = Window(position, token, self._position == position, time.monotonic())
+            self._window = CommitWindow(position, token, self._position == position, time.monotonic())
 
     def close(self, token: str) -> None:
         """The client has finished its window."""

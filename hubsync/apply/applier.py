@@ -2,8 +2,8 @@
 
 It knows the modules of one worker, the run's tensor table, a device, and a way to hear the other ranks; nothing of
 vLLM, processes or requests. All work that grows with the number of *changes* or with the model happens in `stage_*`,
-`verify` and `census`, which only read live weights and may run in a background thread while the model serves. `commit`
-only checks, votes and writes what was staged.
+`verify` and `inventory`. They only read live weights and may run in a background thread while the model serves.
+`commit` only checks, votes and writes what was staged.
 
 What is known about the weights is explicit. `position` is the version and digest that the view should have of which
 this rank holds a part; `verified` says whether the digest of that part was recomputed from live memory since the last
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hubsync.errors import FormatError, HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
+from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.format.manifest import Position
 from hubsync.format.patch import Patch, check
@@ -34,11 +34,12 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES, UNSIGNED, advance, bits_of
 
 from .coordinate_map import CoordinateMap, build_map
-from .held_bits import HeldBits
-from .live import INTEGERS, Hints
+from .live import INTEGERS, LayoutHints
+from .live_bits import LiveBits
 from .memory import Edit, Memory, memory_of, merged
+from .protocol import error_to_json
 from .regions import Region, block
-from .vote import Alone, Ballot, Census, Holding, Ranks, join, tally
+from .vote import Holding, Inventory, PrepareVote, SingleWorker, WorkerGroup, decide, join
 
 _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
 
@@ -107,12 +108,12 @@ class Applier:
         table: the run's tensor table.
         device: where the parameters are.
         ranks: the other workers of this engine. `commit` and `undo` are collectives over them.
-        hints: what the server knows of its layout; see `live.Hints`.
+        hints: what the server knows of its layout; see `live.LayoutHints`.
         masters: where tensors that cannot be followed in place may be loaded whole instead, by the model's own loader:
             their values now, by name (asked for those only). Without it such tensors are refused.
 
     ReplicaRefused, naming the reason, if the model as a whole cannot be mapped (see `coordinates`); if some tensors
-    cannot, `layout` says which, and `census` refuses.
+    cannot, `layout` says which, and `inventory` refuses.
 
     `commit`, `undo` and `heal` write, and must be called while no forward pass runs. Everything else may run beside
     forward passes; stage and verify from one thread at a time. Before anything else, `join` and `adopt`.
@@ -124,8 +125,8 @@ class Applier:
         table: TensorTable,
         device: torch.device,
         *,
-        ranks: Ranks | None = None,
-        hints: Hints | None = None,
+        ranks: WorkerGroup | None = None,
+        hints: LayoutHints | None = None,
         masters: Mapping[str, torch.Tensor] | None = None,
     ):
         self.table = table
@@ -135,7 +136,7 @@ class Applier:
         self.poisoned: str | None = None
         self._models = [models] if isinstance(models, torch.nn.Module) else list(models)
         self._device = device
-        self._ranks = ranks or Alone()
+        self._ranks = ranks or SingleWorker()
         self._seeds = [tensor_seed(spec.name) for spec in table]
         self._map = build_map(self._models, table, hints)
         self._memory = memory_of(self._map.storages, device)
@@ -166,7 +167,7 @@ class Applier:
 
     # --- reading the live weights -------------------------------------------------------------------
 
-    def census(self) -> Census:
+    def inventory(self) -> Inventory:
         """What this rank holds, with the digest of each region of live memory as it is now.
 
         ReplicaRefused, naming the first, if there are tensors that cannot be followed exactly.
@@ -186,27 +187,27 @@ class Applier:
             holdings.append(Holding(index, whole, digest_torch(self._seeds[index], _bits(master))))
         return holdings
 
-    def join(self, censuses: Sequence[Census]) -> Digest:
+    def join(self, inventories: Sequence[Inventory]) -> Digest:
         """Find out what this rank owns, from what all ranks hold. Returns the digest of the whole live view.
 
         ReplicaRefused, the same on every rank, if the ranks do not hold the whole view; see `ranks.join`.
         """
-        owned, total = join(self.table, censuses)
-        mine, census = owned[self._ranks.rank], censuses[self._ranks.rank]
+        owned, total = join(self.table, inventories)
+        mine, inventory = owned[self._ranks.rank], inventories[self._ranks.rank]
         self._held = _held(self._map, mine)
         self._owned_masters = {
-            holding.index: own for holding, own in zip(census, mine, strict=True) if holding.index in self._masters
+            holding.index: own for holding, own in zip(inventory, mine, strict=True) if holding.index in self._masters
         }
         self._sums = Sums()
-        for holding, own in zip(census, mine, strict=True):
+        for holding, own in zip(inventory, mine, strict=True):
             self._sums = self._sums.plus(holding.digest, own, held=holding.index not in self._masters)
         self._fingerprint = self._dense_fingerprint()
         return total
 
-    def old_bits(self) -> HeldBits:
+    def old_bits(self) -> LiveBits:
         """What compact deltas from the current position are decoded against."""
         regions = [[part.region for part in held] for held in self._held]
-        return HeldBits(self.table, self._map.storages, regions, self._masters)
+        return LiveBits(self.table, self._map.storages, regions, self._masters)
 
     def live_digest(self) -> Digest:
         """Digest of everything mapped that is in live memory now, copies included."""
@@ -336,7 +337,7 @@ class Applier:
             ReplicaPoisoned: the weights are not what they should be, before or after the write.
         """
         with self._lock:
-            tally(self._ranks.gather(self._ballot(lambda: self._check_commit(target), target)))
+            decide(self._ranks.gather(self._prepare_vote(lambda: self._check_commit(target), target)))
             if self.position == target:
                 return 0
             staged, start = self.staged, self.position
@@ -362,7 +363,7 @@ class Applier:
         with self._lock:
             last = self._last
             target = last.start if last else None
-            tally(self._ranks.gather(self._ballot(self._check_undo, target)))
+            decide(self._ranks.gather(self._prepare_vote(self._check_undo, target)))
             assert last is not None
             self._arrive(last.start, last.sums)
             self._write(last)
@@ -441,15 +442,12 @@ class Applier:
 
     # --- may we write? ------------------------------------------------------------------------------
 
-    def _ballot(self, find_share: Callable[[], Digest], target: Position | None) -> Ballot:
+    def _prepare_vote(self, find_share: Callable[[], Digest], target: Position | None) -> PrepareVote:
         """What this rank says before a write. It always says something: the others wait for it."""
         try:
-            return Ballot(None, self.position, target, find_share())
-        except HubsyncError as error:
-            reason = type(error).__name__, str(error)
+            return PrepareVote(None, self.position, target, find_share())
         except Exception as error:
-            reason = "ReplicaError", f"{type(error).__name__}: {error}"
-        return Ballot(reason, self.position, target, Digest())
+            return PrepareVote(error_to_json(error), self.position, target, Digest())
 
     def _check_commit(self, target: Position) -> Digest:
         """What this rank owns after the commit; raises why it cannot be made. O(changes)."""

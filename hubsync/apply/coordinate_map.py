@@ -2,9 +2,9 @@
 
 Only a model's own `load_weights` knows how its checkpoint is laid out at run time: which projections are fused, how
 the vocabulary is padded, what is tied, which rows, columns and experts a rank holds. So we ask it, by a dry run
-(`dryrun`) that writes nothing. A layout changed *after* loading is invisible to that. Where the server tells which
-function of its own changed it (`Hints`), the function says what it did to element numbers, and the map follows. What
-nobody tells is found by reading the weights back through the map: their digest is no version of the run.
+(`dry_run`) that writes nothing. A layout changed *after* loading is invisible to that. Where the server names the
+function of its own that changed it (`LayoutHints`), the function is applied to element numbers, and the map follows.
+Unnamed changes are found by reading the weights back through the map: their digest is no version of the run.
 
 One rank's map holds the elements that this rank holds, and may hold some twice (a draft model with an embedding of its
 own). That all ranks together hold every element is for `ranks.join` to check.
@@ -21,7 +21,7 @@ from hubsync.errors import ReplicaRefused
 from hubsync.format.table import TensorTable
 
 from .dry_run import DryRun
-from .live import Address, Hints, LiveStorage, class_of, find_addresses, find_relayout, find_storages, first_moved
+from .live import Address, LayoutHints, LiveStorage, class_of, find_addresses, find_relayout, find_storages, first_moved
 from .regions import Region, overlap
 
 _ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refused
@@ -47,7 +47,7 @@ class CoordinateMap:
     refused: dict[int, str]
     unloadable: frozenset[int]
     refreshers: dict[int, tuple[str, ...]]
-    hints: Hints
+    hints: LayoutHints
     addresses: list[Address] = field(repr=False)
 
     def moved(self) -> str | None:
@@ -68,14 +68,14 @@ class CoordinateMap:
 
 
 @torch.no_grad()
-def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Hints | None = None) -> CoordinateMap:
+def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: LayoutHints | None = None) -> CoordinateMap:
     """Map every element of `table` that lives in `models` (the served one, and a draft) by dry runs of `load_weights`.
 
     Writes nothing, and may run while another thread runs forward passes. Tensors that cannot be followed exactly are
     in `refused`. ReplicaRefused, naming the reason, where the models as a whole cannot be: a loader that fails or
     writes behind our back, a parameter that no tensor of the run feeds, elements that share a place.
     """
-    hints = hints or Hints()
+    hints = hints or LayoutHints()
     addresses, storages = find_addresses(models), find_storages(models)
     samples = [storage.sample() for storage in storages]
     run, unloadable = DryRun(table, storages), set()
@@ -148,7 +148,7 @@ def _distinct(regions: Sequence[Region]) -> tuple[Region, ...]:
     return tuple({(region.storage, region.source_key, region.target_extent): region for region in regions}.values())
 
 
-def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], hints: Hints) -> None:
+def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], hints: LayoutHints) -> None:
     """Find the permutation of every parameter that was relaid after loading; equal ones are shared."""
     parameters = {name: tensor for model in models for name, tensor in model.named_parameters(remove_duplicate=False)}
     found: dict[object, object] = {}
@@ -165,7 +165,7 @@ def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], h
         found[key] = storage.relayout = relayout  # type: ignore[assignment]
 
 
-def _refreshers(storages: Sequence[LiveStorage], hints: Hints) -> dict[int, tuple[str, ...]]:
+def _refreshers(storages: Sequence[LiveStorage], hints: LayoutHints) -> dict[int, tuple[str, ...]]:
     """Which derived parameters depend on which storage. One that only views its source needs no refreshing."""
     by_name = {name: number for number, storage in enumerate(storages) for name in storage.names}
     refreshers: dict[int, tuple[str, ...]] = {}

@@ -3,7 +3,7 @@
 vLLM's engine core runs one loop: schedule, forward pass, outputs; requests of clients are handled between two turns of
 it. A commit is one such request, and everything that belongs to it happens within it:
 
-    caches      what old weights have computed is made unreachable (see `KV_POLICIES`)
+    caches      what old weights have computed is made unreachable (see `protocol.KvPolicy`)
     weights     every worker votes and writes (`hubsync_commit` of the worker extension)
     label       outputs of later forward passes state the new version
 
@@ -27,31 +27,18 @@ from typing import Any, Protocol
 
 from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnsuitable
 
-from .protocol import describe, first_error
+from .protocol import KV_POLICIES, KvPolicy, WorkerMethod, WorkerState, error_to_json, first_error
 
 logger = logging.getLogger("vllm.hubsync")
 
 Answers = list[dict[str, Any]]  # one of each worker
 
-KV_POLICIES = ("recompute", "keep")
-"""What happens to keys and values that old weights have computed.
-
-`recompute`: nothing of them is ever used again. Running requests are preempted: they go on with the tokens that they
-have, after the new weights have recomputed the keys and values of those. All cached prefixes are dropped.
-
-`keep`: running requests go on at once, with the keys and values that they have; no other request ever sees those, nor
-what they compute from then on: all cached prefixes are dropped, and the blocks that running requests fill later are
-cached under names that nobody else can ask for. So a request that started before the commit mixes, to its end, and one
-that starts after it never does.
-"""
-
-WINDOW_TIMEOUT_S = 15.0
 _RETRY_S = 1.0  # after the watchdog could not finish
 _POLL_S = 0.01  # between two looks at the workers, growing
 _LONGEST_POLL_S = 0.25
 _NATIVE_TIMEOUT_S = 600.0
 
-_WRITING = ("hubsync_commit", "hubsync_undo", "hubsync_heal")
+_WRITING = (WorkerMethod.COMMIT, WorkerMethod.UNDO, WorkerMethod.HEAL)
 
 # vLLM's own weight transfer methods of a worker, which `vllm_plugin.backend` implements.
 NATIVE = (
@@ -144,17 +131,17 @@ class Core:
         try:
             if method in _WRITING:
                 found = self._write(method, args, kwargs)
-            elif method == "hubsync_hold":
+            elif method == WorkerMethod.HOLD:
                 found = self._hold(*args, **kwargs)
-            elif method == "hubsync_open":
+            elif method == WorkerMethod.OPEN:
                 found = self._open(*args, **kwargs)
-            elif method == "hubsync_close":
+            elif method == WorkerMethod.CLOSE:
                 found = self._close(*args, **kwargs)
             else:
                 found = self._engine.call(method, *args, **kwargs)
         except (HubsyncError, TypeError) as error:  # of the second kind are requests with wrong arguments
             logger.warning("hubsync: %s", error)
-            found = [{"error": describe(error)}]
+            found = [{"error": error_to_json(error)}]
         about = self._about()
         for answer in found:
             answer["engine"] = about | answer.get("engine", {})
@@ -163,12 +150,12 @@ class Core:
     # --- writing ------------------------------------------------------------------------------------
 
     def _write(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answers:
-        if method == "hubsync_commit":
+        if method == WorkerMethod.COMMIT:
             version, digest, policy = _commit_arguments(*args, **kwargs)
             return self._change(lambda: self._engine.call(method, version, digest), policy)
         # Weights that are to be healed are in no forward pass: each worker holds back its own.
         call = functools.partial(self._engine.call, method, *args, **kwargs)
-        return self._change(call, "recompute", anytime=method == "hubsync_heal")
+        return self._change(call, KvPolicy.RECOMPUTE, anytime=method == WorkerMethod.HEAL)
 
     def _change(self, write: Callable[[], Answers], policy: str, *, anytime: bool = False) -> Answers:
         """Let the workers write, in one turn with what that means for caches and label.
@@ -186,7 +173,7 @@ class Core:
             )
         try:
             engine.settle()
-            engine.recompute() if policy == "recompute" else engine.isolate()
+            engine.recompute() if policy == KvPolicy.RECOMPUTE else engine.isolate()
         except Exception as error:
             raise ReplicaRefused(
                 f"the caches of this server could not be cut off ({type(error).__name__}: {error}); "
@@ -219,13 +206,13 @@ class Core:
         return [{"error": None}]
 
     def _open(self, version: int, digest: str, token: str) -> Answers:
-        found = self._engine.call("hubsync_open", version, digest, token)
+        found = self._engine.call(WorkerMethod.OPEN, version, digest, token)
         if first_error(found) is None:
             self._watch(token, self._timeout)
         return found
 
     def _close(self, token: str) -> Answers:
-        found = self._engine.call("hubsync_close", token)
+        found = self._engine.call(WorkerMethod.CLOSE, token)
         if first_error(found) is None and token == self._window:
             self._cancel()
             self._window = None
@@ -257,7 +244,7 @@ class Core:
             return False
         if engine.paused:
             engine.resume()
-        engine.call("hubsync_close", token)
+        engine.call(WorkerMethod.CLOSE, token)
         logger.warning("hubsync: a client has left its window open; the server goes on with version %s", engine.label)
         return True
 
@@ -310,14 +297,14 @@ class Core:
 
     def _is_attached(self, ranks: Answers) -> bool:
         states = {rank["state"] for rank in ranks}
-        if "refused" in states:
-            raise _recorded(ranks, "refused")
-        if states <= {"mapped"}:
+        if WorkerState.REFUSED in states:
+            raise _recorded(ranks, WorkerState.REFUSED)
+        if states <= {WorkerState.MAPPED}:
             if not (self._engine.alone or self._engine.still):
                 raise ReplicaRefused("this server must be paused while its workers join: pause it first")
             self._native("join")
             return False
-        return not states & {"detached", "attaching", "mapped"}
+        return not states & {WorkerState.DETACHED, WorkerState.ATTACHING, WorkerState.MAPPED}
 
     @staticmethod
     def _is_staged(ranks: Answers) -> bool:
@@ -327,8 +314,8 @@ class Core:
             if rank["target"] not in (rank["staged"], {"version": rank["version"], "digest": rank["digest"]})
         ]
         for rank in ranks:
-            failed = rank in waiting and rank["error"] is not None and rank["state"] != "staging"
-            if failed or rank["state"] in ("poisoned", "refused"):
+            failed = rank in waiting and rank["error"] is not None and rank["state"] != WorkerState.STAGING
+            if failed or rank["state"] in (WorkerState.POISONED, WorkerState.REFUSED):
                 raise _recorded(ranks, rank["state"])
         return not waiting
 
@@ -355,7 +342,7 @@ def intervals() -> Callable[[], float]:
     return following
 
 
-def _commit_arguments(version: Any, digest: Any, kv_cache: Any = "recompute") -> tuple[Any, Any, Any]:
+def _commit_arguments(version: Any, digest: Any, kv_cache: Any = KvPolicy.RECOMPUTE) -> tuple[Any, Any, Any]:
     return version, digest, kv_cache
 
 

@@ -52,7 +52,7 @@ class Derived:
 
 
 @dataclass(frozen=True)
-class Hints:
+class LayoutHints:
     """What a server knows of the layout of its model and no dry run can see, by parameter name.
 
     Attributes:

@@ -45,9 +45,9 @@ from hubsync.format.view_bits import ViewBits
 
 from .applier import Applier
 from .background import Background
-from .live import Hints
-from .protocol import describe, refusal
-from .vote import Alone, Census, Ranks
+from .live import LayoutHints
+from .protocol import WorkerState, error_from_json, error_to_json
+from .vote import Inventory, SingleWorker, WorkerGroup
 
 logger = logging.getLogger("vllm.hubsync")
 
@@ -77,15 +77,15 @@ class Host:
     bucket: str
     cache: Path
     checkpoint: Path | None
-    ranks: Ranks = field(default_factory=Alone)
-    hints: Hints = field(default_factory=Hints)
+    ranks: WorkerGroup = field(default_factory=SingleWorker)
+    hints: LayoutHints = field(default_factory=LayoutHints)
     dense_fallback: bool = False
     public_key: PublicKey | None = None
     max_head_age: float | None = None
 
 
 @dataclass
-class Window:
+class CommitWindow:
     """A commit that some client is driving: it has paused the server, or is about to."""
 
     position: Position
@@ -110,7 +110,7 @@ class _Attached:
     host: Host
     reader: ChainReader
     applier: Applier
-    census: Census
+    inventory: Inventory
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint on this machine. Whether it is the run's base is for the digest to say."""
@@ -168,15 +168,15 @@ class Session:
     Methods raise HubsyncErrors. All but `status` must be called on the thread that runs the forward passes.
     """
 
-    def __init__(self, find_host: Callable[[], Host], ranks: Ranks | None = None):
+    def __init__(self, find_host: Callable[[], Host], ranks: WorkerGroup | None = None):
         self._find_host = find_host
-        self.ranks = ranks or Alone()
+        self.ranks = ranks or SingleWorker()
         self._mapped: _Attached | None = None  # this rank knows what it holds
         self._joined: Digest | None = None  # all ranks know what all hold: the digest of the whole view
         self._attached: _Attached | None = None  # and the position of that
         self._attaching = False
         self._wanted: Position | None = None  # being staged, or queued for it
-        self._window: Window | None = None
+        self._window: CommitWindow | None = None
         self._error: HubsyncError | None = None
         self._layout: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
@@ -189,18 +189,18 @@ class Session:
         """detached, attaching, mapped, refused, ready, staging, staged, applied or poisoned."""
         if self._attached is None:
             if self._attaching:
-                return "attaching"
+                return WorkerState.ATTACHING
             if self._error:
-                return "refused"
-            return "detached" if self._mapped is None else "mapped"
+                return WorkerState.REFUSED
+            return WorkerState.DETACHED if self._mapped is None else WorkerState.MAPPED
         applier = self._attached.applier
         if applier.poisoned is not None:
-            return "poisoned"
+            return WorkerState.POISONED
         if not applier.verified:
-            return "applied"
+            return WorkerState.APPLIED
         if self._wanted is not None:
-            return "staging"
-        return "ready" if applier.staged is None else "staged"
+            return WorkerState.STAGING
+        return WorkerState.READY if applier.staged is None else WorkerState.STAGED
 
     def status(self) -> dict[str, Any]:
         """What `hubsync_status` answers, as far as the session knows it."""
@@ -214,13 +214,13 @@ class Session:
             if applier.poisoned is not None and not isinstance(error, ReplicaPoisoned):
                 error = ReplicaPoisoned(f"the weights are not known to be right: {applier.poisoned}")
         answer["window"] = window.to_json() if window else None
-        answer["error"] = describe(error) if error else None
+        answer["error"] = error_to_json(error) if error else None
         answer["metrics"] = dict(self._metrics)
         return answer
 
     def start(self) -> None:
         """Start finding out what this rank holds, if nobody has asked for that yet."""
-        if self.state == "detached":
+        if self.state == WorkerState.DETACHED:
             self._begin(self._map)
 
     def attach(self) -> None:
@@ -228,7 +228,7 @@ class Session:
 
         A rank of several stops at `mapped`; `join` goes on.
         """
-        if self.state not in ("detached", "refused"):
+        if self.state not in (WorkerState.DETACHED, WorkerState.REFUSED):
             return
         if self._joined is None:
             self._mapped = None
@@ -245,15 +245,13 @@ class Session:
         mapped = None if self._attaching else self._mapped
         if mapped is None and error is None:
             error = ReplicaRefused(f"this worker is {self.state}; call hubsync_attach and wait until it is mapped")
-        words = self.ranks.gather((describe(error) if error else None, mapped.census if mapped else None))
+        words = self.ranks.gather((error_to_json(error) if error else None, mapped.inventory if mapped else None))
         for rank, (said, _) in enumerate(words):
             if said is not None:
-                raise refusal(
-                    said["type"], said["message"] if self.ranks.size == 1 else f"rank {rank}: {said['message']}"
-                )
+                raise error_from_json(said, "" if self.ranks.size == 1 else f"rank {rank}: ")
         assert mapped is not None
         try:
-            self._joined = mapped.applier.join([census for _, census in words])
+            self._joined = mapped.applier.join([inventory for _, inventory in words])
         except HubsyncError as mismatch:
             self._error = mismatch
             raise
@@ -291,7 +289,7 @@ class Session:
                 "complete that one first"
             )
         if window is None:
-            self._window = Window(position, token, applier.position == position, time.monotonic())
+            self._window = CommitWindow(position, token, applier.position == position, time.monotonic())
 
     def close(self, token: str) -> None:
         """The client has finished its window. Closing it again is fine; closing another client's is not."""
@@ -389,11 +387,11 @@ class Session:
             applier = Applier(host.models, run.table, host.device, ranks=self.ranks, hints=host.hints, masters=masters)
             self._metrics["map_s"] = time.perf_counter() - started
             self._layout = {"tensors": applier.layout(), "derived": applier.derived}
-            self._mapped = _Attached(host, reader, applier, applier.census())
+            self._mapped = _Attached(host, reader, applier, applier.inventory())
             self._metrics["attach_s"] = time.perf_counter() - started
             logger.info("hubsync: mapped the model: %s", _summary(applier))
             if self.ranks.size == 1:
-                self._joined = applier.join([self._mapped.census])
+                self._joined = applier.join([self._mapped.inventory])
                 self._locate()
         except Exception as error:
             self._fail("could not attach", error)
@@ -489,7 +487,7 @@ class Session:
     def _fail(self, what: str, error: Exception) -> None:
         self._error = error if isinstance(error, HubsyncError) else ReplicaRefused(f"{type(error).__name__}: {error}")
         unexpected = not isinstance(error, HubsyncError)
-        level = logging.ERROR if unexpected or self.state == "poisoned" else logging.WARNING
+        level = logging.ERROR if unexpected or self.state == WorkerState.POISONED else logging.WARNING
         logger.log(level, "hubsync: %s: %s", what, error, exc_info=unexpected)
 
 

@@ -2,7 +2,7 @@
 
 Every rank holds a part of the published view: rows, columns, layers, experts; some of it twice. `join` decides once who
 *owns* each element (the first rank that holds it), checks that copies are equal and that nothing is missing, and adds
-the owners' digests up to the digest of the whole view. `tally` decides at every commit whether all ranks may write.
+the owners' digests up to the digest of the whole view. `decide` decides at every commit whether all ranks may write.
 All ranks evaluate the same words in the same order, so all come to the same conclusion, and no rank acts alone.
 """
 
@@ -17,11 +17,11 @@ from hubsync.format.digest import Digest
 from hubsync.format.manifest import Position
 from hubsync.format.table import TensorTable
 
-from .protocol import refusal
+from .protocol import error_from_json
 from .regions import Region, overlap
 
 
-class Ranks(Protocol):
+class WorkerGroup(Protocol):
     """The workers of one engine. `gather` is a collective: it must be called by all of them, in the same order."""
 
     rank: int
@@ -32,7 +32,7 @@ class Ranks(Protocol):
         ...
 
 
-class Alone:
+class SingleWorker:
     """An engine of one worker."""
 
     rank, size = 0, 1
@@ -59,11 +59,11 @@ class Holding:
     digest: Digest
 
 
-Census = Sequence[Holding]
+Inventory = Sequence[Holding]
 """What one rank holds, in the order of its coordinate map."""
 
 
-def join(table: TensorTable, censuses: Sequence[Census]) -> tuple[list[list[bool]], Digest]:
+def join(table: TensorTable, inventories: Sequence[Inventory]) -> tuple[list[list[bool]], Digest]:
     """Who owns what, and the digest of the whole view in live memory.
 
     Returns:
@@ -75,9 +75,9 @@ def join(table: TensorTable, censuses: Sequence[Census]) -> tuple[list[list[bool
     owned: list[list[bool]] = []
     owners: dict[tuple, tuple[int, Holding]] = {}
     total = Digest()
-    for rank, census in enumerate(censuses):
+    for rank, inventory in enumerate(inventories):
         owned.append([])
-        for holding in census:
+        for holding in inventory:
             key = holding.index, holding.region.source_key
             owner = owners.setdefault(key, (rank, holding))
             owned[-1].append(owner[1] is holding)
@@ -112,42 +112,41 @@ def _check_whole(name: str, numel: int, regions: Sequence[Region]) -> None:
 
 
 @dataclass(frozen=True)
-class Ballot:
+class PrepareVote:
     """What one rank says before a write.
 
     Attributes:
-        refusal: class in `hubsync.errors` and message of why it cannot write; None if it can.
+        refusal: the error, as JSON, that keeps it from writing; None if it can write.
         start: where its weights are.
         target: where the write leads.
         share: digest of what it owns, after the write.
     """
 
-    refusal: tuple[str, str] | None
+    refusal: dict[str, str] | None
     start: Position | None
     target: Position | None
     share: Digest
 
 
-def tally(ballots: Sequence[Ballot]) -> None:
+def decide(votes: Sequence[PrepareVote]) -> None:
     """Return if every rank can write and all writes together lead to the target; raise the same error on every rank.
 
     Raises:
         the first refusal; WrongParent where ranks start from different positions, or the sum of their shares is not the
         target's digest.
     """
-    for rank, ballot in enumerate(ballots):
-        if ballot.refusal is not None:
-            kind, message = ballot.refusal
-            raise refusal(kind, message if len(ballots) == 1 else f"rank {rank}: {message}")
-    target = ballots[0].target
+    for rank, vote in enumerate(votes):
+        if vote.refusal is not None:
+            raise error_from_json(vote.refusal, "" if len(votes) == 1 else f"rank {rank}: ")
+    target = votes[0].target
     assert target is not None, "only a refusal has none"
-    for rank, ballot in enumerate(ballots):
-        if ballot.target != target:
-            raise WrongParent(f"rank 0 would go to {target}, but rank {rank} to {ballot.target}; stage again")
-    starts = {ballot.start for ballot in ballots if ballot.start != target}
+    for rank, vote in enumerate(votes):
+        if vote.target != target:
+            raise WrongParent(f"rank 0 would go to {target}, but rank {rank} to {vote.target}; stage again")
+    starts = {vote.start for vote in votes if vote.start != target}
     if len(starts) > 1:
         raise WrongParent(f"the ranks are at different positions: {', '.join(map(str, starts))}")
-    total = sum((ballot.share for ballot in ballots), Digest())
+    total = sum((vote.share for vote in votes), Digest())
     if total.hex != target.digest:
         raise WrongParent(
             f"the delta does not lead to {target} but to digest {total.hex[:12]}; "

@@ -11,12 +11,13 @@ import threading
 from datetime import datetime
 from typing import Any
 
+from hubsync.apply.protocol import KV_POLICIES, KvPolicy
 from hubsync.bucket import open_bucket
 from hubsync.cache import default_cache
 from hubsync.chain import ChainReader
 from hubsync.errors import HubsyncError
 from hubsync.replicas.follower import Followed, Follower
-from hubsync.replicas.replica import KV_CACHE, Replica
+from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 
 from .keys import add_public_key, public_key
@@ -44,8 +45,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=KV_CACHE,
-        default="recompute",
+        choices=KV_POLICIES,
+        default=KvPolicy.RECOMPUTE,
         help="what happens at a commit to keys and values of running requests (default: %(default)s)",
     )
     parser.add_argument(

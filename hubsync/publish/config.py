@@ -9,6 +9,7 @@ from types import NoneType
 
 import torch
 
+from hubsync.apply.protocol import KV_POLICIES, KvPolicy
 from hubsync.errors import ConfigError
 
 _FOREVER = 1e6  # seconds; waiting functions take no infinity
@@ -233,10 +234,10 @@ class SyncConfig:
         },
     )
     kv_cache: str = field(
-        default="recompute",
+        default=KvPolicy.RECOMPUTE,
         metadata={
             "help": "What happens to the keys and values of running requests when weights change.",
-            "choices": ["recompute", "keep"],
+            "choices": list(KV_POLICIES),
         },
     )
     stage_timeout: float = field(
@@ -270,7 +271,7 @@ class SyncConfig:
             )
         if self.audit_every < 0:
             raise ConfigError(f"audit_every must be 0 or a number of publishes, not {self.audit_every}")
-        self._require_choice("kv_cache", "recompute", "keep")
+        self._require_choice("kv_cache", *KV_POLICIES)
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
         if not 0 <= self.anchor_fraction < _FOREVER:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from hubsync.apply.protocol import KvPolicy, WorkerState
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
 from hubsync.format.manifest import Position
 
@@ -98,7 +99,7 @@ class Deployment:
         self,
         servers: Sequence[str],
         *,
-        kv_cache: str = "recompute",
+        kv_cache: str = KvPolicy.RECOMPUTE,
         api_key: str | None = None,
         quorum: int = 0,
         request_timeout: float = 120.0,
@@ -215,7 +216,7 @@ class Deployment:
     def _outcome(self, member: _Member, turn: _Turn, timeout: float) -> ReplicaReport:
         outcome, seen = turn.outcomes.get(member.url), member.seen
         if isinstance(outcome, CommitReport):
-            return self._report(member.url, "applied", outcome.position, None, outcome)
+            return self._report(member.url, WorkerState.APPLIED, outcome.position, None, outcome)
         error = outcome or ReplicaBehind(
             f"{member.url} has not committed {turn.position} yet ({timeout:g} s allowed): it will when it is ready, or "
             "be taken along with the next version"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hubsync.apply.protocol import WorkerState
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
@@ -132,7 +133,7 @@ class Follower:
             self._replica.check()
             self._is_known = True
         status = self._replica.status()
-        if status.state == "poisoned":
+        if status.state == WorkerState.POISONED:
             logger.warning("%s is poisoned: rebuilding its weights", self._replica.server.url)
             self._replica.heal()
             return self._replica.status()

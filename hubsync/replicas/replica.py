@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from hubsync.apply.protocol import KV_POLICIES, PROTOCOL, STATES, KvPolicy, WorkerMethod, WorkerState, error_from_json
 from hubsync.errors import (
     ConfigError,
     HubsyncError,
@@ -38,13 +39,11 @@ from hubsync.errors import (
 )
 from hubsync.format.manifest import Position
 
-from .vllm_http import PROTOCOL, VLLMServer, worker_error
+from .vllm_http import VLLMServer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-KV_CACHE = ("recompute", "keep")
 
 _PAUSE_S = 0.05
 
@@ -142,9 +141,9 @@ class Replica:
         pause: pause the server around every commit? None: only if it has to be.
     """
 
-    def __init__(self, server: VLLMServer, kv_cache: str = "recompute", *, pause: bool | None = None):
-        if kv_cache not in KV_CACHE:
-            raise ConfigError(f"kv_cache must be one of {', '.join(KV_CACHE)}, not {kv_cache!r}")
+    def __init__(self, server: VLLMServer, kv_cache: str = KvPolicy.RECOMPUTE, *, pause: bool | None = None):
+        if kv_cache not in KV_POLICIES:
+            raise ConfigError(f"kv_cache must be one of {', '.join(KV_POLICIES)}, not {kv_cache!r}")
         self.server = server
         self.kv_cache = kv_cache
         self._pause = pause
@@ -167,7 +166,7 @@ class Replica:
             )
 
     def status(self) -> ReplicaStatus:
-        ranks = self.server.rpc("hubsync_status")
+        ranks = self.server.rpc(WorkerMethod.STATUS)
         if not all("engine" in rank for rank in ranks):
             raise ReplicaUnsuitable(
                 f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
@@ -183,9 +182,9 @@ class Replica:
             ReplicaUnsuitable: see `check`; or still attaching after `timeout` seconds.
         """
         self.check()
-        self.server.rpc("hubsync_attach")
+        self.server.rpc(WorkerMethod.ATTACH)
         status = self._settled(timeout)
-        if status.state == "mapped":
+        if status.state == WorkerState.MAPPED:
             self._join(status)
             status = self._settled(timeout)
         self._raise_if_lost(status)
@@ -193,14 +192,14 @@ class Replica:
 
     def stage(self, position: Position) -> None:
         """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
-        self.server.rpc("hubsync_stage", position.version, position.digest)
+        self.server.rpc(WorkerMethod.STAGE, position.version, position.digest)
 
     def prepare(
         self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
     ) -> None:
         """`wait_staged`, from whatever state the server is in: just (re)started, or poisoned."""
         deadline, status = time.monotonic() + timeout, self.status()
-        if status.state == "poisoned":
+        if status.state == WorkerState.POISONED:
             self.heal()
         elif status.position is None:
             self.attach(timeout)
@@ -222,7 +221,7 @@ class Replica:
                 return True
             if wanted is not None and not wanted(status):
                 raise ReplicaBehind(f"{self.server.url} is wanted elsewhere: {position} is not committed")
-            if status.state == "staging":
+            if status.state == WorkerState.STAGING:
                 return False
             if status.error is not None:
                 raise status.error
@@ -248,7 +247,7 @@ class Replica:
             return self._understood(lambda: _report(position, applied, pause_s=_longest_turn(applied)))
         window = Window(position, uuid.uuid4().hex)
         self._token = window.token
-        self.server.rpc("hubsync_open", position.version, position.digest, window.token)
+        self.server.rpc(WorkerMethod.OPEN, position.version, position.digest, window.token)
         started = time.perf_counter()
         try:
             self.server.pause()
@@ -273,11 +272,11 @@ class Replica:
 
         def verified(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
-            if status.state == "detached":  # nothing is verified before somebody attaches it
+            if status.state == WorkerState.DETACHED:  # nothing is verified before somebody attaches it
                 raise WrongParent(f"{self.server.url} was restarted: it does not know yet where its weights are")
             if status.position is not None and status.position != position:
                 raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
-            return status.position == position and status.state != "applied"
+            return status.position == position and status.state != WorkerState.APPLIED
 
         self._until(verified, timeout, f"verify {position}")
 
@@ -286,12 +285,14 @@ class Replica:
 
         ReplicaRefused if they are not poisoned; NoPath or a BucketError if it was not possible.
         """
-        self.server.rpc("hubsync_heal")
+        self.server.rpc(WorkerMethod.HEAL)
 
     def _settled(self, timeout: float) -> ReplicaStatus:
         """The status once no rank is still finding out where its weights are."""
         return self._until(
-            lambda status: status.state not in ("detached", "attaching"), timeout, "find out where its weights are"
+            lambda status: status.state not in (WorkerState.DETACHED, WorkerState.ATTACHING),
+            timeout,
+            "find out where its weights are",
         )
 
     def _join(self, status: ReplicaStatus) -> None:
@@ -304,16 +305,16 @@ class Replica:
             self.server.load_adapter(status.adapter, str(status.adapter_path))
             return
         if not status.spans_engines:
-            self.server.rpc("hubsync_join")
+            self.server.rpc(WorkerMethod.JOIN)
             return
         token = uuid.uuid4().hex
-        self.server.rpc("hubsync_hold", token)
+        self.server.rpc(WorkerMethod.HOLD, token)
         self.server.pause()
         try:
-            self.server.rpc("hubsync_join")
+            self.server.rpc(WorkerMethod.JOIN)
         finally:
             self.server.resume()
-            self.server.rpc("hubsync_close", token)
+            self.server.rpc(WorkerMethod.CLOSE, token)
 
     def _without_window(self) -> ReplicaStatus:
         """The status once no commit window is open: other clients are given time to close theirs."""
@@ -341,7 +342,7 @@ class Replica:
 
     def _commit(self, position: Position) -> list[dict[str, Any]]:
         """The commit itself. Data parallel engines each vote for themselves; none of them is left behind."""
-        commit = "hubsync_commit", position.version, position.digest, self.kv_cache
+        commit = WorkerMethod.COMMIT, position.version, position.digest, self.kv_cache
         try:
             return self.server.rpc(*commit)
         except HubsyncError:
@@ -362,7 +363,7 @@ class Replica:
         """What comes after the commit, or instead of it. Returns `time.perf_counter()` of when requests went on."""
         self.server.resume()
         resumed = time.perf_counter()
-        self.server.rpc("hubsync_close", window.token)
+        self.server.rpc(WorkerMethod.CLOSE, window.token)
         return resumed
 
     def _recover(self, status: ReplicaStatus) -> bool:
@@ -388,11 +389,11 @@ class Replica:
             ) from error
 
     def _raise_if_lost(self, status: ReplicaStatus) -> None:
-        if status.state not in ("poisoned", "refused"):
+        if status.state not in (WorkerState.POISONED, WorkerState.REFUSED):
             return
         if status.error is not None:
             raise status.error
-        kind = ReplicaPoisoned if status.state == "poisoned" else ReplicaRefused
+        kind = ReplicaPoisoned if status.state == WorkerState.POISONED else ReplicaRefused
         raise kind(f"{self.server.url} is {status.state}; see the server's log")
 
     def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
@@ -409,10 +410,6 @@ class Replica:
         return status
 
 
-# Furthest from ready first; of several ranks, the worst speaks for the server.
-_STATES = ("poisoned", "refused", "detached", "attaching", "mapped", "staging", "applied", "ready", "staged")
-
-
 def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
     positions = {_position(rank) for rank in ranks}
     staged = {_position(rank.get("staged") or {}) for rank in ranks}
@@ -424,7 +421,7 @@ def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
         position=positions.pop() if len(positions) == 1 else None,
         staged=staged.pop() if len(staged) == 1 else None,
         window=windows[0] if windows else None,
-        error=worker_error(failures[0], url) if failures else None,
+        error=error_from_json(failures[0], f"{url}: ") if failures else None,
         run_id=ranks[0].get("run_id"),
         atomic=all(rank["engine"]["atomic"] for rank in ranks),
         spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
@@ -456,7 +453,8 @@ def _window(rank: dict[str, Any]) -> Window:
 
 
 def _badness(state: str) -> int:
-    return _STATES.index(state) if state in _STATES else 0
+    """Order of states, worst first: of several ranks, the worst gives the server's state."""
+    return STATES.index(state) if state in STATES else 0
 
 
 def _position(document: dict[str, Any]) -> Position | None:

@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 
 import requests
 
-from hubsync import errors
-from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.apply.protocol import WorkerMethod, error_from_json
+from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
 OLDEST = (0, 26)
 _LABELS_SINCE = (0, 27)
-PROTOCOL = 1  # of the worker methods `hubsync_*`
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
@@ -133,8 +132,8 @@ class VLLMServer:
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
         for rank, result in enumerate(results):
-            if method != "hubsync_status" and result.get("error"):  # a status reports an error; it is none
-                raise worker_error(result["error"], f"{self.url}: rank {rank} refused {method}")
+            if method != WorkerMethod.STATUS and result.get("error"):  # a status reports an error; it is none
+                raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
 
     def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:
@@ -231,15 +230,6 @@ def new_session(url: str) -> requests.Session:
     session = requests.Session()
     session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
     return session
-
-
-def worker_error(error: Any, where: str) -> HubsyncError:
-    """The error that a worker names, `{"type": class of hubsync.errors, "message": text}`; never any other class."""
-    named = error if isinstance(error, dict) else {"message": error}
-    kind = getattr(errors, str(named.get("type")), None)
-    if not (isinstance(kind, type) and issubclass(kind, HubsyncError)):
-        kind = ReplicaRefused
-    return kind(f"{where}: {named.get('message')}")
 
 
 def _message(answer: requests.Response) -> str:

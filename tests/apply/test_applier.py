@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 @pytest.fixture
 def applier(model: Model) -> Applier:
     applier = Applier(model, TABLE, model.embed.device)
-    assert applier.join([applier.census()]).hex == P0.digest
+    assert applier.join([applier.inventory()]).hex == P0.digest
     applier.adopt(P0)
     return applier
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hubsync.apply.applier import Applier
 from hubsync.apply.coordinate_map import CoordinateMap, build_map
-from hubsync.apply.live import Derived, Hints
+from hubsync.apply.live import Derived, LayoutHints
 from hubsync.apply.regions import Block, Scatter, block, overlap
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.format.table import TensorSpec, TensorTable
@@ -88,7 +88,7 @@ def assert_exact(model: Model, table: TensorTable) -> CoordinateMap:
 def attach(model: nn.Module, table: TensorTable) -> None:
     """Map the model and check the map, as a server of one worker does."""
     applier = Applier(model, table, torch.device("cpu"))
-    applier.join([applier.census()])
+    applier.join([applier.inventory()])
 
 
 def rows(name: str, first: int, last: int) -> Callable[[Model, torch.Tensor], object]:
@@ -331,7 +331,7 @@ def experts_model() -> tuple[Model, TensorTable]:
 
 def test_a_permutation_after_loading_is_followed() -> None:
     model, table = experts_model()
-    coordinates = build_map([model], table, Hints(relayouts={"w": packed}))
+    coordinates = build_map([model], table, LayoutHints(relayouts={"w": packed}))
     weights = checkpoint(table)
     model.load_weights(weights.items())
     model.w.data.copy_(packed(model.w.data))
@@ -346,7 +346,7 @@ def test_a_transform_that_does_more_than_permute_an_expert_is_refused(
 ) -> None:
     model, table = experts_model()
     with pytest.raises(ReplicaRefused, match=r"^w: its elements are mixed or changed after loading"):
-        build_map([model], table, Hints(relayouts={"w": transform}))
+        build_map([model], table, LayoutHints(relayouts={"w": transform}))
 
 
 def test_padding_that_was_added_after_loading() -> None:
@@ -371,14 +371,17 @@ def test_derived_parameters_are_computed_again_unless_they_are_views() -> None:
 
     derived = Derived(("w",), refresh)
     applier = Applier(
-        model, table, torch.device("cpu"), hints=Hints(derived={"copy": derived, "view": Derived(("w",), refresh)})
+        model,
+        table,
+        torch.device("cpu"),
+        hints=LayoutHints(derived={"copy": derived, "view": Derived(("w",), refresh)}),
     )
     assert applier.derived == ["copy"]
     before, after = checkpoint(table), {"w": torch.ones(4, 6, dtype=torch.bfloat16)}
     model.load_weights(before.items())
     refresh()
     start, target = position_of(0, before, table), position_of(1, after, table)
-    assert applier.join([applier.census()]).hex == start.digest
+    assert applier.join([applier.inventory()]).hex == start.digest
     applier.adopt(start)
     applier.stage_patch(patch_between(before, after, table), target)
     applier.commit(target)
@@ -403,11 +406,11 @@ def test_tensors_that_cannot_be_followed_are_loaded_whole_where_that_is_allowed(
     after = {name: tensor * 2 for name, tensor in before.items()}
     model.load_weights(before.items())
     with pytest.raises(ReplicaRefused, match=r"^decay: the loader computes with it \(aten.exp"):
-        Applier(model, table, torch.device("cpu")).census()
+        Applier(model, table, torch.device("cpu")).inventory()
     applier = Applier(model, table, torch.device("cpu"), masters=before)
     assert {name: row["class"] for name, row in applier.layout().items()} == {"decay": "dense", "w": "affine"}
     start, target = position_of(0, before, table), position_of(1, after, table)
-    assert applier.join([applier.census()]).hex == start.digest
+    assert applier.join([applier.inventory()]).hex == start.digest
     applier.adopt(start)
     untouched = memory(model)
     applier.stage_patch(patch_between(before, after, table), target)
@@ -464,7 +467,7 @@ def test_a_draft_model_follows_with_its_target(shared: bool) -> None:
         module.load_weights(weights.items())
     applier = Applier([model, draft], table, torch.device("cpu"))
     start, target = position_of(0, weights, table), position_of(1, after, table)
-    assert applier.join([applier.census()]).hex == start.digest
+    assert applier.join([applier.inventory()]).hex == start.digest
     applier.adopt(start)
     applier.stage_patch(patch_between(weights, after, table), target)
     applier.commit(target)
@@ -485,7 +488,7 @@ def test_a_draft_copy_that_differs_is_refused() -> None:
     draft.embed.data[0] = 0
     applier = Applier([model, draft], table, torch.device("cpu"))
     with pytest.raises(ReplicaRefused, match=r"^embed: rank 0 holds two copies of it that differ"):
-        applier.join([applier.census()])
+        applier.join([applier.inventory()])
 
 
 # --- do regions share elements?

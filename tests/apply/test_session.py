@@ -469,7 +469,7 @@ def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None
 # --- several ranks: what each does by itself, and where they meet
 
 
-class Ranks:
+class RankPair:
     """The sessions of an engine of two ranks. Requests reach both, as they do in vLLM."""
 
     def __init__(self, directory: Path):
@@ -524,11 +524,11 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Ranks:
-    return Ranks(tmp_path)
+def ranks(tmp_path: Path) -> RankPair:
+    return RankPair(tmp_path)
 
 
-def test_ranks_map_by_themselves_and_join_together(ranks: Ranks) -> None:
+def test_ranks_map_by_themselves_and_join_together(ranks: RankPair) -> None:
     ranks.all("attach")
     assert ranks.states() == ["mapped", "mapped"]
     assert ranks.sessions[1].layout()["tensors"]["last"] == {"class": "affine", "elements": 15, "reason": None}
@@ -543,7 +543,7 @@ def test_ranks_map_by_themselves_and_join_together(ranks: Ranks) -> None:
         assert_same(live, fresh)
 
 
-def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: Ranks) -> None:
+def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: RankPair) -> None:
     host = ranks.hosts[1]
     ranks.hosts[1] = replace(host, bucket=str(Path(ranks.address).parent / "nowhere"))
     ranks.all("attach")
@@ -559,7 +559,7 @@ def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: Ranks) -> None:
     assert ranks.states() == ["ready", "ready"]
 
 
-def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: Ranks) -> None:
+def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: RankPair) -> None:
     ranks.sessions[0].attach()
     ranks.states()
     assert [str(answer) for answer in ranks.all("join")] == [
@@ -567,7 +567,7 @@ def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: Ranks) -> None:
     ] * SIZE
 
 
-def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: Ranks) -> None:
+def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: RankPair) -> None:
     ranks.all("attach")
     ranks.states()
     ranks.all("join")
@@ -580,8 +580,8 @@ def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: Ranks) -> 
         assert_same(live, old)
 
 
-def test_a_rank_with_damaged_weights_is_found_out_by_the_vote(ranks: Ranks) -> None:
-    """Alone it cannot tell that its share is wrong; all see that the sum is, and each looks at its own weights."""
+def test_a_rank_with_damaged_weights_is_found_out_by_the_vote(ranks: RankPair) -> None:
+    """One rank cannot see that its share is wrong. All see that the sum is, and each verifies its own weights."""
     ranks.all("attach")
     ranks.states()
     ranks.all("join")

@@ -1,4 +1,4 @@
-"""Several ranks of one engine: who owns what, and that all of them write or none does. Ranks are threads here."""
+"""Several ranks of one engine: who owns what, and that all of them write or none does. WorkerGroup are threads here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hubsync.apply.applier import Applier
-from hubsync.apply.vote import Ballot, refusal, tally
+from hubsync.apply.protocol import error_from_json
+from hubsync.apply.vote import PrepareVote, decide
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.digest import digest_view
 from hubsync.format.manifest import Position
@@ -45,8 +46,8 @@ class Engine:
             return list(pool.map(answer, self.appliers))
 
     def join(self) -> list[Any]:
-        censuses = [applier.census() for applier in self.appliers]
-        return self.all(lambda applier: applier.join(censuses))
+        inventories = [applier.inventory() for applier in self.appliers]
+        return self.all(lambda applier: applier.join(inventories))
 
     def memory(self) -> dict[str, torch.Tensor]:
         return {f"{rank}.{key}": bits for rank, model in enumerate(self.models) for key, bits in memory(model).items()}
@@ -197,9 +198,9 @@ def test_copies_that_differ_are_refused() -> None:
 
 def test_elements_that_no_rank_holds_are_refused() -> None:
     engine = Engine(V0)
-    censuses = [engine.appliers[0].census(), []]
+    inventories = [engine.appliers[0].inventory(), []]
     with pytest.raises(ReplicaRefused, match=r"^embed: the model's load_weights uses only 192 of 296 elements"):
-        engine.appliers[0].join(censuses)
+        engine.appliers[0].join(inventories)
     with pytest.raises(ReplicaRefused, match=r"^embed: the model's load_weights ignores it"):
         engine.appliers[0].join([[], []])
 
@@ -207,8 +208,8 @@ def test_elements_that_no_rank_holds_are_refused() -> None:
 def test_the_first_refusal_is_everybodys() -> None:
     share = digest_view(TABLE, V1)
     with pytest.raises(ReplicaRefused, match=r"^rank 1: no$"):
-        tally([Ballot(None, P0, P1, share), Ballot(("NoSuchClass", "no"), P0, P1, share)])
-    assert type(refusal("Exception", "x")) is ReplicaRefused
+        decide([PrepareVote(None, P0, P1, share), PrepareVote({"type": "NoSuchClass", "message": "no"}, P0, P1, share)])
+    assert type(error_from_json({"type": "Exception", "message": "x"})) is ReplicaRefused
 
 
 def test_an_unexpected_error_on_one_rank_is_a_refusal_too(engine: Engine) -> None:
@@ -228,7 +229,7 @@ def test_ranks_must_start_from_one_position_and_go_to_one() -> None:
     share = digest_view(TABLE, V1)
     nothing = share - share
     with pytest.raises(WrongParent, match="different positions"):
-        tally([Ballot(None, P0, P1, share), Ballot(None, P2, P1, nothing)])
+        decide([PrepareVote(None, P0, P1, share), PrepareVote(None, P2, P1, nothing)])
     with pytest.raises(WrongParent, match="rank 1 to"):
-        tally([Ballot(None, P0, P1, share), Ballot(None, P0, P2, nothing)])
-    tally([Ballot(None, P0, P1, share), Ballot(None, P1, P1, nothing)])
+        decide([PrepareVote(None, P0, P1, share), PrepareVote(None, P0, P2, nothing)])
+    decide([PrepareVote(None, P0, P1, share), PrepareVote(None, P1, P1, nothing)])

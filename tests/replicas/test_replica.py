@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hubsync.apply.protocol import PROTOCOL, error_from_json
 from hubsync.errors import (
     ConfigError,
     NoPath,
@@ -19,7 +20,7 @@ from hubsync.errors import (
 )
 from hubsync.format.manifest import Position
 from hubsync.replicas.replica import Replica
-from hubsync.replicas.vllm_http import PROTOCOL, VLLMServer, worker_error
+from hubsync.replicas.vllm_http import VLLMServer
 
 BASE, NEXT, LATER = (Position(version, f"{version:032x}") for version in (0, 1, 2))
 
@@ -84,7 +85,7 @@ class ModelServer(VLLMServer):
                 results.append({**answer, "engine": {"turn_s": 0.003, **about}})
         for rank, result in enumerate(results):
             if "error" in result and method != "hubsync_status":
-                raise worker_error(result["error"], f"rank {rank}")
+                raise error_from_json(result["error"], f"rank {rank}: ")
         return results
 
     def hubsync_status(self, engine: int) -> list[dict[str, Any]]:
@@ -421,11 +422,11 @@ def test_an_unknown_cache_policy_is_a_config_error() -> None:
 
 
 def test_a_worker_error_becomes_the_class_it_names_and_nothing_else_can_be_named() -> None:
-    named = worker_error({"type": "NoPath", "message": "why"}, "rank 0")
+    named = error_from_json({"type": "NoPath", "message": "why"}, "rank 0: ")
     assert type(named) is NoPath
     assert "why" in str(named)
     for kind in ("SystemExit", "annotations", "Exception", None):
-        assert type(worker_error({"type": kind, "message": ""}, "rank 0")) is ReplicaRefused
+        assert type(error_from_json({"type": kind, "message": ""}, "rank 0: ")) is ReplicaRefused
 
 
 def test_nobody_listening_is_unreachable() -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from hubsync.apply.protocol import WorkerMethod
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.replicas.vllm_http import DEV_MODE_HINT
 
@@ -92,7 +93,7 @@ class GenerationClient:
 
     async def versions(self) -> tuple[int, int]:
         """The lowest and the highest version that any worker serves now."""
-        body = {"method": "hubsync_status", "args": [], "timeout": _PROBE_S}
+        body = {"method": WorkerMethod.STATUS, "args": [], "timeout": _PROBE_S}
         try:
             ranks = (await self._post("/collective_rpc", body, _PROBE_S)).get("results")
         except _NoSuchPath:

@@ -19,7 +19,7 @@ from .regions import Block, Region
 _PIECE = 1 << 22  # elements copied at a time where they are in no strided order
 
 
-class HeldBits:
+class LiveBits:
     """`hubsync.format.codec.OldBits` of live memory. A tensor that lies there in one run is not copied.
 
     Any other is put together in checkpoint order when it is asked for, on its own device: one tensor at a time.

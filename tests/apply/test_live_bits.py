@@ -93,10 +93,10 @@ def test_two_ranks_decode_what_they_hold_from_what_they_hold() -> None:
         model = Shard(rank)
         model.load_weights(before.items())
         appliers.append(Applier(model, LARGE, CPU, ranks=seat))
-    censuses = [applier.census() for applier in appliers]
+    inventories = [applier.inventory() for applier in appliers]
     shares = []
     for applier in appliers:
-        assert applier.join(censuses).hex == start.digest
+        assert applier.join(inventories).hex == start.digest
         applier.adopt(start)
         patch = read_delta(part, LARGE, None, applier.old_bits())
         assert len(patch[0]) < len(patch_between(before, after, LARGE)[0]), "only what this rank holds"

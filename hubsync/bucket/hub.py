@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from email.utils import parsedate_to_datetime
@@ -26,6 +25,7 @@ from huggingface_hub.utils import (
 
 from hubsync import __version__
 from hubsync.errors import BucketError, BucketUnavailable, FormatError, ObjectCorrupt, ObjectMissing
+from hubsync.retry import retry
 
 from .address import HubAddress
 from .base import Bucket, Copied, Download, Stat, Upload
@@ -45,7 +45,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-_OPEN_DELAYS = (1.0, 3.0)  # seconds between tries of the calls that huggingface_hub does not retry itself
+_OPEN_SECONDS = 8.0  # of attempts at the calls that huggingface_hub does not retry itself
 _WORTH_A_BAR = 64 << 20  # bytes; below, a transfer is over before anybody could read its progress bar
 
 T = TypeVar("T")
@@ -262,14 +262,13 @@ class HubBucket(Bucket):
         return translated(action, self._at)
 
     def _patiently(self, action: str, call: Callable[[], T]) -> T:
-        for delay in _OPEN_DELAYS:
-            try:
-                with self._translated(action):
-                    return call()
-            except BucketUnavailable:
-                time.sleep(delay)
-        with self._translated(action):
-            return call()
+        def attempt() -> T:
+            with self._translated(action):
+                return call()
+
+        return retry(
+            attempt, timeout=_OPEN_SECONDS, on=BucketUnavailable, waiting_for=self.address, first=1.0, longest=4.0
+        )
 
 
 def _stats(entries: Iterable[BucketFile | BucketFolder], skip: int) -> Iterator[Stat]:

@@ -30,7 +30,9 @@ FOREVER = 1000
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub waits 23 s in all before it gives up, and has no setting for it."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr("hubsync.bucket.hub._OPEN_SECONDS", 1.0)
 
 
 def download(path: str, data: bytes, destination: Path) -> Download:

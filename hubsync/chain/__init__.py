@@ -4,6 +4,7 @@ from .compaction import Compactor
 from .layout import Layout
 from .planner import Plan, Step
 from .reader import ChainReader
+from .version_info import VersionInfo
 from .writer import ChainWriter
 
-__all__ = ["ChainReader", "ChainWriter", "Compactor", "Layout", "Plan", "Step"]
+__all__ = ["ChainReader", "ChainWriter", "Compactor", "Layout", "Plan", "Step", "VersionInfo"]

@@ -33,6 +33,7 @@ from hubsync.format.table import TensorTable
 
 from .index import ChainIndex, read_head
 from .layout import MAX_EPOCH, Layout, epoch_names
+from .version_info import NO_INFO, VersionInfo
 
 logger = logging.getLogger(__name__)
 
@@ -168,41 +169,25 @@ class ChainWriter:
         *,
         digest: str,
         changed: int,
-        step: int | None = None,
-        name: str | None = None,
         encoding: str = "fast",
-        serve: bool = True,
-        expires: float | None = None,
+        info: VersionInfo = NO_INFO,
     ) -> Manifest:
         """Make version `next_version` durable: one file (or its bytes) per publisher rank, made by `write_delta`.
-
-        With `serve=False` it is only saved: replicas stay with the version that they are to serve. `expires`: seconds
-        since 1970, after which retention may delete the version.
 
         Returns when the manifest is durable. Fenced if another writer has taken over; BucketUnavailable if the
         outcome is unknown (`settle` finds out); any other BucketError means that nothing was committed.
         """
-        draft = self.draft_delta(
-            digest=digest, changed=changed, step=step, name=name, encoding=encoding, serve=serve, expires=expires
-        )
+        draft = self.draft_delta(digest=digest, changed=changed, encoding=encoding, info=info)
         uploaded = (upload_parts(self._bucket, draft, [file], rank) for rank, file in enumerate(files))
         return self.commit_draft(draft, [part for parts in uploaded for part in parts])
 
-    def commit_anchor(
-        self,
-        directory: Path,
-        *,
-        at: Position,
-        step: int | None = None,
-        name: str | None = None,
-        serve: bool = True,
-    ) -> Manifest:
+    def commit_anchor(self, directory: Path, *, at: Position, info: VersionInfo = NO_INFO) -> Manifest:
         """Make an anchor durable: the model shards and side files of `directory` (other files are left out).
 
         `at` is the current position; or, to go on with weights that are unrelated to it, a new one with
-        `next_version`: the chain begins anew there, and replicas are to serve that unless `serve` is False.
+        `next_version`: the chain begins anew there, and replicas are to serve that unless `info.serve` is False.
         """
-        draft = self.draft_anchor(at=at, step=step, name=name, serve=serve)
+        draft = self.draft_anchor(at=at, info=info)
         return self.commit_draft(draft, upload_parts(self._bucket, draft, anchor_sources(directory)))
 
     # --- several ranks: each uploads its own parts of a draft (`upload_parts`), and then it is committed ---
@@ -212,35 +197,22 @@ class ChainWriter:
         *,
         digest: str,
         changed: int,
-        step: int | None = None,
-        name: str | None = None,
         encoding: str = "fast",
-        serve: bool = True,
-        expires: float | None = None,
+        info: VersionInfo,
     ) -> Manifest:
         """The manifest of version `next_version`, still without parts; nothing is written."""
-        if not serve:
+        if not info.serve:
             self._heed_head()
         return self._manifest(
             "delta",
             Position(self._next_version, digest),
+            info,
             changed=changed,
-            step=step,
-            name=name,
             encoding=encoding,
-            serve=None if serve else self._serving,
-            expires=expires,
+            serve=None if info.serve else self._serving,
         )
 
-    def draft_anchor(
-        self,
-        *,
-        at: Position,
-        step: int | None = None,
-        name: str | None = None,
-        serve: bool = True,
-        expires: float | None = None,
-    ) -> Manifest:
+    def draft_anchor(self, *, at: Position, info: VersionInfo) -> Manifest:
         """The manifest of an anchor at `at` (see `commit_anchor`), still without parts; nothing is written."""
         if at != self._position and at.version != self._next_version:
             raise ChainError(
@@ -250,12 +222,10 @@ class ChainWriter:
         draft = self._manifest(
             "anchor",
             at,
+            info,
             changed=0,
-            step=step,
-            name=name,
             encoding="dense",
-            serve=None if (serve and begins) or self._serving == at.version else self._serving,
-            expires=expires,
+            serve=None if (info.serve and begins) or self._serving == at.version else self._serving,
         )
         if begins:
             # Unlike deltas, files of an anchor have no hash in their names: a second try must not meet the first.
@@ -288,7 +258,7 @@ class ChainWriter:
 
     # --- commit -------------------------------------------------------------------------------------
 
-    def _manifest(self, kind: str, position: Position, **fields: Any) -> Manifest:
+    def _manifest(self, kind: str, position: Position, info: VersionInfo, **fields: Any) -> Manifest:
         if self._unknown is not None:
             raise ChainError("the outcome of the last commit is unknown: call settle() first")
         if position.version > MAX_VERSION:
@@ -304,6 +274,9 @@ class ChainWriter:
             parent_epoch=self._position_epoch if delta else None,
             parts=(),
             created=time.time(),
+            step=info.step,
+            name=info.name,
+            expires=info.expires,
             **fields,
         )
 

@@ -10,7 +10,7 @@ import secrets
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hubsync.bucket import Bucket, open_bucket
-from hubsync.chain import ChainReader, ChainWriter, Layout
+from hubsync.chain import ChainReader, ChainWriter, Layout, VersionInfo
 from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.format.checkpoint import Checkpoint
 from hubsync.format.digest import Digest, digest_view
@@ -179,15 +179,16 @@ class DeltaWeightTransferEngine:
         self._require_open()
         expires = _expiry(ttl)
         step = self.steps if step is None else int(operator.index(step))  # also numpy's and torch's integers
+        info = VersionInfo(step, name or self.config.name, serve, expires)
         with self._publishing:
             self._publisher.begin()
             detected, changed, detect_s = self._detect()
             if self._is_elsewhere():
-                manifest = self._anchor(step, name, serve, expires)
+                manifest = self._anchor(info)
                 if not changed:  # else the anchor of a publish before had failed, and these came after it
-                    return self._publisher.anchored(manifest, step, detect_s, serve)
+                    return self._publisher.anchored(manifest, info, detect_s)
             if changed:
-                return self._publisher.submit(detected, step, name or self.config.name, detect_s, serve, expires)
+                return self._publisher.submit(detected, info, detect_s)
             if serve and self._publisher.writer.serving != self.position.version:
                 self._publisher.writer.serve(self.ranks, self.position.version)
             return self._publisher.unchanged(step, detect_s)
@@ -251,7 +252,7 @@ class DeltaWeightTransferEngine:
         with self._publishing:
             self._publisher.begin()
             self._publisher.snapshot.audit()
-            return self._anchor(self.steps, name)
+            return self._anchor(VersionInfo(self.steps, name or self.config.name))
 
     def close(self) -> None:
         """Wait for the publish under way and stop. Raises its error unless its ticket has; closing twice is fine."""
@@ -330,14 +331,15 @@ class DeltaWeightTransferEngine:
         # Ranks that share a model would each need all of it to go back.
         patch = _way_back(bucket, writer.position, snapshot) if self.ranks.size == 1 else None
         if patch is not None:
-            publisher.publish_patch(patch, digest.hex, name=self.config.name)
+            publisher.publish_patch(patch, digest.hex, VersionInfo(name=self.config.name))
             logger.info("the model is at an older version of the run: it is %s now, made by a delta", writer.position)
         else:
             logger.warning(
                 "the model is not at the run's newest %s: uploading it whole, the run goes on from there",
                 writer.position,
             )
-            publisher.anchor(Position(writer.next_version(self.ranks), digest.hex), name=self.config.name)
+            at = Position(writer.next_version(self.ranks), digest.hex)
+            publisher.anchor(at, VersionInfo(name=self.config.name))
         return publisher
 
     def _open_writer(self, bucket: Bucket, table: TensorTable, digest: Digest) -> ChainWriter:
@@ -367,13 +369,13 @@ class DeltaWeightTransferEngine:
         """
         return self.ranks.size == 1 and self._publisher.snapshot.digest.hex != self.position.digest
 
-    def _anchor(self, step: int | None, name: str | None, serve: bool = True, expires: float | None = None) -> Manifest:
+    def _anchor(self, info: VersionInfo) -> Manifest:
         """An anchor of the current version, or of a new one if no delta can lead to the weights."""
         publisher = self._publisher
         if self._is_elsewhere():
             at = Position(publisher.writer.next_version(self.ranks), publisher.snapshot.digest.hex)
-            return publisher.anchor(at, step=step, name=name or self.config.name, serve=serve, expires=expires)
-        return publisher.anchor(step=step, name=name or self.config.name, serve=serve)
+            return publisher.anchor(at, info)
+        return publisher.anchor(info=replace(info, expires=None))
 
     def _write_side_files(self, directory: Path) -> None:
         if self._adapter is not None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hubsync.chain import VersionInfo
+from hubsync.chain.version_info import NO_INFO
 from hubsync.chain.writer import anchor_sources
 from hubsync.errors import BucketError, ChainError
 from hubsync.format.digest import Digest
@@ -217,24 +219,16 @@ class Publisher:
     def submit(
         self,
         detected: Detected,
-        step: int | None,
-        name: str | None,
+        info: VersionInfo,
         detect_s: float,
-        serve: bool = True,
-        expires: float | None = None,
     ) -> Ticket:
-        """Publish what was detected, in the background. Call it while no job is under way, after `begin`.
-
-        Args:
-            serve: let replicas serve the version; else it is only saved.
-            expires: seconds since 1970, after which retention may delete the version.
-        """
-        publish = partial(self._publish, detected, step, name, detect_s, serve, expires)
+        """Publish what was detected, in the background. Call it while no job is under way, after `begin`."""
+        publish = partial(self._publish, detected, info, detect_s)
         self._last = Ticket(self._thread.submit(self._before_merging, publish, detected))
         if (
             self._anchor_every or self._anchor_fraction
         ):  # a job of its own: the version is durable, and its ticket done, before the anchor
-            self._anchoring = self._thread.submit(self._anchor_if_due, step, name)
+            self._anchoring = self._thread.submit(self._anchor_if_due, info)
         return self._last
 
     def unchanged(self, step: int | None, detect_s: float) -> Ticket:
@@ -244,64 +238,45 @@ class Publisher:
         future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
         return Ticket(future)
 
-    def anchored(self, manifest: Manifest, step: int | None, detect_s: float, serve: bool) -> Ticket:
+    def anchored(self, manifest: Manifest, info: VersionInfo, detect_s: float) -> Ticket:
         """The ticket of a publish that had to be of the whole model."""
-        if serve and self._ranks.rank == 0:
+        if info.serve and self._ranks.rank == 0:
             self._announce(manifest.position)
         total = self.snapshot.table.numel
         future: Future[Published] = Future()
-        future.set_result(self._published(manifest.position, step, total, manifest.nbytes, "dense", detect_s))
+        future.set_result(self._published(manifest.position, info.step, total, manifest.nbytes, "dense", detect_s))
         return Ticket(future)
 
-    def anchor(
-        self,
-        at: Position | None = None,
-        *,
-        step: int | None = None,
-        name: str | None = None,
-        serve: bool = True,
-        expires: float | None = None,
-    ) -> Manifest:
+    def anchor(self, at: Position | None = None, info: VersionInfo = NO_INFO) -> Manifest:
         """Commit an anchor of the snapshot, in the calling thread. Call it while no job is under way.
 
         Args:
             at: a new position, to begin the chain anew; default is the current one.
-            serve: let replicas serve a new position; else it is only saved.
-            expires: seconds since 1970, after which retention may delete a new position.
+            info: recorded with the anchor.
         """
         at = at or self.writer.position
         if self._anchored is not None and self._anchored.position == at:
             return self._anchored
         is_base = at == self.writer.position == self.writer.run.origin
-        copied = self._commit_copy(at, step, name, serve, expires) if is_base else None
-        return copied or self._commit_anchor(self._ranks, at, step, name, serve, expires)
+        copied = self._commit_copy(at, info) if is_base else None
+        return copied or self._commit_anchor(self._ranks, at, info)
 
-    def _commit_copy(
-        self, at: Position, step: int | None, name: str | None, serve: bool, expires: float | None
-    ) -> Manifest | None:
+    def _commit_copy(self, at: Position, info: VersionInfo) -> Manifest | None:
         """Commit an anchor of version 0 that the storage has copied from the base model; None if it cannot."""
-        draft = self.writer.draft_anchor(self._ranks, at=at, step=step, name=name, serve=serve, expires=expires)
+        draft = self.writer.draft_anchor(self._ranks, at=at, info=info)
         parts = self._ranks.first(lambda: self._copy_base(draft))
         if parts is None:
             return None
         self._anchored = self.writer.commit(self._ranks, draft, parts)
         return self._anchored
 
-    def _commit_anchor(
-        self,
-        ranks: Ranks,
-        at: Position,
-        step: int | None,
-        name: str | None,
-        serve: bool = True,
-        expires: float | None = None,
-    ) -> Manifest:
+    def _commit_anchor(self, ranks: Ranks, at: Position, info: VersionInfo) -> Manifest:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as directory:
                 ranks.first(lambda: self._side_files(Path(directory)))
                 stem = self.writer.run.stem
                 write_own_files(Path(directory), self.snapshot, self._division, ranks, _MAX_FILE_BYTES, stem)
-                draft = self.writer.draft_anchor(ranks, at=at, step=step, name=name, serve=serve, expires=expires)
+                draft = self.writer.draft_anchor(ranks, at=at, info=info)
                 uploaded = ranks.gather(lambda: self.writer.upload(draft, anchor_sources(Path(directory))))
                 self._anchored = self.writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:
@@ -321,13 +296,13 @@ class Publisher:
         if self._compactor is not None:
             self._compactor.close()
 
-    def publish_patch(self, patch: Patch, digest: str, *, name: str | None = None) -> Manifest:
+    def publish_patch(self, patch: Patch, digest: str, info: VersionInfo) -> Manifest:
         """Commit a patch of the current position, after which the view is the snapshot. In the calling thread.
 
         For one rank only: it has the whole patch.
         """
         writer, ranks = self.writer, self._ranks
-        draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), name=name)
+        draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), info=info)
         return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
 
     def _before_merging(self, publish: Callable[[], Published], detected: Detected) -> Published:
@@ -342,11 +317,8 @@ class Publisher:
     def _publish(
         self,
         detected: Detected,
-        step: int | None,
-        name: str | None,
+        info: VersionInfo,
         detect_s: float,
-        serve: bool,
-        expires: float | None,
     ) -> Published:
         ranks, started = self._background, time.perf_counter()
         found = ranks.gather(lambda: (detected.before, detected.digest, detected.changed))
@@ -361,11 +333,8 @@ class Publisher:
             ranks,
             digest=digest.hex,
             changed=total,
-            step=step,
-            name=name,
             encoding=level,
-            serve=serve,
-            expires=expires,
+            info=info,
         )
         uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detect_s, started))
         shares = tuple(share for share, _ in uploaded)
@@ -378,9 +347,9 @@ class Publisher:
         upload_s = time.perf_counter() - started - encode_s
         self._bytes_since_anchor += payload
         self._level.learn(level, total, payload, encode_s, upload_s)
-        if serve and ranks.rank == 0:
+        if info.serve and ranks.rank == 0:
             self._announce(draft.position)
-        return self._published(draft.position, step, total, payload, level, detect_s, encode_s, upload_s, shares)
+        return self._published(draft.position, info.step, total, payload, level, detect_s, encode_s, upload_s, shares)
 
     def _upload_own(
         self, draft: Manifest, detected: Detected, detect_s: float, started: float
@@ -407,10 +376,11 @@ class Publisher:
             old=ViewBits(table, self.snapshot.tensors()) if draft.encoding == "compact" else None,
         )
 
-    def _anchor_if_due(self, step: int | None, name: str | None) -> None:
+    def _anchor_if_due(self, info: VersionInfo) -> None:
         try:
             if self._background.first(self._is_anchor_due):
-                self._commit_anchor(self._background, self.writer.position, step, name)
+                again = VersionInfo(info.step, info.name)
+                self._commit_anchor(self._background, self.writer.position, again)
         except Exception as error:  # of the bucket, of the local disk, of whatever writes the side files
             logger.warning("could not upload the whole model, trying again after the next version: %s", error)
 

@@ -14,7 +14,7 @@ import pytest
 
 from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
-from hubsync.chain import ChainReader, ChainWriter, Layout, Plan, Step
+from hubsync.chain import ChainReader, ChainWriter, Layout, Plan, Step, VersionInfo
 from hubsync.errors import (
     BucketError,
     BucketUnavailable,
@@ -53,7 +53,9 @@ def reader(bucket: FaultyBucket, tmp_path: Path) -> ChainReader:
 
 def commit(writer: ChainWriter, size: int = 100) -> Manifest:
     part = writer.next_version.to_bytes(4, "big") * (size // 4)
-    return writer.commit_delta([part], digest=digest(f"{writer.epoch} {writer.next_version}"), changed=5, step=7)
+    return writer.commit_delta(
+        [part], digest=digest(f"{writer.epoch} {writer.next_version}"), changed=5, info=VersionInfo(step=7)
+    )
 
 
 def anchor(writer: ChainWriter, directory: Path, at: Position | None = None, size: int = 1000) -> Manifest:
@@ -502,7 +504,7 @@ def test_the_newest_version_is_served_unless_told_otherwise(bucket: FaultyBucket
     assert reader.served() == RUN.origin
     first = commit(writer)
     assert reader.served() == first.position
-    saved = writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    saved = writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, info=VersionInfo(serve=False))
     assert (reader.newest(), reader.served()) == (saved.position, first.position)
     writer.serve(saved.version)
     assert reader.served() == saved.position
@@ -568,7 +570,7 @@ def test_the_head_of_a_stalled_writer_does_not_decide_what_is_served(
 def test_without_a_head_the_newest_manifest_says_what_is_served(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     first = commit(writer)
-    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, info=VersionInfo(serve=False))
     bucket.delete([Layout.HEAD])
     assert ChainReader(bucket, tmp_path / "cache").served() == first.position
     assert ChainWriter.resume(bucket, TABLE).serving == first.version
@@ -580,7 +582,7 @@ def test_who_resumes_goes_on_serving_what_was_served(bucket: FaultyBucket, reade
     writer.serve(1)
     resumed = ChainWriter.resume(bucket, TABLE)
     assert (resumed.serving, reader.served()) == (1, first.position)
-    resumed.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    resumed.commit_delta([b"saved"], digest=digest("saved"), changed=1, info=VersionInfo(serve=False))
     assert reader.served() == first.position
 
 
@@ -604,7 +606,7 @@ def test_a_head_that_was_not_written_is_repeated_with_the_next_commit(
     bucket.fail("commit")
     with pytest.raises(BucketUnavailable):
         writer.serve(1)
-    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, serve=False)
+    writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, info=VersionInfo(serve=False))
     assert reader.served() == first.position
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader, ChainWriter, Compactor, Step
+from hubsync.chain import ChainReader, ChainWriter, Compactor, Step, VersionInfo
 from hubsync.chain.replay import View, replay
 from hubsync.errors import (
     BucketError,
@@ -300,7 +300,7 @@ def test_changes_of_an_older_view_are_refused(model: Tiny, address: str, tmp_pat
         stale = engine._publisher.snapshot.detect()
         engine.publish(1).result()
         with pytest.raises(ChainError, match="publish again"):
-            engine._publisher.submit(stale, 1, None, 0.0).result()
+            engine._publisher.submit(stale, VersionInfo(1), 0.0).result()
         torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
         engine.publish(2).result()
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hubsync.bucket.base import Bucket
-from hubsync.chain import ChainReader, ChainWriter, Plan
+from hubsync.chain import ChainReader, ChainWriter, Plan, VersionInfo
 from hubsync.chain.replay import replay
 from hubsync.format.digest import digest_view
 from hubsync.format.manifest import Base, Manifest, Position, Run
@@ -70,8 +70,7 @@ class History:
             digest=position.digest,
             changed=changed(patch),
             encoding="compact" if compact else "fast",
-            serve=serve,
-            expires=expires,
+            info=VersionInfo(serve=serve, expires=expires),
         )
         self.views[position] = new
         return manifest

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.format.digest import digest_change, digest_range
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.patch import Patch, TensorDelta
@@ -116,21 +117,27 @@ class DenseXor(Format):
 
 
 class Hubsync(Format):
-    def __init__(self, level: str):
-        self.name = f"hubsync-{level}"
-        self._compact = level == "compact"
+    def __init__(self, encoding: Encoding):
+        self.name = f"hubsync-{encoding}"
+        self._encoding = encoding
 
     def encode(self, pair: Pair) -> bytes:
         parent, position = Position(17, "0" * 32), Position(18, "1" * 32)
-        old = bits_view(pair, pair.old) if self._compact else None
-        return write_delta(pair.table, patch_of(pair), run_id="0" * 32, parent=parent, position=position, old=old)
+        return write_delta(
+            pair.table,
+            patch_of(pair),
+            run_id="0" * 32,
+            parent=parent,
+            position=position,
+            encoding=self._encoding,
+            old=bits_view(pair, pair.old),
+        )
 
     def apply(self, data: bytes, weights: np.ndarray, pair: Pair) -> None:
-        old = bits_view(pair, weights) if self._compact else None
-        apply_patch(weights, read_delta(data, pair.table, None, old), pair)
+        apply_patch(weights, read_delta(data, pair.table, None, bits_view(pair, weights)), pair)
 
 
-FORMATS: list[Format] = [Raw(), Gaps(), GapsAndSteps(), DenseXor(), Hubsync("fast"), Hubsync("compact")]
+FORMATS: list[Format] = [Raw(), Gaps(), GapsAndSteps(), DenseXor(), Hubsync(Encoding.FAST), Hubsync(Encoding.COMPACT)]
 
 
 def patch_of(pair: Pair) -> Patch:

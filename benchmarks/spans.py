@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hubsync.chain.compaction import MAX_SPAN, due
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.patch import Patch, compose
@@ -67,16 +68,22 @@ def _made(pair: Pair, count: int, update: float = 3e-7) -> Iterator[Pair]:
         old = new
 
 
-def _part(pair: Pair, compact: bool) -> bytes:
-    old = bits_view(pair, pair.old) if compact else None
-    positions = Position(0, "0" * 32), Position(1, "1" * 32)
-    return write_delta(pair.table, patch_of(pair), run_id="0" * 32, parent=positions[0], position=positions[1], old=old)
+def _part(pair: Pair, encoding: Encoding) -> bytes:
+    return write_delta(
+        pair.table,
+        patch_of(pair),
+        run_id="0" * 32,
+        parent=Position(0, "0" * 32),
+        position=Position(1, "1" * 32),
+        encoding=encoding,
+        old=bits_view(pair, pair.old),
+    )
 
 
-def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, compact: bool) -> None:
+def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, encoding: Encoding) -> None:
     """Decode all parts, compose them and apply the whole once, as a replica does."""
     old = bits_view(pair, weights)
-    if compact:
+    if encoding.needs_base:
         patch: Patch = {}
         for part in parts:
             patch = compose(patch, read_delta(part, pair.table, None, Advanced(pair.table, old, patch)))
@@ -86,7 +93,7 @@ def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, compact: bo
 
 
 class Bytes:
-    """Size of the merged delta (fast level) from any version to any later one, measured when first asked for."""
+    """Size of the merged delta (fast encoding) from any version to any later one, measured when first asked for."""
 
     def __init__(self, pairs: Sequence[Pair]):
         self._table = pairs[0].table
@@ -97,7 +104,7 @@ class Bytes:
         if span not in self._known:
             first, last = span
             pair = Pair(f"{first} to {last}", self._table, self._views[first], self._views[last])
-            self._known[span] = len(_part(pair, compact=False))
+            self._known[span] = len(_part(pair, Encoding.FAST))
         return self._known[span]
 
     def of(self, spans: Iterable[Span]) -> int:
@@ -174,36 +181,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _single_and_merged(trace: Path | None, spans: Sequence[int]) -> Table:
-    levels = ("fast", "compact")
-    singles: dict[str, list[bytes]] = {level: [] for level in levels}
+    encodings = (Encoding.FAST, Encoding.COMPACT)
+    singles: dict[Encoding, list[bytes]] = {encoding: [] for encoding in encodings}
     table = Table("span")
-    for heading in ("level", "merged kB", "chain kB", "of chain", "merge s", "merged s", "chain s", "merged b/change"):
+    for heading in (
+        "encoding",
+        "merged kB",
+        "chain kB",
+        "of chain",
+        "merge s",
+        "merged s",
+        "chain s",
+        "merged b/change",
+    ):
         table.add_column(heading, justify="right")
     start: np.ndarray | None = None
     for number, pair in enumerate(_steps(trace, max(spans)), 1):
         start = pair.old if start is None else start
-        for level in levels:
-            singles[level].append(_part(pair, level == "compact"))
+        for encoding in encodings:
+            singles[encoding].append(_part(pair, encoding))
         if number not in spans:
             continue
         whole = Pair(f"{number} versions", pair.table, start, pair.new)
-        for level in levels:
-            compact = level == "compact"
-            merged, merge_s = timed(_part, whole, compact)
+        for encoding in encodings:
+            merged, merge_s = timed(_part, whole, encoding)
             seconds = []
-            for parts in ([merged], singles[level]):
+            for parts in ([merged], singles[encoding]):
                 best = np.inf
                 for _ in range(2):
                     weights = start.copy()
-                    best = min(best, timed(_follow, parts, whole, weights, compact)[1])
+                    best = min(best, timed(_follow, parts, whole, weights, encoding)[1])
                     if not np.array_equal(weights, whole.new):
-                        raise SystemExit(f"{level}, {number} versions: did not round-trip")
+                        raise SystemExit(f"{encoding}, {number} versions: did not round-trip")
                 seconds.append(best)
-            chain = sum(map(len, singles[level]))
+            chain = sum(map(len, singles[encoding]))
             bits = 8 * len(merged) / np.count_nonzero(whole.old != whole.new)
             table.add_row(
-                str(number), level, f"{len(merged) / 1e3:.0f}", f"{chain / 1e3:.0f}", f"{len(merged) / chain:.2f}",
-                f"{merge_s:.3f}", f"{seconds[0]:.3f}", f"{seconds[1]:.3f}", f"{bits:.2f}",
+                str(number), encoding.value, f"{len(merged) / 1e3:.0f}", f"{chain / 1e3:.0f}",
+                f"{len(merged) / chain:.2f}", f"{merge_s:.3f}", f"{seconds[0]:.3f}", f"{seconds[1]:.3f}", f"{bits:.2f}",
             )  # fmt: skip
     return table
 

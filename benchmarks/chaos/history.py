@@ -89,7 +89,7 @@ class History:
             address=address,
             hub_url=None,
             view_dtype=self.chance.choice(["bfloat16", "bfloat16", "float16", "float32"]),
-            encoding=self.chance.choice(["fast", "fast", "compact", "auto"]),
+            encoding=self.chance.choice(["fast", "fast", "compact"]),
             anchor_every=self.chance.choice([0, 0, 2, 3]),
             has_base=self.chance.random() < 0.6,
             wide=self.chance.random() < 0.2,

@@ -22,6 +22,7 @@ import torch
 
 from hubsync.apply.applier import Applier
 from hubsync.format.digest import digest_view
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.view_bits import ViewBits
@@ -241,11 +242,19 @@ def prepare() -> None:
         detected = snapshot.detect()
         target = Position(1, digest_view(table, policy.view(dtype)).hex)
         view = ViewBits(table, old)
-        for level in (None, view):
-            part = write_delta(table, detected.patch, run_id="0" * 32, parent=start, position=target, old=level)
+        for encoding in (Encoding.FAST, Encoding.COMPACT):
+            part = write_delta(
+                table,
+                detected.patch,
+                run_id="0" * 32,
+                parent=start,
+                position=target,
+                encoding=encoding,
+                old=view,
+            )
             with tempfile.NamedTemporaryFile() as file:
                 Path(file.name).write_bytes(part)
-                read_delta(Path(file.name), table, None, level and applier.old_bits())
+                read_delta(Path(file.name), table, None, applier.old_bits())
         applier.stage_patch(detected.patch, target)
         applier.commit(target)
         applier.verify()

@@ -88,7 +88,7 @@ class Compactor:
             if self._exists(span):
                 continue
             steps = self._steps(span)
-            if len(steps) == 1 and steps[0].manifest.encoding == "fast":
+            if len(steps) == 1 and not steps[0].manifest.encoding.needs_base:
                 continue
             patch = self._merged(steps)
             if patch is not None:
@@ -114,7 +114,7 @@ class Compactor:
     def _merged(self, steps: Sequence[Step]) -> Patch | None:
         """The steps as one patch, without weights; None if they are needed."""
         known = {step.end: self._patches.get(step.end) for step in steps if step.manifest.kind == "delta"}
-        if any(step.manifest.encoding != "fast" and known[step.end] is None for step in steps):
+        if any(step.manifest.encoding.needs_base and known[step.end] is None for step in steps):
             return None
         patch: Patch = {}
         for step in steps:
@@ -204,7 +204,7 @@ def due(chain: Sequence[Manifest], max_span: int) -> Iterator[Span]:
             deltas = chain[bisect_right(versions, start) : bisect_right(versions, start + size)]
             if not deltas or _start(deltas).version > start:
                 continue
-            if len(deltas) > 1 or (size == 2 and deltas[0].encoding == "compact"):
+            if len(deltas) > 1 or (size == 2 and deltas[0].encoding.needs_base):
                 yield tuple(deltas)
         size *= 2
 

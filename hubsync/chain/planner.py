@@ -150,7 +150,7 @@ class Ways:
             if Step(link.delta).start.version <= end.version:
                 break
         for delta in deltas:
-            if delta.encoding == "fast" and not self._is_lost(delta):
+            if delta.encoding.invertible and not self._is_lost(delta):
                 step = Step(delta, inverse=True)
                 undone[step.end].append(step)
         return undone

@@ -28,6 +28,7 @@ from hubsync.errors import (
     ObjectMissing,
     RunMismatch,
 )
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
 from hubsync.format.table import TensorTable
 
@@ -169,7 +170,7 @@ class ChainWriter:
         *,
         digest: str,
         changed: int,
-        encoding: str = "fast",
+        encoding: Encoding = Encoding.FAST,
         info: VersionInfo = NO_INFO,
     ) -> Manifest:
         """Make version `next_version` durable: one file (or its bytes) per publisher rank, made by `write_delta`.
@@ -197,7 +198,7 @@ class ChainWriter:
         *,
         digest: str,
         changed: int,
-        encoding: str = "fast",
+        encoding: Encoding = Encoding.FAST,
         info: VersionInfo,
     ) -> Manifest:
         """The manifest of version `next_version`, still without parts; nothing is written."""
@@ -224,7 +225,7 @@ class ChainWriter:
             at,
             info,
             changed=0,
-            encoding="dense",
+            encoding=Encoding.DENSE,
             serve=None if (info.serve and begins) or self._serving == at.version else self._serving,
         )
         if begins:

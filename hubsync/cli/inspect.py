@@ -210,7 +210,7 @@ def _verify_delta(reader: ChainReader, manifest: Manifest, view: View | None) ->
     if view is not None and view.position == manifest.parent:
         view.apply(reader.patch(manifest, view.bits), Step(manifest))
         return view
-    if view is None or view.position != manifest.position or manifest.encoding != "fast":
+    if view is None or view.position != manifest.position or not manifest.encoding.invertible:
         return None
     patch = reader.patch(manifest)
     view.apply(patch, Step(manifest, inverse=True))

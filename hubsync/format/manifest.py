@@ -21,6 +21,7 @@ from typing import Any
 
 from hubsync.errors import FormatError, UnknownFormat
 
+from .encoding import Encoding
 from .table import TensorTable
 
 FORMAT = "hubsync/1"
@@ -111,7 +112,7 @@ class Manifest:
         created: seconds since 1970, the publisher's clock; information only.
         step: the trainer's step, if it told.
         name: free text of the user, shown by `hubsync ls`.
-        encoding: codec level of the parts, "fast" or "compact"; "dense" for an anchor.
+        encoding: of the parts.
         serve: version that replicas were to serve when this was committed; None if that is this one. The head may say
             otherwise later; this is for who finds no head that is in order.
         expires: seconds since 1970, after which retention may delete the version; None for never.
@@ -129,7 +130,7 @@ class Manifest:
     created: float
     step: int | None = None
     name: str | None = None
-    encoding: str = "fast"
+    encoding: Encoding = Encoding.FAST
     serve: int | None = None
     expires: float | None = None
     format: str = FORMAT
@@ -183,7 +184,7 @@ class Manifest:
             created=_number(doc, "created", what),
             step=None if doc.get("step") is None else _integer(doc, "step", 0, 1 << 62, what),
             name=None if doc.get("name") is None else _text(doc, "name", 512, what),
-            encoding=_choice(doc, "encoding", ("fast", "compact", "dense"), what),
+            encoding=Encoding(_choice(doc, "encoding", tuple(Encoding), what)),
             serve=None if doc.get("serve") is None else _integer(doc, "serve", 0, position.version, what),
             expires=None if doc.get("expires") is None else _number(doc, "expires", what),
         )
@@ -386,7 +387,7 @@ def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any
     missing = [f.name for f in fields(cls) if f.name not in doc and f.name not in optional]
     if missing:
         raise FormatError(f"{what}: missing {', '.join(missing)}")
-    return {"encoding": "fast", **{key: value for key, value in doc.items() if key in known}}
+    return {"encoding": Encoding.FAST, **{key: value for key, value in doc.items() if key in known}}
 
 
 def _position(doc: object, what: str) -> Position:

@@ -20,6 +20,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .encoding import Encoding
 from .manifest import Adapter, Manifest, Position, Run
 from .patch import Patch, check
 from .table import TensorTable
@@ -38,6 +39,7 @@ def write_delta(
     parent: Position,
     position: Position,
     rank: int = 0,
+    encoding: Encoding = Encoding.FAST,
     old: OldBits | None = None,
 ) -> bytes:
     """The bytes of one delta part that leads from `parent` to `position`; the same arguments give the same bytes.
@@ -45,12 +47,15 @@ def write_delta(
     Args:
         patch: what this rank changes; may be empty. FormatError if it is not a sound patch of views of `table`.
         rank: the publisher rank; information only.
-        old: the view of `parent`, at least all of every tensor that changes. With it the part is *compact*: a third
-            smaller or less, but only who holds the same weights can read it.
+        encoding: fast or compact. A compact part is a third smaller or less; only `old` decodes it.
+        old: the view of `parent`, at least all of every tensor that changes. Only read where `encoding.needs_base`.
     """
     check(table, patch)
-    encoding = "fast" if old is None else "compact"
-    metadata = {**_identity(run_id, table, parent, position), "encoding": encoding, "rank": str(rank)}
+    metadata = {**_identity(run_id, table, parent, position), "encoding": encoding.value, "rank": str(rank)}
+    if not encoding.needs_base:
+        return _serialize(encode(table, patch), metadata)
+    if old is None:
+        raise ValueError(f"a {encoding} part is encoded against the weights of its parent: give them as `old`")
     return _serialize(encode(table, patch, old), metadata)
 
 
@@ -69,8 +74,9 @@ def read_delta(
     data = source if isinstance(source, bytes) else source.read_bytes()
     arrays, metadata = _parse(data)
     _check_identity(metadata, table, manifest)
-    classes = CLASSES_OF[metadata["encoding"]]
-    if classes > 1 and old is None:
+    encoding = Encoding(metadata["encoding"])
+    classes = CLASSES_OF[encoding]
+    if encoding.needs_base and old is None:
         raise ConfigError(
             "delta part: it is compact, coded against the weights that it applies to: give them as `old` "
             "(`weights.ViewBits`), or publish with encoding='fast'"

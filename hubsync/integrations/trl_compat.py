@@ -29,6 +29,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.format.encoding import Encoding
 from hubsync.publish.publisher import Published
 from hubsync.replicas.vllm_http import VLLMServer, new_session
 
@@ -350,7 +351,7 @@ def metrics_of(published: Published) -> dict[str, float]:
         "changed_fraction": published.changed / published.total,
         "payload_bytes": published.payload_bytes,
         "bits_per_change": published.bits_per_change,
-        "compact": published.encoding == "compact",
+        "compact": published.encoding is Encoding.COMPACT,
         "detect_s": published.detect_s,
         "encode_s": published.encode_s,
         "upload_s": published.upload_s,

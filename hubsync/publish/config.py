@@ -11,6 +11,7 @@ import torch
 
 from hubsync.apply.protocol import KV_POLICIES, KvPolicy
 from hubsync.errors import ConfigError
+from hubsync.format.encoding import Encoding
 
 _FOREVER = 1e6  # seconds; waiting functions take no infinity
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -67,9 +68,8 @@ class SyncConfig:
             Dtype that the inference servers hold the weights in: `"bfloat16"`, `"float16"` or `"float32"`. Parameters
             are cast to it before they are compared.
         encoding (`str`, *optional*, defaults to `"fast"`):
-            Level of the codec: `"fast"`; `"compact"`, a third smaller or less, but readable only for who holds the
-            weights before it, and with a pass over all of them to encode and to decode; or `"auto"`, whichever takes
-            less time to encode and upload, as measured.
+            How deltas are encoded: `"fast"`; or `"compact"`, a third smaller or less, decodable only with the
+            previous version's weights, with one more pass over them to encode and to decode.
         detector (`str`, *optional*, defaults to `"auto"`):
             How changes are found: `"sliced"`, in the optimizer's steps, without a copy of the weights (for optimizers
             known to update each parameter by itself, and the fast level); `"snapshot"`, by comparing all weights with
@@ -156,9 +156,9 @@ class SyncConfig:
     encoding: str = field(
         default="fast",
         metadata={
-            "help": "Level of the codec: `fast`; `compact`, a third smaller but with passes over all weights to encode "
-            "and decode; or `auto`, whichever takes less time to encode and upload, as measured.",
-            "choices": ["fast", "compact", "auto"],
+            "help": "How deltas are encoded: `fast`; or `compact`, a third smaller, with one more pass over all "
+            "weights to encode and to decode.",
+            "choices": ["fast", "compact"],
         },
     )
     detector: str = field(
@@ -261,10 +261,10 @@ class SyncConfig:
                 "SyncConfig needs a bucket: hf://buckets/<namespace>/<name>/<run>, or a directory such as ./runs/first"
             )
         self._require_choice("view_dtype", *VIEW_DTYPES)
-        self._require_choice("encoding", "fast", "compact", "auto")
+        self._require_choice("encoding", "fast", "compact")
         self._require_choice("snapshot_device", "model", "cpu")
         self._require_choice("detector", "auto", "sliced", "snapshot")
-        if self.detector == "sliced" and self.encoding == "compact":
+        if self.detector == "sliced" and Encoding(self.encoding).needs_base:
             raise ConfigError(
                 "encoding='compact' encodes against the weights before, and detector='sliced' keeps no copy of them: "
                 "use encoding='fast', or detector='snapshot'"

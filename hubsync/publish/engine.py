@@ -22,6 +22,7 @@ from hubsync.chain import ChainReader, ChainWriter, Layout, VersionInfo
 from hubsync.errors import BucketError, ConfigError, FormatError, NoPath, RunMismatch
 from hubsync.format.checkpoint import Checkpoint
 from hubsync.format.digest import Digest, digest_view
+from hubsync.format.encoding import Encoding
 from hubsync.format.keys import SIGNING_KEY_VARIABLE, SigningKey
 from hubsync.format.manifest import Adapter, Base, Manifest, Position, Run
 from hubsync.format.parts import write_adapter_config
@@ -40,7 +41,6 @@ from hubsync.publish.view.strided import whole_of
 from .base_copy import copy_base, local_copy
 from .compaction import BackgroundCompactor
 from .config import VIEW_DTYPES, SyncConfig
-from .level import LevelChooser
 from .publisher import Published, Publisher, Ticket
 from .rank_writer import JointWriter
 from .ranks import Ranks, join
@@ -137,13 +137,12 @@ class DeltaWeightTransferEngine:
         _warn_of_unpublished(model, optimizer)
         self._key = self.ranks.together(lambda: _signing_key(config))
         division = divided(self.ranks, tensors, view_dtype)
-        encoding = self.ranks.together(lambda: _level_for(self.ranks, config.encoding))
+        encoding = self.ranks.together(lambda: _encoding_for(self.ranks, Encoding(config.encoding)))
         bucket = self.ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=self._key))
         own, table = division[self.ranks.rank], table_of(tensors, view_dtype)
         snapshot = self.ranks.together(lambda: self._detector(tensors, table, own, optimizer))
-        level = LevelChooser(encoding if snapshot.holds_old else "fast")
         try:
-            self._publisher = self._join(bucket, snapshot, level, division)
+            self._publisher = self._join(bucket, snapshot, encoding if snapshot.holds_old else Encoding.FAST, division)
         except BaseException:
             snapshot.close()
             raise
@@ -307,14 +306,14 @@ class DeltaWeightTransferEngine:
             )
         return Snapshot(tensors, table, self.config.snapshot_device, own)
 
-    def _join(self, bucket: Bucket, snapshot: Detector, level: LevelChooser, division: list[list[Shard]]) -> Publisher:
+    def _join(self, bucket: Bucket, snapshot: Detector, encoding: Encoding, division: list[list[Shard]]) -> Publisher:
         digest = sum(self.ranks.gather(lambda: snapshot.digest), Digest())
         writer = JointWriter(bucket, self.ranks, lambda: self._open_writer(bucket, snapshot.table, digest))
         publisher = Publisher(
             writer,
             snapshot,
             self._write_side_files,
-            level,
+            encoding,
             anchor_every=self.config.anchor_every,
             anchor_fraction=self.config.anchor_fraction,
             catch_up=lambda position: _bytes_from(bucket, position),
@@ -580,12 +579,10 @@ def _class_of(model: torch.nn.Module) -> type:
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _level_for(ranks: Ranks, encoding: str) -> str:
-    if ranks.size == 1:
-        return encoding
-    if encoding == "compact":
+def _encoding_for(ranks: Ranks, encoding: Encoding) -> Encoding:
+    if ranks.size > 1 and encoding.needs_base:
         raise ConfigError(
-            "encoding='compact' needs all old weights of a tensor in one process, and here several ranks share them: "
-            "use encoding='fast' (or 'auto', which is that)"
+            f"encoding='{encoding}' needs all old weights of a tensor in one process, and here several ranks share "
+            "them: use encoding='fast'"
         )
-    return "fast"
+    return encoding

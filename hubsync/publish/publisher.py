@@ -22,6 +22,7 @@ from hubsync.chain.version_info import NO_INFO
 from hubsync.chain.writer import anchor_sources
 from hubsync.errors import BucketError, ChainError
 from hubsync.format.digest import Digest
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import write_delta
 from hubsync.format.patch import Patch, changed
@@ -31,7 +32,6 @@ from hubsync.publish.view.shards import Shard
 
 from .anchors import write_own_files
 from .compaction import BackgroundCompactor
-from .level import LevelChooser
 from .rank_writer import JointWriter
 from .ranks import Ranks
 
@@ -72,7 +72,7 @@ class Published:
         total: elements of the view.
         payload_bytes: bytes uploaded for this version (without manifest and head).
         dense_bytes: bytes of the whole view.
-        encoding: codec level of the version, "fast" or "compact"; "dense" for a whole model; empty if none was made.
+        encoding: of the version, dense for a whole model; None if none was made.
         detect_s: seconds of the training thread.
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
@@ -85,7 +85,7 @@ class Published:
     total: int
     payload_bytes: int
     dense_bytes: int
-    encoding: str
+    encoding: Encoding | None
     detect_s: float
     encode_s: float = 0.0
     upload_s: float = 0.0
@@ -152,7 +152,7 @@ class Publisher:
         writer: JointWriter,
         snapshot: Detector,
         side_files: Callable[[Path], None],
-        level: LevelChooser,
+        encoding: Encoding,
         *,
         anchor_every: int,
         anchor_fraction: float,
@@ -166,7 +166,7 @@ class Publisher:
         self.writer = writer
         self.snapshot = snapshot
         self._side_files = side_files
-        self._level = level
+        self._encoding = encoding
         self._ranks = ranks
         self._background = ranks.apart()
         self._division = division
@@ -235,7 +235,7 @@ class Publisher:
         """The ticket of a publish that found nothing to do. Fenced if another publisher goes on from elsewhere."""
         self.writer.check_fence(self._ranks)
         future: Future[Published] = Future()
-        future.set_result(self._published(self.writer.position, step, 0, 0, "", detect_s))
+        future.set_result(self._published(self.writer.position, step, 0, 0, None, detect_s))
         return Ticket(future)
 
     def anchored(self, manifest: Manifest, info: VersionInfo, detect_s: float) -> Ticket:
@@ -244,7 +244,9 @@ class Publisher:
             self._announce(manifest.position)
         total = self.snapshot.table.numel
         future: Future[Published] = Future()
-        future.set_result(self._published(manifest.position, info.step, total, manifest.nbytes, "dense", detect_s))
+        future.set_result(
+            self._published(manifest.position, info.step, total, manifest.nbytes, manifest.encoding, detect_s)
+        )
         return Ticket(future)
 
     def anchor(self, at: Position | None = None, info: VersionInfo = NO_INFO) -> Manifest:
@@ -311,7 +313,7 @@ class Publisher:
             return publish()
         with self._compactor.held():
             published = publish()
-        self._compactor.add(published.position, detected.patch if published.encoding == "compact" else None)
+        self._compactor.add(published.position, detected.patch if self._encoding.needs_base else None)
         return published
 
     def _publish(
@@ -327,13 +329,12 @@ class Publisher:
         if before.hex != self.writer.position.digest:
             # Only after an interrupt at the worst moment, which let this be detected beside another job.
             raise ChainError(f"these changes are not ones of {self.writer.position}: publish again")
-        level = self._level.choose()
         total = sum(count for _, _, count in found)
         draft = self.writer.draft_delta(
             ranks,
             digest=digest.hex,
             changed=total,
-            encoding=level,
+            encoding=self._encoding,
             info=info,
         )
         uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detect_s, started))
@@ -346,10 +347,11 @@ class Publisher:
         encode_s, payload = shares[ranks.rank].encode_s, sum(share.payload_bytes for share in shares)
         upload_s = time.perf_counter() - started - encode_s
         self._bytes_since_anchor += payload
-        self._level.learn(level, total, payload, encode_s, upload_s)
         if info.serve and ranks.rank == 0:
             self._announce(draft.position)
-        return self._published(draft.position, info.step, total, payload, level, detect_s, encode_s, upload_s, shares)
+        return self._published(
+            draft.position, info.step, total, payload, draft.encoding, detect_s, encode_s, upload_s, shares
+        )
 
     def _upload_own(
         self, draft: Manifest, detected: Detected, detect_s: float, started: float
@@ -373,7 +375,8 @@ class Publisher:
             parent=draft.parent,
             position=draft.position,
             rank=self._ranks.rank,
-            old=ViewBits(table, self.snapshot.tensors()) if draft.encoding == "compact" else None,
+            encoding=draft.encoding,
+            old=ViewBits(table, self.snapshot.tensors()) if draft.encoding.needs_base else None,
         )
 
     def _anchor_if_due(self, info: VersionInfo) -> None:
@@ -397,7 +400,7 @@ class Publisher:
         step: int | None,
         changed: int,
         payload_bytes: int,
-        encoding: str,
+        encoding: Encoding | None,
         detect_s: float,
         encode_s: float = 0.0,
         upload_s: float = 0.0,

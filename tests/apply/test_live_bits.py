@@ -10,6 +10,7 @@ from torch import nn
 from hubsync.apply.applier import Applier
 from hubsync.errors import ReplicaRefused
 from hubsync.format.digest import digest_view
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
@@ -86,6 +87,7 @@ def test_two_ranks_decode_what_they_hold_from_what_they_hold() -> None:
         run_id="0" * 32,
         parent=start,
         position=target,
+        encoding=Encoding.COMPACT,
         old=ViewBits(LARGE, before),
     )
     appliers = []

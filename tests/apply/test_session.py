@@ -18,6 +18,7 @@ from hubsync.apply.session import Host, Session
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
+from hubsync.format.encoding import Encoding
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import write_anchor, write_delta
@@ -56,8 +57,8 @@ class Trainer:
         parent, position = self.writer.position, position_of(version, VIEWS[version])
         patch = patch_between(VIEWS[parent.version], VIEWS[version])
         old = ViewBits(TABLE, VIEWS[parent.version]) if compact else None
-        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, old=old)
-        encoding = "compact" if compact else "fast"
+        encoding = Encoding.COMPACT if compact else Encoding.FAST
+        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, encoding=encoding, old=old)
         changed = sum(map(len, patch.values()))
         self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
         self.positions.append(position)

@@ -27,6 +27,7 @@ from hubsync.errors import (
     ObjectMissing,
     RunMismatch,
 )
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Base, Head, Manifest, Position, Run
 from hubsync.format.table import TensorSpec, TensorTable
 from tests.support.faults import FaultyBucket
@@ -473,7 +474,7 @@ def test_the_way_back_undoes_deltas_newest_first(bucket: FaultyBucket, reader: C
 def test_compact_deltas_are_not_undone(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     commit(writer)
-    two = writer.commit_delta([b"compact"], digest=digest(2), changed=1, encoding="compact")
+    two = writer.commit_delta([b"compact"], digest=digest(2), changed=1, encoding=Encoding.COMPACT)
     with pytest.raises(NoPath):
         reader.plan(two.position, to=1)
     assert reader.plan(two.position, to=1, base_available=True).base

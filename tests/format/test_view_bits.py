@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hubsync.format.codec import Grid
+from hubsync.format.encoding import Encoding
 from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.patch import TensorDelta, compose
 from hubsync.format.table import TensorSpec, TensorTable
@@ -22,6 +23,7 @@ def part_between(old, new, table=TABLE):
         run_id="0" * 32,
         parent=position_of(1, old, table),
         position=position_of(2, new, table),
+        encoding=Encoding.COMPACT,
         old=ViewBits(table, old),
     )
 

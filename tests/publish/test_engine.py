@@ -949,7 +949,7 @@ def test_a_server_without_a_way_to_the_version_gets_an_anchor(
     [
         ({"bucket": ""}, "needs a bucket"),
         ({"view_dtype": "bf16"}, "view_dtype must be one of bfloat16"),
-        ({"encoding": "zip"}, "encoding must be one of fast, compact, auto"),
+        ({"encoding": "zip"}, "encoding must be one of fast, compact"),
         ({"kv_cache": "drop"}, "kv_cache must be one of"),
         ({"snapshot_device": "cuda:0"}, "snapshot_device must be one of"),
         ({"anchor_every": -1}, "anchor_every"),

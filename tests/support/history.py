@@ -11,6 +11,7 @@ from hubsync.bucket.base import Bucket
 from hubsync.chain import ChainReader, ChainWriter, Plan, VersionInfo
 from hubsync.chain.replay import replay
 from hubsync.format.digest import digest_view
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Base, Manifest, Position, Run
 from hubsync.format.parts import write_anchor, write_delta
 from hubsync.format.patch import changed
@@ -64,12 +65,15 @@ class History:
         patch = patch_between(self.view, new, self.table)
         position = Position(writer.next_version, digest_view(self.table, new).hex)
         old = ViewBits(self.table, self.view) if compact else None
-        part = write_delta(self.table, patch, run_id=RUN_ID, parent=writer.position, position=position, old=old)
+        encoding = Encoding.COMPACT if compact else Encoding.FAST
+        part = write_delta(
+            self.table, patch, run_id=RUN_ID, parent=writer.position, position=position, encoding=encoding, old=old
+        )
         manifest = writer.commit_delta(
             [part],
             digest=position.digest,
             changed=changed(patch),
-            encoding="compact" if compact else "fast",
+            encoding=encoding,
             info=VersionInfo(serve=serve, expires=expires),
         )
         self.views[position] = new

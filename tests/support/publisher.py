@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.format.digest import digest_view
+from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import write_anchor, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
@@ -52,8 +53,16 @@ class Publisher:
         position = Position(version, digest_view(self.table, new).hex)
         patch = patch_between(self.views[-1], new, self.table)
         old = ViewBits(self.table, self.views[-1]) if compact else None
-        part = write_delta(self.table, patch, run_id=self.run_id, parent=self.positions[-1], position=position, old=old)
-        encoding = "compact" if compact else "fast"
+        encoding = Encoding.COMPACT if compact else Encoding.FAST
+        part = write_delta(
+            self.table,
+            patch,
+            run_id=self.run_id,
+            parent=self.positions[-1],
+            position=position,
+            encoding=encoding,
+            old=old,
+        )
         changed = sum(map(len, patch.values()))
         self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
         self.views.append(new)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubsync.errors import FormatError
+from hubsync.format.encoding import Encoding
 from hubsync.kernels.classes import CLASSES, ClassMap
 
 GAP, USUAL, TAIL, PLANES = range(4)  # columns of `Book.codes`; the planes are the last ones
@@ -73,4 +74,4 @@ def columns(classes: int) -> int:
     return 1 + classes + FIELDS + (3 + MAX_PLANES) * classes
 
 
-CLASSES_OF = {"fast": 1, "compact": CLASSES}  # the levels
+CLASSES_OF = {Encoding.FAST: 1, Encoding.COMPACT: CLASSES}

@@ -26,6 +26,7 @@ from numba import njit
 
 from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.encoding import Encoding
 from hubsync.format.table import TensorTable
 from hubsync.kernels import rounding
 from hubsync.kernels.adamw import Found
@@ -47,12 +48,10 @@ def choose_detector(tensors: Tensors, table: TensorTable, optimizer: Any, config
 
     ConfigError if "sliced" is asked for and is not.
     """
-    if config.detector == "snapshot" or (config.detector == "auto" and config.encoding == "compact"):
+    if config.detector == "snapshot" or (config.detector == "auto" and Encoding(config.encoding).needs_base):
         return Snapshot(tensors, table, config.snapshot_device)
     reason = why_not_sliced(tensors, optimizer)
     if reason is None:
-        if config.encoding == "auto":
-            logger.info("encoding=auto: fast, because no copy of the weights is kept (detector=%r)", config.detector)
         return Sliced(tensors, table, unwrapped(optimizer), config.audit_every)
     if config.detector == "sliced":
         raise ConfigError(f"detector='sliced' cannot be exact here: {reason}. Use detector='snapshot'")

@@ -124,13 +124,13 @@ def _chain(newest: int) -> list[Manifest]:
     return [replace(blank, position=Position(v, ""), parent=Position(v - 1, "")) for v in versions]
 
 
-def _ways(newest: int, spans: Sequence[Span], nbytes: Bytes) -> list[tuple[int, int]]:
+def _paths(newest: int, spans: Sequence[Span], nbytes: Bytes) -> list[tuple[int, int]]:
     """Bytes and objects of the cheapest way to the newest version, from each version before it."""
-    ways = [(0, 0)] * (newest + 1)
+    paths = [(0, 0)] * (newest + 1)
     for first in range(newest - 1, -1, -1):
         ends = [first + 1, *(last for start, last in spans if start == first)]
-        ways[first] = min((nbytes[first, last] + ways[last][0], ways[last][1] + 1) for last in ends)
-    return ways[:-1]
+        paths[first] = min((nbytes[first, last] + paths[last][0], paths[last][1] + 1) for last in ends)
+    return paths[:-1]
 
 
 def _policies(pairs: Sequence[Pair]) -> Table:
@@ -149,8 +149,8 @@ def _policies(pairs: Sequence[Pair]) -> Table:
     for name, spans in policies.items():
         ratios: list[tuple[float, int, int]] = []
         for newest in range(2, count + 1):
-            ways = _ways(newest, spans(newest), nbytes)[: newest - 1]
-            ratios += [(way / nbytes[first, newest], newest - first, n) for first, (way, n) in enumerate(ways)]
+            paths = _paths(newest, spans(newest), nbytes)[: newest - 1]
+            ratios += [(path / nbytes[first, newest], newest - first, n) for first, (path, n) in enumerate(paths)]
         worst, behind, _ = max(ratios)
         made = {span for newest in range(1, count + 1) for span in spans(newest)}
         table.add_row(

@@ -93,7 +93,7 @@ class Compactor:
             patch = self._merged(steps)
             if patch is not None:
                 yield self._commit(span, patch)
-            elif self._has_way_to(_start(span)):
+            elif self._has_path_to(_start(span)):
                 yield self._commit_from_view(span, steps)
             else:
                 self.skipped += 1
@@ -129,7 +129,7 @@ class Compactor:
         view.apply(patch, Step(self._manifest(span, (), changed(patch))))
         return self._commit(span, patch)
 
-    def _has_way_to(self, position: Position) -> bool:
+    def _has_path_to(self, position: Position) -> bool:
         """Whether weights can be had there: those before the oldest delta may be gone."""
         if self._base is None:
             return False
@@ -224,20 +224,20 @@ def _starts(size: int, oldest: int, newest: int) -> Iterator[int]:
 def chain_of(manifests: Sequence[Manifest], merged: Sequence[Manifest]) -> list[Manifest]:
     """The deltas that lead to the newest version from as far back as possible, oldest first.
 
-    Of several ways the one in most steps: merged deltas only where those that they merge are gone.
+    Of several paths the one in most steps: merged deltas only where those that they merge are gone.
     """
     deltas = [manifest for manifest in (*manifests, *merged) if manifest.kind != "anchor"]
-    ways: dict[Position, tuple[int, int, Manifest]] = {}  # where a way begins, minus its steps, its last delta
+    paths: dict[Position, tuple[int, int, Manifest]] = {}  # where a path begins, minus its steps, its last delta
     for delta in sorted(deltas, key=lambda delta: delta.version):
         start = _start([delta])
-        first, steps, _ = ways.get(start, (start.version, 0, None))
-        way = first, steps - 1, delta
-        if delta.position not in ways or way[:2] < ways[delta.position][:2]:
-            ways[delta.position] = way
+        first, steps, _ = paths.get(start, (start.version, 0, None))
+        path = first, steps - 1, delta
+        if delta.position not in paths or path[:2] < paths[delta.position][:2]:
+            paths[delta.position] = path
     chain = []
     position = manifests[-1].position if manifests else None
-    while position in ways:
-        chain.append(ways[position][2])
+    while position in paths:
+        chain.append(paths[position][2])
         position = chain[-1].parent
     return chain[::-1]
 

@@ -1,4 +1,4 @@
-"""Ways between positions: which manifests lead from what somebody has to a version for the fewest bytes."""
+"""Paths between positions: which manifests lead from what somebody has to a version for the fewest bytes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Place:
     step: Step | None = field(compare=False, default=None)
     onward: _Place | None = field(compare=False, default=None)
 
-    def way(self) -> tuple[Step, ...]:
+    def path(self) -> tuple[Step, ...]:
         steps, place = [], self
         while place.step is not None and place.onward is not None:
             steps.append(place.step)
@@ -85,8 +85,8 @@ class _Place:
         return tuple(steps)
 
 
-class Ways:
-    """Finds ways through what an index has surveyed.
+class Planner:
+    """Finds paths through what an index has surveyed.
 
     Args:
         lost: names of manifests whose parts are known to be gone.
@@ -158,13 +158,13 @@ class Ways:
     def _beginnings(self, place: _Place, end: Position, have: Position | None, base_available: bool) -> Iterator[Plan]:
         """Plans that start at a place itself."""
         if place.position == have:
-            yield Plan(have, None, False, place.way(), end)
+            yield Plan(have, None, False, place.path(), end)
         elif base_available and place.position == self._origin:
-            yield Plan(None, None, True, place.way(), end)
+            yield Plan(None, None, True, place.path(), end)
         else:
             anchor = self._index.anchor_of(place.position)
             if anchor is not None and not self._is_lost(anchor):
-                yield Plan(None, anchor, False, place.way(), end)
+                yield Plan(None, anchor, False, place.path(), end)
 
     def _into(
         self, place: _Place, target: Manifest | None, undone: dict[Position, list[Step]], floor: int

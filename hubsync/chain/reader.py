@@ -25,7 +25,7 @@ from hubsync.format.view_bits import Advanced
 
 from .index import ChainIndex, read_head
 from .layout import Layout
-from .planner import Plan, Step, Ways
+from .planner import Plan, Step, Planner
 
 logger = logging.getLogger(__name__)
 
@@ -195,11 +195,11 @@ class ChainReader:
         if have is not None and target is not None and target.parent == have and not self._is_lost(target):
             return Plan(have, None, False, (Step(target),), position)
         self._survey()  # anchors and merged deltas may have been added to versions that we knew
-        plan = Ways(self._index, self.run().origin, self._lost).cheapest(target, have, base_available)
+        plan = Planner(self._index, self.run().origin, self._lost).cheapest(target, have, base_available)
         if plan is None:
             origin = "the base checkpoint is not at hand" if not base_available else "deltas are missing"
             raise NoPath(
-                f"no way from {have or 'nothing'} to {position} in {self._bucket.address}: no deltas lead there, "
+                f"no path from {have or 'nothing'} to {position} in {self._bucket.address}: no deltas lead there, "
                 f"there is no anchor on the way, and {origin}; {self._what_exists()}. "
                 "Ask the trainer for an anchor (`engine.anchor()`)"
             )
@@ -370,7 +370,7 @@ class ChainReader:
     def _position(self, manifest: Manifest | None) -> Position:
         return self.run().origin if manifest is None else manifest.position
 
-    # --- ways ---------------------------------------------------------------------------------------
+    # --- paths --------------------------------------------------------------------------------------
 
     def _target(self, version: int | None) -> Manifest | None:
         """Manifest of a version; None for version 0."""

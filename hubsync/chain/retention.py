@@ -27,7 +27,7 @@ from hubsync.format.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Po
 from .compaction import chain_of, due
 from .index import ChainIndex
 from .layout import Layout
-from .planner import Ways
+from .planner import Planner
 from .reader import ChainReader
 
 logger = logging.getLogger(__name__)
@@ -187,20 +187,20 @@ class Collector:
             between = manifest.parent in kept and (manifest.parent, manifest.position) in shortcuts
             if manifest.position in kept and (own or (manifest.kind == "merged" and between)):
                 needed.add(Layout.manifest(manifest))
-        finder = Ways(index, self._reader.run().origin, lost)
+        planner = Planner(index, self._reader.run().origin, lost)
         for position in kept:
             target = index.at_version(position.version) if position.version else None
-            needed |= {Layout.manifest(manifest) for manifest in self._way(finder, target)}
+            needed |= {Layout.manifest(manifest) for manifest in self._path_to(planner, target)}
         return needed
 
-    def _way(self, finder: Ways, target: Manifest | None) -> list[Manifest]:
+    def _path_to(self, planner: Planner, target: Manifest | None) -> list[Manifest]:
         """What leads to a version: from an anchor, which anybody can start from; else from the run's base checkpoint.
 
         NoPath if nothing leads to the newest version.
         """
-        plan = finder.cheapest(target, None, base_available=False)
+        plan = planner.cheapest(target, None, base_available=False)
         if plan is None and self._reader.run().base.model is not None:
-            plan = finder.cheapest(target, None, base_available=True)
+            plan = planner.cheapest(target, None, base_available=True)
         if plan is not None:
             return [*([plan.anchor] if plan.anchor else []), *plan.deltas]
         if target is not None and target.position == self._reader.newest():

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .xet import EMPTY_FILE, Chunk, MalformedError, Segment, Shard
+from .xet import EMPTY_FILE, Chunk, MalformedError, Segment, XetShard
 
 _SCHEMA = """
 pragma journal_mode = wal;
@@ -204,7 +204,7 @@ class Store:
         path = self._xorbs / xorb
         return path.stat().st_size if self.chunks(xorb) is not None else None
 
-    def save_shard(self, shard: Shard) -> None:
+    def save_shard(self, shard: XetShard) -> None:
         """Register files; MalformedError if a file does not fit the xorbs it is made of."""
         for xorb, sizes in shard.xorbs.items():
             if [chunk.size for chunk in self._known_chunks(xorb)] != sizes:
@@ -249,7 +249,7 @@ def timestamp(milliseconds: float) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
-def _content_rows(shard: Shard) -> Iterable[tuple[str, int, str]]:
+def _content_rows(shard: XetShard) -> Iterable[tuple[str, int, str]]:
     for content, segments in shard.files.items():
         yield content, sum(s.size for s in segments), json.dumps([astuple(s) for s in segments])
 

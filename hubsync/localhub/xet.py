@@ -47,7 +47,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Shard:
+class XetShard:
     """What one upload says: files by hash, the chunk sizes of new xorbs, and chunks that others may look up."""
 
     files: dict[str, list[Segment]]
@@ -78,7 +78,7 @@ def parse_xorb(data: bytes) -> list[Chunk]:
     return chunks
 
 
-def parse_shard(data: bytes) -> Shard:
+def parse_shard(data: bytes) -> XetShard:
     """An uploaded shard: header, file section, bookend, xorb section, bookend."""
     if not data.startswith(_SHARD_MAGIC):
         raise MalformedError("shard: wrong magic")
@@ -98,7 +98,7 @@ def parse_shard(data: bytes) -> Shard:
                 findable.append(chunk)
         xorbs[hash_text(raw)] = sizes
         at += _RECORD * (count + 1)
-    return Shard(files, xorbs, findable, _answer(data[:40], data[xorb_section : at + _RECORD]))
+    return XetShard(files, xorbs, findable, _answer(data[:40], data[xorb_section : at + _RECORD]))
 
 
 def _parse_files(data: bytes, at: int) -> tuple[dict[str, list[Segment]], int]:

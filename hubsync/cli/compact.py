@@ -14,7 +14,7 @@ from hubsync.chain import ChainReader, Compactor
 from hubsync.chain.compaction import MAX_SPAN
 from hubsync.errors import BucketUnavailable, ConfigError
 from hubsync.format.checkpoint import Checkpoint
-from hubsync.replicas.vllm_http import checked_seconds
+from hubsync.replicas.server import checked_seconds
 
 from .keys import add_signing_key, require_signing_key, signing_key
 

@@ -16,9 +16,9 @@ from hubsync.bucket import open_bucket
 from hubsync.cache import default_cache
 from hubsync.chain import ChainReader
 from hubsync.errors import HubsyncError
+from hubsync.replicas.engines import connect
 from hubsync.replicas.follower import Followed, Follower
 from hubsync.replicas.replica import Replica
-from hubsync.replicas.vllm_http import VLLMServer
 
 from .keys import add_public_key, public_key
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         lambda: ChainReader(
             open_bucket(args.bucket, token=args.token, key=key), args.cache, max_head_age=args.max_head_age
         ),
-        Replica(VLLMServer(args.server, args.api_key), args.kv_cache),
+        Replica(connect(args.server, args.api_key), args.kv_cache),
         interval=args.interval,
         stage_timeout=args.stage_timeout,
     )

@@ -38,7 +38,8 @@ from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.publisher import Published
 from hubsync.replicas.deployment import Deployment, HotloadReport
 from hubsync.replicas.replica import Replica
-from hubsync.replicas.vllm_http import VLLMServer, checked_seconds, new_session
+from hubsync.replicas.server import checked_seconds
+from hubsync.replicas.vllm_http import VLLMServer, new_session
 
 from . import trl_compat
 

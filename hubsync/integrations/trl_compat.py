@@ -39,7 +39,7 @@ SUPPORTED = "TRL >= 1.13, < 1.17"
 
 
 @dataclass(frozen=True)
-class Member:
+class TrainerClass:
     """One trainer class.
 
     Attributes:
@@ -62,13 +62,13 @@ _BY_FREQUENCY = (*_GENERATES, "_last_vllm_sync_step", "vllm_sync_frequency")
 
 # Subclasses (GMPO of GRPO, ServerDistillation of Distillation) belong to it too.
 FAMILY = (
-    Member("trl.trainer.grpo_trainer", "GRPOTrainer", _BY_STEP),
-    Member("trl.trainer.rloo_trainer", "RLOOTrainer", _BY_STEP),
-    Member("trl.trainer.distillation_trainer", "DistillationTrainer", _BY_STEP),
-    Member("trl.experimental.gold.gold_trainer", "GOLDTrainer", _BY_FREQUENCY),
-    Member("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", _BY_FREQUENCY),
-    Member("trl.experimental.sdft.sdft_trainer", "SDFTTrainer", _BY_STEP),
-    Member("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _BY_STEP),
+    TrainerClass("trl.trainer.grpo_trainer", "GRPOTrainer", _BY_STEP),
+    TrainerClass("trl.trainer.rloo_trainer", "RLOOTrainer", _BY_STEP),
+    TrainerClass("trl.trainer.distillation_trainer", "DistillationTrainer", _BY_STEP),
+    TrainerClass("trl.experimental.gold.gold_trainer", "GOLDTrainer", _BY_FREQUENCY),
+    TrainerClass("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer", _BY_FREQUENCY),
+    TrainerClass("trl.experimental.sdft.sdft_trainer", "SDFTTrainer", _BY_STEP),
+    TrainerClass("trl.experimental.sdpo.sdpo_trainer", "SDPOTrainer", _BY_STEP),
 )
 
 _TRANSFERS = (
@@ -82,8 +82,10 @@ _TRANSFERS = (
 )
 
 ASYNC = (
-    Member("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer", _TRANSFERS),
-    Member("trl.experimental.async_distillation.async_distillation_trainer", "AsyncDistillationTrainer", _TRANSFERS),
+    TrainerClass("trl.experimental.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer", _TRANSFERS),
+    TrainerClass(
+        "trl.experimental.async_distillation.async_distillation_trainer", "AsyncDistillationTrainer", _TRANSFERS
+    ),
 )
 
 TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "resume": 0, "destroy": 0}
@@ -92,7 +94,7 @@ TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "r
 # --- the family of VLLMGeneration
 
 
-def family_of(trainer: Any) -> Member | None:
+def family_of(trainer: Any) -> TrainerClass | None:
     """Which of the family a trainer is, or descends from."""
     return _member(type(trainer), FAMILY)
 
@@ -436,7 +438,7 @@ def _moved_rollouts() -> Iterator[str]:
             yield f"{member.name}'s WeightTransferProtocol is {arity}, not {TRANSFER_METHODS}"
 
 
-def _moved_merging(member: Member) -> Iterator[str]:
+def _moved_merging(member: TrainerClass) -> Iterator[str]:
     kind: Any = member.load()
     if "peft_config" not in inspect.signature(kind).parameters:  # before 1.14 there were no adapters, nor merging
         return
@@ -446,7 +448,7 @@ def _moved_merging(member: Member) -> Iterator[str]:
         yield f"{member.name}._sync_weight_merged no longer merges adapters"
 
 
-def _unused(member: Member) -> Iterator[str]:
+def _unused(member: TrainerClass) -> Iterator[str]:
     """What a trainer class no longer touches."""
     try:
         kind = member.load()
@@ -485,6 +487,6 @@ def _lacks(function: Any, parameters: Iterable[str], name: str | None = None) ->
         yield f"{name} does not take {', '.join(missing)}"
 
 
-def _member(kind: type, members: tuple[Member, ...]) -> Member | None:
+def _member(kind: type, members: tuple[TrainerClass, ...]) -> TrainerClass | None:
     bases = {(base.__module__, base.__name__) for base in kind.__mro__}
     return next((member for member in members if (member.module, member.name) in bases), None)

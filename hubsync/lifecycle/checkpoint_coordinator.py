@@ -27,7 +27,7 @@ from hubsync.publish.ranks import Alone, Ranks, join
 
 
 @dataclass
-class _Step:
+class _SavedStep:
     """What is known in this process of one step; counts and errors by `is_state_dict`."""
 
     registered: Counter[bool] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class CheckpointCoordinator:
         self._ranks: Ranks = Alone() if alone else join()
         self._closed = False
         self._changed = threading.Condition()  # guards all below
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, _SavedStep] = {}
         self._untold: list[CheckpointFailed] = []
         self._lanes: dict[str, ThreadPoolExecutor] = {}
         self._saves: dict[str, Future[None]] = {}  # the last one of every name
@@ -240,9 +240,9 @@ class CheckpointCoordinator:
                     self._untold.append(CheckpointFailed(f"step {number} is not visible: {step.errors[kind]}"))
         self._changed.notify_all()
 
-    def _step(self, global_step: int) -> _Step:
+    def _step(self, global_step: int) -> _SavedStep:
         with self._changed:
-            return self._steps.setdefault(global_step, _Step())
+            return self._steps.setdefault(global_step, _SavedStep())
 
     def _require_open(self) -> None:
         if self._closed:

@@ -26,7 +26,7 @@ from hubsync.format.manifest import Position
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.replicas.deployment import Deployment, HotloadReport, ReplicaReport
-from hubsync.replicas.vllm_http import checked_seconds
+from hubsync.replicas.server import checked_seconds
 
 from .training_states import TrainingStates
 
@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
-class _Snapshot:
+class _NamedVersion:
     """A named position; `expires` is in seconds since 1970, None for never."""
 
     position: Position
@@ -116,7 +116,7 @@ class WeightSyncer:
         self._hotload_timeout = hotload_timeout
         self._warmup = warmup_after_hotload
         self._warmup_max_retries = warmup_max_retries
-        self._snapshots: dict[str, _Snapshot] = {}
+        self._snapshots: dict[str, _NamedVersion] = {}
         self._loaded: Position | None = None  # where all servers are known to be
         self.engine = DeltaWeightTransferEngine(
             model, optimizer, replace(config, encoding=compression_format or config.encoding)
@@ -277,7 +277,7 @@ class WeightSyncer:
             self.engine.anchor(name=full)
         self._next_type = "delta"
         self._warn_of_earlier_end(full, position, expires)
-        self._snapshots[full] = _Snapshot(position, expires)
+        self._snapshots[full] = _NamedVersion(position, expires)
         return full
 
     def _full_name(self, name: str, checkpoint_type: str | None) -> tuple[str, str]:
@@ -350,14 +350,14 @@ class WeightSyncer:
             raise NoPath(f"{name} was saved to be hot-loaded for a time that is over")
         return snapshot.position
 
-    def _find_in_run(self, name: str) -> _Snapshot | None:
+    def _find_in_run(self, name: str) -> _NamedVersion | None:
         """The newest snapshot of this name. A version's delta says when it expires, an anchor of it does not."""
         named = [manifest for manifest in self._reader.manifests() if manifest.name == name]
         if not named:
             return None
         position = named[-1].position
         expires = (manifest.expires for manifest in named if manifest.position == position)
-        return _Snapshot(position, next((end for end in expires if end is not None), None))
+        return _NamedVersion(position, next((end for end in expires if end is not None), None))
 
     def _require_lineage(self, position: Position) -> None:
         """The run must hold this very position, and a way to it from the snapshot that was loaded before."""

@@ -19,8 +19,9 @@ from hubsync.apply.protocol import KvPolicy, WorkerState
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
 from hubsync.format.manifest import Position
 
+from .engines import connect, schemes
 from .replica import CommitReport, Replica, ReplicaStatus
-from .vllm_http import VLLMServer, checked_seconds, checked_urls
+from .server import checked_seconds, checked_urls
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Deployment:
         request_timeout: float = 120.0,
     ):
         checked_seconds("request_timeout", request_timeout)
-        urls = checked_urls(servers)
+        urls = checked_urls(servers, schemes())
         self._members = [_Member(url, kv_cache, api_key, request_timeout) for url in urls]
         self._quorum = quorum
         self._request_timeout = request_timeout
@@ -134,7 +135,7 @@ class Deployment:
         checked_seconds("timeout", timeout, zero=True)
         started, needed = time.perf_counter(), self._needed(self._quorum if quorum is None else quorum)
         self._target = position
-        turn = _Turn(position, len(self._members))
+        turn = _Hotload(position, len(self._members))
         try:
             for member in self._members:
                 member.wanted = position
@@ -213,7 +214,7 @@ class Deployment:
             return self._report(member.url, _state_of(error), None, error)
         return self._report(member.url, status.state, status.position, status.error)
 
-    def _outcome(self, member: _Member, turn: _Turn, timeout: float) -> ReplicaReport:
+    def _outcome(self, member: _Member, turn: _Hotload, timeout: float) -> ReplicaReport:
         outcome, seen = turn.outcomes.get(member.url), member.seen
         if isinstance(outcome, CommitReport):
             return self._report(member.url, WorkerState.APPLIED, outcome.position, None, outcome)
@@ -236,7 +237,7 @@ class Deployment:
         return ReplicaReport(url, state, position, lag, error, commit)
 
 
-class _Turn:
+class _Hotload:
     """One hot-load: servers say that they are ready, are let go together, and say how it ended."""
 
     def __init__(self, position: Position, members: int):
@@ -289,8 +290,8 @@ class _Member:
 
     def __init__(self, url: str, kv_cache: str, api_key: str | None, timeout: float):
         self.url = url
-        self.replica = Replica(VLLMServer(url, api_key=api_key, timeout=timeout), kv_cache)
-        self.watcher = Replica(VLLMServer(url, api_key=api_key, timeout=min(timeout, _LOOK_S)))
+        self.replica = Replica(connect(url, api_key, timeout=timeout), kv_cache)
+        self.watcher = Replica(connect(url, api_key, timeout=min(timeout, _LOOK_S)))
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-replica")
         self.wanted: Position | None = None
         self.seen: ReplicaStatus | None = None
@@ -319,7 +320,7 @@ class _Member:
         except HubsyncError as error:
             logger.debug("not staged yet: %s", error)
 
-    def bring(self, turn: _Turn, timeout: float) -> None:
+    def bring(self, turn: _Hotload, timeout: float) -> None:
         """Stage and commit; whatever happens is an outcome of the turn."""
         self.seen = None
         try:
@@ -331,7 +332,7 @@ class _Member:
             logger.exception("while bringing %s to %s", self.url, turn.position)
         turn.settle(self.url, outcome)
 
-    def _bring(self, turn: _Turn, timeout: float) -> CommitReport:
+    def _bring(self, turn: _Hotload, timeout: float) -> CommitReport:
         position = turn.position
         self._require_wanted(position)
         self._know()

@@ -18,7 +18,7 @@ from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
 from .replica import CommitReport, Replica, ReplicaStatus
-from .vllm_http import checked_seconds
+from .server import checked_seconds
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from hubsync.errors import (
 )
 from hubsync.format.manifest import Position
 
-from .vllm_http import VLLMServer
+from .server import InferenceServer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _CATCH_UP_S = 60.0
 
 
 @dataclass(frozen=True)
-class Window:
+class PauseWindow:
     """A commit window that some client opened.
 
     Attributes:
@@ -87,7 +87,7 @@ class ReplicaStatus:
     state: str
     position: Position | None
     staged: Position | None
-    window: Window | None
+    window: PauseWindow | None
     error: HubsyncError | None
     run_id: str | None
     atomic: bool
@@ -141,7 +141,7 @@ class Replica:
         pause: pause the server around every commit? None: only if it has to be.
     """
 
-    def __init__(self, server: VLLMServer, kv_cache: str = KvPolicy.RECOMPUTE, *, pause: bool | None = None):
+    def __init__(self, server: InferenceServer, kv_cache: str = KvPolicy.RECOMPUTE, *, pause: bool | None = None):
         if kv_cache not in KV_POLICIES:
             raise ConfigError(f"kv_cache must be one of {', '.join(KV_POLICIES)}, not {kv_cache!r}")
         self.server = server
@@ -245,7 +245,7 @@ class Replica:
         if not pause:
             applied = self._commit(position)
             return self._understood(lambda: _report(position, applied, pause_s=_longest_turn(applied)))
-        window = Window(position, uuid.uuid4().hex)
+        window = PauseWindow(position, uuid.uuid4().hex)
         self._token = window.token
         self.server.rpc(WorkerMethod.OPEN, position.version, position.digest, window.token)
         started = time.perf_counter()
@@ -359,7 +359,7 @@ class Replica:
                 f"says which): {error}; commit again, or restart the server"
             ) from error
 
-    def _end(self, window: Window) -> float:
+    def _end(self, window: PauseWindow) -> float:
         """What comes after the commit, or instead of it. Returns `time.perf_counter()` of when requests went on."""
         self.server.resume()
         resumed = time.perf_counter()
@@ -446,10 +446,10 @@ def _longest_turn(applied: list[dict[str, Any]]) -> float:
     return max(float(rank["engine"]["turn_s"]) for rank in applied)
 
 
-def _window(rank: dict[str, Any]) -> Window:
+def _window(rank: dict[str, Any]) -> PauseWindow:
     window, timeout = rank["window"], float(rank["engine"]["window_timeout_s"])
     position = Position(int(window["version"]), str(window["digest"]))
-    return Window(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
+    return PauseWindow(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
 
 
 def _badness(state: str) -> int:

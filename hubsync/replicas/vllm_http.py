@@ -7,14 +7,16 @@ order in which the endpoints are called is `hubsync.replicas.replica`'s business
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import requests
 
 from hubsync.apply.protocol import WorkerMethod, error_from_json
-from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+
+from .server import checked_url
 
 OLDEST = (0, 26)
 _LABELS_SINCE = (0, 27)
@@ -22,8 +24,6 @@ _LABELS_SINCE = (0, 27)
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
-
-_LONGEST_WAIT_S = 1e6  # some days; waiting functions take no infinity
 
 T = TypeVar("T")
 
@@ -183,46 +183,6 @@ class VLLMServer:
         if not answer.ok or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
         return document
-
-
-def checked_url(url: str) -> str:
-    """The base URL of a server, without a slash at its end. ConfigError for anything else."""
-    if not isinstance(url, str):
-        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like 'http://10.0.0.7:8000'")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
-    except ValueError:  # brackets that do not match, a port that is no number
-        valid = False
-    if not valid:
-        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
-    return url.rstrip("/")
-
-
-def checked_urls(urls: Sequence[str]) -> list[str]:
-    """Base URLs of several servers, at least one, and each once: ConfigError otherwise."""
-    if isinstance(urls, str) or not urls:
-        raise ConfigError(f"give a list with the URL of at least one server, not {urls!r:.80}")
-    checked = [checked_url(url) for url in urls]
-    twice = next((url for number, url in enumerate(checked) if url in checked[:number]), None)
-    if twice is not None:
-        raise ConfigError(f"{twice} is named twice: name each server once")
-    return checked
-
-
-def checked_seconds(what: str, seconds: float, *, zero: bool = False) -> float:
-    """A time to wait. ConfigError for what is no number of seconds, or so many that nobody waits for it.
-
-    Args:
-        zero: may it be 0?
-    """
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not is_number or not 0 <= seconds <= _LONGEST_WAIT_S or (seconds == 0 and not zero):
-        least = "0 or more" if zero else "more than 0"
-        raise ConfigError(
-            f"{what} must be a number of seconds, {least} and at most {_LONGEST_WAIT_S:g}, not {seconds!r}"
-        )
-    return seconds
 
 
 def new_session(url: str) -> requests.Session:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
-from hubsync.lifecycle.rollouts.window import AdaptiveWindow, Load, Window
+from hubsync.lifecycle.rollouts.window import AdaptiveWindow, Load, RequestLimit
 from tests.support.standins import METRICS, Hangup, StandIn
 
 SEED = 1000
@@ -357,7 +357,7 @@ looks = st.tuples(
 
 @given(st.lists(looks, max_size=60))
 def test_a_window_stays_within_its_bounds_and_moves_as_it_should(steps: list[tuple[int, int, float, int]]) -> None:
-    window = Window(SETTINGS)
+    window = RequestLimit(SETTINGS)
     finished, delay_s = 100.0, 0.0
     window.observe(Load(0, finished, delay_s))
     for waiting, more, delay, outstanding in steps:
@@ -378,7 +378,7 @@ def test_a_window_stays_within_its_bounds_and_moves_as_it_should(steps: list[tup
 
 
 def test_a_window_shrinks_once_for_what_was_sent_before() -> None:
-    window = Window(SETTINGS)
+    window = RequestLimit(SETTINGS)
     window.observe(Load(0, 0, 0))
     window.use(8)
     window.observe(Load(20, 0, 0))

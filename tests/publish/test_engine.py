@@ -857,7 +857,7 @@ def test_a_transformers_model_is_anchored_as_a_loadable_checkpoint(
 def servers(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModelServer]:
     """Two servers that behave as the worker protocol says; they hold the base of whatever is published first."""
     made = {url: ModelServer() for url in ("http://one", "http://two")}
-    monkeypatch.setattr("hubsync.replicas.deployment.VLLMServer", lambda url, **_: made[url])
+    monkeypatch.setattr("hubsync.replicas.deployment.connect", lambda url, *_, **__: made[url])
     return made
 
 

@@ -269,11 +269,11 @@ def test_a_rank_that_leaves_with_an_error_does_not_wait_for_the_others(tmp_path:
 
 
 def delivers(rank: int, address: str) -> list[Any]:
-    from hubsync.replicas import vllm_http as server_module
+    from hubsync.replicas import deployment
     from tests.replicas.test_replica import ModelServer
 
     server = ModelServer()
-    server_module.VLLMServer = lambda url, **_: server  # type: ignore[assignment, misc]
+    deployment.connect = lambda url, *_, **__: server  # type: ignore[assignment, misc]
     model, optimizer, engine = engine_of("ddp", address, base_model="net", servers=["http://one"])
     with engine:
         if rank == 0:

@@ -21,10 +21,10 @@ from types import NoneType, TracebackType
 from typing import Any
 
 from hubsync.errors import ConfigError, ReplicaError, ReplicaRefused, ReplicaUnreachable
-from hubsync.replicas.vllm_http import checked_seconds, checked_urls
+from hubsync.replicas.server import checked_seconds, checked_urls
 
 from .generation import Completion, GenerationClient, Prompt, Span
-from .window import AdaptiveWindow, Load, Window
+from .window import AdaptiveWindow, Load, RequestLimit
 
 _BACK_OFF_S = 0.1
 _LONGEST_BACK_OFF_S = 10.0
@@ -96,8 +96,10 @@ class Sampler:
         self._attempts = attempts
         self._patience = patience
         self._poll_s = poll_s
-        self._replicas = [_Replica(GenerationClient(url, api_key, timeout=timeout), Window(settings)) for url in urls]
-        self._waiting: deque[asyncio.Future[_Replica]] = deque()
+        self._replicas = [
+            _SamplingReplica(GenerationClient(url, api_key, timeout=timeout), RequestLimit(settings)) for url in urls
+        ]
+        self._waiting: deque[asyncio.Future[_SamplingReplica]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._giving_up: asyncio.TimerHandle | None = None
         self._open = self._closed = False
@@ -187,10 +189,10 @@ class Sampler:
             replica.failures = 0
             return Sample(index, k, **vars(completion), replica=replica.url, seconds=time.perf_counter() - started)
 
-    async def _acquire(self, *, again: bool) -> _Replica:
+    async def _acquire(self, *, again: bool) -> _SamplingReplica:
         """Room at the replica with the smallest share of its window in use, once there is any; first come, first
         served, but for samples that have waited before."""
-        turn: asyncio.Future[_Replica] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[_SamplingReplica] = asyncio.get_running_loop().create_future()
         self._waiting.appendleft(turn) if again else self._waiting.append(turn)
         self._assign()
         self._watch_patience()
@@ -201,7 +203,7 @@ class Sampler:
                 self._release(turn.result())
             raise
 
-    def _release(self, replica: _Replica) -> None:
+    def _release(self, replica: _SamplingReplica) -> None:
         replica.outstanding -= 1
         self._assign()
 
@@ -221,7 +223,7 @@ class Sampler:
 
     # --- whether replicas are well
 
-    async def _watch(self, replica: _Replica) -> None:
+    async def _watch(self, replica: _SamplingReplica) -> None:
         """Look at a replica from time to time, at once when it is under suspicion, and less often while it is dead."""
         while True:
             try:
@@ -261,7 +263,7 @@ class Sampler:
         return task
 
 
-class _Replica:
+class _SamplingReplica:
     """A replica, and what is known of it.
 
     Attributes:
@@ -271,7 +273,7 @@ class _Replica:
         failures: since it last made a sample.
     """
 
-    def __init__(self, client: GenerationClient, window: Window):
+    def __init__(self, client: GenerationClient, window: RequestLimit):
         self.client = client
         self.url = client.url
         self.window = window

@@ -80,7 +80,7 @@ class Load:
         return cls(waiting, finished, sum(delay for delay in delays if delay is not None))
 
 
-class Window:
+class RequestLimit:
     """The window of one server.
 
     Attributes:

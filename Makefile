@@ -16,24 +16,37 @@ OLD_TRL := .trl-1.13
 EXTRAS       := .extras
 EXTRAS_READY := $(EXTRAS)/.ready
 
+# Tests run in this many processes: one per core of the smallest machine that is supported.
+JOBS   ?= 2
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
 # One thread per process: trainer, server and tests share few cores, and spinning OpenMP threads cost a factor of 40 here.
 export OMP_NUM_THREADS ?= 1
 
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py
 
-.PHONY: help setup docs demo test test-fast test-versions test-trl test-extras test-soak test-matrix lint bench chaos clean
+# Tests that use a GPU where there is one, and the Python whose torch sees it.
+ON_GPU     := tests/kernels tests/apply/test_applier.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
+GPU_PYTHON ?= python3
+
+.PHONY: help setup docs demo test test-fast test-all test-long test-matrix test-versions test-trl test-extras \
+	test-gpu lint bench chaos clean
 help:
-	@echo "make demo       a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
-	@echo "make test       everything: linters, types, unit and end-to-end tests"
-	@echo "make test-fast  linters, types and the tests that start no vLLM and no ranks (under 5 minutes)"
-	@echo "make test-versions  the tests of the vLLM side with vLLM 0.27 and 0.32"
-	@echo "make test-trl   the tests of TRL's trainers with TRL 1.13 (make test has those with 1.16)"
-	@echo "make test-extras    the tests with DeepSpeed and with optimizers of bitsandbytes and lion-pytorch"
-	@echo "make test-matrix  every architecture in every layout (20 minutes)"
-	@echo "make test-soak  200 commits in a row under load, with clients that are killed anywhere"
-	@echo "make chaos      200 random histories of kills, stalls and faults: exact, or loud (10 minutes)"
-	@echo "make bench      the codec benchmark on synthetic weights"
+	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
+	@echo "make test           linters, types and tests of every promise, with real vLLM servers (20 minutes on 2 cores)"
+	@echo "make test-fast      linters, types and the tests that start no vLLM and no ranks (2 minutes)"
+	@echo "make test-all       all targets below but test-gpu: what make test leaves out (hours)"
+	@echo "make test-long      random histories, the full demo and a soak test"
+	@echo "make test-matrix    every architecture in every layout (20 minutes)"
+	@echo "make test-versions  the vLLM side with vLLM 0.27"
+	@echo "make test-trl       TRL's trainers with TRL 1.13"
+	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
+	@echo "make test-gpu       the tests that use GPUs, on a machine that has some (GPU_PYTHON=...)"
+	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
+	@echo "make bench          the codec benchmark on synthetic weights"
+	@echo "make docs           the API reference"
+	@echo "Options: JOBS=4 runs more tests at once; ARGS='-k name' goes to pytest or to the command."
 
 setup: $(READY)
 
@@ -65,19 +78,29 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: lint
-	$(BIN)/pytest -m "not server and not slow and not extras" $(ARGS)
+	$(PYTEST) -m "not server and not slow and not matrix and not long and not extras" $(ARGS)
 
-# What talks to vLLM, on both ends of the supported range.
-test-versions: $(READY) $(OLD_READY)
-	$(OLD)/bin/pytest -m server $(ON_VLLM) $(ARGS)
-	$(BIN)/pytest -m server $(ON_VLLM) $(ARGS)
+test-all: test-long test-matrix test-versions test-trl test-extras
 
-# The trainers, on the older end of the supported TRL range; the environment has the newer one.
+# More histories, more steps, more commits than `make test` has time for.
+test-long: $(READY)
+	$(PYTEST) -m long $(ARGS)
+
+# Every architecture that is promised, alone, tensor parallel and expert parallel.
+test-matrix: $(READY)
+	$(PYTEST) -m matrix $(ARGS)
+
+# The older end of the supported vLLM range; make test has the newer one.
+test-versions: $(OLD_READY)
+	$(OLD)/bin/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "server and not long" $(ON_VLLM) $(ARGS)
+
+# The older end of the supported TRL range; make test has the newer one.
 test-trl: $(READY) $(OLD_TRL)
-	PYTHONPATH=$(OLD_TRL) $(BIN)/pytest tests/integrations/test_trl.py tests/integrations/test_trl_family.py tests/servers/test_trl_server.py $(ARGS)
+	PYTHONPATH=$(OLD_TRL) $(PYTEST) tests/integrations/test_trl.py tests/integrations/test_trl_family.py \
+		tests/servers/test_trl_server.py $(ARGS)
 
 $(OLD_TRL): $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
@@ -85,19 +108,16 @@ $(OLD_TRL): $(READY)
 
 # Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
 test-extras: $(READY) $(EXTRAS_READY)
-	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(BIN)/pytest -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(PYTEST) -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py $(ARGS)
 
 $(EXTRAS_READY): $(READY) requirements/extras.txt
 	$(BIN)/pip install -q --no-deps --upgrade --target $(EXTRAS) -r requirements/extras.txt
 	@touch $@
 
-# Every architecture that is promised, alone, tensor parallel and expert parallel.
-test-matrix: $(READY)
-	$(BIN)/pytest -m matrix $(ARGS)
-
-# 200 commits in a row under load, with clients that are killed anywhere.
-test-soak: $(READY)
-	HUBSYNC_TEST_COMMITS=200 $(BIN)/pytest -m server tests/servers/test_commits.py -k many_commits $(ARGS)
+# Lists what it skips, and fails where there is no GPU. With several GPUs, ranks get one each.
+test-gpu:
+	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a GPU: this torch sees none. Set GPU_PYTHON to a Python whose torch does.")'
+	HUBSYNC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -rs $(ON_GPU) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)

@@ -155,6 +155,7 @@ def test_layers_and_experts_are_folded() -> None:
 
 
 @pytest.mark.server
+@pytest.mark.matrix
 def test_a_model_that_vllm_cannot_load_shows_why(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(checkpoint, capsys)
     assert code == 1
@@ -194,6 +195,7 @@ def test_experts_on_two_workers(diagnosed: Callable[..., dict[str, Any]]) -> Non
 
 
 @pytest.mark.server
+@pytest.mark.matrix
 def test_latent_attention(diagnosed: Callable[..., dict[str, Any]]) -> None:
     diagnosed("deepseek_v2")
 
@@ -206,6 +208,7 @@ def test_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.server
+@pytest.mark.matrix
 def test_a_tensor_that_is_served_in_another_dtype_is_loaded_whole_if_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_server_without_the_extension_is_told_apart(served: Served) -> None:
         served.server.rpc("hubsync_of_another_extension")
 
 
+@pytest.mark.long
 def test_a_server_that_is_not_in_development_mode_is_told_so(served: Served, start_server: Callable[..., str]) -> None:
     url = start_server(served.base, environment={"VLLM_SERVER_DEV_MODE": ""})
     with pytest.raises(ReplicaUnsuitable, match="VLLM_SERVER_DEV_MODE=1"):

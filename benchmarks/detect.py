@@ -25,7 +25,8 @@ from rich.table import Table
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.detect.sliced import Sliced
-from hubsync.publish.detect.snapshot import Snapshot, table_of
+from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.live import table_of
 
 from .apply import peak, reset_peak, resident
 from .measuring import timed

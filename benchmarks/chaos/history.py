@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from hubsync.format.digest import digest_view
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import Position
-from hubsync.publish.detect.snapshot import table_of
+from hubsync.publish.view.live import table_of
 
 from . import actors, live
 from .actors import Actor, Failed, Report, Setup

@@ -28,7 +28,8 @@ from hubsync.format.parts import read_delta, write_delta
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.config import VIEW_DTYPES
-from hubsync.publish.detect.snapshot import Snapshot, published_tensors, table_of
+from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.live import published_tensors, table_of
 
 from .actors import PID_FILE, Report, end_group
 from .events import ENDLESS, EVENTS, SIGNED

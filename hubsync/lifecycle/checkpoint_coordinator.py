@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from hubsync.errors import CheckpointFailed, ConfigError, RankError
-from hubsync.publish.ranks import Alone, Ranks, join
+from hubsync.publish.ranks import Ranks, SingleRank, join
 
 
 @dataclass
@@ -61,7 +61,7 @@ class CheckpointCoordinator:
 
     def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False):
         self._commit = commit
-        self._ranks: Ranks = Alone() if alone else join()
+        self._ranks: Ranks = SingleRank() if alone else join()
         self._closed = False
         self._changed = threading.Condition()  # guards all below
         self._steps: dict[int, _SavedStep] = {}

@@ -14,7 +14,8 @@ import torch
 
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
 from hubsync.kernels.bits import TORCH_DTYPES
-from hubsync.publish.detect.snapshot import Detector, Snapshot
+from hubsync.publish.detect.base import Detector
+from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.shards import Shard
 
 from .ranks import Ranks

@@ -29,12 +29,14 @@ from hubsync.format.parts import write_adapter_config
 from hubsync.format.patch import Patch, invert
 from hubsync.format.table import TensorTable
 from hubsync.format.view_bits import ViewBits, digest_after
+from hubsync.publish.detect.base import Detected, Detector
 from hubsync.publish.detect.sliced import choose_detector
-from hubsync.publish.detect.snapshot import Detected, Detector, LiveView, Snapshot, table_of
+from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import unwrapped
 from hubsync.publish.view.adapters import adapter_config, base_digest, is_adapted, require_same_adapter
 from hubsync.publish.view.deepspeed import is_deepspeeds, steps_masters
 from hubsync.publish.view.division import divided
+from hubsync.publish.view.live import LiveView, table_of
 from hubsync.publish.view.shards import Shard
 from hubsync.publish.view.strided import whole_of
 

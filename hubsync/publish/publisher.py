@@ -27,7 +27,7 @@ from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import write_delta
 from hubsync.format.patch import Patch, changed
 from hubsync.format.view_bits import ViewBits
-from hubsync.publish.detect.snapshot import Detected, Detector
+from hubsync.publish.detect.base import Detected, Detector
 from hubsync.publish.view.shards import Shard
 
 from .anchors import write_own_files

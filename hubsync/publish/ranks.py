@@ -61,7 +61,7 @@ class Ranks(ABC):
         """The same ranks for another thread: its rounds are independent of these."""
 
 
-class Alone(Ranks):
+class SingleRank(Ranks):
     """One process."""
 
     rank, size, group = 0, 1, None
@@ -163,7 +163,7 @@ def join() -> Ranks:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return GlooRanks()
-    return Alone()
+    return SingleRank()
 
 
 def _attempt(do: Callable[[], Any]) -> _Outcome:

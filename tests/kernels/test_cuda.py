@@ -14,8 +14,8 @@ from hubsync.chain import ChainReader
 from hubsync.chain.replay import replay
 from hubsync.format.digest import digest_at, digest_range, digest_torch
 from hubsync.publish.detect.sliced import choose_detector
-from hubsync.publish.detect.snapshot import table_of
-from hubsync.publish.view.strided import Excerpt, Place
+from hubsync.publish.view.live import table_of
+from hubsync.publish.view.strided import Place, StridedView
 from tests.publish.test_engine import Tiny, same_bits, view_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,7 +59,7 @@ def test_training_on_a_gpu_is_replayed_bit_for_bit(
 def test_parts_of_a_fused_parameter_are_compared_where_it_is(detector: str) -> None:
     experts = torch.nn.Parameter(torch.randn(5, 12, 70, device="cuda"))
     live: dict[str, torch.Tensor] = {
-        f"{expert}.{name}": Excerpt(f"{expert}.{name}", experts, Place((6, 70), (70, 1), 840 * expert + 420 * half))
+        f"{expert}.{name}": StridedView(f"{expert}.{name}", experts, Place((6, 70), (70, 1), 840 * expert + 420 * half))
         for expert in range(5)
         for half, name in enumerate(("gate", "up"))
     }

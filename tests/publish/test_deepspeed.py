@@ -19,8 +19,8 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError
-from hubsync.publish.detect.snapshot import published_tensors
 from hubsync.publish.publisher import Published
+from hubsync.publish.view.live import published_tensors
 from tests.publish.test_engine import same_bits
 from tests.publish.test_experts import qwen
 from tests.support.training import run, watched

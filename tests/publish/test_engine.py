@@ -37,8 +37,12 @@ from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
 from hubsync.publish import engine as engine_module
 from hubsync.publish import publisher as publisher_module
-from hubsync.publish.detect import snapshot as snapshot_module
-from hubsync.publish.detect.snapshot import Snapshot, published_tensors, table_of
+from hubsync.publish.detect import base as base_module
+from hubsync.publish.detect import compare as compare_module
+from hubsync.publish.detect.base import Detected
+from hubsync.publish.detect.compare import compare, compare_on_device
+from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.live import published_tensors, table_of
 from tests.replicas.test_replica import ModelServer
 from tests.support.faults import FaultyBucket
 
@@ -170,12 +174,12 @@ def test_detection_finds_exactly_the_bits_that_changed(device: str, data: st.Dat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_the_device_path_finds_the_same_as_the_cpu_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot_module, "_CHUNK", 64)
+    monkeypatch.setattr(compare_module, "_CHUNK", 64)
     old, new = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
     new[::3] = old[::3]
     old[:4] = torch.tensor([0.0, -0.0, float("nan"), float("nan")])  # the last one, unlike -0, does not change
     new[:4] = torch.tensor([-0.0, 0.0, 1.0, float("nan")])
-    on_cpu, on_device = snapshot_module._changes(old, new), snapshot_module._changes_on_device(old, new)
+    on_cpu, on_device = compare(old, new), compare_on_device(old, new)
     assert len(on_cpu.indices) > 100
     for field in ("indices", "old", "new"):
         left, right = getattr(on_cpu, field), getattr(on_device, field)
@@ -270,7 +274,7 @@ def test_publishing_from_several_threads_makes_one_chain(
 ) -> None:
     detect, detecting, overlaps = Snapshot.detect, threading.Lock(), []
 
-    def slowly(snapshot: Snapshot) -> snapshot_module.Detected:
+    def slowly(snapshot: Snapshot) -> Detected:
         overlaps.extend([1] if detecting.locked() else [])
         with detecting:
             time.sleep(0.005)
@@ -378,9 +382,9 @@ def test_the_training_thread_only_compares(
 
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, detector="snapshot")) as engine:
         for module, name in [
-            (snapshot_module, "find_changes"),
-            (snapshot_module, "difference"),
-            (snapshot_module, "digest_change"),
+            (compare_module, "find_changes"),
+            (base_module, "difference"),
+            (base_module, "digest_change"),
             (publisher_module, "write_delta"),
         ]:
             watch(module, name)

@@ -26,11 +26,12 @@ from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError
 from hubsync.format.digest import Digest
 from hubsync.publish.detect.sliced import Sliced, choose_detector
-from hubsync.publish.detect.snapshot import Snapshot, _weights, published_tensors, table_of
+from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view import conversion, shards, strided
 from hubsync.publish.view.deepspeed import Partition
+from hubsync.publish.view.live import model_tensors, published_tensors, table_of
 from hubsync.publish.view.shards import Box, Shard, box_of, divide, local_part
-from hubsync.publish.view.strided import Excerpt, Place
+from hubsync.publish.view.strided import Place, StridedView
 from tests.publish.test_engine import same_bits
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -120,17 +121,17 @@ def test_parts_of_a_parameter_are_views_of_it(address: str) -> None:
     assert torch.equal(up, fused[3, 7:])
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
     live = list(tensors.values())
-    rows = strided.stretches_of(live, [Shard.whole(tensor.shape) for tensor in live])
+    rows = strided.element_runs(live, [Shard.whole(tensor.shape) for tensor in live])
     assert len(rows) == len(list(model.parameters())), "all of a parameter is looked at together"
 
 
 def test_parts_are_trained_as_their_parameter_is_and_need_it_in_one_piece() -> None:
     whole = torch.nn.Parameter(torch.zeros(4, 3))
     place = Place((2, 3), (3, 1), 6)
-    assert Excerpt("part", whole, place).requires_grad
-    assert not Excerpt("part", whole.requires_grad_(False), place).requires_grad
+    assert StridedView("part", whole, place).requires_grad
+    assert not StridedView("part", whole.requires_grad_(False), place).requires_grad
     with pytest.raises(ConfigError, match="part is published from a part of a parameter whose memory is not contig"):
-        Excerpt("part", torch.zeros(3, 4).t(), place)
+        StridedView("part", torch.zeros(3, 4).t(), place)
 
 
 def test_an_anchor_is_a_checkpoint_that_transformers_loads(address: str) -> None:
@@ -320,7 +321,7 @@ def test_owners_of_any_piece_find_what_changes_in_every_tensor(data: st.DataObje
     offsets = {"a": 0, "b": 2 * size, "c": 3 * size}
     places = {name: Place(shape, (size, 1)[-len(shape) :], offsets[name]) for name, shape in shapes.items()}
     places["scattered"] = Place((size, 2), (1, size), 6 * size)
-    live: dict[str, torch.Tensor] = {name: Excerpt(name, whole, place) for name, place in places.items()}
+    live: dict[str, torch.Tensor] = {name: StridedView(name, whole, place) for name, place in places.items()}
     table = table_of(live, torch.bfloat16)
     held = [[Shard.whole(spec.shape).box for spec in table]] * data.draw(st.integers(1, 3))
     with pytest.MonkeyPatch.context() as patch:
@@ -378,7 +379,7 @@ def test_ranks_of_zero3_publish_the_runs_they_keep_of_experts_too(ranks: int, mo
 
     def view(parameter: Kept) -> dict[str, torch.Tensor]:
         whole = Partition("experts", parameter)
-        return {"plain": whole, **{name: Excerpt(name, whole, place) for name, place in places.items()}}
+        return {"plain": whole, **{name: StridedView(name, whole, place) for name, place in places.items()}}
 
     parameters = [Kept(old, rank, ranks) for rank in range(ranks)]
     views = [view(parameter) for parameter in parameters]
@@ -418,7 +419,7 @@ def test_which_models_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatc
         except Exception:  # a config that stands for nothing by itself, or a package that is missing
             continue
         try:
-            conversion.places_in(model, _weights(model))
+            conversion.places_in(model, model_tensors(model))
             published += 1
         except ConfigError:
             refused.add(config.model_type)

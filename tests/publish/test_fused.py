@@ -19,7 +19,7 @@ from hubsync.kernels.adamw import LANES, Room, Scalars
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.detect import fused
 from hubsync.publish.detect.sliced import Sliced
-from hubsync.publish.detect.snapshot import table_of
+from hubsync.publish.view.live import table_of
 
 SIZES = [1, LANES - 1, LANES, LANES + 1, 4096, 4096 + 33, 140_003]
 Live = dict[str, torch.nn.Parameter]

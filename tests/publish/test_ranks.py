@@ -16,8 +16,9 @@ from hubsync.chain import ChainReader, Plan, Step
 from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError, RankError
 from hubsync.format.checkpoint import Checkpoint
-from hubsync.publish.detect.snapshot import Snapshot, published_tensors
+from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.publisher import Published
+from hubsync.publish.view.live import published_tensors
 from tests.publish.test_engine import same_bits
 from tests.support.training import Net, device_of, faulty_bucket, run, spread, train, watched, whole_view
 

@@ -26,9 +26,11 @@ from hubsync.kernels import rounding
 from hubsync.kernels.bits import bits_of
 from hubsync.publish import engine as engine_module
 from hubsync.publish.detect import sliced as sliced_module
+from hubsync.publish.detect.base import Change
 from hubsync.publish.detect.sliced import Sliced, choose_detector, compose
-from hubsync.publish.detect.snapshot import Change, Snapshot, published_tensors, table_of
+from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import SlicedSteps, why_not
+from hubsync.publish.view.live import published_tensors, table_of
 from tests.publish.test_engine import Tiny, follow, same_bits, train, view_of
 from tests.support.faults import FaultyBucket
 

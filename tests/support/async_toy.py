@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from hubsync.publish.detect.snapshot import Snapshot, published_tensors, table_of
+from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.live import published_tensors, table_of
 
 from .models import save_checkpoint, save_tokenizer
 

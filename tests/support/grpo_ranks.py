@@ -20,9 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 from hubsync import SyncConfig
 from hubsync.format.digest import digest_view
 from hubsync.integrations.trl import HubSyncCallback
-from hubsync.publish.detect.snapshot import published_tensors, table_of
 from hubsync.publish.view.deepspeed import Partition, is_partitioned
-from hubsync.publish.view.strided import Excerpt
+from hubsync.publish.view.live import published_tensors, table_of
+from hubsync.publish.view.strided import StridedView
 
 from .launched import prepare
 
@@ -42,7 +42,7 @@ def whole_digest(model: torch.nn.Module) -> str:
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, Excerpt):
+    if isinstance(tensor, StridedView):
         whole, place = _gathered(tensor.whole).detach(), tensor.place
         return whole.as_strided(place.shape, place.stride, whole.storage_offset() + place.offset)
     if isinstance(tensor, Partition):

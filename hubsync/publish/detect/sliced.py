@@ -32,10 +32,14 @@ from hubsync.kernels import rounding
 from hubsync.kernels.adamw import Found
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of
 from hubsync.publish.config import SyncConfig
+from hubsync.publish.view.cast import cast, integers
+from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import local_part
-from hubsync.publish.view.strided import Excerpt, Stretch, row_of, whole_of
+from hubsync.publish.view.strided import ElementRun, StridedView, row_of, whole_of
 
-from .snapshot import Change, Detected, Detector, Snapshot, _changes, by_tensor, integers, require_same_table
+from .base import Change, Detected, Detector, split_by_tensor
+from .compare import compare
+from .snapshot import Snapshot
 from .stepping import BUCKET, SlicedSteps, unwrapped, why_not
 
 logger = logging.getLogger(__name__)
@@ -71,7 +75,7 @@ def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
     if not any(id(whole_of(tensor)) in held for tensor in tensors.values()):
         return "the optimizer holds none of the model's parameters"
     for name, tensor in tensors.items():
-        if isinstance(tensor, Excerpt) and not tensor.place.is_contiguous:
+        if isinstance(tensor, StridedView) and not tensor.place.is_contiguous:
             return f"{name} lies scattered in the parameter that the optimizer updates"
         if tensor.requires_grad and id(whole_of(tensor)) not in held:
             return f"the optimizer does not hold {name}, which is trained: another one may step it"
@@ -95,7 +99,7 @@ class Sliced:
     _submitted: dict[int, Change]  # by the last detection
     _pending: _Pending  # since then, in the elements of live tensors
     _number: dict[int, int]  # id of a live tensor -> its number, which is the index of the first that lies in it
-    _lying: dict[int, Stretch]  # number of a live tensor -> the published ones that lie in it
+    _lying: dict[int, ElementRun]  # number of a live tensor -> the published ones that lie in it
     _buffers: Snapshot
     _moved_buffers: Detected
 
@@ -290,7 +294,7 @@ class Sliced:
             number = self._number.setdefault(id(whole_of(tensor)), index)
             _, start = row_of(tensor)
             lying.setdefault(number, []).append((index, start, start + spec.numel))
-        self._lying = {number: Stretch.of(parts) for number, parts in lying.items()}
+        self._lying = {number: ElementRun.of(parts) for number, parts in lying.items()}
 
     def _note_versions(self) -> None:
         self._versions = [_version(tensor) for tensor in self._wholes]
@@ -299,7 +303,7 @@ class Sliced:
         """Changes of live tensors, by number, as changes of the published tensors that lie in them."""
         found: dict[int, Change] = {}
         for number, change in changes.items():
-            found |= by_tensor(self._lying[number], change)
+            found |= split_by_tensor(self._lying[number], change)
         return found
 
     def _look_for_writes(self) -> None:
@@ -331,7 +335,7 @@ class Sliced:
         return digest
 
     def _view(self, index: int) -> torch.Tensor:
-        return _view(self._live[index], self._dtypes[index])
+        return cast(self._live[index], self._dtypes[index])
 
 
 class _Pending:
@@ -431,17 +435,12 @@ def _composed(first: dict[int, Change], second: dict[int, Change]) -> dict[int, 
     return {index: change for index, change in out.items() if len(change.indices)}
 
 
-def _view(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The published view of a live tensor, flat; it may share the live tensor's memory."""
-    return local_part(tensor).to(dtype).contiguous().view(-1)
-
-
 def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -> torch.Tensor:
     """A copy of the published view, flat; in `room` (bfloat16[numel], on the CPU) where it fits."""
     if _is_rounded_here(parameter, dtype) and rounding.round_into(bits_of(room), bits_of(parameter)):
         return room
     if dtype == room.dtype and parameter.device == room.device:
-        return room.copy_(_view(parameter, dtype))  # cast in its shape: torch rounds a NaN otherwise in another
+        return room.copy_(cast(parameter, dtype))  # cast in its shape: torch rounds a NaN otherwise in another
     return parameter.detach().to(dtype, copy=True).contiguous().view(-1)
 
 
@@ -451,7 +450,7 @@ def _changes_since(old: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtyp
         if found is not None:
             indices, new = found
             return Change(indices, bits_of(old)[indices], new)
-    return _changes(old, _view(parameter, dtype))
+    return compare(old, cast(parameter, dtype))
 
 
 def _changes_of_unclear(found: Found, parameter: torch.Tensor) -> Change:
@@ -459,7 +458,7 @@ def _changes_of_unclear(found: Found, parameter: torch.Tensor) -> Change:
     was = parameter.detach().clone()
     for start, old in found.unclear:
         was.view(-1)[start : start + len(old)] = torch.from_numpy(old.view(np.int16)).view(torch.bfloat16)
-    return _changes(_view(was, torch.bfloat16), _view(parameter, torch.bfloat16))
+    return compare(cast(was, torch.bfloat16), cast(parameter, torch.bfloat16))
 
 
 def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -16,6 +16,7 @@ from hubsync.errors import ConfigError, RunMismatch
 from hubsync.format.digest import Digest, digest_torch, tensor_seed
 from hubsync.format.manifest import ADAPTER_FIELDS, Adapter
 
+from .cast import cast, integers
 from .deepspeed import is_partitioned
 
 _MERGED = (
@@ -86,8 +87,7 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
         elsewhere = hasattr(tensor, "to_local") or is_partitioned(tensor) or tensor.is_meta
         if elsewhere or not tensor.is_floating_point():
             return None
-        bits = tensor.detach().to(dtype).contiguous().view(-1).view(_INTEGERS[dtype.itemsize])
-        digest += digest_torch(tensor_seed(name.replace(".base_layer", "")), bits)
+        digest += digest_torch(tensor_seed(name.replace(".base_layer", "")), integers(cast(tensor, dtype)))
     return digest.hex
 
 
@@ -111,9 +111,6 @@ def require_same_adapter(run: Adapter | None, own: Adapter | None) -> None:
             f"the run's adapter was trained on other weights ({run.base.model or 'a base without a name'}) than those "
             "of this model: load that base, or choose another prefix for a new run"
         )
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _active(model: Any) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hubsync.errors import ConfigError
 
 from .shards import local_part
-from .strided import Excerpt, Place
+from .strided import Place, StridedView
 
 Tensors = dict[str, torch.Tensor]
 Places = dict[str, dict[str, Place | None]]
@@ -56,7 +56,7 @@ def published(tensors: Tensors, places: Places) -> Tensors:
     found: Tensors = {}
     for name, tensor in tensors.items():
         for tensor_name, place in places.get(name, {name: None}).items():
-            found[tensor_name] = tensor if place is None else Excerpt(tensor_name, tensor, place)
+            found[tensor_name] = tensor if place is None else StridedView(tensor_name, tensor, place)
     return found
 
 

@@ -9,10 +9,10 @@ import torch
 
 from hubsync.errors import ConfigError
 from hubsync.format.digest import Digest, digest_torch
-from hubsync.publish.detect.snapshot import integers
 from hubsync.publish.ranks import Ranks
 
-from .shards import Box, Shard, divide, held_box, local_part
+from .cast import cast, integers
+from .shards import Box, Shard, divide, held_box
 
 
 def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> list[list[Shard]]:
@@ -62,5 +62,4 @@ def _require_equal_replicas(
 
 
 def _digest_of_held(tensor: torch.Tensor, dtype: torch.dtype) -> Digest:
-    view = local_part(tensor).to(dtype).contiguous()
-    return digest_torch(0, integers(view.view(-1)))
+    return digest_torch(0, integers(cast(tensor, dtype)))

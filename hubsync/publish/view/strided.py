@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint that lie in a part of a live one: no copies, wherever the live one is held.
+"""Checkpoint tensors that are parts of a live tensor, without copies.
 
-A model may hold as one parameter what its checkpoint has as many tensors (the experts of a layer, say). Each of those
-is published as an `Excerpt`: a strided view of the parameter, made anew from its memory whenever somebody looks at it.
+A model may hold many checkpoint tensors as one parameter, for example all experts of a layer. Each of them is published
+as a `StridedView`: a strided view of the parameter, computed from its memory at each access.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from hubsync.errors import ConfigError
 
 from .shards import Box, Shard, held_box, local_part
 
-_LONGEST = 1 << 28  # elements of several tensors that are looked at together: bounds the memory for their cast
+_LONGEST = 1 << 28  # elements of several tensors that are compared together: bounds the memory for their cast
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in another, counted in that one's elements in row-major order.
+    """The position of a tensor in a larger one, counted in the larger one's elements in row-major order.
 
     Attributes:
-        shape: of the tensor that lies there.
-        stride: from one of its elements to the next, in each dimension.
-        offset: of its first element.
+        shape: shape of the tensor.
+        stride: distance from one of its elements to the next, in each dimension.
+        offset: position of its first element.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Place:
 
     @cached_property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie in a row."""
+        """Whether its elements are consecutive."""
         expected = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
         return all(
             size == 1 or stride == own for size, stride, own in zip(self.shape, self.stride, expected, strict=True)
@@ -46,13 +46,13 @@ class Place:
 
     @cached_property
     def stop(self) -> int:
-        """Behind its last element."""
+        """Position after its last element."""
         if 0 in self.shape:
             return self.offset
         return self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)) + 1
 
     def within(self, start: int, stop: int) -> Box | None:
-        """The part of it that lies in these elements of the other tensor: rows, or a run; None if that is scattered."""
+        """Its part in elements `start .. stop` of the larger tensor: rows, or a run; None if it is scattered."""
         if start <= self.offset and self.stop <= stop:
             return Shard.whole(self.shape).box
         if stop <= self.offset or self.stop <= start:
@@ -66,19 +66,19 @@ class Place:
         return Box((first // row, *(0,) * (len(self.shape) - 1)), ((end - first) // row, *self.shape[1:]))
 
 
-class Excerpt(torch.Tensor):
-    """A published tensor that lies in a part of a live one. It has its shape and dtype, and no memory of its own.
+class StridedView(torch.Tensor):
+    """A published tensor that is a part of a live one. It has the published shape and dtype, and no memory.
 
-    `shards.local_part` gives what this process holds of it; other operations are refused.
+    `shards.local_part` returns the elements that this process holds. All other operations raise TypeError.
 
     Attributes:
         whole: the live parameter or buffer.
-        place: where in it the tensor lies.
-        box: what this process holds of the tensor.
-        start: the first element of that, among those that this process holds of `whole`.
+        place: position of the tensor in `whole`.
+        box: the part of the tensor that this process holds.
+        start: the first element of `box`, among the elements that this process holds of `whole`.
 
     Raises:
-        ConfigError: the live tensor is sharded so that nobody holds such a part of it in one piece.
+        ConfigError: the live tensor is sharded so that no process holds such a part of it in one piece.
     """
 
     whole: torch.Tensor
@@ -87,8 +87,8 @@ class Excerpt(torch.Tensor):
     start: int
 
     @staticmethod
-    def __new__(cls, name: str, whole: torch.Tensor, place: Place) -> Excerpt:
-        made: Excerpt = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, name: str, whole: torch.Tensor, place: Place) -> StridedView:
+        made: StridedView = torch.Tensor._make_wrapper_subclass(
             cls, place.shape, dtype=whole.dtype, device=whole.device, requires_grad=whole.requires_grad
         )
         made.whole, made.place = whole, place
@@ -96,10 +96,10 @@ class Excerpt(torch.Tensor):
         return made
 
     def __init__(self, name: str, whole: torch.Tensor, place: Place):
-        """All is done in `__new__`, as torch wants it."""
+        """`__new__` does everything: torch requires it for wrapper subclasses."""
 
     def to_local(self) -> torch.Tensor:
-        """What this process holds of it, in the memory of the live tensor."""
+        """The elements that this process holds, in the memory of the live tensor."""
         local = local_part(self.whole)
         if self.box.numel == 0:
             return local.new_empty(self.box.shape)
@@ -111,28 +111,28 @@ class Excerpt(torch.Tensor):
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The live parameter or buffer that a published tensor lies in, or is."""
-    return tensor.whole if isinstance(tensor, Excerpt) else tensor
+    """The live parameter or buffer that contains a published tensor, or that is the published tensor."""
+    return tensor.whole if isinstance(tensor, StridedView) else tensor
 
 
 def row_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The live tensor in which the elements of a published one lie in a row, and the first of what is held there.
+    """The live tensor that holds a published one as consecutive elements, and the first held element in it.
 
-    The published tensor itself, and 0, if it is scattered, or no part of another.
+    The published tensor itself and 0, if it is scattered or no part of another tensor.
     """
-    if isinstance(tensor, Excerpt) and tensor.place.is_contiguous:
+    if isinstance(tensor, StridedView) and tensor.place.is_contiguous:
         return tensor.whole, tensor.start
     return tensor, 0
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Elements of a live tensor in a row, and the published tensors that lie in them.
+class ElementRun:
+    """Consecutive elements of a live tensor, and the published tensors in them.
 
     Attributes:
-        indices: of these tensors in the table.
-        starts: int64[tensors], the element of the stretch with which each begins.
-        stops: int64[tensors], and behind which each ends.
+        indices: table indices of these tensors.
+        starts: int64[tensors], the first element of each, counted in the run.
+        stops: int64[tensors], the end of each (exclusive).
     """
 
     indices: tuple[int, ...]
@@ -140,30 +140,30 @@ class Stretch:
     stops: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[int, int, int]]) -> Stretch:
-        """Of tensors as (index, start, stop)."""
+    def of(cls, parts: Sequence[tuple[int, int, int]]) -> ElementRun:
+        """The run of tensors given as (index, start, stop)."""
         indices, starts, stops = zip(*parts, strict=True)
         return cls(indices, np.array(starts, np.int64), np.array(stops, np.int64))
 
     def split(self, elements: np.ndarray) -> Iterator[tuple[int, slice, int]]:
-        """For each tensor that some of these elements (int64, ascending) lie in: its index, which ones, its start."""
+        """For each tensor with some of these elements (int64, ascending): its index, their slice, its start."""
         firsts, lasts = np.searchsorted(elements, self.starts), np.searchsorted(elements, self.stops)
         for number in np.flatnonzero(firsts < lasts).tolist():
             yield self.indices[number], slice(firsts[number], lasts[number]), int(self.starts[number])
 
 
-def stretches_of(live: Sequence[torch.Tensor], shards: Sequence[Shard]) -> list[tuple[int, Stretch]]:
-    """What this process owns of published tensors, in as few rows of elements as possible.
+def element_runs(live: Sequence[torch.Tensor], shards: Sequence[Shard]) -> list[tuple[int, ElementRun]]:
+    """The elements of published tensors that this process owns, as few runs as possible.
 
     Args:
         live: the published tensors, in the table's order.
-        shards: what is owned of each.
+        shards: the elements owned of each.
 
     Returns:
-        Each stretch, and where it begins in what is held of the live tensor that `row_of` says.
+        Each run with its first element, counted in what this process holds of the live tensor that `row_of` returns.
     """
     rows: list[list[tuple[int, int, int]]] = []
-    last: torch.Tensor | None = None  # what the last row lies in
+    last: torch.Tensor | None = None  # the tensor of the last row
     for index, (tensor, shard) in enumerate(zip(live, shards, strict=True)):
         whole, offset = row_of(tensor)
         start = offset + shard.start
@@ -174,15 +174,17 @@ def stretches_of(live: Sequence[torch.Tensor], shards: Sequence[Shard]) -> list[
         rows[-1].append((index, start, start + shard.numel))
         last = whole
     return [
-        (row[0][1], Stretch.of([(index, start - row[0][1], stop - row[0][1]) for index, start, stop in row]))
+        (row[0][1], ElementRun.of([(index, start - row[0][1], stop - row[0][1]) for index, start, stop in row]))
         for row in rows
     ]
 
 
 def _held(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int]:
-    """What this process holds of a part of a live tensor, and where that begins in what it holds of the tensor."""
+    """The part of a published tensor that this process holds, and its first element in what it holds of `whole`."""
     if not local_part(whole).is_contiguous():
-        raise ConfigError(f"{name} is published from a part of a parameter whose memory is not contiguous: make it so")
+        raise ConfigError(
+            f"{name} is a part of a parameter whose memory is not contiguous: make the parameter contiguous"
+        )
     held = held_box(name, whole)
     if held.numel == 0:
         return Box((0,) * len(place.shape), (0,) * len(place.shape)), 0
@@ -190,8 +192,8 @@ def _held(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int]:
     box = None if start is None else place.within(start, start + held.numel)
     if start is None or box is None:
         raise ConfigError(
-            f"{name} is a part of a parameter {list(whole.shape)}, of which this process holds no whole rows but "
-            f"{list(held.shape)}: shard its first dimension (the experts, as `fully_shard` does), or use DDP"
+            f"{name} is a part of a parameter {list(whole.shape)}, and this process holds {list(held.shape)} of "
+            "it, no whole rows: shard its first dimension (the experts, as `fully_shard` does), or use DDP"
         )
     if box.numel == 0:
         return box, 0
@@ -201,5 +203,5 @@ def _held(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int]:
 
 
 def _strides_of(box: Box, place: Place) -> tuple[int, ...]:
-    """From one element of what is held to the next, in each dimension of the box."""
+    """Distance from one held element to the next, in each dimension of the box."""
     return place.stride if len(box.shape) == len(place.stride) else (1,)

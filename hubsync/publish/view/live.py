@@ -1,0 +1,121 @@
+"""The published view of a model: the tensors that a checkpoint of it would hold.
+
+These are its parameters and persistent floating point buffers. Each is published once, under its checkpoint name and in
+the parts that a checkpoint has of it, cast to the dtype that is served.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hubsync.errors import ConfigError
+from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.kernels.bits import dtype_code
+
+from .adapters import adapter_tensors, is_adapted
+from .conversion import Places, places_in, published
+from .deepspeed import Partition, is_partitioned
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
+_ANOTHER_MODEL = "a run publishes one model: make a new engine with another prefix for this one"
+
+
+class LiveView:
+    """The published tensors of a model, and their positions in its parameters and buffers.
+
+    Raises:
+        ConfigError: the model has no weights, or its checkpoint holds tensors that are no parts of its own.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        found = live_tensors(model)
+        if not found:
+            raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+        self._places: Places = {}
+        saving = None if is_adapted(model) else _saving_model(model)
+        if saving is not None:
+            prefix, inner = saving
+            self._places = places_in(inner, found, prefix)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now."""
+        return published(live_tensors(self._model), self._places)
+
+
+def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`LiveView.tensors`, once."""
+    return LiveView(model).tensors()
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name without wrappers -> live parameter or buffer, in the model's order; tied weights under their first name.
+
+    For a PEFT model these are the tensors of its adapter, under their names in an adapter checkpoint. Integer tensors
+    are not weights and are left out. ConfigError for a tensor that is sharded in an unsupported way, or that cannot be
+    published.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in (adapter_tensors(model) if is_adapted(model) else model_tensors(model)).items():
+        _require_loaded(name, tensor)
+        tensor = Partition(name, tensor) if is_partitioned(tensor) else tensor
+        if tensor.is_complex():
+            raise ConfigError(f"{name} is complex: only real weights can be published")
+        if not tensor.is_floating_point():
+            continue
+        checkpoint_name = _checkpoint_name(name)
+        if checkpoint_name in found:
+            raise ConfigError(f"two tensors of the model have the checkpoint name {checkpoint_name}")
+        found[checkpoint_name] = tensor
+    return found
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of a model by name."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTable:
+    """The tensor table of a published view that is served in `dtype`."""
+    code = dtype_code(dtype)
+    return TensorTable([TensorSpec(name, tuple(tensor.shape), code) for name, tensor in tensors.items()])
+
+
+def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> None:
+    """ConfigError unless live tensors have the names and shapes of the table."""
+    for name in sorted(tensors.keys() ^ {spec.name for spec in table}):
+        raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
+    for spec in table:
+        if tuple(tensors[spec.name].shape) != spec.shape:
+            raise ConfigError(
+                f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
+                + _ANOTHER_MODEL
+            )
+
+
+def _checkpoint_name(name: str) -> str:
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    while len(segments) > 1 and segments[0] == "module":  # DistributedDataParallel
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def _saving_model(model: torch.nn.Module) -> tuple[str, torch.nn.Module] | None:
+    """The transformers model inside the wrappers, and its name prefix. None for any other model: it has no renames."""
+    inner, path = model, ""
+    while not hasattr(inner, "save_pretrained"):
+        children = list(inner.named_children())
+        if len(children) != 1:
+            return None
+        ((name, inner),) = children
+        path += f"{name}."
+    return _checkpoint_name(f"{path}name").removesuffix("name"), getattr(inner, "_orig_mod", inner)
+
+
+def _require_loaded(name: str, tensor: torch.Tensor) -> None:
+    if "_fsdp_wrapped_module" in name or "_flat_param" in name:
+        raise ConfigError(f"{name} is sharded by FSDP1, which is not supported: use FSDP2 (`fully_shard`)")
+    if tensor.is_meta:
+        raise ConfigError(f"{name} is on the meta device: load the weights before the engine is made")

@@ -25,7 +25,7 @@ from hubsync.format.view_bits import Advanced
 
 from .index import ChainIndex, read_head
 from .layout import Layout
-from .planner import Plan, Step, Planner
+from .planner import Plan, Planner, Step
 
 logger = logging.getLogger(__name__)
 

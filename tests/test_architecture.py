@@ -25,6 +25,7 @@ LAYERS = [
     {"hubsync.integrations", "hubsync.lifecycle"},
     {"hubsync.demo", "hubsync.doctor"},
     {"hubsync.cli"},
+    {"hubsync.__main__"},
 ]
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 

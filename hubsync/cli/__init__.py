@@ -1,0 +1,1 @@
+"""The `hubsync` command. `hubsync.cli.commands` is the table of commands; each has a module of its name here."""

@@ -1,34 +1,26 @@
-"""`hubsync hub`: a Hugging Face Hub with real buckets on this machine, for development and tests."""
+"""`hubsync hub`: run a local Hugging Face Hub with buckets, for development and tests."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import threading
-from typing import Any
 
 from hubsync.errors import ConfigError
-from hubsync.localhub import LocalHub
 
 _DEFAULT_PORT = 8418
+
+HELP = "run a local Hub with buckets, for development"
 DESCRIPTION = """\
-Serve a Hugging Face Hub with real buckets from a directory. For development and tests only: it listens on
-127.0.0.1, and keeps everything that is uploaded. Set the two variables it prints wherever huggingface_hub,
-hubsync or vLLM run.
+Serve a Hugging Face Hub with real buckets from a directory, for development and tests. It listens on 127.0.0.1 only and
+keeps everything that is uploaded. Set the two environment variables that it prints for every process that uses
+huggingface_hub, hubsync or vLLM.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the subcommand."""
-    parser = subparsers.add_parser("hub", help="run a local Hub with buckets, for development", description=DESCRIPTION)
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Register the arguments that `run` reads."""
     parser.add_argument(
-        "--root", required=True, metavar="DIR", help="directory that holds everything; continued if it exists"
+        "--root", required=True, metavar="DIR", help="directory that holds everything; an existing Hub is continued"
     )
     parser.add_argument(
         "--port", type=int, default=_DEFAULT_PORT, help="port on 127.0.0.1, 0 for a free one (default: %(default)s)"
@@ -46,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until interrupted or terminated."""
+    """Serve until SIGINT or SIGTERM."""
+    from hubsync.localhub import LocalHub
+
     if not args.root.strip():
         raise ConfigError("--root must name a directory, such as ./hub")
     stopped = threading.Event()

@@ -1,30 +1,44 @@
-"""The `hubsync` command. Each subcommand is a module with `add_parser(subparsers)`, which sets `run(args) -> int`."""
+"""The `hubsync` command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hubsync import __version__
 from hubsync.errors import HubsyncError
 
-from . import compact, demo, doctor, follow, gc, hub, inspect, keys, repair, serve
+from . import commands
 
-COMMANDS = (demo, doctor, follow, hub, inspect, serve, compact, gc, repair, keys)
+DESCRIPTION = """\
+Delta weight sync for RL training: a trainer publishes weight deltas to a Hugging Face bucket, and running vLLM servers
+apply them in place, bit for bit.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns its exit code: 0 success, 1 a failure that was explained, 2 wrong usage."""
-    args = make_parser().parse_args(argv)
+    """Run one command line. Returns the exit code: 0 success, 1 an explained failure, 130 interrupted.
+
+    argparse ends the process with code 2 on wrong usage.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    table = commands.built_in()
+    if not words or words[0] not in table:  # so that another package cannot break or slow down a built-in command
+        table |= commands.installed()
+    parser = make_parser(table)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     try:
         return args.run(args) or 0
     except HubsyncError as error:
         print(f"hubsync: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as in `hubsync ls ADDRESS | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         return 1
     except OSError as error:  # of a path that the user gave: a full disk, no permission, a file for a directory
         print(f"hubsync: {error}", file=sys.stderr)
@@ -33,16 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(table: Mapping[str, commands.Command]) -> argparse.ArgumentParser:
+    """The parser of the whole command line; it sets `run` to the chosen command's."""
     parser = argparse.ArgumentParser(
         prog="hubsync",
-        description="The weights of a running vLLM server follow a trainer, through a bucket, bit for bit.",
+        description=DESCRIPTION,
+        epilog="`hubsync COMMAND --help` shows a command's options.",
+        formatter_class=_Formatter,
     )
     parser.add_argument("--version", action="version", version=f"hubsync {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(subparsers)
+    for name, command in table.items():
+        subparser = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
     return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Lists the commands without a line for COMMAND above them."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if action.nargs == argparse.PARSER else text
 
 
 if __name__ == "__main__":

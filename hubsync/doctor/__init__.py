@@ -1,1 +1,4 @@
-"""Will my model work? `hubsync doctor` finds out by doing it: `trial` makes the change, `exam` has engines make it."""
+"""`hubsync doctor` checks whether a model can be synced exactly.
+
+`trial` makes a run of two versions, `diagnosis` has engines follow it, `report` prints the outcome.
+"""

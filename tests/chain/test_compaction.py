@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,12 @@ from hubsync.bucket import LocalBucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Compactor, Layout, Step
 from hubsync.chain.retention import Collector, Policy
-from hubsync.cli import compact, inspect
+from hubsync.cli import compact
 from hubsync.cli.main import main
 from hubsync.errors import FormatError
 from hubsync.format.manifest import Head, Manifest, Position
 from hubsync.format.parts import write_delta
+from tests.support.commands import hubsync
 from tests.support.faults import FaultyBucket
 from tests.support.history import RUN_ID, History
 
@@ -301,15 +301,6 @@ def test_merged_deltas_in_a_hub_bucket(hub_bucket: HubBucket, tmp_path: Path) ->
 # --- commands ---------------------------------------------------------------------------------------
 
 
-def hubsync(*argv: object) -> int:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    inspect.add_parser(subparsers)
-    compact.add_parser(subparsers)
-    args = parser.parse_args([str(arg) for arg in argv])
-    return args.run(args)
-
-
 @pytest.fixture
 def base(history: History, tmp_path: Path) -> Path:
     directory = tmp_path / "base"
@@ -328,7 +319,7 @@ def test_the_command_says_what_it_made(history: History, capsys: pytest.CaptureF
         "merged versions 0..2",
         "merged versions 2..4",
         "merged versions 0..4",
-        "3 merged deltas made",
+        "merged deltas written",
     ]
     assert hubsync("compact", address) == 0
     assert capsys.readouterr().out == "nothing to merge\n"
@@ -349,10 +340,10 @@ def test_watching_goes_on_with_each_new_version(
         hubsync("compact", history.bucket.address, "--watch")
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "merged versions 0..2",
-        "1 merged deltas made",
+        "merged deltas written",
         "merged versions 2..4",
         "merged versions 0..4",
-        "2 merged deltas made",
+        "merged deltas written",
     ]
 
 
@@ -361,7 +352,7 @@ def test_the_command_needs_the_base_for_compact_deltas(
 ) -> None:
     history.publish(compact=True), history.publish(compact=True)
     assert hubsync("compact", history.bucket.address) == 0
-    assert "left out 1 spans of compact deltas" in capsys.readouterr().out
+    assert "spans of compact deltas skipped: 1" in capsys.readouterr().out
     assert hubsync("compact", history.bucket.address, "--base", base) == 0
     assert "merged versions 0..2" in capsys.readouterr().out
 

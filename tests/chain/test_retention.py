@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
@@ -17,10 +16,10 @@ from hubsync.bucket.base import Stat
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Compactor, Layout
 from hubsync.chain.retention import Collector, Garbage, Policy
-from hubsync.cli import gc
 from hubsync.errors import BucketError, BucketUnavailable, NoPath
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import FORMAT, Position, seal
+from tests.support.commands import hubsync
 from tests.support.faults import FaultyBucket
 from tests.support.history import History
 
@@ -428,13 +427,6 @@ def test_retention_in_a_hub_bucket(hub_bucket: HubBucket, tmp_path: Path) -> Non
 
 
 # --- the command ------------------------------------------------------------------------------------
-
-
-def hubsync(*argv: object) -> int:
-    parser = argparse.ArgumentParser()
-    gc.add_parser(parser.add_subparsers())
-    args = parser.parse_args([str(arg) for arg in argv])
-    return args.run(args)
 
 
 def test_the_command_says_what_and_why(history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

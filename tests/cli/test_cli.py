@@ -1,4 +1,4 @@
-"""What a user gets who types something wrong: one line, an exit code, no traceback."""
+"""The command line as a whole: help, wrong use, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync import DeltaWeightTransferEngine, SyncConfig, __version__
+from hubsync.chain.compaction import MAX_SPAN
+from hubsync.cli import compact
 from hubsync.cli.main import main
 
 
@@ -60,7 +62,7 @@ def test_a_wrong_use_is_explained_in_one_line(
 
 @pytest.mark.parametrize(
     "words",
-    ["", "list", "ls", "show {run} x", "show {run} 100000000", "pull {run} out --version -1", "ls {run} --limit -5"],
+    ["list", "ls", "show {run} x", "show {run} 100000000", "pull {run} out --version -1", "ls {run} --limit -5"],
 )
 def test_a_wrong_command_line_shows_its_usage(address: str, capsys: pytest.CaptureFixture[str], words: str) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -69,16 +71,51 @@ def test_a_wrong_command_line_shows_its_usage(address: str, capsys: pytest.Captu
     assert "usage: hubsync" in capsys.readouterr().err
 
 
+def test_without_a_command_it_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "list the versions of a run" in capsys.readouterr().err
+
+
+def test_the_help_of_every_command_is_light() -> None:
+    """`--help` imports neither torch nor numba, nor anything else that takes long. One process for all commands."""
+    code = """
+import contextlib, io, sys, time
+from hubsync.cli.commands import BUILT_IN
+from hubsync.cli.main import main
+
+for words in ([], *([name] for name in BUILT_IN)):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    assert text.getvalue().startswith("usage: hubsync"), words
+heavy = {"torch", "numba", "numpy", "rich", "httpx", "requests", "huggingface_hub"} & sys.modules.keys()
+assert not heavy, heavy
+print(time.process_time())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 0.5, "seconds of CPU"
+
+
+def test_the_package_is_a_program() -> None:
+    shown = subprocess.run([sys.executable, "-m", "hubsync", "--version"], capture_output=True, text=True)
+    assert shown.stdout == f"hubsync {__version__}\n"
+
+
+def test_the_default_span_is_the_compactors() -> None:
+    assert compact.DEFAULT_MAX_SPAN == MAX_SPAN
+
+
 def test_a_name_is_shown_as_it_was_given(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", address]) == 0
     assert "grpo [lr=1e-6] [/x] :smile:" in capsys.readouterr().out
 
 
-def test_a_reader_that_goes_away_is_no_error(address: str) -> None:
+def test_a_pipe_that_is_closed_early_ends_quietly(address: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as nobody:
+    with os.fdopen(writing, "w") as closed:
         ended = subprocess.run(
-            [sys.executable, "-m", "hubsync.cli.main", "ls", address], stdout=nobody, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "hubsync", "ls", address], stdout=closed, stderr=subprocess.PIPE, text=True
         )
     assert (ended.returncode, ended.stderr) == (1, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,19 +13,10 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader, Layout
 from hubsync.chain.retention import Collector, Policy
-from hubsync.cli import compact, inspect
 from hubsync.errors import BucketMissing, ConfigError, NoPath, ObjectCorrupt, WrongParent
 from hubsync.kernels.bits import bits_of
+from tests.support.commands import hubsync
 from tests.support.history import History
-
-
-def hubsync(*argv: object) -> int:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    for command in (inspect, compact):
-        command.add_parser(subparsers)
-    args = parser.parse_args([str(arg) for arg in argv])
-    return args.run(args)
 
 
 @pytest.fixture
@@ -90,7 +80,7 @@ def test_verify_replays_everything(address: str, base: Path, capsys: pytest.Capt
 
 def test_verify_without_the_base_says_what_it_could_not_prove(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert hubsync("verify", address) == 1
-    assert "needs --base" in capsys.readouterr().out
+    assert "replaying it needs --base" in capsys.readouterr().out
 
 
 def test_verify_starts_at_an_anchor_too(
@@ -121,7 +111,7 @@ def test_verify_begins_at_the_oldest_anchor_that_retention_has_left(
     assert hubsync("verify", history.bucket.address) == 0
     output = capsys.readouterr().out
     assert ("3 of 4 replayed" if compact else "4 of 4 replayed") in output
-    assert ("what it applies to has been deleted" in output) == compact
+    assert ("the version it applies to has been deleted" in output) == compact
 
 
 def test_verify_finds_damage_and_a_wrong_base(address: str, base: Path, tmp_path: Path) -> None:
@@ -186,7 +176,7 @@ def test_pull_from_an_anchor_needs_no_base(address: str, model: torch.nn.Linear,
 
 
 def test_pull_writes_all_or_nothing(address: str, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoPath, match=r"base checkpoint is not at hand.* --base DIR"):
+    with pytest.raises(NoPath, match=r"base model is not on this machine.* --base DIR"):
         hubsync("pull", address, tmp_path / "out")
     with pytest.raises(NoPath, match="version 9"):
         hubsync("pull", address, tmp_path / "out", "--base", base, "--version", 9)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubsync.cli.doctor import folded
 from hubsync.cli.main import main
-from hubsync.doctor import exam
-from hubsync.doctor.exam import TensorReport
+from hubsync.doctor import diagnosis
+from hubsync.doctor.diagnosis import TensorReport
+from hubsync.doctor.report import folded
 from hubsync.doctor.trial import make_trial, random_patch
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
@@ -82,7 +82,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
         **changes,
     }
     answers = iter([follows, {"memory": [{"w": "new"}], "error": None}])
-    monkeypatch.setattr(exam, "_run", lambda *_: next(answers))
+    monkeypatch.setattr(diagnosis, "_run", lambda *_: next(answers))
 
 
 def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -95,15 +95,15 @@ def test_an_exact_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsy
     fake(monkeypatch)
     code, text = run(checkpoint, capsys)
     assert code == 0
-    assert "computed again after a commit: v" in text
-    assert "Yes: this model can be followed exactly" in text
+    assert "recomputed after each commit: v" in text
+    assert "Yes: this model can be synced exactly" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"followed": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal a fresh load"),
-        ({"undone": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal the weights before"),
+        ({"undone": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal the original weights after the undo"),
         ({"followed": [{"w": "new", "lost": "x"}]}, "differs: rank 0: lost"),
         ({"error": {"type": "ReplicaRefused", "message": "a: why"}}, "No. ReplicaRefused: a: why"),
     ],

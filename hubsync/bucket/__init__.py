@@ -1,15 +1,15 @@
-"""Where runs live: a Hugging Face bucket, or a directory. Open either with `open_bucket`."""
+"""Storage of runs: a Hugging Face bucket, a directory, or a registered backend. `open_bucket` opens each by address."""
 
 from __future__ import annotations
 
 from hubsync.format.keys import PublicKey, SigningKey
 
-from .address import HUB_SCHEME, not_an_address
-from .base import Bucket, Download, Stat, Upload
+from .base import Bucket, Copied, Download, Stat, Upload
 from .local import LocalBucket
+from .registry import opener_for
 from .signed import SignedBucket
 
-__all__ = ["Bucket", "Download", "LocalBucket", "SignedBucket", "Stat", "Upload", "open_bucket"]
+__all__ = ["Bucket", "Copied", "Download", "LocalBucket", "SignedBucket", "Stat", "Upload", "open_bucket"]
 
 
 def open_bucket(
@@ -20,27 +20,21 @@ def open_bucket(
     endpoint: str | None = None,
     key: PublicKey | SigningKey | None = None,
 ) -> Bucket:
-    """Open the bucket at `address`: `hf://buckets/<namespace>/<name>/<run>`, or a directory.
+    """Open the bucket at `address`.
 
     Args:
-        address: what the user typed.
-        create: make the bucket (private on the Hub) or the directory if it does not exist yet.
-        token: Hugging Face token; default is the one of the environment or of `hf auth login`.
-        endpoint: URL of the Hub; default is `HF_ENDPOINT`, or the public Hub.
-        key: refuse documents that it has not signed; a signing key also signs what is written.
+        address: `hf://buckets/<namespace>/<name>/<run>`, a directory, or an address with a scheme that an installed
+            package has registered (see `hubsync.bucket.registry`).
+        create: make the bucket (private on the Hub) or the directory if it does not exist.
+        token: Hugging Face token. Defaults to the one of the environment or of `hf auth login`.
+        endpoint: URL of the Hub. Defaults to `HF_ENDPOINT`, else the public Hub.
+        key: reject documents that this key has not signed. A signing key also signs what is written.
 
     Raises:
-        ConfigError: the address has neither form.
-        BucketMissing: it does not exist and `create` is false.
-        BucketDenied: no access with this token.
+        ConfigError: the address is malformed, or no backend is installed for its scheme.
+        BucketMissing: the bucket does not exist and `create` is false.
+        BucketDenied: the token has no access.
+        BucketUnavailable: the storage cannot be reached.
     """
-    bucket: Bucket
-    if address.startswith(HUB_SCHEME):
-        from .hub import HubBucket
-
-        bucket = HubBucket(address, create=create, token=token, endpoint=endpoint)
-    elif not address.strip() or "://" in address or address.startswith("hf:"):
-        raise not_an_address(address)
-    else:
-        bucket = LocalBucket(address, create=create)
+    bucket = opener_for(address)(address, create=create, token=token, endpoint=endpoint)
     return bucket if key is None else SignedBucket(bucket, key)

@@ -1,4 +1,4 @@
-"""Addresses of buckets, as users type them."""
+"""Addresses of Hugging Face buckets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from hubsync.errors import ConfigError
 
 from .names import SEGMENT
-
-HUB_SCHEME = "hf://"
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"hf://buckets/({_PART}/{_PART})/({SEGMENT}(?:/{SEGMENT})*)/?")
@@ -29,7 +27,7 @@ class HubAddress:
 
     @classmethod
     def parse(cls, address: str) -> HubAddress:
-        """ConfigError if it has another form."""
+        """ConfigError if the address has another form."""
         match = _HUB.fullmatch(address)
         if match is None:
             raise not_an_address(address)
@@ -37,7 +35,7 @@ class HubAddress:
 
 
 def not_an_address(address: str) -> ConfigError:
-    """What to tell somebody who typed neither form."""
+    """The error for an address that has neither form."""
     return ConfigError(
         f"{address!r:.200} is not a bucket address; use hf://buckets/<namespace>/<name>/<run> for a Hugging Face "
         "bucket, or a directory such as /data/runs/my-run"

@@ -1,16 +1,18 @@
-"""The one narrow interface between hubsync and where bytes live.
+"""The storage interface: a handful of verbs, as narrow as Litestream's `ReplicaClient`.
 
-Litestream's lesson: keep the storage interface to a handful of verbs, and every client stays small. All
-paths are relative to the run's prefix, use `/`, and are made by `hubsync.chain.Layout` alone.
+A run needs nothing else from its storage, so every backend stays small. To add one, subclass `Bucket`, implement its
+seven abstract methods, and register the class (see `hubsync.bucket.registry`). `tests/bucket/test_bucket.py` holds the
+tests that every backend passes. All paths are relative to the run's prefix, use `/`, and come from
+`hubsync.chain.Layout`.
 
-What callers may rely on, whatever the implementation:
+Callers rely on these promises of every backend:
 
-* an object is never visible under its name with half of its bytes;
-* `put` is for immutable objects, many at once; `commit` is for one small object, written atomically,
-  and (only for the head) replaced atomically;
-* `fetch` ends with a complete, hash-checked local file under its final name, or with an error and nothing;
-* failures are `hubsync.errors.BucketError`s, never those of a transport library;
-* objects are safe to use from several threads and several processes.
+* An object is never visible under its name with a part of its bytes.
+* `put` writes immutable objects, many at once. `commit` writes one small object atomically. Only the head is replaced.
+* `fetch` ends with a complete, hash-checked local file under its final name, or with an error and no file.
+* Failures are `hubsync.errors.BucketError`s, never errors of a transport library.
+* Every method may be called from several threads and several processes at once.
+* Every wait has a deadline; after it, `BucketUnavailable` is raised.
 """
 
 from __future__ import annotations
@@ -24,25 +26,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Upload:
-    """One immutable object to write: `source` is a local file, or the bytes themselves."""
+    """One immutable object to write. `source` is a local file, or the bytes themselves."""
 
     path: str
     source: Path | bytes
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What a bucket knows about an object without reading it.
+    """Facts about an object that a bucket knows without reading it.
 
     Attributes:
-        path: path relative to the run's prefix.
+        path: relative to the run's prefix.
         size: bytes.
-        etag: changes whenever the content does (xet hash on the Hub; inode, mtime and size in a directory).
-        modified: when it was written, in seconds since 1970 by the storage's clock; None if that is not known.
+        etag: changes whenever the content does (the xet hash on the Hub; inode, mtime and size in a directory).
+        modified: when the object was written, in seconds since 1970 by the storage's clock. None if unknown.
     """
 
     path: str
@@ -53,7 +56,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Download:
-    """One object to fetch: the bytes at `path` must have exactly this size and SHA-256 (hex)."""
+    """One object to fetch. The bytes at `path` must have exactly this size and SHA-256 (hex)."""
 
     path: str
     size: int
@@ -63,48 +66,52 @@ class Download:
 
 @dataclass(frozen=True)
 class Copied:
-    """What an object that was copied in holds: bytes, and their SHA-256 (hex)."""
+    """Size in bytes and SHA-256 (hex) of an object that was copied in."""
 
     size: int
     sha256: str
 
 
 class Bucket(ABC):
-    """A prefix of some storage that holds one run."""
+    """A prefix of some storage that holds one run.
 
-    address: str  # what the user typed, for messages
+    Attributes:
+        address: as the user typed it, for messages.
+    """
+
+    address: str
 
     @abstractmethod
     def put(self, uploads: Sequence[Upload]) -> None:
-        """Write immutable objects, then check that every one is there with its size.
+        """Write immutable objects, then check that each one exists with its size.
 
-        Putting an object that already exists with the same size is fine (a retry). One of another size is a
-        `BucketError` in a directory; the Hub replaces it, because looking first would cost an API call: names must
-        be unique. May leave some of the objects written if it fails; none of them half.
+        Writing an object that already exists with the same size succeeds (a retry). If it exists with another size, a
+        directory raises BucketError. The Hub replaces it, because checking first would cost an API call. So names must
+        be unique. After a failure some objects may be written, each of them completely.
         """
 
     @abstractmethod
     def commit(self, path: str, data: bytes) -> None:
-        """Write (or, for the head, replace) one small object atomically.
+        """Write one small object atomically. The head is replaced.
 
-        An unknown outcome (connection lost after sending) is read back before this raises, so when it raises
-        `BucketUnavailable` the object may or may not be there, and when it raises anything else it is not.
+        If the answer is lost, the object is read back before this raises. After BucketUnavailable the object may or
+        may not exist. After any other error it does not.
         """
 
     @abstractmethod
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
-        """Contents of small objects; those that do not exist are absent from the result.
+        """Return the contents of small objects. Objects that do not exist are absent from the result.
 
-        FormatError if one is larger than `max_bytes`. No hash is known for these; their parsers validate.
+        FormatError if one is larger than `max_bytes`. Hashes of these objects are unknown; their parsers validate them.
         """
 
     @abstractmethod
     def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
-        """`Stat` of each existing path (missing ones are absent). One API call on the Hub: the idle poll."""
+        """Return the `Stat` of each object that exists. One API call on the Hub: the idle poll."""
 
     @abstractmethod
     def list(self, prefix: str = "", *, recursive: bool = True) -> Iterable[Stat]:
-        """Objects below the *directory* `prefix` (never a lexical prefix of a sibling's name), sorted by path.
+        """Objects below the *directory* `prefix`, sorted by path. Siblings whose names begin alike do not match.
 
         With `recursive=False`, sub-directories appear as `Stat(path + "/", 0, "")`. An unknown prefix is empty.
         """
@@ -113,22 +120,22 @@ class Bucket(ABC):
     def fetch(self, downloads: Sequence[Download]) -> None:
         """Download into temporary files, check size and SHA-256, then rename each into place.
 
-        A destination that already holds the right bytes is kept. ObjectMissing or ObjectCorrupt (after one
-        more try) otherwise; files already fetched stay, no partial file remains.
+        A destination that already holds the right bytes is kept. Otherwise ObjectMissing, or ObjectCorrupt after one
+        more try. Files already fetched stay; no partial file remains.
         """
 
-    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
-        """Copy files of a model repository (file -> path) inside of the storage; none of their bytes pass here.
+    @abstractmethod
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects. Objects that do not exist are ignored."""
 
-        Returns path -> what is there now; None if not all files can be copied so, and then none is. Size and SHA-256
-        are what the repository states.
+    def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
+        """Copy files of a model repository (file name -> path) within the storage, without downloading them.
+
+        Returns path -> size and SHA-256 as the repository states them; None, and nothing is copied, unless every file
+        can be copied this way. The default returns None.
         """
         return None
 
     def now(self) -> float:
-        """Seconds since 1970 by the storage's clock; a directory has that of this machine."""
+        """Seconds since 1970 by the storage's clock. The default is this machine's clock."""
         return time.time()
-
-    @abstractmethod
-    def delete(self, paths: Sequence[str]) -> None:
-        """Delete objects; deleting one that is not there is fine."""

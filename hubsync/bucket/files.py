@@ -15,7 +15,7 @@ COPY_BYTES = 4 << 20
 
 @contextmanager
 def temporary(directory: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """A fresh name in `directory` (made if needed); whatever is still there under it afterwards is removed.
+    """Yield an unused name in `directory`, which is made if needed. A file left under the name is removed at the end.
 
     Rename the file away to keep it. The name starts with a dot, so it is never an object name.
     """
@@ -48,7 +48,7 @@ def sync_file(file: BinaryIO) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable: a rename survives a power cut only after this."""
+    """Make the names in `directory` durable. A rename survives a power cut only after this."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -33,37 +33,41 @@ from .files import holds, temporary
 from .hub_errors import translate, translated
 from .names import checked, checked_directory, is_name
 
-# hf_xet reads these once, when the process first uses it. Its own default is to retry a failing server for almost
-# five minutes per request, too long for a training loop that has a next step to publish: here it gives up in about
-# 20 s. (The waits are random up to powers of the base: 1 s would never grow.) Its cache of downloaded chunks is off
-# because it holds unverified bytes: a damaged chunk must not come back on the second try. What users set stays.
-for _name, _value in {
+# Defaults for hf_xet, unless the environment sets them. By itself it retries a failing server for almost five minutes
+# per request, too long for a training loop with a next step to publish. With these it gives up after about 20 s. (Waits
+# are random up to powers of the base: with 1 s they would never grow.) Its cache of downloaded chunks is off because it
+# holds unverified bytes: the second try must not read a damaged chunk again.
+_XET_DEFAULTS = {
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
     "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s",
     "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
     "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-_OPEN_SECONDS = 8.0  # of attempts at the calls that huggingface_hub does not retry itself
-_WORTH_A_BAR = 64 << 20  # bytes; below, a transfer is over before anybody could read its progress bar
+}
+_OPEN_SECONDS = 8.0  # deadline of the calls that huggingface_hub does not retry itself
+_WORTH_A_BAR = 64 << 20  # bytes; a smaller transfer ends before its progress bar can be read
 
 T = TypeVar("T")
 
 
 class HubBucket(Bucket):
-    """A prefix of a Hugging Face bucket: `hf://buckets/<namespace>/<name>/<run>`. Opening it checks that it is there.
+    """A prefix of a Hugging Face bucket: `hf://buckets/<namespace>/<name>/<run>`. Opening it checks that it exists.
 
-    The Hub limits API calls (1000 in 5 minutes on the free plan), so `API_CALLS` states the most each method makes for
-    up to 1000 objects when nothing fails; `read` and `fetch` also make one of the resolver class, which has a limit of
-    its own. Names are written last and point to immutable content: a reader of one name sees old or new, never a mix.
+    The Hub limits API calls (1000 in 5 minutes on the free plan). `API_CALLS` states the most that each method makes
+    for up to 1000 objects when nothing fails. `read` and `fetch` also make one resolver call, which has its own limit.
+    The Hub writes names last, and they point to immutable content: a reader of one name sees old or new, never a mix.
 
-    An object that `put` replaces by one of another size is not noticed: looking first would cost a call, and names
-    hold the writer's epoch.
+    `put` does not notice that it replaces an object by one of another size. Checking first would cost a call, and names
+    contain the writer's epoch.
+
+    The first `HubBucket` of a process sets defaults for hf_xet in the environment (retries, chunk cache; see
+    `_XET_DEFAULTS`). Variables that are already set stay. hf_xet reads them at its first transfer: if another library
+    has used it before in this process, they have no effect.
 
     Raises:
         ConfigError: the address has another form.
-        BucketMissing, BucketDenied, BucketUnavailable: as their names say, with what to do.
+        BucketMissing: the bucket does not exist, or the token cannot see it.
+        BucketDenied: the token has no access.
+        BucketUnavailable: the Hub cannot be reached.
     """
 
     API_CALLS: ClassVar[dict[str, int]] = {
@@ -83,7 +87,9 @@ class HubBucket(Bucket):
     ) -> None:
         self.address = address
         self._at = HubAddress.parse(address)
-        # HF_ENDPOINT is read now: huggingface_hub reads it at its import, which may be long ago.
+        for name, value in _XET_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        # HF_ENDPOINT is read here: huggingface_hub reads it only when it is imported.
         endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
         self._api = HfApi(endpoint=endpoint, token=token, library_name="hubsync", library_version=__version__)
         if create:
@@ -97,7 +103,7 @@ class HubBucket(Bucket):
         if not uploads:
             return
         names = [self._full(upload.path) for upload in uploads]
-        with self._translated("read what to upload"):
+        with self._translated("read the files to upload"):
             sizes = {upload.path: upload.size for upload in uploads}
         with self._translated(f"write {_some(sizes)}"), _bars(sum(sizes.values())):
             add: list[tuple[str | Path | bytes, str]] = [
@@ -118,7 +124,7 @@ class HubBucket(Bucket):
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         try:
             return self._contents(self._look_up(paths), max_bytes)
-        except ObjectMissing:  # deleted since it was looked up
+        except ObjectMissing:  # deleted after the lookup
             return self._contents(self._look_up(paths), max_bytes)
 
     def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
@@ -127,7 +133,7 @@ class HubBucket(Bucket):
     def list(self, prefix: str = "", *, recursive: bool = True) -> list[Stat]:
         directory = self._full(checked_directory(prefix)) if prefix else self._at.prefix
         with self._translated(f"list {prefix or self._at.prefix}"):
-            # The Hub matches letters, not directories, so siblings such as "run-2" of "run" come too.
+            # The Hub matches prefixes of names, so siblings such as "run-2" of "run" are listed too.
             entries = list(self._api.list_bucket_tree(self._at.bucket, prefix=directory, recursive=recursive))
         below = (entry for entry in entries if entry.path.startswith(directory + "/"))
         return sorted(_stats(below, len(self._at.prefix) + 1), key=lambda entry: entry.path)
@@ -142,19 +148,19 @@ class HubBucket(Bucket):
             raise ObjectCorrupt(
                 f"{_some(d.path for d in wrong)} in {self.address} does not have the size and SHA-256 that its "
                 "manifest states, also on the second try: it was damaged or replaced. Check the run with `hubsync "
-                "verify`; replicas can catch up from a later anchor"
+                "verify`. Replicas can catch up from a later anchor"
             )
 
     def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
         try:
             found = self._api.get_paths_info(repo, list(paths), revision=revision, repo_type="model")
-        except (HfHubHTTPError, ValueError):  # not the name of a repository, not there, or not for this token
+        except (HfHubHTTPError, ValueError):  # not a repository name, or not found with this token
             return None
         files = {file.path: file for file in found if isinstance(file, RepoFile)}
         copies, copied = [], {}
         for name, path in paths.items():
             file = files.get(name)
-            if file is None or file.xet_hash is None or file.lfs is None:  # only what lies in Xet storage
+            if file is None or file.xet_hash is None or file.lfs is None:  # only files in Xet storage can be copied
                 return None
             copies.append(("model", repo, file.xet_hash, self._full(path)))
             copied[path] = Copied(file.size, file.lfs.sha256)
@@ -165,13 +171,13 @@ class HubBucket(Bucket):
 
     def now(self) -> float:
         url = f"{self._api.endpoint}/api/buckets/{self._at.bucket}"
-        with self._translated("read the time"):
+        with self._translated("read the clock"):
             date = get_session().get(url, headers=build_hf_headers(token=self._api.token)).headers.get("Date", "")
         try:
             return parsedate_to_datetime(date).timestamp()
         except ValueError:
             raise BucketError(
-                f"{self._api.endpoint} does not tell the time: its answer has the Date {date!r}"
+                f"cannot read the clock of {self._api.endpoint}: its answer has the Date {date!r}"
             ) from None
 
     def delete(self, paths: Sequence[str]) -> None:
@@ -182,23 +188,23 @@ class HubBucket(Bucket):
             try:
                 self._api.batch_bucket_files(self._at.bucket, delete=names)
             except BucketBatchError as error:
-                # Also the answer to a repeated request whose first answer was lost, and to paths that never were.
+                # The Hub also answers this to a repeated request whose first answer was lost, and for unknown paths.
                 if self.stat(paths):
                     raise translate(error, f"delete {_some(paths)}", self._at) from error
 
     # --- writing ------------------------------------------------------------------------------------
 
     def _check_written(self, sizes: dict[str, int]) -> None:
-        """A batch is not a transaction, and large ones have lost files while reporting success: look."""
+        """Check a batch afterwards: it is not a transaction, and large ones have lost files while reporting success."""
         found = self.stat(list(sizes))
         wrong = [path for path, size in sizes.items() if path not in found or found[path].size != size]
         if wrong:
             raise BucketError(
-                f"{_some(wrong)} did not arrive whole in {self.address} although the Hub reported success"
+                f"the Hub reported success, but {_some(wrong)} is missing or incomplete in {self.address}; try again"
             )
 
     def _was_written(self, path: str, data: bytes) -> bool:
-        """After a lost answer: whether the object is there all the same. When in doubt, no."""
+        """Whether an object exists whose answer was lost. False when in doubt."""
         try:
             return self.read([path], max_bytes=len(data)).get(path) == data
         except (BucketError, FormatError):
@@ -218,7 +224,8 @@ class HubBucket(Bucket):
         for path, file in files.items():
             if file.size > max_bytes:
                 raise FormatError(
-                    f"{path} in {self.address} is larger than {max_bytes} bytes; it is not what its name says"
+                    f"{path} in {self.address} is larger than {max_bytes} bytes, the limit for such an object: it is "
+                    "damaged or was replaced"
                 )
         with tempfile.TemporaryDirectory(prefix="hubsync-") as directory:
             local = {path: Path(directory, str(n)) for n, path in enumerate(files)}
@@ -226,7 +233,7 @@ class HubBucket(Bucket):
             return {path: _read_whole(target, files[path]) for path, target in local.items()}
 
     def _fetch_all(self, downloads: Sequence[Download]) -> Sequence[Download]:
-        """Fetch what has the right bytes, all in one call; returns what has not."""
+        """Fetch objects in one call. Returns those whose bytes are wrong."""
         if not downloads:
             return []
         files = self._look_up([d.path for d in downloads])
@@ -237,7 +244,7 @@ class HubBucket(Bucket):
             try:
                 self._download([(files[d.path], path) for d, path in staged if files[d.path].size == d.size])
             except ObjectCorrupt:
-                pass  # one of them; which one is seen below
+                pass  # one of them; the loop below finds it
             wrong = []
             for download, path in staged:
                 if holds(path, download.size, download.sha256):
@@ -247,7 +254,7 @@ class HubBucket(Bucket):
             return wrong
 
     def _download(self, files: Sequence[tuple[BucketFile, Path]]) -> None:
-        """hf_xet checks no content and writes in place: callers pass temporary names and check."""
+        """Download to temporary names. hf_xet checks no content and writes in place, so callers check the bytes."""
         if not files:
             return
         with self._translated(f"read {_some(file.path for file, _ in files)}"), _bars(sum(f.size for f, _ in files)):
@@ -297,13 +304,13 @@ def _read_whole(local: Path, file: BucketFile) -> bytes:
 
 
 def _some(paths: Iterable[str]) -> str:
-    """A few paths, for a message."""
+    """Paths as a message names them: the first, and the number of others."""
     first, *rest = paths
     return first if not rest else f"{first} and {len(rest)} more"
 
 
 class _Bars:
-    """Whether huggingface_hub draws progress bars, which it decides per process: counts who wants quiet."""
+    """Progress bars of huggingface_hub, which are a setting of the process: counts the transfers that need them off."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -312,7 +319,7 @@ class _Bars:
 
     @contextmanager
     def for_transfer(self, nbytes: int) -> Iterator[None]:
-        """Bars only for many bytes and if somebody watches; HF_HUB_DISABLE_PROGRESS_BARS overrules that."""
+        """Draw bars only for large transfers on a terminal. HF_HUB_DISABLE_PROGRESS_BARS takes precedence."""
         if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or (nbytes >= _WORTH_A_BAR and sys.stderr.isatty()):
             yield
             return

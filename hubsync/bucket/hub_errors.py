@@ -1,8 +1,11 @@
-"""What huggingface_hub and hf_xet raise, in terms of `hubsync.errors`.
+"""Translates errors of huggingface_hub and hf_xet into those of `hubsync.errors`.
 
-Four families meet here: `HfHubHTTPError` with a response; errors of the HTTP library beneath (httpx or httpx2,
-depending on the version of huggingface_hub); builtin ConnectionError from hf_xet's uploads and tokens, and RuntimeError
-from its downloads, both of which carry the HTTP status only in their text.
+There are four families:
+
+* `HfHubHTTPError`, with a response;
+* errors of the HTTP library beneath (httpx or httpx2, depending on the version of huggingface_hub);
+* builtin ConnectionError from hf_xet's uploads and tokens, with the HTTP status only in its text;
+* RuntimeError from hf_xet's downloads, likewise.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from hubsync.errors import BucketDenied, BucketError, BucketMissing, BucketUnava
 
 from .address import HubAddress
 
-# The base of HfHubHTTPError is the base of its HTTP library, whichever that is. ValueError: an answer that is not
-# from a Hub, such as the page of a proxy. (KeyboardInterrupt and our own errors pass.)
+# The base of HfHubHTTPError is the base error of its HTTP library. ValueError: the answer does not come from a Hub, but
+# for example from a proxy. KeyboardInterrupt and hubsync's own errors pass.
 _HTTP_LIBRARY: type[Exception] = HfHubHTTPError.__bases__[0]
 _FOREIGN = (_HTTP_LIBRARY, EntryNotFoundError, OSError, RuntimeError, ValueError)
 
@@ -34,7 +37,7 @@ _LISTED = 10  # paths in a message
 
 @contextmanager
 def translated(action: str, address: HubAddress) -> Iterator[None]:
-    """Turn every foreign error inside into a BucketError that says what to do."""
+    """Raise every foreign error inside as a BucketError with a remedy."""
     try:
         yield
     except _FOREIGN as error:
@@ -42,10 +45,10 @@ def translated(action: str, address: HubAddress) -> Iterator[None]:
 
 
 def translate(error: Exception, action: str, address: HubAddress) -> BucketError:
-    """The BucketError for a foreign `error` met while trying to `action`."""
+    """The BucketError for a foreign `error` that was raised while trying to `action`."""
     failed = f"cannot {action} in bucket {address.bucket}"
     if isinstance(error, BucketBatchError):
-        return BucketError(f"{failed}: the Hub refused {_paths(error.failures)}; the other objects were written")
+        return BucketError(f"{failed}: the Hub refused {_paths(error.failures)}. The other objects were written")
     if isinstance(error, EntryNotFoundError):
         return ObjectMissing(f"{failed}: {_first_line(error)}")
     if isinstance(error, (BucketNotFoundError, RepositoryNotFoundError)):
@@ -58,12 +61,12 @@ def translate(error: Exception, action: str, address: HubAddress) -> BucketError
         return _by_text(error, failed)
     network = isinstance(error, (ConnectionError, TimeoutError))
     if not network and isinstance(error, (OSError, ValueError)):
-        return BucketError(f"{failed}: {_first_line(error)}")  # a local file, or an answer that is not from a Hub
-    return BucketUnavailable(f"{failed}: no connection to {_hub(error)} ({_first_line(error)}); try again later")
+        return BucketError(f"{failed}: {_first_line(error)}")  # a local file, or not a Hub's answer
+    return BucketUnavailable(f"{failed}: no connection to {_hub(error)} ({_first_line(error)}). Try again later")
 
 
 def _hub(error: Exception) -> str:
-    """Which Hub, where the HTTP library knows what was asked: HF_ENDPOINT may name one that is not up."""
+    """The Hub's URL if the HTTP library knows it: HF_ENDPOINT may name a Hub that is down."""
     try:
         url = error.request.url  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
@@ -75,20 +78,20 @@ def _by_status(status: int, error: Exception, failed: str, address: HubAddress) 
     namespace = address.bucket.partition("/")[0]
     if status == 401:
         return BucketDenied(
-            f"{failed}: the Hub does not accept the token, or there is none; run `hf auth login` or set HF_TOKEN"
+            f"{failed}: the Hub rejected the token, or none is set. Run `hf auth login`, or set HF_TOKEN"
         )
     if status == 403:
         return BucketDenied(
-            f"{failed}: the token does not allow it; use one with write access to {namespace} "
-            "(https://huggingface.co/settings/tokens), with `hf auth login` or HF_TOKEN"
+            f"{failed}: the token has no permission. Set one with write access to {namespace} "
+            "(https://huggingface.co/settings/tokens) with `hf auth login` or HF_TOKEN"
         )
     if status in (408, 429) or status >= 500:
-        return BucketUnavailable(f"{failed}: {_first_line(error)}; gave up after several tries, later it may work")
+        return BucketUnavailable(f"{failed}: {_first_line(error)}. Several tries failed; try again later")
     if status != 404:
         return BucketError(f"{failed}: {_first_line(error)}")
     if isinstance(error, HfHubHTTPError) or "/api/buckets/" in str(error):
         return _missing(failed, address)
-    return ObjectMissing(f"{failed}: the Hub knows the name but has lost the content ({_first_line(error)})")
+    return ObjectMissing(f"{failed}: the Hub lists the object but has lost the content ({_first_line(error)})")
 
 
 def _by_text(error: RuntimeError, failed: str) -> BucketError:
@@ -97,12 +100,12 @@ def _by_text(error: RuntimeError, failed: str) -> BucketError:
         return ObjectCorrupt(f"{failed}: the Hub sent damaged bytes ({_first_line(error)})")
     if "(os error " in text and "rror sending request" not in text:
         return BucketError(f"{failed}: this machine cannot store the download ({_first_line(error)})")
-    return BucketUnavailable(f"{failed}: {_first_line(error)}; trying again later may work")
+    return BucketUnavailable(f"{failed}: {_first_line(error)}. Try again later")
 
 
 def _missing(failed: str, address: HubAddress) -> BucketMissing:
     return BucketMissing(
-        f"{failed}: the bucket does not exist, or the token cannot see it. Check the address, run `hf auth login` if "
+        f"{failed}: the bucket does not exist, or the token cannot see it. Check the address. Run `hf auth login` if "
         f"it is private, or create it with `hf buckets create {address.bucket} --private`"
     )
 
@@ -113,6 +116,6 @@ def _paths(failures: list[dict[str, str]]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The informative line of a message: huggingface_hub's begin with blank lines and end with links."""
+    """The first line with text: messages of huggingface_hub begin with blank lines and end with links."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)

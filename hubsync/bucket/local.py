@@ -26,10 +26,10 @@ from .base import Bucket, Download, Stat, Upload
 from .files import COPY_BYTES, holds, sync_directory, sync_file, temporary
 from .names import checked, checked_directory, is_name
 
-# Objects are written here first: inside the bucket, so that a rename never crosses file systems, and under a
-# dot-name, so that it can never be listed or addressed.
+# Objects are written here first. It lies inside the bucket, so a rename never crosses file systems, and its name starts
+# with a dot, so it is never listed or addressed.
 _STAGING = ".staging"
-_ABANDONED_AFTER = 24 * 3600.0  # seconds; a writer that crashed leaves its temporary file behind
+_ABANDONED_AFTER = 24 * 3600.0  # seconds; writers that crashed leave temporary files behind
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -37,10 +37,10 @@ _MISPLACED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirecto
 
 
 class LocalBucket(Bucket):
-    """Objects are files below `directory`. Safe for any number of threads and processes.
+    """A bucket whose objects are files below `directory`. Any number of threads and processes may use it.
 
-    Every write is a temporary file, fsync, rename, fsync of the directory: readers see an object whole or not at
-    all, and what was reported as written survives a power cut.
+    Every write is a temporary file, fsync, rename, fsync of the directory. Readers see a complete object or none, and
+    objects reported as written survive a power cut.
 
     BucketMissing if the directory does not exist and `create` is false.
     """
@@ -61,10 +61,13 @@ class LocalBucket(Bucket):
             with self._translated(f"write {upload.path}"):
                 if not self._is_there(target, upload):
                     self._write(target, upload.source)
-        with self._translated("check what was written"):
+        with self._translated("check the written objects"):
             for upload, target in zip(uploads, targets, strict=True):
                 if not self._is_there(target, upload):
-                    raise BucketError(f"{upload.path} vanished from {self.address} right after it was written")
+                    raise BucketError(
+                        f"{upload.path} disappeared from {self.address} right after it was written; does another "
+                        "process delete files there?"
+                    )
 
     def commit(self, path: str, data: bytes) -> None:
         target = self._target(path)
@@ -106,7 +109,7 @@ class LocalBucket(Bucket):
                     self._fetch_one(source, download)
 
     def delete(self, paths: Sequence[str]) -> None:
-        # Directories stay, even empty: removing one would race with a writer that is about to use it.
+        # Empty directories stay: removing one would race with a writer that is about to use it.
         for path in paths:
             target = self._target(path)
             with self._translated(f"delete {path}"):
@@ -127,18 +130,18 @@ class LocalBucket(Bucket):
             sync_directory(target.parent)
 
     def _is_there(self, target: Path, upload: Upload) -> bool:
-        """Whether the object exists; BucketError if it does with another size."""
+        """Whether the object exists. BucketError if it has another size."""
         if (status := _file_status(target)) is None:
             return False
         if status.st_size != upload.size:
             raise BucketError(
-                f"{upload.path} is already in {self.address} with {status.st_size} bytes, not {upload.size}; "
-                "objects are immutable: write under another name, or use another run"
+                f"{upload.path} already exists in {self.address} with {status.st_size} bytes, not {upload.size}. "
+                "Objects are immutable: write under another name, or use another run"
             )
         return True
 
     def _sweep(self) -> None:
-        """Remove temporary files of writers that died long ago."""
+        """Remove temporary files that writers left behind long ago."""
         if not self._staging.is_dir():
             return
         for path in self._staging.iterdir():
@@ -150,7 +153,7 @@ class LocalBucket(Bucket):
 
     def _fetch_one(self, source: Path, download: Download) -> None:
         with temporary(download.destination.parent) as staged:
-            # Twice, because on a network file system the first read may come from a stale cache.
+            # Try twice: on a network file system the first read may come from a stale cache.
             for _ in range(2):
                 if not _copy_file(source, staged):
                     raise ObjectMissing(f"{download.path} is not in {self.address}")
@@ -159,7 +162,7 @@ class LocalBucket(Bucket):
                     return
         raise ObjectCorrupt(
             f"{download.path} in {self.address} does not have the {download.size} bytes with SHA-256 {download.sha256} "
-            "that its manifest states: it was damaged or replaced. Check the run with `hubsync verify`; replicas can "
+            "that its manifest states: it was damaged or replaced. Check the run with `hubsync verify`. Replicas can "
             "catch up from a later anchor"
         )
 
@@ -177,7 +180,7 @@ class LocalBucket(Bucket):
                 below = self._walk(path, recursive=True)
                 if recursive:
                     yield from below
-                # Directories are made before their first object and stay after their last: empty ones do not count.
+                # Directories exist before their first object and after their last, so empty ones are not listed.
                 elif next(below, None) is not None:
                     yield Stat(path + "/", 0, "")
             elif (status := _file_status(Path(entry.path))) is not None:
@@ -191,8 +194,8 @@ class LocalBucket(Bucket):
     def _require_root(self) -> None:
         if not self._root.is_dir():
             raise BucketMissing(
-                f"{self.address} is not a directory; start the publisher first (it creates the bucket), or check the "
-                f"path: it means {self._root} on this machine"
+                f"{self.address} is not a directory (on this machine: {self._root}). Check the path, or "
+                "start the publisher first: it creates the bucket"
             )
 
     @contextmanager
@@ -202,9 +205,9 @@ class LocalBucket(Bucket):
         except OSError as error:
             what = f"cannot {action} in {self.address}: {error}"
             if error.errno in _DENIED:
-                raise BucketDenied(f"{what}; check the permissions of {self._root} for this user") from error
+                raise BucketDenied(f"{what}. Check this user's permissions on {self._root}") from error
             if error.errno in _FULL:
-                raise BucketError(f"{what}; make room") from error
+                raise BucketError(f"{what}. Free some space") from error
             if isinstance(error, _MISPLACED):
                 self._require_root()
                 raise BucketError(what) from error
@@ -229,7 +232,7 @@ def _copy_file(source: Path, target: Path) -> bool:
 
 
 def _read_limited(target: Path, max_bytes: int) -> bytes | None:
-    if _file_status(target) is None:  # opening something else, such as a pipe, could wait for ever
+    if _file_status(target) is None:  # opening anything but a file, such as a pipe, could block for ever
         return None
     try:
         with target.open("rb") as file:
@@ -237,7 +240,9 @@ def _read_limited(target: Path, max_bytes: int) -> bytes | None:
     except FileNotFoundError:
         return None
     if len(data) > max_bytes:
-        raise FormatError(f"{target} is larger than {max_bytes} bytes; it is not what its name says")
+        raise FormatError(
+            f"{target} is larger than {max_bytes} bytes, the limit for such an object: it is damaged or was replaced"
+        )
     return data
 
 
@@ -247,7 +252,7 @@ def _file_status(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link to itself is no object either
+        if error.errno == errno.ELOOP:  # a link to itself is not an object
             return None
         raise
     return status if modes.S_ISREG(status.st_mode) else None
@@ -259,7 +264,7 @@ def _stat(path: str, status: os.stat_result) -> Stat:
 
 
 def _make_directory(directory: Path) -> None:
-    """Like `mkdir -p`, but the new names are durable."""
+    """Make a directory and its parents, durably."""
     if directory.is_dir():
         return
     _make_directory(directory.parent)

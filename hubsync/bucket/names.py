@@ -1,8 +1,8 @@
-"""Object names: what may be joined to a directory or a prefix, and nothing else.
+"""Object names: the only strings that are joined to a directory or a prefix.
 
-Names come from `hubsync.chain.Layout`, but listings and addresses come from outside. One rule for all of them: segments
-of plain ASCII separated by `/`, none empty, none starting with a dot. So no name climbs out of its bucket, and
-dot-files are free for the implementation's own use.
+`hubsync.chain.Layout` makes names, but listings and addresses come from outside. One rule holds for all of them:
+segments of plain ASCII separated by `/`, none empty, none starting with a dot. So no name leaves its bucket, and
+dot-files stay free for an implementation's own use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_name(path: str) -> bool:
 
 
 def checked(path: str) -> str:
-    """`path` itself; BucketError if it is not an object name."""
+    """Return `path`; BucketError if it is not an object name."""
     if not is_name(path):
         raise BucketError(
             f"{path!r:.200} is not an object name: use letters, digits and ._=+@- in segments separated by single "
@@ -32,5 +32,5 @@ def checked(path: str) -> str:
 
 
 def checked_directory(prefix: str) -> str:
-    """`prefix` of a listing without a trailing slash; "" is the whole bucket. BucketError if it is not a name."""
+    """Return the `prefix` of a listing without its trailing slash. "" is the whole bucket. BucketError if malformed."""
     return checked(prefix.rstrip("/")) if prefix else ""

@@ -1,8 +1,8 @@
-"""A bucket whose documents are signed: `commit` adds a signature to each, `read` refuses what does not have it.
+"""A bucket with signed documents: `commit` signs each one, `read` rejects those without a valid signature.
 
-Documents (run.json, head, manifests) are all that goes through these two verbs. Everything else in a run is told of by
-a manifest with its size and SHA-256, so a signature of the documents covers all of it. A signature covers the name of
-a document too: one cannot stand for another.
+Only documents (run.json, head, manifests) pass through these two methods. A manifest names every other object with its
+size and SHA-256, so signatures of the documents cover the whole run. A signature also covers the document's name, so
+one document cannot replace another.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .base import Bucket, Copied, Download, Stat, Upload
 
 
 class SignedBucket(Bucket):
-    """Another bucket, with keys.
+    """Signs and checks the documents of another bucket.
 
     Args:
-        bucket: where the bytes live.
-        key: a public key to read with; a signing key also writes.
+        bucket: stores the bytes.
+        key: a public key to read with. A signing key also writes.
     """
 
     def __init__(self, bucket: Bucket, key: PublicKey | SigningKey):
@@ -33,7 +33,10 @@ class SignedBucket(Bucket):
 
     def commit(self, path: str, data: bytes) -> None:
         if self._signing is None:
-            raise Untrusted(f"{path} cannot be written: this side has only the public key of the run")
+            raise Untrusted(
+                f"cannot write {path}: only the run's public key is set here. Set the signing key that `hubsync "
+                "keygen` made"
+            )
         document = json.loads(data)
         document[SIGNATURE] = self._signing.sign(path, canonical(document))
         self._bucket.commit(path, json.dumps(document, indent=1).encode())
@@ -50,7 +53,7 @@ class SignedBucket(Bucket):
             signature = document.pop(SIGNATURE, None)
             content = canonical(document)
         except (ValueError, AttributeError, TypeError, RecursionError):
-            raise Untrusted(f"{path} is not a document, so it is not signed: it was not used") from None
+            raise Untrusted(f"{path} was rejected: it is not a JSON document, so it has no signature") from None
         self._public.check(path, content, signature)
 
     def put(self, uploads: Sequence[Upload]) -> None:

@@ -129,7 +129,7 @@ def test_the_key_may_come_by_environment(tmp_path: Path, key_file: str, monkeypa
 
 
 def test_readers_cannot_write(run: str) -> None:
-    with pytest.raises(Untrusted, match="only the public key"):
+    with pytest.raises(Untrusted, match="only the run's public key"):
         open_bucket(run, key=KEY.public).commit(Layout.HEAD, b"{}")
 
 

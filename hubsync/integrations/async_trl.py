@@ -35,7 +35,7 @@ from hubsync.errors import (
 from hubsync.format.manifest import Position
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
-from hubsync.publish.publisher import Published
+from hubsync.publish.results import Published
 from hubsync.replicas.deployment import Deployment, HotloadReport
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.server import checked_seconds

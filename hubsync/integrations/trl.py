@@ -19,7 +19,7 @@ from hubsync.errors import BucketUnavailable, ConfigError, ReplicaPoisoned, Wron
 from hubsync.format.manifest import Position
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
-from hubsync.publish.publisher import Published, Ticket
+from hubsync.publish.results import Published, Ticket
 from hubsync.replicas.replica import CommitReport, Replica
 from hubsync.replicas.vllm_http import LORA_HINT, VLLMServer
 

@@ -30,7 +30,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.format.encoding import Encoding
-from hubsync.publish.publisher import Published
+from hubsync.publish.results import Published
 from hubsync.replicas.vllm_http import VLLMServer, new_session
 
 logger = logging.getLogger(__name__)

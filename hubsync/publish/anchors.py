@@ -1,63 +1,165 @@
-"""The files of an anchor when the view is divided among ranks: gathered one tensor at a time, each on one rank.
+"""Anchors: uploads of the whole model as it was last published.
 
-A tensor of an anchor lies in one file, so this is the one place where a tensor is put together from its shards. File by
-file the ranks take turns: who has the turn receives the tensors of the file and writes it, so that memory, disk and
+With several ranks, this is the only code that assembles a tensor from its shards, because a tensor of an anchor lies in
+one file. The ranks take turns, file by file: one rank receives the tensors of a file and writes it. So memory, disk and
 upload are shared.
 """
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from hubsync.chain import ChainReader, VersionInfo
+from hubsync.chain.version_info import NO_INFO
+from hubsync.chain.writer import anchor_sources
+from hubsync.errors import BucketError
+from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
 from hubsync.kernels.bits import TORCH_DTYPES
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.shards import Shard
 
+from .base_copy import copy_base
+from .config import SyncConfig
+from .rank_writer import JointWriter
 from .ranks import Ranks
+from .trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+_MAX_FILE_BYTES = 5 << 30
 
 
-def write_own_files(
-    directory: Path,
-    snapshot: Detector,
-    division: Sequence[Sequence[Shard]],
-    ranks: Ranks,
-    max_shard_bytes: int,
-    stem: str = "model",
-) -> None:
-    """Write this rank's files of an anchor of the snapshot; rank 0's has the index. Rounds of `ranks`.
+class Anchors:
+    """Commits anchors of the detector's view, on request and as often as the config says.
 
     Args:
-        division: rank -> what it owns of each tensor.
-        max_shard_bytes: of a file; also what is held in memory at a time.
-        stem: of the names of the files.
+        writer: writes the run.
+        detector: holds the view.
+        model: writes the files beside the weights.
+        division: rank -> the elements of each tensor that it owns.
+        config: its `anchor_every` and `anchor_fraction`.
+
+    Methods with `ranks` are rounds: all ranks call them in the same order.
     """
-    table = snapshot.table
-    if ranks.size == 1:
-        write_anchor(directory, table, snapshot.tensors(), max_shard_bytes=max_shard_bytes, stem=stem)
-        return
-    assert isinstance(snapshot, Snapshot), "several ranks each hold their part"
-    files = anchor_files(table, max_shard_bytes, stem)
-    for number, (file, names) in enumerate(files.items()):
-        turn = number % ranks.size
-        gathered = {}
-        for name in names:
-            tensor = _gathered(snapshot, division, ranks, table.index_of(name), turn)
-            if tensor is not None:
-                gathered[name] = tensor
-        # A round, so that all stop here if the disk of one is full.
-        ranks.together(lambda: write_anchor_file(directory / file, gathered) if gathered else None)  # noqa: B023
-    ranks.first(lambda: write_anchor_index(directory, table, files))
+
+    def __init__(
+        self,
+        writer: JointWriter,
+        detector: Detector,
+        model: TrainedModel,
+        division: Sequence[Sequence[Shard]],
+        config: SyncConfig,
+    ):
+        self._writer = writer
+        self._detector = detector
+        self._model = model
+        self._division = division
+        self._config = config
+        self._newest: Manifest | None = None
+        self._newest_at = writer.position  # the last anchor of an earlier trainer is unknown
+        self._versions_since = 0
+        self._bytes_since = 0
+
+    @property
+    def are_scheduled(self) -> bool:
+        """Whether the config asks for anchors between versions."""
+        return bool(self._config.anchor_every or self._config.anchor_fraction)
+
+    def count(self, payload_bytes: int) -> None:
+        """Count a version that has become durable."""
+        self._versions_since += 1
+        self._bytes_since += payload_bytes
+
+    def commit_if_due(self, ranks: Ranks, info: VersionInfo) -> None:
+        """Commit an anchor of the current version if the config asks for one. A failure is a warning."""
+        try:
+            if ranks.first(self._is_due):
+                self.commit(ranks, VersionInfo(info.step, info.name))
+        except Exception as error:  # of the bucket, of the local disk, of a tokenizer's save_pretrained
+            logger.warning("could not upload the whole model, trying again after the next version: %s", error)
+
+    def commit(self, ranks: Ranks, info: VersionInfo = NO_INFO, at: Position | None = None) -> Manifest:
+        """Commit an anchor, unless the last one has the same position.
+
+        Args:
+            info: recorded with the anchor.
+            at: a new position, which starts the chain again; default is the current one.
+        """
+        at = at or self._writer.position
+        if self._newest is not None and self._newest.position == at:
+            return self._newest
+        is_base = at == self._writer.position == self._writer.run.origin
+        self._newest = (self._copied(ranks, at, info) if is_base else None) or self._uploaded(ranks, at, info)
+        self._versions_since = self._bytes_since = 0
+        self._newest_at = at
+        return self._newest
+
+    def _copied(self, ranks: Ranks, at: Position, info: VersionInfo) -> Manifest | None:
+        """An anchor of version 0 that the storage copied from the base model; None if it cannot."""
+        writer, side_files = self._writer, self._model.write_side_files
+        draft = writer.draft_anchor(ranks, at=at, info=info)
+        parts = ranks.first(lambda: copy_base(writer.bucket, writer.run, draft, side_files))
+        return None if parts is None else writer.commit(ranks, draft, parts)
+
+    def _uploaded(self, ranks: Ranks, at: Position, info: VersionInfo) -> Manifest:
+        writer = self._writer
+        try:
+            with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as name:
+                directory = Path(name)
+                ranks.first(lambda: self._model.write_side_files(directory))
+                self._write_own_files(directory, ranks)
+                draft = writer.draft_anchor(ranks, at=at, info=info)
+                uploaded = ranks.gather(lambda: writer.upload(draft, anchor_sources(directory)))
+                return writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
+        except OSError as error:
+            size = self._detector.table.nbytes / 1e9
+            raise BucketError(
+                f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
+                "point TMPDIR to a directory with enough space"
+            ) from error
+
+    def _is_due(self) -> bool:
+        if self._config.anchor_every and self._versions_since >= self._config.anchor_every:
+            return True
+        limit = self._config.anchor_fraction * self._detector.table.nbytes
+        # Merged deltas may have made catching up cheaper; finding out costs calls to the bucket.
+        return 0 < limit < self._bytes_since and limit < self._catch_up_bytes()
+
+    def _catch_up_bytes(self) -> int:
+        """Bytes that a server at the last anchor downloads to reach the newest version."""
+        with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
+            return ChainReader(self._writer.bucket, cache).plan(self._newest_at).nbytes
+
+    def _write_own_files(self, directory: Path, ranks: Ranks) -> None:
+        """Write this rank's weight files of an anchor. Rank 0 also writes the index."""
+        table, stem = self._detector.table, self._writer.run.stem
+        if ranks.size == 1:
+            write_anchor(directory, table, self._detector.tensors(), max_shard_bytes=_MAX_FILE_BYTES, stem=stem)
+            return
+        assert isinstance(self._detector, Snapshot), "several ranks each hold their part"
+        files = anchor_files(table, _MAX_FILE_BYTES, stem)
+        for number, (file, names) in enumerate(files.items()):
+            turn, gathered = number % ranks.size, {}
+            for name in names:
+                tensor = _gathered(self._detector, self._division, ranks, table.index_of(name), turn)
+                if tensor is not None:
+                    gathered[name] = tensor
+            # A round, so that all ranks stop here if the disk of one is full.
+            ranks.together(lambda: write_anchor_file(directory / file, gathered) if gathered else None)  # noqa: B023
+        ranks.first(lambda: write_anchor_index(directory, table, files))
 
 
 def _gathered(
     snapshot: Snapshot, division: Sequence[Sequence[Shard]], ranks: Ranks, index: int, to: int
 ) -> torch.Tensor | None:
-    """The whole of one tensor, on the CPU of rank `to`; None elsewhere."""
+    """One whole tensor, on the CPU of rank `to`; None on the other ranks."""
     spec = snapshot.table[index]
     width = spec.width // 8
     mine = snapshot.part(index).cpu().view(torch.uint8)

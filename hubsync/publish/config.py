@@ -250,6 +250,11 @@ class SyncConfig:
         default=120.0, metadata={"help": "Seconds a server may take to answer one request while it commits."}
     )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """`view_dtype` as a torch dtype."""
+        return VIEW_DTYPES[self.view_dtype]
+
     def __post_init__(self) -> None:
         if isinstance(self.bucket, os.PathLike):
             self.bucket = os.fspath(self.bucket)

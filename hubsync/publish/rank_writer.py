@@ -24,7 +24,7 @@ class JointWriter:
     """
 
     def __init__(self, bucket: Bucket, ranks: Ranks, open_writer: Callable[[], ChainWriter]):
-        self._bucket = bucket
+        self.bucket = bucket
         self._rank = ranks.rank
         self._open_writer = open_writer
         self._writer: ChainWriter | None = None
@@ -59,7 +59,7 @@ class JointWriter:
 
     def upload(self, draft: Manifest, sources: Sequence[Path | bytes]) -> tuple[Part, ...]:
         """Make this rank's parts of a draft durable. No round."""
-        return upload_parts(self._bucket, draft, sources, self._rank)
+        return upload_parts(self.bucket, draft, sources, self._rank)
 
     def commit(self, ranks: Ranks, draft: Manifest, parts: Sequence[Part]) -> Manifest:
         """`ChainWriter.commit_draft`, with the parts of all ranks."""

@@ -13,7 +13,7 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import replay
 from hubsync.format.digest import digest_at, digest_range, digest_torch
-from hubsync.publish.detect.sliced import choose_detector
+from hubsync.publish.detect.choose import choose_detector
 from hubsync.publish.view.live import table_of
 from hubsync.publish.view.strided import Place, StridedView
 from tests.publish.test_engine import Tiny, same_bits, view_of

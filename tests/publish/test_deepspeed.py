@@ -19,7 +19,7 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError
-from hubsync.publish.publisher import Published
+from hubsync.publish.results import Published
 from hubsync.publish.view.live import published_tensors
 from tests.publish.test_engine import same_bits
 from tests.publish.test_experts import qwen

@@ -301,10 +301,10 @@ def test_publishing_from_several_threads_makes_one_chain(
 def test_changes_of_an_older_view_are_refused(model: Tiny, address: str, tmp_path: Path) -> None:
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         torch.nn.init.ones_(model.layers[0].weight)  # type: ignore[arg-type]
-        stale = engine._publisher.snapshot.detect()
+        stale = engine._publisher.detector.detect()
         engine.publish(1).result()
         with pytest.raises(ChainError, match="publish again"):
-            engine._publisher.submit(stale, VersionInfo(1), 0.0).result()
+            engine._publisher._submit(stale, VersionInfo(1), 0.0).result()
         torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
         engine.publish(2).result()
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
@@ -778,7 +778,7 @@ def test_a_publish_that_an_interrupt_has_left_without_a_ticket_is_waited_for(
 
         def interrupted(job: Any, *args: Any) -> Any:
             future = submit(job, *args)
-            if job == publisher._before_merging:
+            if job == publisher._publish_then_merge:
                 raise KeyboardInterrupt
             return future
 

@@ -25,7 +25,8 @@ from hubsync.chain import ChainReader, Layout
 from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError
 from hubsync.format.digest import Digest
-from hubsync.publish.detect.sliced import Sliced, choose_detector
+from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view import conversion, shards, strided
 from hubsync.publish.view.deepspeed import Partition
@@ -225,7 +226,7 @@ def test_transposed_tensors_are_published_against_a_copy(
     ):
         step(model, optimizer, 0)
         engine.publish()
-    assert "experts.down lies scattered in the parameter" in caplog.text
+    assert "experts.down is scattered in the parameter" in caplog.text
     view = follow(address, tmp_path)
     assert view.tensors["model.layers.0.mlp.experts.down"].shape == (5, 30, 30)
     assert same_bits(view.tensors, saved(model, tmp_path / "saved"))
@@ -235,7 +236,7 @@ def test_transposed_tensors_are_published_against_a_copy(
         list(tensors), [spec.shape for spec in table], [[Shard.whole(spec.shape).box for spec in table]] * 3
     )
     assert sum((Snapshot(tensors, table, shards=own).digest for own in shared), Digest()).hex == engine.position.digest
-    with pytest.raises(ConfigError, match=r"lies scattered.*detector='snapshot'"):
+    with pytest.raises(ConfigError, match=r"is scattered.*detector='snapshot'"):
         DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=f"{address}2", detector="sliced"))
 
 

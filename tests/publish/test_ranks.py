@@ -17,7 +17,7 @@ from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError, RankError
 from hubsync.format.checkpoint import Checkpoint
 from hubsync.publish.detect.snapshot import Snapshot
-from hubsync.publish.publisher import Published
+from hubsync.publish.results import Published
 from hubsync.publish.view.live import published_tensors
 from tests.publish.test_engine import same_bits
 from tests.support.training import Net, device_of, faulty_bucket, run, spread, train, watched, whole_view
@@ -116,9 +116,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def anchors(rank: int, address: str, how: str) -> dict[str, torch.Tensor]:
-    from hubsync.publish import publisher
+    from hubsync.publish import anchors as anchors_module
 
-    publisher._MAX_FILE_BYTES = 2000  # several files, so that ranks take turns
+    anchors_module._MAX_FILE_BYTES = 2000  # several files, so that ranks take turns
     model, optimizer, engine = engine_of(how, address, anchor_every=1)
     with engine:
         for step in (1, 2):

@@ -27,7 +27,9 @@ from hubsync.kernels.bits import bits_of
 from hubsync.publish import engine as engine_module
 from hubsync.publish.detect import sliced as sliced_module
 from hubsync.publish.detect.base import Change
-from hubsync.publish.detect.sliced import Sliced, choose_detector, compose
+from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.detect.composition import compose
+from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import SlicedSteps, why_not
 from hubsync.publish.view.live import published_tensors, table_of
@@ -503,7 +505,7 @@ def test_other_optimizers_get_a_snapshot_and_are_told_why(
         caplog.at_level(logging.INFO),
         DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine,
     ):
-        assert isinstance(engine._publisher.snapshot, Snapshot)
+        assert isinstance(engine._publisher.detector, Snapshot)
     told = [re.search(says, record.message) is not None for record in caplog.records]
     assert told.count(True) == (optimizer is not None)
 
@@ -689,7 +691,7 @@ def test_an_interrupted_detection_is_made_again(monkeypatch: pytest.MonkeyPatch)
         if gradient > 0:
             assert detector.detect().changed == 3
     with monkeypatch.context() as patch:
-        patch.setattr(sliced_module, "_Pending", interrupt)
+        patch.setattr(sliced_module, "PendingChanges", interrupt)
         with pytest.raises(KeyboardInterrupt):
             detector.detect()
     assert detector.detect().changed == 0

@@ -13,73 +13,34 @@ from then on, and whoever publishes sees that it is not the run's, and uploads t
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-from hubsync.errors import ChainError, ConfigError
+from hubsync.errors import ChainError
 from hubsync.format.digest import Digest, digest_torch, tensor_seed
-from hubsync.format.encoding import Encoding
 from hubsync.format.table import TensorTable
 from hubsync.kernels import rounding
 from hubsync.kernels.adamw import Found
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of
-from hubsync.publish.config import SyncConfig
 from hubsync.publish.view.cast import cast, integers
 from hubsync.publish.view.live import require_same_table
-from hubsync.publish.view.shards import local_part
-from hubsync.publish.view.strided import ElementRun, StridedView, row_of, whole_of
+from hubsync.publish.view.strided import ElementRun, row_of, whole_of
 
-from .base import Change, Detected, Detector, split_by_tensor
+from .base import Change, Detected, split_by_tensor
 from .compare import compare
+from .composition import PendingChanges, compose_all
 from .snapshot import Snapshot
-from .stepping import BUCKET, SlicedSteps, unwrapped, why_not
+from .stepping import BUCKET, SlicedSteps
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-
-
-def choose_detector(tensors: Tensors, table: TensorTable, optimizer: Any, config: SyncConfig) -> Detector:
-    """The detector that `config.detector` asks for; with "auto" the sliced one wherever it is exact.
-
-    ConfigError if "sliced" is asked for and is not.
-    """
-    if config.detector == "snapshot" or (config.detector == "auto" and Encoding(config.encoding).needs_base):
-        return Snapshot(tensors, table, config.snapshot_device)
-    reason = why_not_sliced(tensors, optimizer)
-    if reason is None:
-        return Sliced(tensors, table, unwrapped(optimizer), config.audit_every)
-    if config.detector == "sliced":
-        raise ConfigError(f"detector='sliced' cannot be exact here: {reason}. Use detector='snapshot'")
-    if optimizer is not None:
-        logger.info("a copy of the published weights is kept to find changes against: %s", reason)
-    return Snapshot(tensors, table, config.snapshot_device)
-
-
-def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
-    """Why changes of these live tensors cannot be found in the steps of this optimizer; None if they can."""
-    if optimizer is None:
-        return "there is no optimizer whose steps could be looked at"
-    reason = why_not(optimizer)
-    if reason is not None:
-        return reason
-    held = {id(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]}
-    if not any(id(whole_of(tensor)) in held for tensor in tensors.values()):
-        return "the optimizer holds none of the model's parameters"
-    for name, tensor in tensors.items():
-        if isinstance(tensor, StridedView) and not tensor.place.is_contiguous:
-            return f"{name} lies scattered in the parameter that the optimizer updates"
-        if tensor.requires_grad and id(whole_of(tensor)) not in held:
-            return f"the optimizer does not hold {name}, which is trained: another one may step it"
-    return _overlap(tensors)
 
 
 class Sliced:
@@ -97,7 +58,7 @@ class Sliced:
     holds_old = False  # no weights to encode compact deltas against
     digest: Digest
     _submitted: dict[int, Change]  # by the last detection
-    _pending: _Pending  # since then, in the elements of live tensors
+    _pending: PendingChanges  # since then, in the elements of live tensors
     _number: dict[int, int]  # id of a live tensor -> its number, which is the index of the first that lies in it
     _lying: dict[int, ElementRun]  # number of a live tensor -> the published ones that lie in it
     _buffers: Snapshot
@@ -145,7 +106,10 @@ class Sliced:
     def detect(self) -> Detected:
         """All changes since the view of `digest`, on the CPU. Recomputes the digest of live weights when it is due."""
         with self._weights:
-            submitted, pending = _composed(self._submitted, self._by_tensor(self._pending.collect())), _Pending()
+            submitted, pending = (
+                compose_all(self._submitted, self._by_tensor(self._pending.collect())),
+                PendingChanges(),
+            )
             # No call between these two: a KeyboardInterrupt finds both changed, or none.
             self._submitted, self._pending = submitted, pending
             self._moved_buffers = self._buffers.detect()
@@ -184,7 +148,7 @@ class Sliced:
         """
         view = {}
         with self._weights:
-            later = _composed(self._submitted, self._by_tensor(self._pending.collect()))
+            later = compose_all(self._submitted, self._by_tensor(self._pending.collect()))
             for index, spec in enumerate(self.table):
                 tensor = self._view(index).clone()
                 if index in later:
@@ -271,7 +235,7 @@ class Sliced:
     def _begin(self) -> None:
         """Count changes from the live weights on."""
         self._submitted = {}
-        self._pending = _Pending()
+        self._pending = PendingChanges()
         self._look_at_live()
         buffers = {
             spec.name: tensor
@@ -338,33 +302,6 @@ class Sliced:
         return cast(self._live[index], self._dtypes[index])
 
 
-class _Pending:
-    """Changes of several steps, by number. Lists of like sizes are merged, so that no change is merged often."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, list[Change]] = {}
-
-    def add(self, number: int, change: Change) -> None:
-        if len(change.indices) == 0:
-            return
-        parts = self._parts.setdefault(number, [])
-        parts.append(change)
-        while len(parts) > 1 and len(parts[-2].indices) < 2 * len(parts[-1].indices):
-            later, earlier = parts.pop(), parts.pop()
-            parts.append(compose(earlier, later))
-
-    def collect(self) -> dict[int, Change]:
-        """All of it as one change for each tensor; no empty ones."""
-        whole = {}
-        for index, parts in self._parts.items():
-            change = parts[-1]
-            for earlier in reversed(parts[:-1]):
-                change = compose(earlier, change)
-            if len(change.indices):
-                whole[index] = change
-        return whole
-
-
 class _LostUpdates:
     """Says once how much of the first step a parameter's own dtype was too coarse for."""
 
@@ -389,50 +326,6 @@ class _LostUpdates:
             "updates are smaller than half a unit in the last place, and lost",
             100 * lost,
         )
-
-
-def compose(first: Change, second: Change) -> Change:
-    """The change that does what `first` and then `second` do; elements that come back disappear."""
-    size = len(first.indices) + len(second.indices)
-    indices, old, new = np.empty(size, np.int64), np.empty(size, first.old.dtype), np.empty(size, first.new.dtype)
-    n = _merge(first.indices, first.old, first.new, second.indices, second.old, second.new, indices, old, new)
-    return Change(indices[:n].copy(), old[:n].copy(), new[:n].copy())
-
-
-@njit(nogil=True, cache=True)
-def _merge(
-    indices_a: np.ndarray,
-    old_a: np.ndarray,
-    new_a: np.ndarray,
-    indices_b: np.ndarray,
-    old_b: np.ndarray,
-    new_b: np.ndarray,
-    indices: np.ndarray,
-    old: np.ndarray,
-    new: np.ndarray,
-) -> int:
-    """Merge two ascending lists: old patterns of the first, new ones of the second. Returns how many were written."""
-    a, b, n = 0, 0, 0
-    while a < len(indices_a) or b < len(indices_b):
-        if b == len(indices_b) or (a < len(indices_a) and indices_a[a] < indices_b[b]):
-            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_a[a]
-            a += 1
-        elif a == len(indices_a) or indices_b[b] < indices_a[a]:
-            indices[n], old[n], new[n] = indices_b[b], old_b[b], new_b[b]
-            b += 1
-        else:
-            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_b[b]
-            a += 1
-            b += 1
-        n += old[n] != new[n]
-    return n
-
-
-def _composed(first: dict[int, Change], second: dict[int, Change]) -> dict[int, Change]:
-    out = {**first, **second}
-    for index in first.keys() & second.keys():
-        out[index] = compose(first[index], second[index])
-    return {index: change for index, change in out.items() if len(change.indices)}
 
 
 def _remember(parameter: torch.Tensor, dtype: torch.dtype, room: torch.Tensor) -> torch.Tensor:
@@ -488,21 +381,3 @@ def _place(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
 def _version(tensor: torch.Tensor) -> int:
     """How often torch has seen it written to; not by fused optimizers, and not through `.data`."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _overlap(tensors: Tensors) -> str | None:
-    """Two tensors that share memory: the update of one would be seen as one of that tensor only."""
-    extents = sorted(_extents(tensors.items()))
-    for (_, end, name), (start, _, other) in itertools.pairwise(extents):
-        if start < end:
-            return f"{name} and {other} share memory without being one parameter"
-    return None
-
-
-def _extents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, int, str]]:
-    for name, held in tensors:
-        tensor = local_part(held)
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            yield start, start + (last + 1) * tensor.element_size(), name

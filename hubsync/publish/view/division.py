@@ -13,6 +13,7 @@ from hubsync.publish.ranks import Ranks
 
 from .cast import cast, integers
 from .shards import Box, Shard, divide, held_box
+from .strided import whole_of
 
 
 def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> list[list[Shard]]:
@@ -38,6 +39,11 @@ def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
     owned = divide(list(tensors), shapes, held)
     _require_equal_replicas(ranks, tensors, dtype, held)
     return owned
+
+
+def holds_all(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether this process trains alone and holds every tensor whole."""
+    return ranks.size == 1 and not any(hasattr(whole_of(tensor), "to_local") for tensor in tensors.values())
 
 
 def _require_equal_replicas(

@@ -1,0 +1,102 @@
+"""Choosing the detector: the sliced one wherever it is exact, otherwise a snapshot."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hubsync.errors import ConfigError
+from hubsync.format.encoding import Encoding
+from hubsync.format.table import TensorTable
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.view.shards import Shard, local_part
+from hubsync.publish.view.strided import StridedView, whole_of
+
+from .base import Detector
+from .sliced import Sliced
+from .snapshot import Snapshot
+from .stepping import unwrapped, why_not
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def choose_detector(
+    tensors: Tensors,
+    table: TensorTable,
+    optimizer: Any,
+    config: SyncConfig,
+    *,
+    shards: Sequence[Shard] | None = None,
+    has_adapter: bool = False,
+) -> Detector:
+    """The detector that `config.detector` asks for. With "auto", the sliced one wherever it is exact.
+
+    Args:
+        tensors: the live tensors.
+        table: their table.
+        optimizer: the optimizer or accelerate's wrapper of it, or None.
+        config: its `detector`, `encoding`, `audit_every` and `snapshot_device`.
+        shards: table index -> the elements of the tensor that this process owns. None if it holds all tensors whole.
+        has_adapter: the tensors are those of an adapter. They are small, and a snapshot is exact whatever writes them.
+
+    Raises:
+        ConfigError: `config.detector` is "sliced", and that cannot be exact.
+    """
+    if shards is not None and config.detector == "sliced":
+        raise ConfigError(
+            "detector='sliced' needs one process that holds the whole model, and here each rank holds a part: "
+            "use detector='auto'"
+        )
+    keeps_old = has_adapter or Encoding(config.encoding).needs_base
+    if shards is not None or config.detector == "snapshot" or (config.detector == "auto" and keeps_old):
+        return Snapshot(tensors, table, config.snapshot_device, shards)
+    reason = why_not_sliced(tensors, optimizer)
+    if reason is None:
+        return Sliced(tensors, table, unwrapped(optimizer), config.audit_every)
+    if config.detector == "sliced":
+        raise ConfigError(f"detector='sliced' cannot be exact here: {reason}. Use detector='snapshot'")
+    if optimizer is not None:
+        logger.info("keeping a copy of the published weights to detect changes: %s", reason)
+    return Snapshot(tensors, table, config.snapshot_device)
+
+
+def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
+    """Why changes of these live tensors cannot be detected in the steps of this optimizer; None if they can."""
+    if optimizer is None:
+        return "there is no optimizer whose steps could be observed"
+    reason = why_not(optimizer)
+    if reason is not None:
+        return reason
+    held = {id(parameter) for group in unwrapped(optimizer).param_groups for parameter in group["params"]}
+    if not any(id(whole_of(tensor)) in held for tensor in tensors.values()):
+        return "the optimizer holds none of the model's parameters"
+    for name, tensor in tensors.items():
+        if isinstance(tensor, StridedView) and not tensor.place.is_contiguous:
+            return f"{name} is scattered in the parameter that the optimizer updates"
+        if tensor.requires_grad and id(whole_of(tensor)) not in held:
+            return f"the optimizer does not hold {name}, which is trained: another optimizer may step it"
+    return _overlap(tensors)
+
+
+def _overlap(tensors: Tensors) -> str | None:
+    """A reason if two tensors share memory: the update of one would be recorded for that tensor only."""
+    extents = sorted(_extents(tensors.items()))
+    for (_, end, name), (start, _, other) in itertools.pairwise(extents):
+        if start < end:
+            return f"{name} and {other} share memory without being one parameter"
+    return None
+
+
+def _extents(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, int, str]]:
+    for name, held in tensors:
+        tensor = local_part(held)
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            yield start, start + (last + 1) * tensor.element_size(), name

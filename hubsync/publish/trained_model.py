@@ -1,0 +1,164 @@
+"""The model in training, as a run describes it: its base checkpoint, its adapter, and the files beside its weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hubsync.errors import ConfigError
+from hubsync.format.checkpoint import Checkpoint
+from hubsync.format.digest import Digest, digest_view
+from hubsync.format.manifest import Adapter, Base
+from hubsync.format.parts import write_adapter_config
+from hubsync.format.table import TensorTable
+from hubsync.publish.detect.stepping import unwrapped
+from hubsync.publish.view.adapters import adapter_config, base_digest, is_adapted
+from hubsync.publish.view.deepspeed import is_deepspeeds, steps_masters
+
+from .base_copy import local_copy
+from .config import SyncConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedModel:
+    """A model without its wrappers, with everything that a run records about it besides its weights.
+
+    Args:
+        module: the model, from `without_wrapper`.
+        config: names the base checkpoint and the served dtype.
+        processing_class: tokenizer or processor to store beside the weights of anchors, or None.
+
+    Attributes:
+        adapter: the adapter of a PEFT model; None for any other model, which publishes all of its weights.
+    """
+
+    def __init__(self, module: torch.nn.Module, config: SyncConfig, processing_class: Any = None):
+        self._module = module
+        self._processing_class = processing_class
+        self._view_dtype = config.view_dtype
+        self._base = _stated_base(module, config)
+        self.adapter: Adapter | None = None
+        if is_adapted(module):
+            self.adapter = Adapter(adapter_config(module), self._base, base_digest(module, config.dtype))
+
+    def base_for(self, table: TensorTable, digest: Digest) -> Base:
+        """The checkpoint that inference servers load as version 0: the one of the settings, else of the model's config.
+
+        An empty `Base` if that checkpoint does not hold the model's weights: the model may have been trained since, or
+        loaded from elsewhere. Also for an adapter, whose version 0 is uploaded.
+        """
+        if self.adapter is not None:
+            return Base()
+        directory = None if self._base.model is None else local_copy(self._base)
+        if directory is None:
+            return self._base
+        try:
+            checkpoint = Checkpoint(directory, table)
+            checkpoint.check()
+            holds = digest_view(table, checkpoint) == digest
+        except ConfigError:  # a tensor is missing, or has another shape
+            holds = False
+        if holds:
+            return self._base
+        logger.warning("the model does not hold the weights of %s: uploading it whole as version 0", self._base.model)
+        return Base()
+
+    def write_side_files(self, directory: Path) -> None:
+        """Write the files that an anchor holds beside its weights: configs and tokenizer."""
+        if self.adapter is not None:
+            write_adapter_config(directory, self.adapter)
+            owners = [self._processing_class]
+        else:
+            model: Any = self._module
+            owners = [getattr(model, "config", None), getattr(model, "generation_config", None), self._processing_class]
+        for owner in owners:
+            if hasattr(owner, "save_pretrained"):
+                owner.save_pretrained(directory)
+        if self.adapter is None:
+            self._describe_view(directory / "config.json")
+
+    def _describe_view(self, path: Path) -> None:
+        """Change a config that describes the training model to describe the view: its dtype and the class to load."""
+        if not path.exists():
+            return
+        config = json.loads(path.read_text())
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        for part in parts:
+            part.update({key: self._view_dtype for key in ("dtype", "torch_dtype") if key in part})
+        config["dtype"] = self._view_dtype
+        config["architectures"] = config.get("architectures") or [_class_of(self._module).__name__]
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def without_wrapper(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DDP, DeepSpeed's engine and torch.compile. It has the config and the class that describe it."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return without_wrapper(model.module)
+    if is_deepspeeds(model):
+        return without_wrapper(model.get_submodule("module"))
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else without_wrapper(compiled)
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside accelerate's wrapper, which takes no hooks. ConfigError if there is none."""
+    if optimizer is None:
+        return None
+    optimizer = unwrapped(optimizer)
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise ConfigError(f"{type(optimizer).__name__} is not a torch optimizer: pass that, or None")
+    return optimizer
+
+
+def warn_of_lost_updates(tensors: dict[str, torch.Tensor], view_dtype: torch.dtype) -> None:
+    """Warn if trained parameters are narrower than float32."""
+    narrow = {tensor.dtype for tensor in tensors.values() if tensor.requires_grad and tensor.element_size() < 4}
+    if narrow:
+        logger.warning(
+            "the trained parameters are %s: updates smaller than half a unit in the last place are lost. Train with "
+            "float32 parameters (and autocast); hubsync casts them to %s for inference",
+            " and ".join(sorted(map(str, narrow))),
+            view_dtype,
+        )
+
+
+def warn_of_unpublished(model: torch.nn.Module, optimizer: Any) -> None:
+    """Warn if the optimizer trains parameters outside of the model: on purpose, or because it is the wrong model."""
+    if optimizer is None or steps_masters(optimizer):
+        return
+    given = {id(parameter) for parameter in model.parameters()}
+    groups = unwrapped(optimizer).param_groups
+    outside = [tensor for group in groups for tensor in group["params"] if id(tensor) not in given]
+    if outside:
+        logger.warning(
+            "the optimizer trains %d tensors (%d elements) that are not in the model given to hubsync: they are not "
+            "published. This is right for a value head, or for float32 masters that are copied into the model. "
+            "Otherwise give hubsync the model that is trained",
+            len(outside),
+            sum(tensor.numel() for tensor in outside),
+        )
+
+
+def _stated_base(model: torch.nn.Module, config: SyncConfig) -> Base:
+    if config.base_model is not None:
+        return Base(config.base_model, config.base_revision)
+    source: Any = getattr(model, "config", None)
+    name = getattr(source, "_name_or_path", None) or None
+    if name is None:
+        return Base()
+    if Path(name).is_dir():
+        return Base(str(Path(name).resolve()))
+    commit = getattr(source, "_commit_hash", None)
+    return Base(name, commit) if commit is not None else Base()
+
+
+def _class_of(model: torch.nn.Module) -> type:
+    """The class that loads the model: `fully_shard` replaces a model's class by a subclass."""
+    from torch.distributed.fsdp import FSDPModule  # takes a second
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

@@ -178,19 +178,15 @@ def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-        build_prefetch(builder, builder.gep(data, [args[1]]))
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_read, keep, of_data = flag(0), flag(3), flag(1)
+        address = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        builder.call(function, [address, to_read, keep, of_data])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
-
-
-def build_prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
-    """Emit the request for the cache line that a pointer leads to."""
-    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    to_read, keep, data = flag(0), flag(3), flag(1)
-    builder.call(function, [builder.bitcast(pointer, byte), to_read, keep, data])
 
 
 @intrinsic

@@ -1,7 +1,6 @@
 """Exact detection without a copy of the model: old weights are still there just before their own update.
 
-Where the step is torch's fused AdamW on a CPU, old and new weights are compared while they are updated (`fused`). Any
-other optimizer is stepped a few parameters at a time: each time their published view is remembered, and compared after
+The optimizer is stepped a few parameters at a time: each time their published view is remembered, and compared after
 the update; what is remembered is then forgotten. Changes of several steps add up; those that come back disappear. So
 only changes are held, and at most the memory for one bucket of parameters, or the largest one.
 
@@ -26,7 +25,6 @@ from hubsync.errors import ChainError
 from hubsync.format.digest import Digest, digest_torch, tensor_seed
 from hubsync.format.table import TensorTable
 from hubsync.kernels import rounding
-from hubsync.kernels.adamw import Found
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of
 from hubsync.publish.view.cast import cast, integers
 from hubsync.publish.view.live import require_same_table
@@ -200,20 +198,6 @@ class Sliced:
                 self._lost.count(parameter, change)
                 self._pending.add(number, change)
 
-    def wants(self, parameter: torch.Tensor) -> bool:
-        number = self._number.get(id(parameter))
-        return number is not None and self._dtypes[number] == torch.bfloat16
-
-    def found(self, parameter: torch.Tensor, found: Found) -> None:
-        number = self._number[id(parameter)]
-        self._pending.add(number, Change(found.indices, found.old, found.new))
-        if found.unclear:
-            self._pending.add(number, _changes_of_unclear(found, parameter))
-
-    def missed(self, parameter: torch.Tensor) -> None:
-        if id(parameter) in self._number:
-            self._suspect("a fused optimizer has updated parameters in a way that was not seen")
-
     def _after_step(self, *_: Any) -> None:
         if not self._stepping:
             self._suspect("the optimizer was stepped by a function that it had before")
@@ -344,14 +328,6 @@ def _changes_since(old: torch.Tensor, parameter: torch.Tensor, dtype: torch.dtyp
             indices, new = found
             return Change(indices, bits_of(old)[indices], new)
     return compare(old, cast(parameter, dtype))
-
-
-def _changes_of_unclear(found: Found, parameter: torch.Tensor) -> Change:
-    """Those of blocks with a NaN: torch casts the parameter as it is, and as it was in these blocks."""
-    was = parameter.detach().clone()
-    for start, old in found.unclear:
-        was.view(-1)[start : start + len(old)] = torch.from_numpy(old.view(np.int16)).view(torch.bfloat16)
-    return compare(cast(was, torch.bfloat16), cast(parameter, torch.bfloat16))
 
 
 def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:

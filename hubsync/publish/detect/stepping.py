@@ -2,23 +2,21 @@
 
 An optimizer that updates each parameter from that parameter's gradient and state alone does the same, bit for bit,
 when it steps one part of its parameters after the other. Everything around the update (hooks, profiler ranges, the
-closure, the call counted by LR schedulers) still happens once. Fused operators on a CPU are watched more closely, by
-`fused`; and bitsandbytes' optimizers, which go by the numbers of their parameters, in the method that updates one.
+closure, the call counted by LR schedulers) still happens once. bitsandbytes' optimizers, which go by the numbers of
+their parameters, are watched in the method that updates one.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import wraps
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
-
-from .fused import FusedOperators, Looker, buckets
 
 BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: few calls, and little to remember
 
@@ -28,14 +26,14 @@ _KNOWN |= {"Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 _KNOWN_BY_NAME = {"transformers.optimization.Adafactor", "lion_pytorch.lion_pytorch.Lion"}
 
 
-class Watcher(Looker, Protocol):
-    """Whoever looks at parameters before and after their update, and at whole steps."""
+class Watcher(Protocol):
+    """Compares parameters before and after their update."""
 
     def step(self) -> AbstractContextManager[None]:
         """Entered around each whole step."""
 
-    def missed(self, parameter: torch.Tensor) -> None:
-        """This parameter may have been updated without having been looked at."""
+    def update(self, parameters: list[torch.Tensor]) -> AbstractContextManager[None]:
+        """Entered around the update of these parameters, which is the only one they get in this step."""
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -77,7 +75,7 @@ class SlicedSteps:
     Args:
         optimizer: a torch optimizer of which `why_not` says nothing.
         watcher: told around each step, and of the update of each parameter.
-        bucket: elements stepped together where nobody can look along; a larger parameter is stepped by itself.
+        bucket: elements stepped together; a larger parameter is stepped by itself.
 
     Attributes:
         active: are steps still watched?
@@ -138,11 +136,8 @@ class SlicedSteps:
                 whole = group["params"]
                 try:
                     optimizer.param_groups = [group]
-                    if FusedOperators.run(optimizer, group):
-                        self._fused_update(optimizer, update, options)
-                        continue
                     most = sys.maxsize if _is_one(optimizer, group) else self._bucket
-                    for bucket in buckets(whole, torch.Tensor.numel, most):
+                    for bucket in _buckets(whole, most):
                         group["params"] = bucket
                         with self._watcher.update(bucket):
                             update(optimizer, **options)
@@ -164,15 +159,19 @@ class SlicedSteps:
         finally:
             del optimizer.update_step
 
-    def _fused_update(
-        self, optimizer: torch.optim.Optimizer, update: Callable[..., Any], options: dict[str, Any]
-    ) -> None:
-        (group,) = optimizer.param_groups
-        with FusedOperators(self._watcher, self._bucket) as operators:
-            update(optimizer, **options)
-        for parameter in group["params"]:
-            if parameter.grad is not None and id(parameter) not in operators.updated:
-                self._watcher.missed(parameter)
+
+def _buckets(parameters: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Cut a list where more than `most` elements would add up; a larger parameter is a bucket of its own."""
+    bucket: list[torch.Tensor] = []
+    held = 0
+    for parameter in parameters:
+        if bucket and held + parameter.numel() > most:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(parameter)
+        held += parameter.numel()
+    if bucket:
+        yield bucket
 
 
 def _is_one(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

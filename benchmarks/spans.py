@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hubsync.chain.compaction import MAX_SPAN, due
+from hubsync.chain.compaction import MAX_SPAN
+from hubsync.chain.spans import due
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import read_delta, write_delta

@@ -13,19 +13,19 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hubsync.bucket.base import Bucket, Download
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
-from hubsync.format.codec import OldBits
 from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
-from hubsync.format.parts import read_delta
-from hubsync.format.patch import Patch, compose, invert
-from hubsync.format.view_bits import Advanced
 
 from .index import ChainIndex, read_head
 from .layout import Layout
 from .planner import Plan, Planner, Step
+
+if TYPE_CHECKING:
+    from hubsync.format.codec import OldBits
+    from hubsync.format.patch import Patch
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +248,9 @@ class ChainReader:
         """
         if manifest.kind == "anchor":
             raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
+        from hubsync.format.parts import read_delta  # imports torch and numba
+        from hubsync.format.patch import compose
+
         table = self.run().table
         parts = [read_delta(path, table, manifest, old) for path in self.fetch(manifest)]
         return reduce(compose, parts, {})
@@ -257,6 +260,9 @@ class ChainReader:
 
         Each is decoded against the weights that those before it lead to; memory is O(changes).
         """
+        from hubsync.format.patch import compose, invert  # imports numba
+        from hubsync.format.view_bits import Advanced
+
         table = self.run().table
         patch: Patch = {}
         for step in steps:

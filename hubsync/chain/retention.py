@@ -24,11 +24,11 @@ from hubsync.bucket.base import Bucket, Stat
 from hubsync.errors import BucketError, FormatError, NoPath
 from hubsync.format.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Position, seal, unseal
 
-from .compaction import chain_of, due
 from .index import ChainIndex
 from .layout import Layout
 from .planner import Planner
 from .reader import ChainReader
+from .spans import chain_of, due
 
 logger = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ def installed() -> dict[str, Command]:
     found: dict[str, Command] = {}
     for entry in entry_points(group=GROUP):
         if entry.name in BUILT_IN:
-            _warn(f"the command {entry.name!r} of {entry.value} is ignored: hubsync has a command of that name")
+            _warn(f"ignoring the command {entry.name!r} of {entry.value}: hubsync has a command of that name")
             continue
         try:
             found[entry.name] = entry.load()

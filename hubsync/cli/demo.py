@@ -30,7 +30,7 @@ after every optimizer step, and compare it with a fresh server at the end. Exit 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {STEPS})")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps (default: {STEPS})")
     parser.add_argument(
         "--quick", action="store_true", help=f"only {QUICK_STEPS} steps, too few for the reward to rise clearly"
     )
@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use a running vLLM server of WORKDIR/base; the first run makes that model and prints how to serve it",
     )
     parser.add_argument(
-        "--workdir", type=Path, help="directory for all files, which stay there (default: a temporary directory)"
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="directory for all files, which stay there (default: a temporary directory)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements to FILE")
 

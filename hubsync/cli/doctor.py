@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-fallback", action="store_true", help="reload tensors that cannot be changed in place, at every commit"
     )
     parser.add_argument(
-        "--workdir", type=Path, help="directory for the patched copy of the checkpoint (default: a temporary directory)"
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="directory for the patched copy of the checkpoint (default: a temporary directory)",
     )
     parser.add_argument("--json", action="store_true", help="print only one JSON object")
 

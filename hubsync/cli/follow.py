@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="poll once, bring the server to the version, and exit")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument(
-        "--api-key", default=os.environ.get("VLLM_API_KEY"), help="API key of the server (default: VLLM_API_KEY)"
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="API key of the server (default: VLLM_API_KEY)",
     )
     options.add_read_access(parser)
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 HELP = "delete what a run no longer needs"
 DESCRIPTION = """\
 Delete versions that the policy does not keep, and leftovers of publishers that died. The newest version, the served
-version and the versions selected here are kept, each with everything needed to rebuild it. The first run marks what is
-unneeded. A later run deletes it, if it is still unneeded after the grace period, by the storage's clock.
+version and the versions selected here are kept, each with everything needed to rebuild it. The first call marks what is
+unneeded. A later call deletes it, if it is still unneeded after the grace period, by the storage's clock.
 """
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

@@ -58,14 +58,19 @@ def make_parser(table: Mapping[str, commands.Command]) -> argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"hubsync {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in table.items():
-        subparser = subparsers.add_parser(name, help=command.HELP, description=command.DESCRIPTION)
+        subparser = subparsers.add_parser(
+            name, help=command.HELP, description=command.DESCRIPTION, formatter_class=_Formatter
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Lists the commands without a line for COMMAND above them."""
+    """Keeps each option on the line of its help, and lists the commands without a line for COMMAND above them."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
 
     def _format_action(self, action: argparse.Action) -> str:
         text = super()._format_action(action)

@@ -1,4 +1,4 @@
-"""Do two servers compute the same? Greedy tokens and their log-probabilities, compared exactly."""
+"""Greedy tokens and log-probabilities of a vLLM server, to compare two servers exactly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Greedy:
-    """One greedy continuation: token ids and, for each, its own log-probability and that of the runner-up."""
+    """One greedy continuation.
+
+    Attributes:
+        tokens: token ids, as text.
+        logprobs: for each token, ids and log-probabilities of the two most probable ones, sorted by id.
+    """
 
     tokens: tuple[str, ...]
     logprobs: tuple[tuple[tuple[str, float], ...], ...]
 
 
 def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
-    """Greedy continuations of each prompt, one request after the other, so that batching cannot differ."""
+    """Greedy continuation of each prompt. Requests are sequential, because batching may change results."""
     with new_session(url) as session:
         model = session.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         return [_greedy(session, url, model, prompt) for prompt in prompts]

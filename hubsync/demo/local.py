@@ -1,4 +1,4 @@
-"""A local Hub for the demo."""
+"""Local Hub for the demo."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hubsync.localhub import LocalHub
 def local_bucket(root: Path) -> Iterator[str]:
     """Serve a Hub from the directory `root`, and yield the address of a new run in it.
 
-    Sets where the Hub is for this process and its children. Enter this before anything imports `huggingface_hub`, which
-    reads some of it only then. hf_xet remembers by URL what it has uploaded, and another Hub may have had this one's:
-    so its cache lies beside the Hub's files.
+    Sets the Hub's environment variables for this process and its children. Enter it before anything imports
+    `huggingface_hub`, which reads some of them at import. hf_xet caches by URL what it has uploaded, and an earlier Hub
+    may have had the same URL, so the cache is kept in `root`.
     """
     with LocalHub(root) as hub:
         os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN="hf_local", HF_XET_CACHE=str(root / "xet-cache"))

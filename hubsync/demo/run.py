@@ -1,6 +1,6 @@
-"""The demo: a real GRPO training, a real vLLM server that follows it through a bucket, and the proof that it does.
+"""The demo: a real GRPO training, a real vLLM server synced through a bucket, and an exact comparison at the end.
 
-What trains and syncs is what a user would write, `GRPOTrainer`, `SyncConfig` and `HubSyncCallback`, as in
+Training and sync use the public API as a user would: `GRPOTrainer`, `SyncConfig` and `HubSyncCallback`, as in
 `examples/grpo_disaggregated/train.py`. The rest of this file starts the servers and measures.
 """
 
@@ -56,7 +56,7 @@ class Demo:
         self.console = Console()
 
     def run(self) -> dict[str, Any]:
-        """Train, sync, compare. Returns the measurements; `exact` says whether everything was right to the bit."""
+        """Train, sync and compare. Returns the measurements; `exact` is True if the servers agree bit for bit."""
         started = time.monotonic()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -70,24 +70,24 @@ class Demo:
         return {**self._conclude(callback, rows, equal), "seconds": time.monotonic() - started}
 
     def _base(self) -> Path:
-        """The starting policy's checkpoint, made if it is not there yet."""
+        """The starting policy's checkpoint, made if it does not exist."""
         base = self.workdir / "base"
         if (base / "config.json").exists():
             return base
-        self._say("making the starting policy: a random Qwen3, taught to add for a few seconds")
+        self._say("making the starting policy: a random Qwen3, trained on sums for a few seconds")
         task.make_checkpoint(base)
         if self.server is not None:
             raise ConfigError(
-                f"the server must serve the demo's starting policy. Copy {base} to where it runs, start it with\n"
+                f"the server must serve the demo's starting policy. Copy {base} to its machine, start it with\n"
                 f"  VLLM_SERVER_DEV_MODE=1 HUBSYNC_BUCKET={self.bucket} vllm serve {base} "
                 f"--worker-extension-cls {EXTENSION} --logprobs-mode processed_logprobs --max-model-len 512\n"
                 f"and run the demo again with --workdir {self.workdir}"
             )
         return base
 
-    def _serve(self, servers: ExitStack, model: Path, name: str, what: str) -> str:
-        """Start a vLLM server of `model` that lives as long as `servers`; returns its URL."""
-        self._say(f"starting a vLLM server of the {what}")
+    def _serve(self, servers: ExitStack, model: Path, name: str, label: str) -> str:
+        """Start a vLLM server of `model` that `servers` stops; returns its URL."""
+        self._say(f"starting a vLLM server of the {label}")
         process = servers.enter_context(
             ServerProcess(
                 model,
@@ -101,7 +101,7 @@ class Demo:
         return process.url
 
     def _train(self, base: Path, url: str) -> tuple[HubSyncCallback, list[dict[str, float]]]:
-        """Train for `steps` optimizer steps, synced after each. The second is the rows of the trainer's log."""
+        """Train for `steps` optimizer steps, with a sync after each. Returns the callback and the rows of the log."""
         trainer = GRPOTrainer(
             model=str(base),
             reward_funcs=task.tagged_answer,
@@ -138,7 +138,7 @@ class Demo:
         self._say(f"the server's live weights are those of {newest}")
 
     def _newest_anchor(self) -> Path:
-        """Download the newest anchor from the bucket, as anybody could."""
+        """Download the newest anchor from the bucket."""
         reader = self._reader()
         anchor = [manifest for manifest in reader.manifests() if manifest.kind == "anchor"][-1]
         return reader.fetch(anchor)[0].parent
@@ -153,7 +153,7 @@ class Demo:
 
     def _conclude(self, callback: HubSyncCallback, rows: list[dict[str, float]], equal: bool) -> dict[str, Any]:
         manifests = self._reader().manifests()
-        # A bucket of the user's may hold older versions; this training's are those of the last epoch.
+        # The bucket may hold versions of earlier trainings; this training's are those of the last writer epoch.
         deltas = [delta for delta in manifests if delta.kind == "delta" and delta.epoch == manifests[-1].epoch]
         payload, changed = sum(delta.nbytes for delta in deltas), sum(delta.changed for delta in deltas)
         tenth = max(1, len(rows) // 10)
@@ -176,14 +176,14 @@ class Demo:
         }
         self._say(
             f"[bold]reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}[/] in {len(rows)} steps; "
-            f"{result['changed_fraction']:.2%} of the weights changed per step, and {payload:,} bytes were uploaded "
-            f"for them in place of {result['dense_bytes']:,} ({result['bits_per_change']:.2f} bits a changed element)"
+            f"{result['changed_fraction']:.2%} of the weights changed per step; uploaded {payload:,} bytes instead of "
+            f"{result['dense_bytes']:,} ({result['bits_per_change']:.2f} bits per changed element)"
         )
         times = ", ".join(f"{phase} {1e3 * seconds:.1f} ms" for phase, seconds in result["median_s"].items())
         self._say(f"median of a sync: {times}")
-        self._say(f"{callback.digest_matches} of {callback.commits} commits were confirmed by a digest of live weights")
+        self._say(f"{callback.digest_matches} of {callback.commits} commits verified by a digest of the live weights")
         same = "[green]exactly the same[/]" if equal else "[red]DIFFERENT[/]"
-        self._say(f"a fresh server of the final anchor gives {same} tokens and log-probabilities")
+        self._say(f"a fresh server of the final anchor returns {same} tokens and log-probabilities")
         return result
 
     def _say(self, text: str) -> None:
@@ -191,5 +191,5 @@ class Demo:
 
 
 def _median(rows: list[dict[str, float]], metric: str) -> float:
-    """Over the rows of steps that were preceded by a sync with changes: all but the first."""
+    """Median over all rows but the first, whose step was not preceded by a sync with changes."""
     return median(row[metric] for row in rows[1:] if metric in row) if len(rows) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""A local vLLM server as a child process, for the demo and the tests: started small, and always ended."""
+"""A small local vLLM server as a child process, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from types import TracebackType
 from hubsync.errors import ReplicaUnreachable
 from hubsync.replicas.vllm_http import VLLMServer
 
-# What makes a vLLM server of a toy model start fast on few CPU cores. One OpenMP thread: with more, spinning threads
-# of several processes cost a factor of 40. On a machine with accelerators vLLM ignores the CPU settings.
+# Settings with which a vLLM server of a toy model starts fast on few CPU cores. One OpenMP thread, because spinning
+# threads of several processes cost a factor of 40. On a machine with accelerators vLLM ignores the CPU settings.
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -34,10 +34,11 @@ class ServerProcess:
 
     Args:
         model: checkpoint directory.
-        log: file that takes the server's output.
-        bucket: address of the run to follow; no worker extension is loaded without one.
-        environment: added to (and overriding) this process's and the defaults above; an empty value removes a variable.
+        log: file for the server's output.
+        bucket: address of the run to follow; without one, no worker extension is loaded.
+        environment: overrides this process's environment and the defaults above; an empty value removes a variable.
         arguments: more command line arguments for the server.
+        max_model_len: longest sequence, in tokens.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ServerProcess:
         self.log = log
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # The module instead of the `vllm` command, because not every build of vLLM installs a working one.
+        # The module rather than the `vllm` command: not every build of vLLM installs a working command.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_model_len), *_ARGUMENTS]
         settings = {
@@ -71,16 +72,16 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={key: value for key, value in settings.items() if value},
-                start_new_session=True,  # its own process group, so that the engine's processes end with it
+                start_new_session=True,  # a process group, so that `stop` ends the engine's processes too
             )
 
     @property
     def pid(self) -> int:
-        """Also the number of its process group."""
+        """Process id, which is also the id of the process group."""
         return self._process.pid
 
     def wait_ready(self, timeout: float = 300.0) -> VLLMServer:
-        """A client, once the server answers; ReplicaUnreachable, with the end of its log, if it does not."""
+        """Wait until the server answers; returns a client. ReplicaUnreachable, with the log's end, if it does not."""
         server, deadline = VLLMServer(self.url), time.monotonic() + timeout
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
@@ -89,14 +90,16 @@ class ServerProcess:
             except ReplicaUnreachable:
                 pass
             time.sleep(0.25)
-        how = "did not start in time" if self._process.poll() is None else f"ended with code {self._process.poll()}"
-        raise ReplicaUnreachable(f"the vLLM server {how}; the end of {self.log}:\n{self.tail()}")
+        code = self._process.poll()
+        outcome = f"did not start within {timeout:g} s" if code is None else f"ended with code {code}"
+        raise ReplicaUnreachable(f"the vLLM server {outcome}; the end of {self.log}:\n{self.tail()}")
 
     def tail(self, lines: int = 30) -> str:
+        """The last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and all of its processes; does nothing the second time."""
+        """End the server and all of its processes. Does nothing if they have ended."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._process.pid, signum)

@@ -1,9 +1,9 @@
-"""The demo's task: a tiny Qwen3 that can add, but answers in the asked-for format only about half of the time.
+"""The demo's task: a tiny Qwen3 that adds digits, and answers in the required format about half of the time.
 
-The starting policy is made here in seconds, from nothing: a word-level tokenizer, random weights, and a short
-supervised warm start on sums of digits, answered in two styles. That leaves it like a model before the "format"
-phase of a reasoning recipe: it knows, but does not do as it is told. The reward is 1 for `<answer> 7 </answer>` with
-the right number and 0 for anything else, so reinforcement learning has something to do, at an ordinary learning rate.
+The starting policy is made here in seconds: a word-level tokenizer, random weights, and a short supervised warm start
+on sums of digits, answered in two styles. It resembles a model before the "format" phase of a reasoning recipe: it
+knows the sums, but does not follow the format. The reward is 1 for `<answer> 7 </answer>` with the right number and 0
+for anything else, so reinforcement learning improves the policy at an ordinary learning rate.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST = 9
 PAD, EOS = "<pad>", "<eos>"
 WORDS = [PAD, EOS, "+", "=", "<answer>", "</answer>", "it", "is", "."]
 
-# Longest completion: `<answer> 7 </answer> <eos>`.
+# Tokens. The rewarded completion, `<answer> 7 </answer> <eos>`, has 4; `it is 7 . <eos>` has 5.
 MAX_COMPLETION_LENGTH = 6
 
 
@@ -46,6 +46,7 @@ def tagged_answer(completions: list[str], answer: list[int], **_: Any) -> list[f
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `WORDS` and the digits."""
     words = WORDS + [str(number) for number in range(LARGEST + 1)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=PAD))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -82,12 +83,12 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def _warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int = 60, batch: int = 40) -> None:
-    """Supervised learning of the sums in both styles, just long enough to know them."""
+    """Train on the sums in both styles, just long enough to learn them."""
     texts = [f"{prompt} <answer> {total} </answer> {EOS}" for prompt, total in problems()]
     texts += [f"{prompt} it is {total} . {EOS}" for prompt, total in problems()]
     rows = tokenizer(texts, padding=True, return_tensors="pt")
     labels = rows.input_ids.masked_fill(rows.input_ids == tokenizer.pad_token_id, -100)
-    labels[:, :4] = -100  # the prompt is given
+    labels[:, :4] = -100  # no loss on the prompt
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for _ in range(steps):
         pick = torch.randint(len(texts), (batch,))

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: one line per optimizer step, as it happens."""
+"""Progress of the demo: one line per optimizer step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WEIGHT_SYNC = "weight_sync/"
 
 @dataclass(frozen=True)
 class _Column:
-    """How one metric is shown: `scale` times its value, in `form`, right-aligned in `width` characters."""
+    """One column: a metric times `scale`, formatted with `form`, right-aligned in `width` characters."""
 
     heading: str
     metric: str
@@ -45,10 +45,10 @@ _WRONG_DIGEST = "[red]   WRONG[/]"
 
 
 class Progress(TrainerCallback):
-    """Prints every row of the trainer's log, and keeps it.
+    """Prints and keeps every row of the trainer's log.
 
-    A row's reward was earned by the version it names: that version was published after the step before, and is what
-    the server generated with. The digest is that of the version before it, checked while the server generated.
+    The version in a row is the one that earned the row's reward: it was published after the previous step, and the
+    server generated with it. The digest belongs to the version before, and was checked while the server generated.
     """
 
     def __init__(self, console: Console):

@@ -1,4 +1,4 @@
-"""Have real vLLM engines make a trial's change in place, and compare their memory with that of a fresh load."""
+"""Apply a trial's delta in a real vLLM engine, and compare the engine's memory with a fresh load."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .trial import Trial
 
 _TAIL = 25
 
-# What makes an engine of one model start fast; on a machine with accelerators vLLM ignores the CPU settings.
+# Settings with which an engine starts fast. On a machine with accelerators vLLM ignores the CPU settings.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function of ours travels to workers in other processes
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `collective_rpc` pickles a function for workers in other processes
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -32,10 +32,10 @@ class TensorReport:
     """One tensor of the checkpoint.
 
     Attributes:
-        name: as in the checkpoint.
-        kind: affine, table, relayout, dense, refused, or missing if no worker holds it. The worst of all workers.
-        reason: why it is refused, or None.
-        elements: that all workers hold, copies included.
+        name: name in the checkpoint.
+        kind: affine, table, relayout, dense, refused, or missing if no worker holds it; the worst over all workers.
+        reason: why the tensor is refused, or None.
+        elements: number of elements that all workers hold, copies included.
     """
 
     name: str
@@ -46,18 +46,19 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the engines showed.
+    """Outcome of a trial.
 
     Attributes:
-        tensors: of the checkpoint, in its order.
-        derived: parameters of the served model that are computed from others, and computed again after a commit.
-        ranks: workers.
-        changed: elements of the checkpoint that the trial changed.
-        compared: parameters and buffers, over all workers.
-        wrong_after_commit, wrong_after_undo: those that differ from a fresh load of the patched and of the base
-            checkpoint, as `rank: name`.
-        error: what the workers refused with, `Type: message`; None if they did not.
-        seconds: load, attach, stage, commit.
+        tensors: tensors of the checkpoint, in its order.
+        derived: parameters of the served model that are computed from others, and recomputed after each commit.
+        ranks: number of workers.
+        changed: number of elements that the trial changed.
+        compared: number of parameters and buffers, over all workers.
+        wrong_after_commit: parameters and buffers that differ from a fresh load of the patched checkpoint, as
+            `rank N: name`.
+        wrong_after_undo: the same for the base checkpoint, after the undo.
+        error: error of the workers, `Type: message`, or None.
+        seconds: duration of load, attach, stage and commit.
     """
 
     tensors: list[TensorReport]
@@ -76,13 +77,14 @@ class Diagnosis:
 
 
 def examine(trial: Trial, options: Mapping[str, Any], workdir: Path) -> Diagnosis:
-    """Run two engines, one after the other: one follows the trial, one loads its outcome.
+    """Run two engines, one after the other: the first applies the trial's delta, the second loads the patched model.
 
     Args:
-        options: of vLLM's `LLM`: parallel sizes, dtype, whatever changes the layout.
+        options: arguments of vLLM's `LLM`: parallel sizes, dtype, and whatever else changes the layout.
+        workdir: existing directory for logs, caches and reports.
 
     Raises:
-        ReplicaUnsuitable: an engine did not start; the message ends with what it printed.
+        ReplicaUnsuitable: an engine did not start; the message ends with its output.
     """
     target = {"version": trial.target.version, "digest": trial.target.digest}
     first = _run(trial, trial.base, options, target, workdir / "followed")
@@ -116,9 +118,9 @@ def _tensors(trial: Trial, layouts: Sequence[Mapping[str, Any]]) -> list[TensorR
 
 
 def _different(left: Sequence[Mapping[str, str]], right: Sequence[Mapping[str, str]]) -> list[str]:
-    """`rank: name` of everything that differs."""
+    """`rank N: name` of everything that differs."""
     if len(left) != len(right):
-        return [f"{len(left)} workers, and {len(right)} in the fresh engine"]
+        return [f"{len(left)} workers here, {len(right)} in the fresh engine"]
     return [
         f"rank {rank}: {name}"
         for rank, (ours, fresh) in enumerate(zip(left, right, strict=True))
@@ -153,7 +155,7 @@ def _run(
 
 
 def _binding(options: Mapping[str, Any]) -> dict[str, str]:
-    """vLLM for CPUs wants to be told which cores several workers get."""
+    """Cores of each worker; vLLM for CPUs needs them set if there are several workers."""
     workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if workers == 1 or not hasattr(os, "sched_getaffinity"):
         return {}

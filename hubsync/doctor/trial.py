@@ -1,4 +1,4 @@
-"""A run of two versions, made from a checkpoint: the base, and a random hundredth of its elements changed."""
+"""A trial run of two versions: a checkpoint, and the same with a random 1 % of its elements changed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _SMALL_STEP = 3
 
 @dataclass(frozen=True)
 class Trial:
-    """A base checkpoint, the run that starts from it, and the checkpoint of its version 1.
+    """A base checkpoint, a run that starts from it, and a checkpoint of the run's version 1.
 
     Attributes:
-        base: directory of the checkpoint under examination.
+        base: directory of the checkpoint to examine.
         patched: directory of the same model at version 1.
-        address: of the run, a directory.
+        address: address of the run, a directory.
         target: version 1.
         table: all tensors of the checkpoint.
-        changed: elements that differ.
+        changed: number of elements that differ.
     """
 
     base: Path
@@ -50,7 +50,7 @@ class Trial:
 
 
 def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
-    """Write run and patched checkpoint into `workdir`. ConfigError if `base` is no safetensors checkpoint."""
+    """Write the run and the patched checkpoint to `workdir`. ConfigError if `base` is no safetensors checkpoint."""
     table = _table_of(base)
     tensors = Checkpoint(base, table)
     start = Position(0, digest_view(table, tensors).hex)
@@ -76,7 +76,7 @@ def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
 
 
 def random_patch(table: TensorTable, tensors: Mapping[str, torch.Tensor], seed: int) -> Patch:
-    """Changes of a hundredth of each tensor: half of them small steps, half any pattern, NaNs and -0 included."""
+    """Change 1 % of each tensor: half of it by small steps, half to any bit pattern, NaN and -0 included."""
     rng = np.random.default_rng(seed)
     patch: Patch = {}
     for index, spec in enumerate(table):
@@ -95,7 +95,7 @@ def random_patch(table: TensorTable, tensors: Mapping[str, torch.Tensor], seed: 
 
 
 def make_random_checkpoint(source: Path, directory: Path) -> Path:
-    """A checkpoint with random weights, from a `config.json` or a directory that holds one."""
+    """Write a checkpoint with random weights to `directory`, for a `config.json` or a directory with one."""
     import transformers
 
     config_dir = source if source.is_dir() else source.parent
@@ -104,9 +104,9 @@ def make_random_checkpoint(source: Path, directory: Path) -> Path:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot make a causal language model of {source}: {error}") from None
+        raise ConfigError(f"transformers cannot build a causal language model from {source}: {error}") from None
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases are all equal as initialised: no swap could be seen
+        for parameter in model.parameters():  # as initialised, norms and biases are constant and would hide a swap
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
     model.save_pretrained(directory)
     return directory
@@ -116,8 +116,8 @@ def _table_of(directory: Path) -> TensorTable:
     """All tensors of a checkpoint, in the order of their names."""
     if not is_checkpoint(directory):
         raise ConfigError(
-            f"{directory} holds no safetensors checkpoint; download the model first "
-            "(hf download MODEL --local-dir DIR), or give a directory with a config.json and --random"
+            f"{directory} holds no safetensors checkpoint: download the model first "
+            "(hf download MODEL --local-dir DIR), or use --random with a directory that holds a config.json"
         )
     specs = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -127,7 +127,7 @@ def _table_of(directory: Path) -> TensorTable:
                 dtype = view.get_dtype()
                 if dtype not in WIDTHS:
                     raise ConfigError(
-                        f"{name} is {dtype}, which hubsync cannot carry; quantised checkpoints are not supported"
+                        f"{name} has dtype {dtype}, which hubsync does not support (nor quantized checkpoints)"
                     )
                 specs[name] = TensorSpec(name, tuple(view.get_shape()), dtype)
     return TensorTable([specs[name] for name in sorted(specs)])

@@ -18,7 +18,7 @@ from hubsync.cli.main import main
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    """A run of one version whose name looks like markup."""
+    """A run of one version, with a name that looks like markup."""
     model = torch.nn.Linear(4, 4)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=str(tmp_path / "bucket"))) as engine:
         torch.nn.init.ones_(model.weight)
@@ -47,7 +47,7 @@ def address(tmp_path: Path) -> str:
         ("demo --workdir {tmp}/demo --json {tmp}/nowhere/out.json", "nowhere/out.json"),
     ],
 )
-def test_a_wrong_use_is_explained_in_one_line(
+def test_a_user_error_is_one_line_with_exit_code_1(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, says: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -64,7 +64,7 @@ def test_a_wrong_use_is_explained_in_one_line(
     "words",
     ["list", "ls", "show {run} x", "show {run} 100000000", "pull {run} out --version -1", "ls {run} --limit -5"],
 )
-def test_a_wrong_command_line_shows_its_usage(address: str, capsys: pytest.CaptureFixture[str], words: str) -> None:
+def test_a_wrong_command_line_prints_its_usage(address: str, capsys: pytest.CaptureFixture[str], words: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main([word.format(run=address) for word in words.split()])
     assert ended.value.code == 2
@@ -106,7 +106,7 @@ def test_the_default_span_is_the_compactors() -> None:
     assert compact.DEFAULT_MAX_SPAN == MAX_SPAN
 
 
-def test_a_name_is_shown_as_it_was_given(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_prints_a_name_that_looks_like_markup_unchanged(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", address]) == 0
     assert "grpo [lr=1e-6] [/x] :smile:" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""`hubsync repair`: a manifest that nobody can read is taken out of the way, and the run goes on."""
+"""`hubsync repair` deletes unreadable manifests, and the run continues."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def damage(history: History, manifest: Manifest) -> None:
 
 
 def newest(history: History, tmp_path: Path) -> Manifest:
-    return history.reader(tmp_path / "look").manifest(history.writer.position.version)
+    return history.reader(tmp_path / "reader").manifest(history.writer.position.version)
 
 
-def test_a_run_in_order_is_left_alone(history: History, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_readable_run_is_not_changed(history: History, capsys: pytest.CaptureFixture[str]) -> None:
     list(Compactor(history.bucket, history.reader(Path(history.bucket.address) / "cache")).run())
     assert main(["repair", history.bucket.address, "--delete"]) == 0
     assert capsys.readouterr().out == "all manifests are readable\n"
@@ -54,8 +54,8 @@ def test_the_newest_manifest_is_restored_from_the_head(
     history.go(history.reader(tmp_path / "cache"), None)
 
 
-def test_without_a_copy_of_it_the_run_goes_on_from_the_version_before(history: History, tmp_path: Path) -> None:
-    third = history.reader(tmp_path / "look").manifest(3).position
+def test_without_a_copy_in_the_head_the_run_continues_from_the_version_before(history: History, tmp_path: Path) -> None:
+    third = history.reader(tmp_path / "reader").manifest(3).position
     damage(history, newest(history, tmp_path))
     history.bucket.delete([Layout.HEAD])
     assert main(["repair", history.bucket.address, "--delete"]) == 0
@@ -65,14 +65,14 @@ def test_without_a_copy_of_it_the_run_goes_on_from_the_version_before(history: H
     history.go(history.reader(tmp_path / "cache"), third)
 
 
-def test_a_manifest_in_the_middle_is_gone_around_by_an_anchor(history: History, tmp_path: Path) -> None:
-    damage(history, history.reader(tmp_path / "look").manifest(2))
+def test_an_anchor_bridges_a_deleted_manifest(history: History, tmp_path: Path) -> None:
+    damage(history, history.reader(tmp_path / "reader").manifest(2))
     assert main(["repair", history.bucket.address, "--delete"]) == 0
     history.anchor(tmp_path / "anchor")
     history.go(history.reader(tmp_path / "cache"), None)
 
 
-def test_what_a_newer_hubsync_has_written_is_not_deleted(
+def test_a_manifest_of_a_newer_format_is_not_deleted(
     history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Layout.manifest(newest(history, tmp_path))
@@ -82,7 +82,7 @@ def test_what_a_newer_hubsync_has_written_is_not_deleted(
     assert path in history.bucket.stat([path])
 
 
-def test_a_manifest_that_the_key_has_not_signed_is_deleted(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_signed_with_the_key_is_deleted(tmp_path: Path) -> None:
     key = SigningKey.generate()
     key.save(tmp_path / "key")
     plain = LocalBucket(tmp_path / "bucket", create=True)
@@ -93,7 +93,7 @@ def test_a_manifest_that_the_key_has_not_signed_is_deleted(tmp_path: Path) -> No
     plain.commit(forged, newest(history, tmp_path).dumps())
     with pytest.raises(FormatError):
         ChainReader(history.bucket, tmp_path / "cache").newest()
-    assert main(["repair", plain.address, "--delete"]) == 1  # it is signed, and here is no key
+    assert main(["repair", plain.address, "--delete"]) == 1  # the run is signed, and no key was given
     assert main(["repair", plain.address, "--delete", "--signing-key", str(tmp_path / "key")]) == 0
     assert ChainReader(history.bucket, tmp_path / "cache").newest() == history.writer.position
     assert Head.loads(plain.read([Layout.HEAD])[Layout.HEAD]).manifest.version == 2

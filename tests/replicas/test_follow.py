@@ -353,7 +353,7 @@ def test_an_idle_look_costs_the_hub_few_requests(
     assert 0 < local_hub.api_calls() <= 4
 
 
-def test_a_login_after_the_token_has_expired_is_enough(
+def test_a_login_after_the_token_has_expired_needs_no_restart(
     hub_bucket: HubBucket,
     local_hub: LocalHub,
     publisher: Publisher,
@@ -361,7 +361,7 @@ def test_a_login_after_the_token_has_expired_is_enough(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`hf auth login` on the host; nothing has to be started again."""
+    """`hf auth login` on the host is enough; the follower reads the new token."""
     login = tmp_path / "token"
     login.write_text("hf_expired")
     copy_run(publisher.address, local_hub.url, hub_bucket.address)
@@ -386,7 +386,7 @@ def test_a_login_after_the_token_has_expired_is_enough(
 def command(publisher: Publisher, server: StandIn, *options: str) -> Iterator[subprocess.Popen[str]]:
     arguments = ["follow", "--bucket", publisher.address, "--server", server.url, "--interval", "0.05", *options]
     process = subprocess.Popen(
-        [sys.executable, "-m", "hubsync.cli.main", *arguments],
+        [sys.executable, "-m", "hubsync", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -404,7 +404,7 @@ def line(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_tells_a_line_a_commit_and_ends_cleanly(
+def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
     publisher: Publisher, server: StandIn, number: signal.Signals
 ) -> None:
     with command(publisher, server, "--json") as process:
@@ -428,7 +428,7 @@ def test_the_command_tells_a_line_a_commit_and_ends_cleanly(
     }
 
 
-def test_the_command_looks_once_if_told_so(publisher: Publisher, server: StandIn) -> None:
+def test_the_command_with_once_polls_once(publisher: Publisher, server: StandIn) -> None:
     with command(publisher, server, "--once") as process:
         out, _ = process.communicate(timeout=PATIENCE_S)
     digest = publisher.positions[2].digest[:12]
@@ -444,7 +444,7 @@ def test_the_command_looks_once_if_told_so(publisher: Publisher, server: StandIn
     assert process.returncode == 1
 
 
-def test_a_command_that_cannot_go_on_does_not_end_as_if_it_had_been_told_to(
+def test_an_unexpected_error_ends_the_command_with_exit_code_1(
     publisher: Publisher, server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "file"
@@ -459,7 +459,7 @@ def test_a_command_that_cannot_go_on_does_not_end_as_if_it_had_been_told_to(
     assert capsys.readouterr().err == f"hubsync: [Errno 17] File exists: '{cache}'\n"
 
 
-def test_a_killed_follower_leaves_nothing_that_the_next_one_cannot_go_on_with(
+def test_a_follower_continues_after_a_killed_one(
     publisher: Publisher, server: StandIn
 ) -> None:
     go = hold(server, "hubsync_commit")

@@ -1,4 +1,4 @@
-"""Will my model work? The doctor's answers on real vLLM, and that it can say no."""
+"""`hubsync doctor`: its report, and its verdict on real vLLM engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hubsync.kernels.bits import bits_of
 from tests.support.models import CONFIGS, EXPERTS, save_checkpoint, with_float32_router
 from tests.support.toy import TABLE, view
 
-# vLLM for CPUs keeps nothing but packed weights of latent attention where it finds AMX, unless told not to.
+# On CPUs with AMX, vLLM keeps only packed weights of latent attention, unless this backend is chosen.
 LATENT = ["--attention-backend", "CPU_MLA"]
 
 
@@ -34,7 +34,7 @@ def options(architecture: str) -> list[str]:
 # --- the trial ----------------------------------------------------------------------------------------
 
 
-def test_a_trial_changes_a_hundredth_of_every_tensor_in_every_way() -> None:
+def test_a_trial_changes_1_percent_of_each_tensor_by_small_steps_and_to_any_pattern() -> None:
     tensors = {name: tensor.repeat(*[50] * max(1, tensor.ndim)) for name, tensor in view(0).items()}
     table = type(TABLE)([type(spec)(spec.name, tuple(tensors[spec.name].shape), spec.dtype) for spec in TABLE])
     patch = random_patch(table, tensors, seed=1)
@@ -42,7 +42,7 @@ def test_a_trial_changes_a_hundredth_of_every_tensor_in_every_way() -> None:
     for index, delta in patch.items():
         assert 0.5 < len(delta) / max(1, table[index].numel // 100) <= 1
     steps = np.abs(patch[0].diffs.astype(np.int64))
-    assert 0.3 < (steps <= 3).mean() < 0.7, "small steps and any pattern"
+    assert 0.3 < (steps <= 3).mean() < 0.7
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_the_patched_checkpoint_is_version_one(checkpoint: Path, tmp_path: Path)
     assert (trial.patched / "config.json").is_file()
 
 
-# --- what it prints and returns -----------------------------------------------------------------------
+# --- report and exit code -----------------------------------------------------------------------
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Stand-in for the two engines, which cannot be made to fail on purpose: what they would report."""
+    """Replace the two engines by their reports, because real engines cannot be made to fail on purpose."""
     layout = {"tensors": {name: {"class": "affine", "elements": 1, "reason": None} for name in "ab"}, "derived": ["v"]}
     follows = {
         "memory": [{"w": "old"}],
@@ -91,7 +91,9 @@ def run(checkpoint: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return code, " ".join((captured.out + captured.err).split())
 
 
-def test_an_exact_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exact_model_is_a_yes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake(monkeypatch)
     code, text = run(checkpoint, capsys)
     assert code == 0
@@ -125,13 +127,13 @@ def test_any_difference_is_a_no(
     assert json.loads(text)["exact"] is False
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_a_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(tmp_path, capsys)
     assert code == 1
-    assert "holds no safetensors checkpoint; download the model first" in text
+    assert "holds no safetensors checkpoint: download the model first" in text
 
 
-def test_without_vllm_it_says_what_to_install(
+def test_without_vllm_the_error_names_what_to_install(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -156,7 +158,9 @@ def test_layers_and_experts_are_folded() -> None:
 
 @pytest.mark.server
 @pytest.mark.matrix
-def test_a_model_that_vllm_cannot_load_shows_why(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_vllm_cannot_load_shows_the_output_of_vllm(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, text = run(checkpoint, capsys)
     assert code == 1
     assert "vLLM ended with code 1" in text
@@ -187,7 +191,7 @@ def diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
 
 
 @pytest.mark.server
-def test_experts_on_two_workers(diagnosed: Callable[..., dict[str, Any]]) -> None:
+def test_experts_on_two_workers_are_exact(diagnosed: Callable[..., dict[str, Any]]) -> None:
     answer = diagnosed("qwen3_moe", "--tensor-parallel-size", "2", "--enable-expert-parallel")
     assert answer["ranks"] == 2
     kinds = {report["name"].split(".")[-2]: report["kind"] for report in answer["tensors"]}
@@ -196,12 +200,12 @@ def test_experts_on_two_workers(diagnosed: Callable[..., dict[str, Any]]) -> Non
 
 @pytest.mark.server
 @pytest.mark.matrix
-def test_latent_attention(diagnosed: Callable[..., dict[str, Any]]) -> None:
+def test_latent_attention_is_exact(diagnosed: Callable[..., dict[str, Any]]) -> None:
     diagnosed("deepseek_v2")
 
 
 @pytest.mark.server
-def test_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_is_enough_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     EXPERTS["gpt_oss"]().save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exact"]
@@ -209,7 +213,7 @@ def test_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.server
 @pytest.mark.matrix
-def test_a_tensor_that_is_served_in_another_dtype_is_loaded_whole_if_allowed(
+def test_a_tensor_served_in_another_dtype_is_reloaded_whole_with_dense_fallback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_float32_router().save_pretrained(tmp_path)
@@ -231,7 +235,7 @@ MATRIX = [
 @pytest.mark.server
 @pytest.mark.matrix
 @pytest.mark.parametrize(("architecture", "layout"), MATRIX)
-def test_every_architecture_in_every_layout(
+def test_every_architecture_in_every_layout_is_exact(
     architecture: str, layout: list[str], diagnosed: Callable[..., dict[str, Any]]
 ) -> None:
     diagnosed(architecture, *layout)

@@ -1,4 +1,4 @@
-"""`hubsync ls`, `show`, `verify` and `pull`, on runs that a real engine has written."""
+"""`hubsync ls`, `show`, `verify` and `pull`, on runs that a real engine wrote."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(model: torch.nn.Linear, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(model: torch.nn.Linear, base: Path, tmp_path: Path) -> str:
-    """A run with versions 1..3 whose base is known by a name that does not exist here."""
+    """A run with versions 1..3, whose base model is not on this machine."""
     address = str(tmp_path / "bucket")
     config = SyncConfig(bucket=address, base_model="me/base", base_revision="0123abcd", name="tests")
     with DeltaWeightTransferEngine(model, None, config) as engine:
@@ -55,7 +55,7 @@ def is_the_view_of(directory: Path, model: torch.nn.Linear) -> bool:
     return all(bits_of(tensors[name]).tolist() == bits_of(expected[name]).tolist() for name in expected)
 
 
-def test_ls_shows_each_version_on_a_line(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_prints_one_line_per_version(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert hubsync("ls", address) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "2 tensors" in lines[0]
@@ -73,17 +73,19 @@ def test_show_prints_the_manifest(address: str, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["base"]["model"] == "me/base"
 
 
-def test_verify_replays_everything(address: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_replays_all_versions(address: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hubsync("verify", address, "--base", base) == 0
     assert "3 of 3 replayed bit for bit" in capsys.readouterr().out
 
 
-def test_verify_without_the_base_says_what_it_could_not_prove(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_without_the_base_lists_what_it_could_not_replay(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert hubsync("verify", address) == 1
     assert "replaying it needs --base" in capsys.readouterr().out
 
 
-def test_verify_starts_at_an_anchor_too(
+def test_verify_can_start_at_an_anchor(
     address: str, model: torch.nn.Linear, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
@@ -93,13 +95,13 @@ def test_verify_starts_at_an_anchor_too(
         engine.publish(20)
     assert hubsync("verify", address) == 1
     output = capsys.readouterr().out
-    assert "ok       delta  version 3" in output  # undone from the anchor, and done again
+    assert "ok       delta  version 3" in output  # undone from the anchor, then applied again
     assert "3 of 5 replayed" in output
     assert hubsync("verify", address, "--base", base) == 0
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["fast", "compact"])
-def test_verify_begins_at_the_oldest_anchor_that_retention_has_left(
+def test_verify_starts_at_the_oldest_anchor_that_retention_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], compact: bool
 ) -> None:
     history = History(LocalBucket(tmp_path / "bucket", create=True))
@@ -143,7 +145,7 @@ def test_pull_writes_a_version_as_a_checkpoint(
     assert is_the_view_of(tmp_path / "second", model)
 
 
-def test_ls_limits_versions_and_not_the_merged_deltas_to_them(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_limit_counts_versions_and_not_merged_deltas(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     hubsync("compact", address)
     capsys.readouterr()
     assert hubsync("ls", address, "--limit", 2) == 0
@@ -152,12 +154,12 @@ def test_ls_limits_versions_and_not_the_merged_deltas_to_them(address: str, caps
 
 
 @pytest.mark.parametrize("limit", ["-5", "0", "many"])
-def test_ls_refuses_a_limit_that_makes_no_sense(address: str, limit: str) -> None:
+def test_ls_rejects_an_invalid_limit(address: str, limit: str) -> None:
     with pytest.raises(SystemExit):
         hubsync("ls", address, "--limit", limit)
 
 
-def test_pull_to_a_place_through_a_directory_that_is_not_there(
+def test_pull_accepts_a_path_through_a_directory_that_does_not_exist(
     address: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,7 +177,7 @@ def test_pull_from_an_anchor_needs_no_base(address: str, model: torch.nn.Linear,
     assert is_the_view_of(tmp_path / "out", model)
 
 
-def test_pull_writes_all_or_nothing(address: str, base: Path, tmp_path: Path) -> None:
+def test_pull_that_fails_writes_nothing(address: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(NoPath, match=r"base model is not on this machine.* --base DIR"):
         hubsync("pull", address, tmp_path / "out")
     with pytest.raises(NoPath, match="version 9"):
@@ -190,6 +192,6 @@ def test_pull_writes_all_or_nothing(address: str, base: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "bucket", "empty"]
 
 
-def test_a_run_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BucketMissing):
         hubsync("ls", tmp_path / "nowhere")

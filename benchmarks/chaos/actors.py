@@ -37,7 +37,7 @@ from hubsync.format.manifest import Position
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
 from hubsync.localhub import LocalHub
-from hubsync.publish.config import VIEW_DTYPES
+from hubsync.publish.config import VIEW_DTYPES, DeltaEncoding, ViewDtype
 from hubsync.replicas.deployment import Deployment
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
@@ -74,8 +74,8 @@ class Setup:
     home: Path
     address: str
     hub_url: str | None
-    view_dtype: str
-    encoding: str
+    view_dtype: ViewDtype
+    encoding: DeltaEncoding
     anchor_every: int
     has_base: bool
     wide: bool

@@ -23,7 +23,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.format.manifest import Position
-from hubsync.publish.config import SyncConfig
+from hubsync.publish.config import DeltaEncoding, SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.replicas.deployment import Deployment, HotloadReport, ReplicaReport
 from hubsync.replicas.server import checked_seconds
@@ -92,7 +92,7 @@ class WeightSyncer:
         deployment: Deployment | None = None,
         *,
         first_checkpoint_type: str = "base",
-        compression_format: str | None = None,
+        compression_format: DeltaEncoding | None = None,
         hotload_timeout: float = 600.0,
         dcp_directory: str | Path = "checkpoints",
         dcp_timeout: float = 2700.0,

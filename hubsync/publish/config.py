@@ -1,39 +1,25 @@
-"""The settings of a publisher."""
+"""Settings of a publisher."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import NoneType
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from hubsync.apply.protocol import KV_POLICIES, KvPolicy
 from hubsync.errors import ConfigError
 from hubsync.format.encoding import Encoding
 
-_FOREVER = 1e6  # seconds; waiting functions take no infinity
-_TYPES: dict[str, tuple[type, ...]] = {
-    "bucket": (str,),
-    "resume": (bool,),
-    "token": (str, NoneType),
-    "signing_key": (str, NoneType),
-    "name": (str, NoneType),
-    "base_model": (str, NoneType),
-    "base_revision": (str, NoneType),
-    "audit_every": (int,),
-    "anchor_every": (int,),
-    "anchor_fraction": (int, float),
-    "anchor_at_close": (bool,),
-    "compaction": (bool,),
-    "servers": (Sequence,),
-    "quorum": (int,),
-    "stage_timeout": (int, float),
-    "commit_timeout": (int, float),
-}
+_LONGEST_S = 1e6  # seconds; waiting functions do not take infinity
 
-VIEW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ViewDtype = Literal["bfloat16", "float16", "float32"]
+DeltaEncoding = Literal["fast", "compact"]
+VIEW_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(ViewDtype)}
 
 
 @dataclass
@@ -43,212 +29,108 @@ class SyncConfig:
 
     Using [`~transformers.HfArgumentParser`] or [`~trl.TrlParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
-    command line.
+    command line. Their help is the text below; their types and choices are the annotations.
 
     Parameters:
         > Parameters that control the run
 
         bucket (`str`):
-            Where the run lives: `hf://buckets/<namespace>/<name>/<run>`, or a directory. It is created if it does not
+            Address of the run: `hf://buckets/<namespace>/<name>/<run>`, or a directory. It is created if it does not
             exist.
         resume (`bool`, *optional*, defaults to `True`):
-            Whether to continue the run if the bucket already holds one of the same tensors. If `False`, an existing
+            Whether to continue the run if the bucket already holds one with the same tensors. If `False`, an existing
             run is an error.
         token (`str`, *optional*):
             Hugging Face token. Defaults to the one of the environment or of `hf auth login`.
         signing_key (`str`, *optional*):
-            File of a key that `hubsync keygen` made; every document of the run is signed with it, and servers that are
-            given the public key refuse all others. Defaults to `HUBSYNC_SIGNING_KEY`, else nothing is signed.
+            File of a key made by `hubsync keygen`. Every document of the run is signed with it, and servers with the
+            public key reject unsigned documents. Defaults to the environment variable `HUBSYNC_SIGNING_KEY`; without
+            it nothing is signed.
         name (`str`, *optional*):
             Free text recorded with every version, shown by `hubsync ls`.
 
         > Parameters that control what is published
 
         view_dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Dtype that the inference servers hold the weights in: `"bfloat16"`, `"float16"` or `"float32"`. Parameters
-            are cast to it before they are compared.
+            Dtype of the weights on the inference servers: `"bfloat16"`, `"float16"` or `"float32"`. Parameters are
+            cast to it before they are compared.
         encoding (`str`, *optional*, defaults to `"fast"`):
-            How deltas are encoded: `"fast"`; or `"compact"`, a third smaller or less, decodable only with the
-            previous version's weights, with one more pass over them to encode and to decode.
+            Encoding of deltas: `"fast"`; or `"compact"`, a third smaller or less, decodable only with the previous
+            version's weights, with one more pass over them to encode and to decode.
         detector (`str`, *optional*, defaults to `"auto"`):
-            How changes are found: `"sliced"`, in the optimizer's steps, without a copy of the weights (for optimizers
-            known to update each parameter by itself, and the fast level); `"snapshot"`, by comparing all weights with
-            a copy of the published ones; or `"auto"`, sliced where it can be exact.
+            How changes are detected: `"sliced"`, in the optimizer's steps, without a copy of the weights (for
+            optimizers known to update each parameter by itself, and the fast encoding); `"snapshot"`, by comparing all
+            weights with a copy of the published ones; or `"auto"`, sliced where it can be exact.
         audit_every (`int`, *optional*, defaults to `20`):
-            With the sliced detector, recompute the digest of all weights at each so many publishes, at the first one
-            and when the engine is closed: weights written to outside of the optimizer's steps are then uploaded
-            whole. `0` for the first one and the end only.
+            With the sliced detector, recompute the digest of all weights at every n-th publish, at the first one and
+            at close. If weights were written outside of the optimizer's steps, the whole model is uploaded. `0`
+            audits only at the first publish and at close.
         base_model (`str`, *optional*):
             Hub repository or directory of the checkpoint that the model was loaded from, which the servers load too.
-            Defaults to what the model's config says; if that is nothing, the whole model is uploaded once.
+            Defaults to the one in the model's config; without one, the whole model is uploaded once.
         base_revision (`str`, *optional*):
-            Commit of `base_model`. Defaults to what the model's config says.
+            Commit of `base_model`. Defaults to the one in the model's config.
         snapshot_device (`str`, *optional*, defaults to `"model"`):
-            Where the copy of the published weights is held that changes are found against: `"model"` (beside each
-            parameter) or `"cpu"` (saves accelerator memory, but moves the whole model at every publish).
+            Device of the snapshot detector's copy of the weights: `"model"` (the device of each parameter) or `"cpu"`
+            (saves accelerator memory, but moves the whole model at every publish).
 
         > Parameters that control anchors and merged deltas
 
         anchor_every (`int`, *optional*, defaults to `0`):
-            Upload the whole model after every so many versions, so that servers without the base checkpoint, or far
-            behind, catch up sooner. `0` uploads it only when it is asked for or needed.
+            Upload the whole model after every n-th version, so that servers without the base checkpoint, or far
+            behind, catch up sooner. `0` uploads it only on request or when needed.
         anchor_fraction (`float`, *optional*, defaults to `0.0`):
-            Upload the whole model once catching up from its last upload, by deltas or merged deltas, takes more than
-            this fraction of its bytes. `0.0` never does; `0.5` bounds what a late server downloads to one and a half
+            Upload the whole model when catching up from its last upload, by deltas or merged deltas, takes more than
+            this fraction of its bytes. `0.0` never does; `0.5` bounds the download of a late server to one and a half
             models.
         anchor_at_close (`bool`, *optional*, defaults to `False`):
             Whether to upload the whole model when the engine is closed.
         compaction (`bool`, *optional*, defaults to `False`):
             Whether to merge deltas between publishes, in the background of rank 0, so that a server far behind
-            downloads few of them: what `hubsync compact --watch` does elsewhere.
+            downloads few of them. `hubsync compact --watch` does the same in another process.
 
         > Parameters that control the inference servers
 
         servers (`list[str]`, *optional*, defaults to `[]`):
-            URLs of the vLLM servers that `sync` brings to each version, for example `http://localhost:8000`. Others
-            may follow the bucket by themselves.
+            URLs of the vLLM servers on which `sync` commits each version, for example `http://localhost:8000`. Other
+            servers may follow the bucket by themselves.
         quorum (`int`, *optional*, defaults to `0`):
-            How many of `servers` have to be ready for a version before `sync` commits it on them; the others follow
-            as soon as they are. `0` waits for all.
+            Number of `servers` that must be ready for a version before `sync` commits it on them. The others commit
+            as soon as they are ready. `0` waits for all.
         kv_cache (`str`, *optional*, defaults to `"recompute"`):
-            What happens to the keys and values of running requests when weights change: `"recompute"` them with the
-            new weights, or `"keep"` them (these requests mix old and new to their end). Requests that come later never
-            see keys and values of old weights, with either.
+            Treatment of the keys and values of running requests when weights change: `"recompute"` them with the new
+            weights, or `"keep"` them (these requests mix old and new to their end). With both, later requests never
+            use keys and values of old weights.
         stage_timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds a server may take to find its place in the run, or to download and prepare a version.
+            Seconds a server may take to find its position in the run, or to download and prepare a version.
         commit_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds a server may take to answer one request while it commits.
     """
 
-    # Parameters that control the run
-    bucket: str = field(
-        default="",
-        metadata={"help": "Where the run lives: `hf://buckets/<namespace>/<name>/<run>`, or a directory."},
-    )
-    resume: bool = field(
-        default=True,
-        metadata={"help": "Whether to continue a run of the same tensors. If `False`, an existing run is an error."},
-    )
-    token: str | None = field(
-        default=None,
-        repr=False,  # who logs a config does not log this
-        metadata={"help": "Hugging Face token. Defaults to the one of the environment or of `hf auth login`."},
-    )
-    signing_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "File of a key that `hubsync keygen` made, to sign the run with. Defaults to HUBSYNC_SIGNING_KEY."
-        },
-    )
-    name: str | None = field(
-        default=None, metadata={"help": "Free text recorded with every version, shown by `hubsync ls`."}
-    )
+    bucket: str = ""
+    resume: bool = True
+    token: str | None = field(default=None, repr=False)  # a config that is logged does not show it
+    signing_key: str | None = None
+    name: str | None = None
 
-    # Parameters that control what is published
-    view_dtype: str = field(
-        default="bfloat16",
-        metadata={
-            "help": "Dtype that the inference servers hold the weights in. Parameters are cast to it before they are "
-            "compared.",
-            "choices": list(VIEW_DTYPES),
-        },
-    )
-    encoding: str = field(
-        default="fast",
-        metadata={
-            "help": "How deltas are encoded: `fast`; or `compact`, a third smaller, with one more pass over all "
-            "weights to encode and to decode.",
-            "choices": ["fast", "compact"],
-        },
-    )
-    detector: str = field(
-        default="auto",
-        metadata={
-            "help": "How changes are found: `sliced`, in the optimizer's steps, without a copy of the weights; "
-            "`snapshot`, by comparing all weights with a copy; or `auto`, sliced where it can be exact.",
-            "choices": ["auto", "sliced", "snapshot"],
-        },
-    )
-    audit_every: int = field(
-        default=20,
-        metadata={
-            "help": "With the sliced detector, recompute the digest of all weights at each so many publishes, at the "
-            "first one and when the engine is closed. `0` for the first one and the end only."
-        },
-    )
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub repository or directory of the checkpoint that the model was loaded from, which the servers "
-            "load too. Defaults to what the model's config says; if that is nothing, the whole model is uploaded once."
-        },
-    )
-    base_revision: str | None = field(
-        default=None, metadata={"help": "Commit of `base_model`. Defaults to what the model's config says."}
-    )
-    snapshot_device: str = field(
-        default="model",
-        metadata={
-            "help": "Where the copy of the published weights is held that changes are found against: beside each "
-            "parameter, or in main memory.",
-            "choices": ["model", "cpu"],
-        },
-    )
+    view_dtype: ViewDtype = "bfloat16"
+    encoding: DeltaEncoding = "fast"
+    detector: Literal["auto", "sliced", "snapshot"] = "auto"
+    audit_every: int = 20
+    base_model: str | None = None
+    base_revision: str | None = None
+    snapshot_device: Literal["model", "cpu"] = "model"
 
-    # Parameters that control anchors and merged deltas
-    anchor_every: int = field(
-        default=0,
-        metadata={
-            "help": "Upload the whole model after every so many versions. `0` uploads it only when it is asked for or "
-            "needed."
-        },
-    )
-    anchor_fraction: float = field(
-        default=0.0,
-        metadata={
-            "help": "Upload the whole model once catching up from its last upload takes more than this fraction of its "
-            "bytes. `0.0` never does."
-        },
-    )
-    anchor_at_close: bool = field(
-        default=False, metadata={"help": "Whether to upload the whole model when the engine is closed."}
-    )
-    compaction: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to merge deltas between publishes, in the background, so that a server far behind "
-            "downloads few of them."
-        },
-    )
+    anchor_every: int = 0
+    anchor_fraction: float = 0.0
+    anchor_at_close: bool = False
+    compaction: bool = False
 
-    # Parameters that control the inference servers
-    servers: list[str] = field(
-        default_factory=list,
-        metadata={"help": "URLs of the vLLM servers that `sync` brings to each version."},
-    )
-    quorum: int = field(
-        default=0,
-        metadata={
-            "help": "How many of `servers` have to be ready for a version before `sync` commits it on them. `0` waits "
-            "for all."
-        },
-    )
-    kv_cache: str = field(
-        default=KvPolicy.RECOMPUTE,
-        metadata={
-            "help": "What happens to the keys and values of running requests when weights change.",
-            "choices": list(KV_POLICIES),
-        },
-    )
-    stage_timeout: float = field(
-        default=600.0,
-        metadata={
-            "help": "Seconds a server may take to find its place in the run, or to download and prepare a version."
-        },
-    )
-    commit_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds a server may take to answer one request while it commits."}
-    )
+    servers: list[str] = field(default_factory=list)
+    quorum: int = 0
+    kv_cache: Literal["recompute", "keep"] = "recompute"
+    stage_timeout: float = 600.0
+    commit_timeout: float = 120.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,52 +142,75 @@ class SyncConfig:
             self.bucket = os.fspath(self.bucket)
         if isinstance(self.base_model, os.PathLike):
             self.base_model = os.fspath(self.base_model)
-        self._require_types()
+        for setting, annotation in get_type_hints(SyncConfig).items():
+            _require_type(setting, getattr(self, setting), annotation)
         if not self.bucket.strip():
             raise ConfigError(
                 "SyncConfig needs a bucket: hf://buckets/<namespace>/<name>/<run>, or a directory such as ./runs/first"
             )
-        self._require_choice("view_dtype", *VIEW_DTYPES)
-        self._require_choice("encoding", "fast", "compact")
-        self._require_choice("snapshot_device", "model", "cpu")
-        self._require_choice("detector", "auto", "sliced", "snapshot")
         if self.detector == "sliced" and Encoding(self.encoding).needs_base:
             raise ConfigError(
-                "encoding='compact' encodes against the weights before, and detector='sliced' keeps no copy of them: "
+                "encoding='compact' needs the previous version's weights, and detector='sliced' keeps no copy of them: "
                 "use encoding='fast', or detector='snapshot'"
             )
+        if self.name is not None and (len(self.name) > 512 or not self.name.isprintable()):
+            raise ConfigError("name must be printable text of at most 512 characters")
+        if self.base_revision is not None and self.base_model is None:
+            raise ConfigError("base_revision needs base_model, the repository that it is a revision of")
+        self._require_ranges()
+        self._require_servers()
+
+    def _require_ranges(self) -> None:
         if self.audit_every < 0:
             raise ConfigError(f"audit_every must be 0 or a number of publishes, not {self.audit_every}")
-        self._require_choice("kv_cache", *KV_POLICIES)
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
-        if not 0 <= self.anchor_fraction < _FOREVER:
+        if not 0 <= self.anchor_fraction < _LONGEST_S:
             raise ConfigError(f"anchor_fraction must be 0 (never) or a positive number, not {self.anchor_fraction}")
-        if not (0 < self.stage_timeout < _FOREVER and 0 < self.commit_timeout < _FOREVER):
+        if not (0 < self.stage_timeout < _LONGEST_S and 0 < self.commit_timeout < _LONGEST_S):
             raise ConfigError("stage_timeout and commit_timeout must be positive numbers of seconds")
+
+    def _require_servers(self) -> None:
         for url in self.servers:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
         if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
             raise ConfigError("servers names one server twice")
         if not 0 <= self.quorum <= len(self.servers):
-            raise ConfigError(f"quorum must be 0 (all servers) or at most the {len(self.servers)} servers there are")
-        if self.name is not None and (len(self.name) > 512 or not self.name.isprintable()):
-            raise ConfigError("name must be printable text of at most 512 characters")
-        if self.base_revision is not None and self.base_model is None:
-            raise ConfigError("base_revision needs base_model: a revision of what?")
+            raise ConfigError(f"quorum must be 0 (all servers) or at most {len(self.servers)}, the number of servers")
 
-    def _require_types(self) -> None:
-        """Values from a YAML file may be of any type."""
-        for setting, kinds in _TYPES.items():
-            value = getattr(self, setting)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ConfigError(f"{setting} must be {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}")
-        if isinstance(self.servers, str) or not all(isinstance(url, str) for url in self.servers):
+
+def _require_type(setting: str, value: Any, annotation: Any) -> None:
+    """ConfigError unless a value has the type of its annotation: values from a YAML file may have any type."""
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        if value not in choices:
+            raise ConfigError(f"{setting} must be one of {', '.join(choices)}, not {value!r}")
+        return
+    if get_origin(annotation) is list:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(url, str) for url in value):
             raise ConfigError(
-                f"servers must be a list of URLs, such as servers=['http://localhost:8000'], not {self.servers!r}"
+                f"{setting} must be a list of URLs, such as {setting}=['http://localhost:8000'], not {value!r}"
             )
+        return
+    kinds = get_args(annotation) or (annotation,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{setting} must be {names}, not {value!r}")
 
-    def _require_choice(self, setting: str, *choices: str) -> None:
-        if getattr(self, setting) not in choices:
-            raise ConfigError(f"{setting} must be one of {', '.join(choices)}, not {getattr(self, setting)!r}")
+
+def _texts_of_parameters(docstring: str) -> dict[str, str]:
+    """Parameter name -> its text, in a docstring with `name (type):` lines."""
+    entries = re.findall(r"^    (\w+) \(`.*\):\n((?:        .*\n?)+)", inspect.cleandoc(docstring), re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _describe_fields() -> None:
+    """Make the docstring the help of command line arguments: `HfArgumentParser` reads it from field metadata."""
+    texts = _texts_of_parameters(SyncConfig.__doc__ or "")
+    for setting in fields(SyncConfig):
+        setting.metadata = MappingProxyType({"help": texts.get(setting.name, "").replace("%", "%%")})
+
+
+_describe_fields()

@@ -16,7 +16,7 @@ from hubsync.format.digest import digest_at, digest_range, digest_torch
 from hubsync.publish.detect.choose import choose_detector
 from hubsync.publish.view.live import table_of
 from hubsync.publish.view.strided import Place, StridedView
-from tests.publish.test_engine import Tiny, same_bits, view_of
+from tests.support.tiny import Tiny, same_bits, view_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -24,8 +24,8 @@ from hubsync.errors import BucketUnavailable, ConfigError, ReplicaRefused, Repli
 from hubsync.format.manifest import Manifest, Position
 from hubsync.lifecycle.training_states import state_of
 from hubsync.replicas.deployment import Deployment
-from tests.publish.test_engine import Tiny, train
 from tests.support.standin import StandIn
+from tests.support.tiny import Tiny, train
 
 
 @pytest.fixture

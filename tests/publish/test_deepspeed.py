@@ -21,8 +21,8 @@ from hubsync.chain.replay import View, replay
 from hubsync.errors import ConfigError
 from hubsync.publish.results import Published
 from hubsync.publish.view.live import published_tensors
-from tests.publish.test_engine import same_bits
 from tests.publish.test_experts import qwen
+from tests.support.tiny import same_bits
 from tests.support.training import run, watched
 
 pytestmark = pytest.mark.extras

@@ -14,7 +14,7 @@ from hubsync.chain.replay import replay
 from hubsync.errors import ConfigError
 from hubsync.format.checkpoint import Patched
 from hubsync.format.view_bits import ViewBits
-from tests.publish.test_engine import Tiny, same_bits, train, view_of
+from tests.support.tiny import Tiny, same_bits, train, view_of
 
 
 def published(tmp_path: Path, encoding: str, versions: int = 4) -> tuple[ChainReader, Tiny, list[str]]:

@@ -33,7 +33,7 @@ from hubsync.publish.view.deepspeed import Partition
 from hubsync.publish.view.live import model_tensors, published_tensors, table_of
 from hubsync.publish.view.shards import Box, Shard, box_of, divide, local_part
 from hubsync.publish.view.strided import Place, StridedView
-from tests.publish.test_engine import same_bits
+from tests.support.tiny import same_bits
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -131,7 +131,7 @@ def test_parts_are_trained_as_their_parameter_is_and_need_it_in_one_piece() -> N
     place = Place((2, 3), (3, 1), 6)
     assert StridedView("part", whole, place).requires_grad
     assert not StridedView("part", whole.requires_grad_(False), place).requires_grad
-    with pytest.raises(ConfigError, match="part is published from a part of a parameter whose memory is not contig"):
+    with pytest.raises(ConfigError, match="part is a part of a parameter whose memory is not contiguous"):
         StridedView("part", torch.zeros(3, 4).t(), place)
 
 

@@ -19,7 +19,7 @@ from hubsync.format.checkpoint import Checkpoint
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.results import Published
 from hubsync.publish.view.live import published_tensors
-from tests.publish.test_engine import same_bits
+from tests.support.tiny import same_bits
 from tests.support.training import Net, device_of, faulty_bucket, run, spread, train, watched, whole_view
 
 pytestmark = pytest.mark.slow

@@ -33,8 +33,8 @@ from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import SlicedSteps, why_not
 from hubsync.publish.view.live import published_tensors, table_of
-from tests.publish.test_engine import Tiny, follow, same_bits, train, view_of
 from tests.support.faults import FaultyBucket
+from tests.support.tiny import Tiny, follow, same_bits, train, view_of
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -118,17 +118,6 @@ def flattened(value: Any) -> list[Any]:
 
 def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     return flattened([dict(model.named_parameters()), [p.grad for p in model.parameters()], optimizer.state_dict()])
-
-
-@pytest.fixture
-def address(tmp_path: Path) -> str:
-    return str(tmp_path / "bucket")
-
-
-@pytest.fixture
-def model() -> Tiny:
-    torch.manual_seed(0)
-    return Tiny()
 
 
 @pytest.fixture

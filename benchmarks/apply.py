@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
-import requests
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -296,9 +296,9 @@ class Stream(threading.Thread):
     def run(self) -> None:
         request = {"model": self._model, "prompt": [7] * 16, "max_tokens": 400, "ignore_eos": True, "stream": True}
         while not self.ended.is_set():
-            with requests.post(f"{self._url}/v1/completions", json=request, stream=True, timeout=120) as answer:
+            with httpx.stream("POST", f"{self._url}/v1/completions", json=request, timeout=120) as answer:
                 for line in answer.iter_lines():
-                    if line.startswith(b"data: {"):
+                    if line.startswith("data: {"):
                         self.times.append(time.perf_counter())
                     if self.ended.is_set():
                         return
@@ -332,7 +332,7 @@ def under_load(repeats: int) -> dict[str, float]:
         ) as process:
             server = process.wait_ready()
             Replica(server).attach()
-            model = requests.get(f"{process.url}/v1/models", timeout=60).json()["data"][0]["id"]
+            model = httpx.get(f"{process.url}/v1/models", timeout=60).json()["data"][0]["id"]
             streams = [Stream(process.url, model) for _ in range(2)]
             for stream in streams:
                 stream.start()

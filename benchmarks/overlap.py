@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import requests
+import httpx
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -78,7 +78,7 @@ def _train(base: Path, config: SyncConfig, server: VLLMServer, hub: LocalHub, sy
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    name = requests.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+    name = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
     streams = [Stream(server.url, name) for _ in range(STREAMS)]
     during: dict[str, list[tuple[float, int]]] = {OURS: [], PAUSED: []}
     between: dict[str, list[tuple[float, int]]] = {kind: [] for kind in during}

@@ -31,7 +31,7 @@ python examples/torch_loop/train.py Qwen/Qwen3-0.6B hf://buckets/<your-name>/rl/
 
 import sys
 
-import requests
+import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -44,7 +44,7 @@ SAMPLING = {"n": 8, "max_tokens": 32, "ignore_eos": True, "temperature": 1.0, "t
 def rollouts(server: str, prompt: str) -> tuple[torch.Tensor, int]:
     """Tokens of the prompt and its completions, int64[8, length], and how many of them are the prompt's."""
     request = {"prompt": prompt, "return_token_ids": True, **SAMPLING}
-    choices = requests.post(f"{server}/v1/completions", json=request, timeout=600).json()["choices"]
+    choices = httpx.post(f"{server}/v1/completions", json=request, timeout=600).json()["choices"]
     tokens = torch.tensor([choice["prompt_token_ids"] + choice["token_ids"] for choice in choices])
     return tokens, len(choices[0]["prompt_token_ids"])
 

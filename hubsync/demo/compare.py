@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import requests
+import httpx
 
-from hubsync.replicas.vllm_http import new_session
+from hubsync.replicas.http_client import new_client
 
 MAX_TOKENS = 32
 
@@ -27,12 +27,12 @@ class Greedy:
 
 def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
     """Greedy continuation of each prompt. Requests are sequential, because batching may change results."""
-    with new_session(url) as session:
-        model = session.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-        return [_greedy(session, url, model, prompt) for prompt in prompts]
+    with new_client(url) as client:
+        model = client.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+        return [_greedy(client, url, model, prompt) for prompt in prompts]
 
 
-def _greedy(session: requests.Session, url: str, model: str, prompt: str) -> Greedy:
+def _greedy(client: httpx.Client, url: str, model: str, prompt: str) -> Greedy:
     request = {
         "model": model,
         "prompt": prompt,
@@ -42,7 +42,7 @@ def _greedy(session: requests.Session, url: str, model: str, prompt: str) -> Gre
         "logprobs": 2,
         "return_tokens_as_token_ids": True,  # different tokens may have the same text
     }
-    answer = session.post(f"{url}/v1/completions", json=request, timeout=120)
+    answer = client.post(f"{url}/v1/completions", json=request, timeout=120)
     answer.raise_for_status()
     logprobs = answer.json()["choices"][0]["logprobs"]
     return Greedy(

@@ -37,9 +37,10 @@ from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Published
 from hubsync.replicas.deployment import Deployment, HotloadReport
+from hubsync.replicas.http_client import new_client
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.server import checked_seconds
-from hubsync.replicas.vllm_http import VLLMServer, new_session
+from hubsync.replicas.vllm_http import VLLMServer
 
 from . import trl_compat
 
@@ -304,11 +305,11 @@ class HubWeightTransfer:
     def _require_stated_versions(self, url: str, adapter: str | None) -> None:
         """ReplicaUnsuitable unless the server that generates says which weights made its tokens."""
         request = {"model": adapter, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
-        with new_session(url) as session:
-            answer = session.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
+        with new_client(url) as client:
+            answer = client.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
         if answer.status_code == 404:
             raise ReplicaUnsuitable(f"{url} does not say which weights made a sample: start it with --enable-scale-out")
-        if not answer.ok or not answer.json()["choices"][0].get("weight_versions"):
+        if answer.is_error or not answer.json()["choices"][0].get("weight_versions"):
             raise ReplicaUnsuitable(
                 f"{url} does not say which weights made a sample: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
             )

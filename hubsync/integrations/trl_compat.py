@@ -25,13 +25,15 @@ from types import CodeType
 from typing import Any
 
 import trl
+from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.format.encoding import Encoding
 from hubsync.publish.results import Published
-from hubsync.replicas.vllm_http import VLLMServer, new_session
+from hubsync.replicas.http_client import trusts_environment
+from hubsync.replicas.vllm_http import VLLMServer
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +177,8 @@ class _HTTPClient(VLLMClient):
 
     def __init__(self, url: str, timeout: float):
         self.base_url = url
-        self.session = new_session(url)
+        self.session = vllm_client.requests.Session()
+        self.session.trust_env = trusts_environment(url)
         _wait_for(VLLMServer(url), timeout)
         self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
 

@@ -355,8 +355,9 @@ class _Member:
                 time.sleep(_RETRY_S)
 
     def close(self) -> None:
-        self.thread.shutdown(wait=False, cancel_futures=True)
-        self.replica.server.close()
+        """Give up what is not begun, and close connections once the thread has ended what is: a commit, for example."""
+        self.thread.submit(self.replica.server.close)
+        self.thread.shutdown(wait=False)
         self.watcher.server.close()
 
     def _know(self) -> None:

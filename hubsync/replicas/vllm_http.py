@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
-import requests
+import httpx
 
 from hubsync.apply.protocol import WorkerMethod, error_from_json
 from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
+from .http_client import new_client
 from .server import checked_url
 
 OLDEST = (0, 26)
@@ -24,6 +24,14 @@ _LABELS_SINCE = (0, 27)
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
+
+_CONNECTION_ERRORS = (
+    httpx.NetworkError,
+    httpx.ConnectTimeout,
+    httpx.WriteTimeout,
+    httpx.RemoteProtocolError,
+    httpx.ProxyError,
+)
 
 T = TypeVar("T")
 
@@ -44,18 +52,17 @@ class VLLMServer:
         self.url = checked_url(url)
         self.timeout = timeout
         self._labels = True
-        self._session = new_session(url)
         wanted = "an API key, and none was given" if api_key is None else "another API key than the one given"
         self._key_hint = f"{wanted}: use that of its --api-key (`hubsync follow --api-key`, or VLLM_API_KEY)"
-        if api_key is not None:
-            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self._http = new_client(self.url, api_key)
 
     def close(self) -> None:
-        self._session.close()
+        """Close all connections. Call it after the last request has returned."""
+        self._http.close()
 
     def health(self) -> bool:
         """True if the server is up; ReplicaUnreachable if nothing listens."""
-        return self._send("GET", "/health", refuse=False).ok
+        return not self._send("GET", "/health", refuse=False).is_error
 
     def version(self) -> str:
         """vLLM's version; ReplicaUnsuitable if it is older than hubsync supports."""
@@ -136,7 +143,7 @@ class VLLMServer:
                 raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
 
-    def _explain_rpc_failure(self, method: str, answer: requests.Response) -> NoReturn:
+    def _explain_rpc_failure(self, method: str, answer: httpx.Response) -> NoReturn:
         text = _message(answer)
         if method in text and ("no attribute" in text or "not implemented" in text):
             raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
@@ -156,14 +163,15 @@ class VLLMServer:
     def _post(self, path: str, **request: Any) -> dict[str, Any]:
         return self._json(self._send("POST", path, **request), path)
 
-    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> requests.Response:
+    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> httpx.Response:
         try:
-            answer = self._session.request(verb, self.url + path, timeout=self.timeout, **request)
-        except requests.exceptions.ConnectionError as error:
-            raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({error})") from None
-        except requests.exceptions.Timeout:
+            answer = self._http.request(verb, self.url + path, timeout=self.timeout, **request)
+        except httpx.ReadTimeout:
             raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {self.timeout:g} s") from None
-        except requests.exceptions.RequestException as error:
+        except _CONNECTION_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({reason})") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
         if answer.status_code in (401, 403):
             raise ReplicaUnsuitable(f"{self.url} wants {self._key_hint}")
@@ -171,28 +179,21 @@ class VLLMServer:
             raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
         if answer.status_code in (502, 503, 504):
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")
-        if refuse and not answer.ok:
+        if refuse and answer.is_error:
             raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {_message(answer)}")
         return answer
 
-    def _json(self, answer: requests.Response, path: str) -> dict[str, Any]:
+    def _json(self, answer: httpx.Response, path: str) -> dict[str, Any]:
         try:
             document = answer.json()
         except (ValueError, RecursionError):
             document = None
-        if not answer.ok or not isinstance(document, dict):
+        if answer.is_error or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
         return document
 
 
-def new_session(url: str) -> requests.Session:
-    """A session for requests to `url`. A proxy of the environment does not come between us and this machine."""
-    session = requests.Session()
-    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
-    return session
-
-
-def _message(answer: requests.Response) -> str:
+def _message(answer: httpx.Response) -> str:
     """The readable core of an error response, shortened."""
     try:
         document = answer.json()

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
-import requests
 from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,11 +29,9 @@ from tests.support.fixtures_hub import READ_ONLY_TOKEN, TOKEN
 HASH = "ab" * 32
 
 
-def get(
-    hub: LocalHub, path: str, token: str | None = TOKEN, method: str = "GET", **options: object
-) -> requests.Response:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return requests.request(method, hub.url + path, headers=headers, timeout=60, **options)  # type: ignore[arg-type]
+def get(hub: LocalHub, path: str, token: str | None = TOKEN, method: str = "GET", **options: object) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {token}".encode("latin-1")} if token else {}
+    return httpx.request(method, hub.url + path, headers=headers, timeout=60, follow_redirects=True, **options)  # type: ignore[arg-type]
 
 
 def api_path(bucket: HubBucket, rest: str = "") -> str:
@@ -112,11 +110,11 @@ def test_a_restarted_hub_has_everything_and_honours_its_tokens(tmp_path: Path, h
 
 
 def test_a_stopped_hub_answers_nobody(tmp_path: Path) -> None:
-    session = requests.Session()
+    client = httpx.Client()
     with LocalHub(tmp_path) as hub:
-        assert session.get(hub.url + "/api/buckets/me", timeout=60).ok
-    with pytest.raises(requests.ConnectionError):
-        session.get(hub.url + "/api/buckets/me", timeout=60)
+        assert client.get(hub.url + "/api/buckets/me", timeout=60).is_success
+    with pytest.raises(httpx.NetworkError):
+        client.get(hub.url + "/api/buckets/me", timeout=60)
 
 
 def test_a_port_in_use_is_explained(local_hub: LocalHub, tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_storage_accepts_only_its_own_unexpired_tokens(hub_bucket: HubBucket, lo
         "xet",
     ):
         assert get(local_hub, path, forged.encode("utf-8").decode("latin-1")).status_code == 401
-    assert get(local_hub, f"/v1/xorbs/default/{HASH}", read, "POST", data=b"").status_code == 403
+    assert get(local_hub, f"/v1/xorbs/default/{HASH}", read, "POST", content=b"").status_code == 403
     assert get(local_hub, f"/v1/xorbs/default/{HASH}", read.replace("read", "write"), "POST").status_code == 401
 
 
@@ -203,7 +201,7 @@ def test_a_stale_answer_about_names_is_the_one_before(hub_bucket: HubBucket, loc
 def test_a_truncated_answer_ends_in_the_middle(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
     hub_bucket.commit("object", b"bytes")
     local_hub.fail("/tree", truncate=True)
-    with pytest.raises(requests.RequestException):
+    with pytest.raises(httpx.RequestError):
         get(local_hub, api_path(hub_bucket, "/tree"))
     assert get(local_hub, api_path(hub_bucket, "/tree")).json()
 
@@ -211,11 +209,11 @@ def test_a_truncated_answer_ends_in_the_middle(hub_bucket: HubBucket, local_hub:
 # --- what is malformed --------------------------------------------------------------------------------
 
 
-def batch(hub: LocalHub, bucket: HubBucket, *lines: object) -> requests.Response:
+def batch(hub: LocalHub, bucket: HubBucket, *lines: object) -> httpx.Response:
     body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     path = hub.url + api_path(bucket, "/batch")
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
-    return requests.post(path, body, headers=headers, timeout=60)
+    return httpx.post(path, content=body, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize("path", ["../up", "a/../b", "/absolute", "a//b", "", ".", "a\nb", "x" * 2000])
@@ -309,11 +307,11 @@ def test_a_shard_must_fit_the_xorbs_it_refers_to(tmp_path: Path, shard: bytes, s
         get(hub, "/api/buckets/me/b", method="POST", json={})
         token = get(hub, "/api/buckets/me/b/xet-write-token").json()["accessToken"]
         assert (
-            get(hub, "/v1/shards", token, "POST", data=make_shard(30, 0, 2, (10, 20))).status_code == 400
+            get(hub, "/v1/shards", token, "POST", content=make_shard(30, 0, 2, (10, 20))).status_code == 400
         )  # no xorb yet
-        xorb = get(hub, "/v1/xorbs/default/" + "02" * 32, token, "POST", data=make_xorb(10, 20))
+        xorb = get(hub, "/v1/xorbs/default/" + "02" * 32, token, "POST", content=make_xorb(10, 20))
         assert xorb.json() == {"was_inserted": True}
-        assert get(hub, "/v1/shards", token, "POST", data=shard).status_code == status
+        assert get(hub, "/v1/shards", token, "POST", content=shard).status_code == status
 
 
 @pytest.mark.parametrize("length", range(1, len(make_xorb(5, 9))))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
@@ -102,7 +102,7 @@ def training(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Traini
 
 
 def generated_tokens(url: str) -> int:
-    lines = requests.get(f"{url}/metrics", timeout=60).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total")))
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from hubsync.demo.compare import greedy
 from hubsync.errors import ReplicaRefused
@@ -89,11 +89,11 @@ def generate(url: str, tokens: int, prompt: int = 5) -> dict[str, Any]:
     sampling = {"max_tokens": tokens, "ignore_eos": True}
     if VERSIONS:
         request: dict[str, Any] = {"token_ids": [prompt] * 20, "sampling_params": sampling}
-        answer = requests.post(f"{url}/inference/v1/generate", json=request, timeout=300)
+        answer = httpx.post(f"{url}/inference/v1/generate", json=request, timeout=300)
     else:
         request = {"prompt": [prompt] * 20, "return_token_ids": True, **sampling}
-        request["model"] = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-        answer = requests.post(f"{url}/v1/completions", json=request, timeout=300)
+        request["model"] = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+        answer = httpx.post(f"{url}/v1/completions", json=request, timeout=300)
     answer.raise_for_status()
     return {"weight_versions": [], **answer.json()["choices"][0]}
 
@@ -125,7 +125,7 @@ class Load:
 
 
 def running_requests(url: str) -> float:
-    lines = requests.get(f"{url}/metrics", timeout=30).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
@@ -253,33 +253,33 @@ def test_many_commits_under_load_with_clients_that_die_anywhere(count: int, site
 # --- vLLM's own calls
 
 
-def call(site: Site, path: str, **body: Any) -> requests.Response:
-    return requests.post(f"{site.url}/{path}", json=body or None, timeout=120)
+def call(site: Site, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{site.url}/{path}", json=body or None, timeout=120)
 
 
 def test_vllms_own_calls_reach_the_same_session(site: Site) -> None:
     position = site.publish()
-    assert call(site, "init_weight_transfer_engine", init_info={}).ok
-    assert call(site, "start_weight_update").ok
+    assert call(site, "init_weight_transfer_engine", init_info={}).is_success
+    assert call(site, "start_weight_update").is_success
     update = {"version": position.version, "digest": position.digest}
-    assert call(site, "update_weights", update_info=update).ok
-    assert requests.post(f"{site.url}/pause", params={"mode": "keep"}, timeout=120).ok
-    assert call(site, "finish_weight_update", weight_version=str(position.version)).ok
-    assert requests.post(f"{site.url}/resume", timeout=120).ok
+    assert call(site, "update_weights", update_info=update).is_success
+    assert httpx.post(f"{site.url}/pause", params={"mode": "keep"}, timeout=120).is_success
+    assert call(site, "finish_weight_update", weight_version=str(position.version)).is_success
+    assert httpx.post(f"{site.url}/resume", timeout=120).is_success
     site.assert_whole(position)
 
 
 def test_a_failed_update_is_an_error_and_labels_nothing(site: Site) -> None:
     old = site.position
-    assert call(site, "start_weight_update").ok
+    assert call(site, "start_weight_update").is_success
     failed = call(site, "update_weights", update_info={"version": 9999, "digest": old.digest})
     assert failed.status_code == 500
     assert "9999" in failed.text
-    assert not call(site, "finish_weight_update", weight_version="9999").ok
+    assert not call(site, "finish_weight_update", weight_version="9999").is_success
     site.assert_whole(old)
-    assert call(site, "start_weight_update").ok, "the failed update is over"
-    assert not call(site, "update_weights", update_info={"bucket": "somewhere else"}).ok
-    assert not call(site, "finish_weight_update").ok, "a failed update has ended"
+    assert call(site, "start_weight_update").is_success, "the failed update is over"
+    assert not call(site, "update_weights", update_info={"bucket": "somewhere else"}).is_success
+    assert not call(site, "finish_weight_update").is_success, "a failed update has ended"
     site.assert_whole(old)
 
 
@@ -316,7 +316,7 @@ def two_stages(start_server: Callable[..., str], tmp_path_factory: pytest.TempPa
         arguments=["--pipeline-parallel-size", "2", *(["--enable-scale-out"] if VERSIONS else [])],
     )
     # vLLM for CPUs leaves out the warm-up in which later stages make their buffers, and fails at the first request.
-    assert call(site, "collective_rpc", method="execute_dummy_batch").ok
+    assert call(site, "collective_rpc", method="execute_dummy_batch").is_success
     return site
 
 

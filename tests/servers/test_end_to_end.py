@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
-import requests
 import transformers
 
 from hubsync.bucket import Upload, open_bucket
@@ -45,7 +45,7 @@ PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
 def generate(url: str, tokens: int) -> dict:
     """A sampled continuation of a fixed prompt that ends after exactly `tokens` tokens."""
     request = {"token_ids": list(range(5, 25)), "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
-    answer = requests.post(f"{url}/inference/v1/generate", json=request, timeout=120)
+    answer = httpx.post(f"{url}/inference/v1/generate", json=request, timeout=120)
     answer.raise_for_status()
     return answer.json()["choices"][0]
 
@@ -136,7 +136,7 @@ def test_requests_in_flight_finish_and_report_both_versions(served: Served) -> N
 
 
 def _running_requests(url: str) -> float:
-    lines = requests.get(f"{url}/metrics", timeout=30).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import peft
 import pytest
-import requests
 import torch
 import transformers
 from datasets import Dataset
@@ -63,7 +63,7 @@ class Site:
     def logprobs(self, model: str = "policy") -> torch.Tensor:
         """Log-probabilities that the server gives to the tokens of `PROMPT`, but the first."""
         request = {"model": model, "prompt": PROMPT, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        answer = requests.post(f"{self.url}/v1/completions", json=request, timeout=120)
+        answer = httpx.post(f"{self.url}/v1/completions", json=request, timeout=120)
         answer.raise_for_status()
         given = answer.json()["choices"][0]["prompt_logprobs"][1:]
         return torch.tensor([token[str(number)]["logprob"] for token, number in zip(given, PROMPT[1:], strict=True)])

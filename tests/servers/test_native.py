@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from hubsync.demo.compare import greedy
 from hubsync.format.manifest import Position
@@ -27,8 +27,8 @@ class Native:
         self.publisher = publisher
         self.url = url
 
-    def call(self, path: str, **body: Any) -> requests.Response:
-        return requests.post(f"{self.url}/{path}", json=body or None, timeout=120)
+    def call(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/{path}", json=body or None, timeout=120)
 
     def update(self, position: Position) -> None:
         info = {"version": position.version, "digest": position.digest}
@@ -38,7 +38,7 @@ class Native:
             ("finish_weight_update", {"weight_version": str(position.version)}),
         ):
             answer = self.call(path, **body)
-            assert answer.ok, answer.text
+            assert answer.is_success, answer.text
         assert VLLMServer(self.url).weight_version() == str(position.version)
 
 
@@ -62,7 +62,7 @@ def native(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 
 def test_versions_come_and_go_through_vllms_own_calls(native: Native) -> None:
     before = greedy(native.url, PROMPTS)
-    assert native.call("init_weight_transfer_engine", init_info={}).ok
+    assert native.call("init_weight_transfer_engine", init_info={}).is_success
     native.update(native.publisher.publish(1, small_steps))
     after = greedy(native.url, PROMPTS)
     assert after != before
@@ -76,13 +76,13 @@ def test_versions_come_and_go_through_vllms_own_calls(native: Native) -> None:
 def test_errors_are_raised_once_and_leave_the_workers_in_step(native: Native) -> None:
     digest = native.publisher.positions[0].digest
     for info in ({"version": 9, "digest": digest}, {"version": "1", "digest": digest}, {"url": "http://elsewhere"}):
-        assert native.call("start_weight_update").ok
+        assert native.call("start_weight_update").is_success
         failed = native.call("update_weights", update_info=info)
         assert failed.status_code == 500, info
-        assert not native.call("finish_weight_update", weight_version="9").ok
+        assert not native.call("finish_weight_update", weight_version="9").is_success
     assert VLLMServer(native.url).weight_version() != "9"
-    assert not native.call("finish_weight_update").ok, "nothing was started"
-    assert native.call("start_weight_update").ok
+    assert not native.call("finish_weight_update").is_success, "nothing was started"
+    assert native.call("start_weight_update").is_success
     assert "nothing was staged" in native.call("finish_weight_update").text
     native.update(native.publisher.positions[1])
     native.update(native.publisher.positions[0])

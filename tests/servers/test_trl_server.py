@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-import requests
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -58,7 +58,7 @@ class Policy:
 
     def generated(self) -> float:
         """Tokens that the server says it has generated, ever."""
-        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
-import requests
 
 from hubsync.replicas.replica import Replica
 from tests.servers.test_commits import VERSIONS, Site, make_site
@@ -43,17 +43,17 @@ def greedy(site: Site, prompt: list[int], tokens: int) -> dict[str, Any]:
     sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
     if VERSIONS:
         request: dict[str, Any] = {"token_ids": prompt, "sampling_params": sampling}
-        answer = requests.post(f"{site.url}/inference/v1/generate", json=request, timeout=300)
+        answer = httpx.post(f"{site.url}/inference/v1/generate", json=request, timeout=300)
     else:
         request = {"prompt": prompt, "return_token_ids": True, **sampling}
-        request["model"] = requests.get(f"{site.url}/v1/models", timeout=60).json()["data"][0]["id"]
-        answer = requests.post(f"{site.url}/v1/completions", json=request, timeout=300)
+        request["model"] = httpx.get(f"{site.url}/v1/models", timeout=60).json()["data"][0]["id"]
+        answer = httpx.post(f"{site.url}/v1/completions", json=request, timeout=300)
     answer.raise_for_status()
     return answer.json()["choices"][0]
 
 
 def counter(site: Site, name: str) -> float:
-    lines = requests.get(f"{site.url}/metrics", timeout=30).text.splitlines()
+    lines = httpx.get(f"{site.url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith((f"vllm:{name}{{", f"vllm:{name}_total{{")))
 
 

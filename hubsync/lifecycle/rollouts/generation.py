@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 import httpx
 
 from hubsync.apply.protocol import WorkerMethod
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.replicas.http_client import LIMITS, trusts_environment
 from hubsync.replicas.vllm_http import DEV_MODE_HINT
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -76,10 +76,8 @@ class GenerationClient:
         self._tells_spans = False  # until it has
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-            # vLLM closes connections that were idle for 5 seconds; a request must not cross with that.
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
-            # A proxy of the environment does not come between us and this machine.
-            trust_env=urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"),
+            limits=LIMITS,
+            trust_env=trusts_environment(url),
         )
 
     async def close(self) -> None:

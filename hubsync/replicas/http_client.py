@@ -1,0 +1,98 @@
+"""Settings of HTTP clients to inference servers: proxies, certificates, connection reuse and logging."""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import logging
+import os
+import ssl
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import httpx
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+# vLLM closes connections that were idle for 5 seconds. A request on a kept connection must not cross with that.
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
+
+
+def new_client(url: str, api_key: str | None = None) -> httpx.Client:
+    """A client for requests to the server at `url`. It follows redirects and retries nothing.
+
+    Proxies come from the environment (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`), except to this machine.
+    Certificates come from `REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE` or `SSL_CERT_FILE` if set. The log of httpx at level
+    INFO leaves these requests out: a status is asked for many times a second.
+    """
+    _leave_out_of_log(url)
+    return httpx.Client(
+        headers=None if api_key is None else {b"Authorization": f"Bearer {api_key}".encode("latin-1")},
+        limits=LIMITS,
+        follow_redirects=True,
+        trust_env=trusts_environment(url),
+        verify=_certificates(url),
+    )
+
+
+def trusts_environment(url: str) -> bool:
+    """Whether a client for `url` may use proxies of the environment: not to this machine, nor to a `NO_PROXY` network.
+
+    httpx reads `NO_PROXY` too, but knows no networks such as `10.0.0.0/8`.
+    """
+    host = urlsplit(url).hostname or ""
+    return host not in _LOOPBACK and not _is_in(host, getproxies().get("no", ""))
+
+
+def _is_in(host: str, networks: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    for network in networks.replace(" ", "").split(","):
+        try:
+            if "/" in network and address in ipaddress.ip_network(network, strict=False):
+                return True
+        except ValueError:  # a host name
+            continue
+    return False
+
+
+def _certificates(url: str) -> ssl.SSLContext:
+    parts = urlsplit(url)
+    is_default = parts.scheme == "http" or parts.hostname in _LOOPBACK
+    names = () if is_default else ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    return _context(*(os.environ.get(name, "") for name in names))
+
+
+@functools.cache  # loading certificates takes 50 ms
+def _context(*locations: str) -> ssl.SSLContext:
+    """Trusts the certificates in the first location that is given, a file or a directory; by default certifi's."""
+    location = next(filter(None, locations), None)
+    if location is None:
+        return httpx.create_ssl_context(trust_env=False)
+    if Path(location).is_dir():
+        return ssl.create_default_context(capath=location)
+    return ssl.create_default_context(cafile=location)
+
+
+class _ServerFilter(logging.Filter):
+    """Drops what httpx logs of each request at level INFO, for the servers that hubsync drives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno > logging.INFO or not isinstance(record.args, tuple) or len(record.args) < 2:
+            return True
+        return not str(record.args[1]).startswith(tuple(self.urls))
+
+
+_filter = _ServerFilter()
+
+
+def _leave_out_of_log(url: str) -> None:
+    _filter.urls.add(url)
+    logging.getLogger("httpx").addFilter(_filter)  # adding it again changes nothing

@@ -7,10 +7,9 @@
     POST /update_weights                {"update_info": {"version": 42, "digest": "..."}}    stage that version
     POST /finish_weight_update          {"weight_version": "42"}                         commit it
 
-The weights come from the bucket that was pinned at launch, not from the caller. vLLM answers `init` and `update` when
-the workers are attached, or have staged, and generates meanwhile: the engine core waits
-(`hubsync.apply.engine_commit`), the methods here only begin. They raise; `vllm_plugin.worker.call` makes answers of
-that.
+The weights come from the bucket that was pinned at launch, not from the caller. The methods here only begin:
+`vllm_plugin.native` waits in the engine core until the workers are attached, or have staged, while vLLM generates. They
+raise; `vllm_plugin.worker.call` turns their errors into answers.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from hubsync.apply.session import Session
+from hubsync.apply.worker_methods import position_of
 from hubsync.errors import ReplicaRefused
 from hubsync.format.manifest import Position
-
-from .worker import position_of
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing: the run is pinned when the server is started."""
+    """Empty: the run is pinned when the server is started."""
 
 
 @dataclass
@@ -50,11 +48,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class HubsyncWeightTransferEngine(WeightTransferEngine):
-    """The thin adapter between vLLM's weight transfer calls and the worker's session.
+    """Adapter between vLLM's weight transfer calls and the worker's session.
 
     Attributes:
         session: the worker's; set by `vllm_plugin.worker.call` before any other method is called.
-        target: the position that the update under way leads to.
+        target: the position of the update under way.
     """
 
     init_info_cls = InitInfo
@@ -87,7 +85,7 @@ class HubsyncWeightTransferEngine(WeightTransferEngine):
 
     @staticmethod
     def trainer_send_weights(*_args: Any, **_kwargs: Any) -> None:
-        """vLLM 0.27 has the trainer's half here too."""
+        """In vLLM 0.27 the trainer's half is here too."""
         raise ReplicaRefused("the trainer sends nothing to a server: it publishes into a bucket, see the README")
 
     def shutdown(self) -> None:

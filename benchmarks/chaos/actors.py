@@ -26,7 +26,9 @@ import torch
 from safetensors.torch import load_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
-from hubsync.apply.session import Host, Session
+from hubsync.apply.engine import ModelHost, RunSource
+from hubsync.apply.served_model import ServedModel
+from hubsync.apply.session import Session
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, Compactor, retention
 from hubsync.chain.replay import replay
@@ -392,15 +394,16 @@ def replica(pipe: Connection, setup: Setup, home: Path, port: int, ranks: int, f
         return
     meeting, sessions = _Meeting(ranks), []
     for rank, shard in enumerate(shards):
-        host = Host((shard,), torch.device("cpu"), setup.address, cache, checkpoint, public_key=setup.public_key)
+        source = RunSource(setup.address, cache, setup.public_key)
+        host = ModelHost(source, (shard,), torch.device("cpu"), checkpoint)
         seat = _Seat(meeting, rank, ranks) if ranks > 1 else None
-        sessions.append(Session(lambda host=host: host, seat))  # type: ignore[misc]
+        sessions.append(Session(ServedModel(lambda host=host: host, seat)))  # type: ignore[misc]
     engine = Engine(sessions, alone=not setup.windows)
     port = _listen(engine, port)
     threading.Thread(target=engine.run, name="engine", daemon=True).start()
 
     def report() -> Report:
-        answers = engine.native("status")
+        answers = engine.statuses()
         return Report(
             states=tuple(answer["state"] for answer in answers),
             positions=tuple(map(_position, answers)),

@@ -15,21 +15,21 @@ class Probe(DeltaWorkerExtension):
 
     def chaos_memory(self) -> dict[str, Any]:
         """`status`; fingerprints of the live weights in checkpoint coordinates; and hashes of all that vLLM holds."""
-        from hubsync.apply.session import Session
+        from hubsync.apply.served_model import ServedModel
         from vllm_plugin.exam import memory_of
-        from vllm_plugin.worker import session_of, status_of
+        from vllm_plugin.worker import session_of, status
 
         from .model import fingerprint
 
-        session, tensors = session_of(self), {}
-        assert isinstance(session, Session), "histories are of whole models"
-        attached = session._attached
-        if attached is not None:
-            held, everything = attached.applier.old_bits(), slice(None)
-            for index, spec in enumerate(attached.applier.table):
+        served, tensors = session_of(self).served, {}
+        assert isinstance(served, ServedModel), "histories are of whole models"
+        applier = served.applier
+        if applier is not None and applier.position is not None:
+            held, everything = applier.old_bits(), slice(None)
+            for index, spec in enumerate(applier.table):
                 bits = held.rectangle(index, everything, everything)
                 tensors[spec.name] = fingerprint(bits).hex()  # type: ignore[arg-type]
-        return {"status": status_of(self), "tensors": tensors, "parameters": memory_of(self)}
+        return {"status": status(self), "tensors": tensors, "parameters": memory_of(self)}
 
     def chaos_flip(self, seed: int) -> dict[str, Any]:
         """Flip one bit of a weight, as nobody should."""

@@ -17,24 +17,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import hubsync
-from hubsync.apply.engine_commit import Answers, Core
-from hubsync.apply.protocol import answering
+from hubsync.apply.engine import Answers
+from hubsync.apply.engine_commit import EngineCommit
 from hubsync.apply.session import Session
-from hubsync.errors import ReplicaPoisoned, ReplicaUnsuitable
-from vllm_plugin.worker import PROTOCOL, position_of
+from hubsync.apply.worker_methods import WorkerMethods, status
+from hubsync.errors import ReplicaPoisoned
 
 WINDOW_TIMEOUT_S = 1.0  # a client that was killed in a window is waited for as long
 
 _TURN_S = 0.02  # between two forward passes, where no request comes
-_SETTINGS = {"parallel": {"dp": 1}, "vllm": "0.32.0", "hubsync": hubsync.__version__}
-_METHODS = {f"hubsync_{name}" for name in ("attach", "join", "stage", "open", "commit", "close", "undo", "heal")}
-_NAMING = {"hubsync_stage", "hubsync_open", "hubsync_commit"}  # a version and a digest
+_VLLM = "0.32.0"
 
 T = TypeVar("T")
 
 
-class _Worker:
+class _Worker(WorkerMethods):
     """One rank: its session, and the thread on which it runs forward passes and answers requests."""
 
     def __init__(self, rank: int, session: Session):
@@ -42,26 +39,15 @@ class _Worker:
         self.session = session
         self.thread = ThreadPoolExecutor(1)
 
-    @answering
-    def answer(self, method: str, *args: Any) -> dict[str, Any]:
-        """As `vllm_plugin.extension`, which cannot be imported without vLLM."""
-        if method == "hubsync_status":
-            self.session.start()
-            return self.status()
-        if method not in _METHODS:
-            raise ReplicaUnsuitable(f"there is no {method} here")
-        if method in _NAMING:
-            args = (position_of(*args[:2]), *args[2:])
-        result = getattr(self.session, method.removeprefix("hubsync_"))(*args)
-        done = {**self.status(), "error": None}
-        return done if method != "hubsync_commit" else {**done, "changed": result}
+    def _hubsync_session(self) -> Session:
+        return self.session
 
-    def status(self) -> dict[str, Any]:
-        return {"protocol": PROTOCOL, "rank": self.rank, **_SETTINGS, **self.session.status()}
+    def _hubsync_about(self) -> dict[str, Any]:
+        return {"rank": self.rank, "parallel": {"dp": 1}, "vllm": _VLLM}
 
 
 class Engine:
-    """The loop of an engine core: a request, a forward pass, and again. Implements `engine_commit.Engine`.
+    """The loop of an engine core: a request, a forward pass, and again. Implements `hubsync.apply.engine.EngineCore`.
 
     Attributes:
         mixed: what a forward pass met that none must: ranks at different versions, or a label of another one.
@@ -76,7 +62,7 @@ class Engine:
         self.mixed: str | None = None
         self._workers = [_Worker(rank, session) for rank, session in enumerate(sessions)]
         self._turns: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._core = Core(self, (WINDOW_TIMEOUT_S, "recompute"))
+        self._core = EngineCommit(self, WINDOW_TIMEOUT_S)
 
     @property
     def size(self) -> int:
@@ -139,11 +125,11 @@ class Engine:
     def isolate(self) -> None: ...
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Answers:
-        asked = [worker.thread.submit(worker.answer, method, *args) for worker in self._workers]
+        asked = [worker.thread.submit(getattr(worker, method), *args, **kwargs) for worker in self._workers]
         return [future.result() for future in asked]
 
-    def native(self, step: str, *args: Any) -> Answers:
-        return [{**worker.status(), "error": None} for worker in self._workers]  # only ever asked for the status
+    def statuses(self) -> Answers:
+        return [{**status(worker.session, worker._hubsync_about()), "error": None} for worker in self._workers]
 
     def set_label(self, version: str) -> None:
         self.label = version
@@ -156,9 +142,6 @@ class Engine:
         timer.daemon = True
         timer.start()
         return timer.cancel
-
-    def until(self, look: Callable[[], bool]) -> Future[None] | None:
-        raise NotImplementedError("there are no weight transfer calls here")
 
 
 class _Listener(ThreadingHTTPServer):
@@ -185,7 +168,7 @@ def _answer(engine: Engine, path: str, body: Any) -> Any:
         case "/update_weight_version":
             engine.between(lambda: engine.set_label(body["new_version"]))
         case "/version":
-            return {"version": _SETTINGS["vllm"]}
+            return {"version": _VLLM}
         case "/get_world_size":
             return {"world_size": engine.size}
         case "/health":

@@ -218,6 +218,11 @@ def places_of(target: torch.Tensor) -> np.ndarray:
     return offsets.as_strided(target.shape, target.stride(), first).reshape(-1).numpy()
 
 
+def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bit patterns of a contiguous tensor, as a flat integer tensor of the element's width. No copy."""
+    return tensor.reshape(-1).view(INTEGERS[tensor.element_size()])
+
+
 def class_of(regions: Iterable[Region], storages: list[LiveStorage]) -> str:
     """How a tensor lies in memory: `relayout` (permuted after loading), `table` (element by element) or `affine`."""
     regions = list(regions)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hubsync.apply.adapter_session import AdapterHost, AdapterSession, _point
+from hubsync.apply.engine import AdapterHost, RunSource
+from hubsync.apply.served_adapter import ServedAdapter, _point
+from hubsync.apply.session import Session
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused
@@ -55,8 +57,10 @@ class Loader:
 class Worker:
     def __init__(self, address: str, directory: Path, ranks: Meeting | None = None, rank: int = 0):
         self.loader = Loader()
-        self.host = AdapterHost(self.loader, address, directory / "cache", directory / "adapters", "policy")
-        self.session = AdapterSession(lambda: self.host, ranks.ranks()[rank] if ranks else None)
+        source = RunSource(address, directory / "cache")
+        self.host = AdapterHost(source, self.loader, directory / "adapters", "policy")
+        self.served = ServedAdapter(lambda: self.host, ranks.ranks()[rank] if ranks else None)
+        self.session = Session(self.served)
 
     def settled(self) -> dict:
         deadline = time.monotonic() + 60
@@ -72,7 +76,11 @@ class Worker:
             self.loader.load("policy", 1, self.host.path)
             return True
 
-        return self.session.registered(1, load)
+        return self.registered(load)
+
+    def registered(self, load: Callable[[], bool]) -> bool:
+        """What the engine's integration makes of it."""
+        return self.session.attempt("load the adapter", lambda: self.served.registered(1, load))
 
     def attached(self) -> Worker:
         self.session.attach()
@@ -245,7 +253,7 @@ def test_an_adapter_that_vllm_does_not_take_is_not_served(address: str, tmp_path
     worker = Worker(address, tmp_path)
     worker.session.attach()
     worker.settled()
-    assert not worker.session.registered(1, lambda: False)
+    assert not worker.registered(lambda: False)
     assert "did not take it" in worker.session.status()["error"]["message"]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from hubsync.apply.engine_commit import Core
+from hubsync.apply.engine_commit import EngineCommit
 from hubsync.errors import NoPath, ReplicaRefused
-from vllm_plugin import hooks
+from vllm_plugin import engine_core, hooks, settings
+from vllm_plugin.native import NativeCalls
 
 OLD, NEW = (1, "a" * 32), (2, "b" * 32)
 
@@ -54,9 +55,10 @@ class ModelEngine:
     def _hubsync_close(self, worker: dict[str, Any], token: str) -> None:
         worker["window"] = None
 
-    def native(self, step: str, *args: Any) -> list[dict[str, Any]]:
-        if step == "status":
-            return [{"error": None, **worker} for worker in self.workers]
+    def statuses(self) -> list[dict[str, Any]]:
+        return [{"error": None, **worker} for worker in self.workers]
+
+    def on_workers(self, step: str, *args: Any) -> list[dict[str, Any]]:
         if step == "call" and args[0] == "finish_weight_update":
             return self.call("hubsync_commit", *NEW)
         return self.call(args[0] if step == "call" else step)
@@ -109,8 +111,13 @@ def engine() -> ModelEngine:
 
 
 @pytest.fixture
-def core(engine: ModelEngine) -> Core:
-    return Core(engine, (15.0, "keep"))
+def core(engine: ModelEngine) -> EngineCommit:
+    return EngineCommit(engine)
+
+
+@pytest.fixture
+def native(engine: ModelEngine, core: EngineCommit) -> NativeCalls:
+    return NativeCalls(engine, core, "keep")  # type: ignore[arg-type]
 
 
 def refused(kind: str = "ReplicaRefused", message: str = "not staged") -> dict[str, str]:
@@ -124,7 +131,7 @@ def refused(kind: str = "ReplicaRefused", message: str = "not staged") -> dict[s
     ("policy", "caches"), [((), "recompute"), (("recompute",), "recompute"), (("keep",), "isolate")]
 )
 def test_caches_weights_and_label_change_in_one_turn(
-    core: Core, engine: ModelEngine, policy: tuple, caches: str
+    core: EngineCommit, engine: ModelEngine, policy: tuple, caches: str
 ) -> None:
     answers = core.handle("hubsync_commit", *NEW, *policy)
     assert engine.log == ["settle", caches, "hubsync_commit", "label 2"]
@@ -134,7 +141,7 @@ def test_caches_weights_and_label_change_in_one_turn(
     assert about["turn_s"] > 0
 
 
-def test_an_unknown_policy_is_an_answer(core: Core, engine: ModelEngine) -> None:
+def test_an_unknown_policy_is_an_answer(core: EngineCommit, engine: ModelEngine) -> None:
     (answer,) = core.handle("hubsync_commit", *NEW, "maybe")
     assert answer["error"]["type"] == "ConfigError"
     assert engine.log == []
@@ -144,27 +151,27 @@ def test_an_unknown_policy_is_an_answer(core: Core, engine: ModelEngine) -> None
     ("method", "arguments"),
     [("hubsync_commit", (1,)), ("hubsync_open", ()), ("hubsync_close", ()), ("hubsync_hold", ())],
 )
-def test_wrong_arguments_are_an_answer(core: Core, engine: ModelEngine, method: str, arguments: tuple) -> None:
+def test_wrong_arguments_are_an_answer(core: EngineCommit, engine: ModelEngine, method: str, arguments: tuple) -> None:
     (answer,) = core.handle(method, *arguments)
     assert "argument" in answer["error"]["message"]
     assert engine.log == []
 
 
-def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: Core, engine: ModelEngine) -> None:
+def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: EngineCommit, engine: ModelEngine) -> None:
     engine.cache_error = RuntimeError("requests wait for remote blocks")
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "remote blocks" in answer["error"]["message"]
     assert engine.log == ["settle", "recompute"]
 
 
-def test_what_the_workers_refuse_changes_no_label(core: Core, engine: ModelEngine) -> None:
+def test_what_the_workers_refuse_changes_no_label(core: EngineCommit, engine: ModelEngine) -> None:
     engine.refusals["hubsync_commit"] = [refused(), refused()]
     assert core.handle("hubsync_commit", *NEW)[0]["error"]["message"] == "not staged"
     assert engine.label == "1"
 
 
 def test_after_a_write_that_failed_on_one_worker_the_label_is_where_they_voted_to_be(
-    core: Core, engine: ModelEngine
+    core: EngineCommit, engine: ModelEngine
 ) -> None:
     engine.refusals["hubsync_commit"] = [None, refused("ReplicaPoisoned", "a device error")]
     engine.workers[1] |= {"version": NEW[0], "digest": NEW[1]}  # it will be rebuilt there
@@ -172,14 +179,14 @@ def test_after_a_write_that_failed_on_one_worker_the_label_is_where_they_voted_t
     assert engine.label == "2"
 
 
-def test_undoing_and_healing_drop_caches_and_label_too(core: Core, engine: ModelEngine) -> None:
+def test_undoing_and_healing_drop_caches_and_label_too(core: EngineCommit, engine: ModelEngine) -> None:
     for method in ("hubsync_undo", "hubsync_heal"):
         engine.log.clear()
         core.handle(method)
         assert engine.log == ["settle", "recompute", method, "label 1"]
 
 
-def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: Core, engine: ModelEngine) -> None:
+def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: EngineCommit, engine: ModelEngine) -> None:
     engine.alone = engine.still = False
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "pause it first" in answer["error"]["message"]
@@ -193,14 +200,14 @@ def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: Core, e
 # --- watchdog
 
 
-def test_a_window_that_is_closed_in_time_is_left_alone(core: Core, engine: ModelEngine) -> None:
+def test_a_window_that_is_closed_in_time_is_left_alone(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     core.handle("hubsync_close", "token")
     assert engine.timers == []
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_a_window_that_nobody_closes_ends_by_itself(core: Core, engine: ModelEngine, commits: bool) -> None:
+def test_a_window_that_nobody_closes_ends_by_itself(core: EngineCommit, engine: ModelEngine, commits: bool) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.paused = True
     if commits:
@@ -211,7 +218,7 @@ def test_a_window_that_nobody_closes_ends_by_itself(core: Core, engine: ModelEng
     assert engine.timers == []
 
 
-def test_a_client_whose_window_was_ended_is_told_so(core: Core, engine: ModelEngine) -> None:
+def test_a_client_whose_window_was_ended_is_told_so(core: EngineCommit, engine: ModelEngine) -> None:
     engine.alone = engine.still = False
     core.handle("hubsync_open", *NEW, "token")
     engine.ring()
@@ -222,14 +229,14 @@ def test_a_client_whose_window_was_ended_is_told_so(core: Core, engine: ModelEng
     assert "pause it first" in answer["error"]["message"]
 
 
-def test_a_client_that_died_before_it_paused_leaves_nothing_to_resume(core: Core, engine: ModelEngine) -> None:
+def test_a_client_that_died_before_it_paused_leaves_nothing_to_resume(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.ring()
     assert "resume" not in engine.log
     assert engine.workers[0]["window"] is None
 
 
-def test_the_watchdog_tries_until_it_succeeds(core: Core, engine: ModelEngine) -> None:
+def test_the_watchdog_tries_until_it_succeeds(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.paused, engine.resume_errors = True, [RuntimeError("the pause is still in flight")]
     engine.ring()
@@ -238,7 +245,7 @@ def test_the_watchdog_tries_until_it_succeeds(core: Core, engine: ModelEngine) -
     assert not engine.paused
 
 
-def test_workers_at_different_versions_are_never_resumed(core: Core, engine: ModelEngine) -> None:
+def test_workers_at_different_versions_are_never_resumed(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.paused = True
     engine.workers[1]["version"] = 7
@@ -247,7 +254,7 @@ def test_workers_at_different_versions_are_never_resumed(core: Core, engine: Mod
     assert len(engine.timers) == 1
 
 
-def test_a_refused_window_is_not_watched(core: Core, engine: ModelEngine) -> None:
+def test_a_refused_window_is_not_watched(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "mine")
     engine.refusals["hubsync_open"] = [refused(), refused()]
     core.handle("hubsync_open", *NEW, "yours")
@@ -255,7 +262,7 @@ def test_a_refused_window_is_not_watched(core: Core, engine: ModelEngine) -> Non
     assert engine.workers[0]["window"] is None, "it was the first that ran out"
 
 
-def test_a_pause_that_is_not_for_a_commit_is_watched_too(core: Core, engine: ModelEngine) -> None:
+def test_a_pause_that_is_not_for_a_commit_is_watched_too(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_hold", "token")
     engine.paused = True
     engine.ring()
@@ -265,48 +272,48 @@ def test_a_pause_that_is_not_for_a_commit_is_watched_too(core: Core, engine: Mod
 # --- vLLM's own calls
 
 
-def test_vllms_calls_attach_stage_and_commit(core: Core, engine: ModelEngine) -> None:
+def test_vllms_calls_attach_stage_and_commit(native: NativeCalls, engine: ModelEngine) -> None:
     for worker in engine.workers:
         worker["state"] = "mapped"
-    assert core.handle_native("init_weight_transfer_engine", init_info={}) == [None]
-    core.handle_native("start_weight_update")
+    assert native.handle("init_weight_transfer_engine", init_info={}) == [None]
+    native.handle("start_weight_update")
     for worker in engine.workers:
         worker["target"] = worker["staged"] = {"version": 2, "digest": "b" * 32}
-    core.handle_native("update_weights", update_info={})
-    core.handle_native("finish_weight_update")
+    native.handle("update_weights", update_info={})
+    native.handle("finish_weight_update")
     calls = ["init_weight_transfer_engine", "join", "start_weight_update", "update_weights"]
     assert engine.log == [*calls, "settle", "isolate", "hubsync_commit", "label 2"]
 
 
 @pytest.mark.parametrize("method", ["update_weights", "finish_weight_update"])
 def test_what_one_worker_says_is_raised_once_and_ends_the_update_on_all(
-    core: Core, engine: ModelEngine, method: str
+    native: NativeCalls, engine: ModelEngine, method: str
 ) -> None:
     step = "hubsync_commit" if method == "finish_weight_update" else method
     engine.refusals[step] = [None, refused("NoPath", "no such version")]
     with pytest.raises(NoPath, match="no such version"):
-        core.handle_native(method)
+        native.handle(method)
     assert engine.log[-1] == "abandon"
 
 
-def test_what_goes_wrong_while_staging_is_raised(core: Core, engine: ModelEngine) -> None:
+def test_what_goes_wrong_while_staging_is_raised(native: NativeCalls, engine: ModelEngine) -> None:
     for worker in engine.workers:
         worker["target"] = {"version": 9, "digest": "c" * 32}
     engine.workers[1]["error"] = refused("NoPath", "no such version")
     with pytest.raises(NoPath, match="no such version"):
-        core.handle_native("update_weights")
+        native.handle("update_weights")
     assert engine.log[-1] == "abandon"
     engine.workers[0]["state"] = "refused"
     with pytest.raises(NoPath):
-        core.handle_native("init_weight_transfer_engine")
+        native.handle("init_weight_transfer_engine")
 
 
-def test_joining_needs_a_pause_where_engines_wait_for_each_other(core: Core, engine: ModelEngine) -> None:
+def test_joining_needs_a_pause_where_engines_wait_for_each_other(native: NativeCalls, engine: ModelEngine) -> None:
     engine.alone = engine.still = False
     for worker in engine.workers:
         worker["state"] = "mapped"
     with pytest.raises(ReplicaRefused, match="pause it first"):
-        core.handle_native("init_weight_transfer_engine")
+        native.handle("init_weight_transfer_engine")
 
 
 # --- hooks
@@ -338,7 +345,8 @@ class EngineCore:
 def test_outputs_of_batches_that_began_before_a_commit_state_the_old_version() -> None:
     hooks._wrap(EngineCore, "attach_weight_version", hooks._attach_weight_version)
     core = EngineCore()
-    engine = core._hubsync_engine = hooks.VLLMEngine(core, core.collective_rpc)  # type: ignore[attr-defined]
+    engine = engine_core.VLLMEngineCore(core, core.collective_rpc)
+    core._hubsync = SimpleNamespace(engine=engine)  # type: ignore[attr-defined]
     core.batch_queue = ["a", "b"]
     engine.set_label("2")
     engine.set_label("3")  # both still in flight
@@ -395,4 +403,5 @@ def test_settings(pinned: Any, environment: dict, expected: tuple, monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hooks._settings(EngineCore(hubsync=pinned).vllm_config) == expected
+    found = settings.read_settings(EngineCore(hubsync=pinned).vllm_config)
+    assert (found.window_timeout, found.kv_cache) == expected

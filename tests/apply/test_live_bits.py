@@ -94,7 +94,7 @@ def test_two_ranks_decode_what_they_hold_from_what_they_hold() -> None:
     for rank, seat in enumerate(Meeting().ranks()):
         model = Shard(rank)
         model.load_weights(before.items())
-        appliers.append(Applier(model, LARGE, CPU, ranks=seat))
+        appliers.append(Applier(model, LARGE, CPU, group=seat))
     inventories = [applier.inventory() for applier in appliers]
     shares = []
     for applier in appliers:
@@ -118,7 +118,7 @@ def test_a_worker_that_holds_a_part_of_a_chunk_says_what_to_do() -> None:
             for _, tensor in weights:
                 self.w.data.copy_(tensor[:4])
 
-    old = Applier(Half(), table, CPU, ranks=Meeting().ranks()[0]).old_bits()
+    old = Applier(Half(), table, CPU, group=Meeting().ranks()[0]).old_bits()
     assert old.rectangle(0, slice(0, 4), slice(0, 8)) is not None
     assert old.rectangle(0, slice(4, 8), slice(0, 8)) is None
     with pytest.raises(ReplicaRefused, match="w: this worker holds only a part of a chunk"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from hubsync.apply.applier import Applier
-from hubsync.apply.session import Host, Session
+from hubsync.apply.engine import ModelHost, RunSource
+from hubsync.apply.served_model import ServedModel
+from hubsync.apply.session import Session
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
@@ -75,8 +76,8 @@ class Replica:
 
     def __init__(self, directory: Path, address: str, tensors: Tensors = VIEWS[0], checkpoint: Path | None = None):
         self.model: Model = loaded(tensors)
-        self.host = Host((self.model,), torch.device("cpu"), address, directory / "cache", checkpoint)
-        self.session = Session(lambda: self.host)
+        self.host = ModelHost(RunSource(address, directory / "cache"), (self.model,), torch.device("cpu"), checkpoint)
+        self.session = Session(ServedModel(lambda: self.host))
 
     def settled(self) -> dict:
         """Status once the background thread has nothing left to do."""
@@ -143,7 +144,8 @@ def test_a_server_started_from_a_later_version_attaches_there(tmp_path: Path, tr
 
 def test_a_worker_that_was_given_a_key_refuses_an_unsigned_run(tmp_path: Path, trainer: Trainer) -> None:
     replica = Replica(tmp_path, trainer.address)
-    replica.host = dataclasses.replace(replica.host, public_key=SigningKey.generate().public)
+    source = replace(replica.host.source, public_key=SigningKey.generate().public)
+    replica.host = replace(replica.host, source=source)
     replica.session.attach()
     status = replica.settled()
     assert (status["state"], status["error"]["type"]) == ("refused", "Untrusted")
@@ -485,11 +487,11 @@ class RankPair:
         writer.commit_delta([part], digest=self.positions[1].digest, changed=1)
         self.models = self.serving(self.views[0])
         self.hosts = [
-            Host((model,), torch.device("cpu"), self.address, directory / f"cache{rank}", None)
+            ModelHost(RunSource(self.address, directory / f"cache{rank}"), (model,), torch.device("cpu"))
             for rank, model in enumerate(self.models)
         ]
         self.sessions = [
-            Session(lambda rank=rank: self.hosts[rank], seat)  # type: ignore[misc]
+            Session(ServedModel(lambda rank=rank: self.hosts[rank], seat))  # type: ignore[misc]
             for rank, seat in enumerate(Meeting().ranks())
         ]
 
@@ -546,7 +548,8 @@ def test_ranks_map_by_themselves_and_join_together(ranks: RankPair) -> None:
 
 def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: RankPair) -> None:
     host = ranks.hosts[1]
-    ranks.hosts[1] = replace(host, bucket=str(Path(ranks.address).parent / "nowhere"))
+    nowhere = str(Path(ranks.address).parent / "nowhere")
+    ranks.hosts[1] = replace(host, source=replace(host.source, bucket=nowhere))
     ranks.all("attach")
     assert ranks.states() == ["mapped", "refused"]
     answers = ranks.all("join")

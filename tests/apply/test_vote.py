@@ -29,7 +29,7 @@ class Engine:
         for model in self.models:
             model.load_weights((name, tensor.clone()) for name, tensor in tensors.items())
         self.appliers = [
-            Applier(model, TABLE, torch.device("cpu"), ranks=seat)
+            Applier(model, TABLE, torch.device("cpu"), group=seat)
             for model, seat in zip(self.models, Meeting().ranks(), strict=True)
         ]
 
@@ -140,7 +140,7 @@ def test_one_rank_that_cannot_write_means_that_none_does(
 def test_undo_is_made_by_all_or_none(engine: Engine) -> None:
     stage(engine, V0, V1, P1)
     engine.all(lambda applier: applier.commit(P1))
-    engine.appliers[0]._last = None
+    engine.appliers[0]._undo = None
     answers = engine.all(Applier.undo)
     assert [str(answer) for answer in answers] == ["rank 0: there is no commit to undo"] * SIZE
     assert_same(engine.memory(), Engine(V1).memory())

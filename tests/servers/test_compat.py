@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from hubsync.apply.vote import SingleWorker
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
 from vllm_plugin import compat
 
@@ -37,10 +36,10 @@ def worker(**changes: Any) -> SimpleNamespace:
 def test_a_head_age_that_is_none_is_refused_rather_than_forgotten(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = {"hubsync": {"bucket": "/runs/a", "max_head_age": wrong}}
     with pytest.raises(ConfigError, match="HUBSYNC_MAX_HEAD_AGE"):
-        compat.host_of(worker(additional_config=pinned), SingleWorker())
+        compat.model_host_of(worker(additional_config=pinned))
     monkeypatch.setenv("HUBSYNC_BUCKET", "/runs/a")
     monkeypatch.setenv("HUBSYNC_MAX_HEAD_AGE", "90")
-    assert compat.host_of(worker(), SingleWorker()).max_head_age == 90.0
+    assert compat.model_host_of(worker()).source.max_head_age == 90.0
 
 
 @pytest.fixture(autouse=True)
@@ -70,26 +69,26 @@ def test_older_versions_are_refused_with_the_range(version: str) -> None:
 
 def test_the_bucket_must_be_pinned() -> None:
     with pytest.raises(ConfigError, match=r"HUBSYNC_BUCKET=.*--additional-config"):
-        compat.host_of(worker(), SingleWorker())
+        compat.model_host_of(worker())
 
 
 def test_the_bucket_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
-    host = compat.host_of(worker(), SingleWorker())
-    assert (host.bucket, host.cache, host.checkpoint) == ("/data/run", tmp_path / "hubsync", None)
+    host = compat.model_host_of(worker())
+    assert (host.source.bucket, host.source.cache, host.checkpoint) == ("/data/run", tmp_path / "hubsync", None)
 
 
 def test_the_command_line_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBSYNC_BUCKET", "/data/other")
     pinned = {"hubsync": {"bucket": "hf://buckets/me/runs/a", "cache": "/cache"}}
-    host = compat.host_of(worker(additional_config=pinned), SingleWorker())
-    assert (host.bucket, host.cache) == ("hf://buckets/me/runs/a", Path("/cache"))
+    host = compat.model_host_of(worker(additional_config=pinned))
+    assert (host.source.bucket, host.source.cache) == ("hf://buckets/me/runs/a", Path("/cache"))
 
 
 @pytest.mark.parametrize("value", ["/data/run", {"buket": "/data/run"}, None])
 def test_a_mistyped_setting_is_named(value: object) -> None:
     with pytest.raises(ConfigError, match="hubsync must be an object with some of bucket, cache, "):
-        compat.host_of(worker(additional_config={"hubsync": value}), SingleWorker())
+        compat.model_host_of(worker(additional_config={"hubsync": value}))
 
 
 @pytest.mark.parametrize(
@@ -112,15 +111,15 @@ def test_a_mistyped_setting_is_named(value: object) -> None:
 def test_what_cannot_be_exact_is_refused(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
     with pytest.raises(ReplicaRefused, match=reason):
-        compat.host_of(worker(**changes), SingleWorker())
+        compat.model_host_of(worker(**changes))
 
 
 def test_the_checkpoint_that_was_loaded_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
     model = SimpleNamespace(model=str(tmp_path), revision=None, quantization=None)
-    assert compat.host_of(worker(model_config=model), SingleWorker()).checkpoint is None
+    assert compat.model_host_of(worker(model_config=model)).checkpoint is None
     (tmp_path / "model.safetensors").touch()
-    assert compat.host_of(worker(model_config=model), SingleWorker()).checkpoint == tmp_path
+    assert compat.model_host_of(worker(model_config=model)).checkpoint == tmp_path
 
 
 def test_the_guard_runs_before_every_forward_pass() -> None:

@@ -57,7 +57,7 @@ def make_room_between_stages(worker: Any) -> None:
 
 def forget_what_is_staged(worker: Any, rank: int) -> None:
     if worker.rank == rank:
-        worker._hubsync._attached.applier.discard()
+        worker._hubsync.served.applier.discard()
 
 
 def flip_a_bit(worker: Any, index: int) -> None:

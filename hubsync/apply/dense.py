@@ -1,0 +1,100 @@
+"""Dense fallback: tensors that cannot be followed in place are loaded whole, by the model's own loader, at each commit.
+
+A loader may compute with such a tensor (Mamba's `A` is `-exp(A_log)`), so its values cannot be read back from live
+memory. They are kept here, as *masters*, and a delta is applied to those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from hubsync.format.digest import Digest, digest_change, digest_torch
+from hubsync.format.patch import TensorDelta
+from hubsync.format.table import TensorTable
+from hubsync.kernels.bits import advance, bits_of
+
+from .live import LiveStorage, flat_bits
+from .regions import block
+from .vote import Holding
+
+
+class DenseTensors:
+    """The tensors of one rank that are loaded whole.
+
+    Args:
+        table: the run's tensor table.
+        masters: their values, by table index, on the CPU.
+        seeds: of every tensor's digest, by table index.
+        models: the modules whose `load_weights` takes them.
+        device: where the parameters are.
+    """
+
+    def __init__(
+        self,
+        table: TensorTable,
+        masters: dict[int, torch.Tensor],
+        seeds: Sequence[int],
+        models: Sequence[torch.nn.Module],
+        device: torch.device,
+    ):
+        self.masters = masters
+        self.owned: dict[int, bool] = {}
+        """By table index: does this rank count it? Known once the ranks have joined."""
+        self._table = table
+        self._seeds = seeds
+        self._models = models
+        self._device = device
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.masters
+
+    def layout(self) -> dict[str, dict[str, object]]:
+        return {
+            self._table[index].name: {"class": "dense", "elements": master.numel()}
+            for index, master in self.masters.items()
+        }
+
+    def holdings(self) -> Iterator[Holding]:
+        """One holding for each tensor, with the digest of its master."""
+        for index, master in self.masters.items():
+            whole = block(-1, (master.numel(),), 0, (1,), 0, (1,))
+            assert whole is not None
+            yield Holding(index, whole, digest_torch(self._seeds[index], flat_bits(master)))
+
+    def advanced(self, index: int, delta: TensorDelta) -> tuple[torch.Tensor, Digest]:
+        """A copy of a master with a delta applied, and the change of its digest."""
+        new = self.masters[index].clone()
+        bits = bits_of(new)
+        before = bits[delta.indices]
+        bits[delta.indices] = advance(before, delta.diffs)
+        return new, digest_change(self._seeds[index], delta.indices, before, bits[delta.indices])
+
+    def load(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Load new values into the models, and keep them as masters."""
+        with torch.no_grad():
+            for model in self._models:
+                named = [(self._table[index].name, tensor.to(self._device)) for index, tensor in tensors.items()]
+                model.load_weights(iter(named))  # type: ignore[operator]
+        self.masters |= tensors
+
+    def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int]) -> Digest:
+        """Digest of the parameters that no region feeds: what loaders computed of these tensors.
+
+        Args:
+            fed: numbers of the storages that regions feed.
+        """
+        total = Digest()
+        if self.masters:
+            for number, storage in enumerate(storages):
+                if storage.parameter and number not in fed:
+                    total += digest_torch(number, storage.bits)
+        return total
+
+
+def masters_of(
+    table: TensorTable, indices: Sequence[int], tensors: Mapping[str, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """The values of these tensors, asked for once each."""
+    return {index: tensors[table[index].name].contiguous() for index in indices}

@@ -1,0 +1,156 @@
+"""Live weights: the run's tensors as one rank holds them in the memory of a loaded model, to be read, never written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hubsync.errors import FormatError
+from hubsync.format.digest import Digest, digest_torch
+from hubsync.format.table import TensorSpec
+from hubsync.kernels.bits import TORCH_DTYPES
+
+from .coordinate_map import CoordinateMap
+from .live import flat_bits
+from .memory import memory_of
+from .regions import Region
+from .vote import Holding
+
+_PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
+
+
+@dataclass(frozen=True)
+class HeldRegion:
+    """One region of one tensor in live memory. `owned`: does this rank count it in the digest of the whole view?"""
+
+    region: Region
+    owned: bool
+
+
+class LiveWeights:
+    """The mapped elements of one rank.
+
+    Args:
+        coordinates: where they are.
+        device: where the parameters are.
+        seeds: of every tensor's digest, by table index.
+        owned: for each region, in order, whether this rank owns it. None before the ranks have joined: all.
+    """
+
+    def __init__(
+        self,
+        coordinates: CoordinateMap,
+        device: torch.device,
+        seeds: Sequence[int],
+        owned: Sequence[bool] | None = None,
+    ):
+        flags = iter(owned) if owned is not None else None
+        self.held = [
+            [HeldRegion(region, True if flags is None else next(flags)) for region in regions]
+            for regions in coordinates.regions
+        ]
+        """By table index."""
+        self.memory = memory_of(coordinates.storages, device)
+        self._table = coordinates.table
+        self._storages = coordinates.storages
+        self._device = device
+        self._seeds = seeds
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def holdings(self) -> list[Holding]:
+        """Every region with the digest that it has now."""
+        with self.aside():
+            return [
+                Holding(index, part.region, self._digest_of(index, part.region))
+                for index, held in enumerate(self.held)
+                for part in held
+            ]
+
+    def digest(self) -> Digest:
+        """Digest of everything mapped as it is now, copies included."""
+        total = Digest()
+        with self.aside():
+            for index, held in enumerate(self.held):
+                for part in held:
+                    total += self._digest_of(index, part.region)
+        return total
+
+    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of the tensors whose live patterns differ from these, in table order."""
+        names = []
+        with self.aside():
+            for index, spec in enumerate(self._table):
+                if not self.held[index]:
+                    continue
+                flat = view_bits(spec, tensors)
+                if any(len(offsets) for _, offsets, _, _ in self.compare(index, flat)):
+                    names.append(spec.name)
+        return names
+
+    def read(self, region: Region, offsets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(places, patterns there) for offsets in the region's storage as the loader sees them, both on the device."""
+        places = self.memory.places(region.storage, self._storages[region.storage].live(offsets))
+        return places, self.memory.read(self.memory.key(region.storage), places)
+
+    def compare(
+        self, index: int, flat: torch.Tensor
+    ) -> Iterator[tuple[Region, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(piece, places, old, new) of the elements of a tensor that differ from `flat`, in bounded pieces."""
+        for part in self.held[index]:
+            storage = self._storages[part.region.storage]
+            for piece in part.region.pieces(_PIECE):
+                new = piece.gather_source(flat).to(self._device)
+                ranks = (storage.gather(piece) != new).nonzero().squeeze(1)
+                if len(ranks):
+                    places, old = self.read(piece, piece.offsets(ranks.cpu().numpy()))
+                    yield piece, places, old, new[ranks]
+
+    def digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
+        """Digest of a region's elements, taken from a flat checkpoint tensor instead of from live memory."""
+        if region.contiguous:
+            first, last = region.source_extent
+            return digest_torch(self._seeds[index], flat[first:last], first)
+        return self._digest_pieces(self._seeds[index], region, lambda piece: piece.gather_source(flat))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Read on a stream of its own: on a GPU reads do not queue up behind forward passes."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+    def _digest_of(self, index: int, region: Region) -> Digest:
+        storage, seed = self._storages[region.storage], self._seeds[index]
+        if region.contiguous and storage.relayout is None:
+            first, last = region.target_extent
+            return digest_torch(seed, storage.bits[first:last], region.source_extent[0])
+        return self._digest_pieces(seed, region, storage.gather)
+
+    def _digest_pieces(self, seed: int, region: Region, gather: Callable[[Region], torch.Tensor]) -> Digest:
+        total = Digest()
+        for piece in region.pieces(_PIECE):
+            bits = gather(piece)
+            indices = torch.from_numpy(piece.indices(np.arange(piece.numel))).to(bits.device)
+            total += digest_torch(seed, bits, indices=indices)
+        return total
+
+
+def view_bits(spec: TensorSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One tensor of a view as a flat integer tensor; FormatError if it differs from the table's shape or dtype."""
+    try:
+        tensor = tensors[spec.name]
+    except KeyError:
+        raise FormatError(f"{spec.name} is missing from the checkpoint") from None
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+        raise FormatError(
+            f"{spec.name} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, "
+            f"and {spec.dtype} {list(spec.shape)} in the run"
+        )
+    return flat_bits(tensor.contiguous())

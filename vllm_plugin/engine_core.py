@@ -1,0 +1,188 @@
+"""vLLM's engine core as `hubsync.apply.engine.EngineCore`: caches, labels, pauses, and turns of its loop.
+
+Used here, the same in vLLM 0.27 and 0.32: `EngineCore.scheduler` (`requests`, `running`,
+`kv_cache_manager.coordinator.single_type_managers`, `reset_prefix_cache`, `reset_connector_cache`), `.batch_queue`,
+`.resume_scheduler`, `.is_scheduler_paused`, `.reset_encoder_cache`, `.set_weight_version`;
+`EngineCoreProc.input_queue`; `BlockPool` as in `_forget_blocks`; `Request.block_hashes` and `.cache_salt`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from hubsync.apply.engine import Answers
+
+_POLL_S = 0.01  # between two checks of the workers, growing
+_LONGEST_POLL_S = 0.25
+
+
+class CoreTurn:
+    """Type of hubsync's own requests in the core's input queue: a function to call."""
+
+
+class VLLMEngineCore:
+    """One engine core of vLLM.
+
+    Args:
+        core: the EngineCore.
+        collective_rpc: calls its workers; vLLM's own.
+    """
+
+    def __init__(self, core: Any, collective_rpc: Callable[..., list[Any]]):
+        self.index = int(getattr(core, "engine_index", 0))
+        self.labels_in_flight: deque[str] = deque()  # of batches whose forward pass began before the label changed
+        self._core = core
+        self._rpc = collective_rpc
+        parallel = core.vllm_config.parallel_config
+        self._spans_engines = parallel.data_parallel_size > 1  # 1 where the engines of a server are independent
+        self._stages = parallel.pipeline_parallel_size > 1
+
+    @property
+    def alone(self) -> bool:
+        return not self._spans_engines
+
+    @property
+    def still(self) -> bool:
+        core = self._core
+        pausing = getattr(core, "pending_pause", False) or core.engines_running
+        return self.paused and not pausing and not core.batch_queue
+
+    def settle(self) -> None:
+        if self._stages:
+            for answer, *_ in self._core.batch_queue or ():
+                answer.result()  # the core gets the same result later
+
+    @property
+    def paused(self) -> bool:
+        return bool(self._core.is_scheduler_paused())
+
+    @property
+    def label(self) -> str:
+        return str(getattr(self._core, "_weight_version", ""))  # 0.26 has none
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Answers:
+        return self._rpc(method, None, args, kwargs)
+
+    def statuses(self) -> Answers:
+        return self.on_workers("status")
+
+    def on_workers(self, step: str, *args: Any) -> Answers:
+        """Call a function of `vllm_plugin.worker` on all workers, also where the extension is not loaded."""
+        from . import worker
+
+        return self._rpc(getattr(worker, step), None, args, None)
+
+    def recompute(self) -> None:
+        if not self._core.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+            raise RuntimeError("the KV connector would not drop its cache")
+        self._reset_encoder_cache()
+
+    def isolate(self) -> None:
+        scheduler = self._core.scheduler
+        if not scheduler.reset_connector_cache():
+            raise RuntimeError("the KV connector would not drop its cache")
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        for pool in {id(manager.block_pool): manager.block_pool for manager in managers}.values():
+            _forget_blocks(pool)
+        running = {request.request_id for request in scheduler.running}
+        for request in scheduler.requests.values():
+            # A waiting one may hold blocks too, whose content is still being transferred.
+            if request.request_id in running or request.num_computed_tokens > 0:
+                _set_apart(request)
+        self._reset_encoder_cache()
+
+    def _reset_encoder_cache(self) -> None:
+        if self._core.vllm_config.model_config.is_multimodal_model:
+            self._core.reset_encoder_cache()
+
+    def set_label(self, version: str) -> None:
+        if not hasattr(self._core, "set_weight_version"):
+            return  # vLLM 0.26 states no versions
+        in_flight = len(self._core.batch_queue or ())
+        while len(self.labels_in_flight) < in_flight:
+            self.labels_in_flight.append(self.label)
+        self._core.set_weight_version(version)
+
+    def resume(self) -> None:
+        if self._core.model_executor.is_sleeping:
+            raise RuntimeError("this server sleeps: wake it up")
+        self._core.resume_scheduler()
+
+    def later(self, seconds: float, turn: Callable[[], None]) -> Callable[[], None]:
+        inbox = getattr(self._core, "input_queue", None)
+        if inbox is None:  # in the process that uses it: it ends with its client
+            return lambda: None
+        timer = threading.Timer(seconds, inbox.put_nowait, [(CoreTurn, turn)])
+        timer.daemon = True
+        timer.start()
+        return timer.cancel
+
+    def until(self, reached: Callable[[], bool]) -> Future[None] | None:
+        """Call `reached`, in turns of the loop, until it returns True or raises.
+
+        None if that has happened when this returns; else a Future of it.
+        """
+        pauses = _growing_pauses()
+        if not hasattr(self._core, "input_queue"):
+            while not reached():
+                time.sleep(pauses())
+            return None
+        future: Future[None] = Future()
+
+        def turn() -> None:
+            try:
+                if reached():
+                    future.set_result(None)
+                else:
+                    self.later(pauses(), turn)
+            except Exception as error:
+                future.set_exception(error)
+
+        turn()
+        return future
+
+
+def _growing_pauses() -> Callable[[], float]:
+    """Pauses between two checks, in seconds."""
+    pause = _POLL_S / 2
+
+    def following() -> float:
+        nonlocal pause
+        pause = min(2 * pause, _LONGEST_POLL_S)
+        return pause
+
+    return following
+
+
+def _forget_blocks(pool: Any) -> None:
+    """Take all blocks out of the prefix cache. Blocks that requests hold stay theirs.
+
+    This is `BlockPool.reset_prefix_cache` without its condition that no block is in use. `evict_blocks` has no such
+    condition, but takes 20 times as long.
+    """
+    pool.cached_block_hash_to_block = type(pool.cached_block_hash_to_block)()
+    getattr(pool, "cached_block_hashes_by_block", {}).clear()
+    for block in pool.blocks:
+        block.reset_hash()
+    if pool.metrics_collector:
+        pool.metrics_collector.reset()
+    if pool.enable_kv_cache_events:
+        from vllm.distributed.kv_events import AllBlocksCleared
+
+        pool.kv_event_queue.append(AllBlocksCleared())
+
+
+def _set_apart(request: Any) -> None:
+    """Cache what this request computes from now on under names that no other request asks for.
+
+    The name of a block is a hash of its tokens and of the block before it. So it is enough to change the existing names
+    or, if there are none yet, the salt of the first.
+    """
+    request.cache_salt = os.urandom(16).hex()
+    request.block_hashes[:] = [os.urandom(len(name)) for name in request.block_hashes]

@@ -18,7 +18,7 @@ __all__ = ["DeltaWorkerExtension", "register"]
 def register() -> None:
     """Entry point of `vllm.general_plugins`; vLLM calls it in its API server, engine core and worker processes.
 
-    Servers that do not use hubsync notice nothing: what is wrapped here passes on all requests but hubsync's own. May
+    Servers that do not use hubsync are not affected: the wrapped functions pass on all requests but hubsync's own. May
     be called any number of times.
     """
     if "vllm" in sys.modules:

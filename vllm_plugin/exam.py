@@ -1,11 +1,11 @@
-"""One vLLM engine in a process of its own, for `hubsync doctor`: load a checkpoint, perhaps follow one version, report.
+"""Subprocess of `hubsync doctor`: one vLLM engine loads a checkpoint, optionally follows one version, and reports.
 
     python -m vllm_plugin.exam SPEC.json REPORT.json
 
 SPEC: `checkpoint` (directory), `options` (of vLLM's `LLM`) and `target` (`version` and `digest` to go to, or null).
 REPORT: `memory`, a hash of every parameter and buffer, for each rank by name; `error`, or null. With a target also
 `layout` (of each rank, as `hubsync_layout` answers), `followed` and `undone` (`memory` after the commit and after it
-was taken back), and `seconds` of the phases. Bucket and cache come from the environment, as in a server.
+was undone), and `seconds` of the phases. Bucket and cache come from the environment, as in a server.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Engine:
         )
 
     def ask(self, method: Any, *args: Any) -> list[Any]:
-        """What every worker answers; _Refused with the first error."""
+        """Every worker's answer; _Refused with the first error."""
         answers = self._llm.collective_rpc(method, args=args)
         errors = [answer["error"] for answer in answers if isinstance(answer.get("error"), dict)]
         if errors:

@@ -55,8 +55,8 @@ class Settings:
         lora_name: of the adapter in requests.
         window_timeout: seconds.
         kv_cache: one of `KV_POLICIES`.
-        ignored: settings that have a default instead of a mistyped value, one sentence each. Mistyping them must not
-            keep a server from being asked what is wrong with it.
+        ignored: one sentence for each mistyped setting that is replaced by its default. These must not keep a server
+            from reporting its errors.
         error: the first mistyped setting that keeps workers from following a run.
     """
 

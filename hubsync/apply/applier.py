@@ -131,7 +131,7 @@ class Applier:
         return total
 
     def old_bits(self) -> LiveBits:
-        """What compact deltas from the current position are decoded against."""
+        """The old patterns that compact deltas from the current position are decoded against."""
         regions = [[part.region for part in held] for held in self._live.held]
         return LiveBits(self.table, self._map.storages, regions, self._dense.masters)
 
@@ -144,7 +144,7 @@ class Applier:
         return self._live.differing(tensors)
 
     def adopt(self, position: Position) -> None:
-        """The live weights, just read, are at this position."""
+        """Declare that the live weights, just read, are at this position."""
         with self._lock:
             self.position, self.verified = position, True
 
@@ -224,20 +224,20 @@ class Applier:
         return self._keep(Staged(start, target, edited, edits.touched, sums, edits.changed, dense), writes)
 
     def discard(self) -> None:
-        """Forget what is staged."""
+        """Forget the staged change."""
         with self._lock:
             self.staged = None
 
     # --- writing ------------------------------------------------------------------------------------
 
     def commit(self, target: Position) -> int:
-        """Write what is staged for `target`, if all ranks can. Afterwards the weights are there, unverified.
+        """Write the change staged for `target`, if all ranks can. Afterwards the weights are at `target`, unverified.
 
         A collective over the ranks of the engine: all of them write, or all raise the same error and none does.
         Idempotent.
 
         Returns:
-            elements written on this rank; 0 if its weights were there already.
+            elements written on this rank; 0 if its weights were at `target` already.
 
         Raises:
             ReplicaRefused: `target` is not staged, or the current weights are not verified yet. Nothing was written.
@@ -275,12 +275,12 @@ class Applier:
             return undo.target
 
     def verify(self) -> bool:
-        """Recompute the digest of all live weights of this rank and compare it with what it must be.
+        """Recompute the digest of all live weights of this rank and compare it with the expected one.
 
-        Safe beside forward passes.
+        Safe during forward passes.
 
         Returns:
-            True if the weights are right; False if they changed meanwhile, so that nothing was learnt.
+            True if the weights are right; False if they changed meanwhile, so that nothing is known.
 
         Raises:
             ReplicaPoisoned: they are wrong. The applier is poisoned.
@@ -298,20 +298,20 @@ class Applier:
             if moved is not None:
                 self._poison(f"{moved} was replaced or moved in memory since hubsync attached")
             if digest != expected or dense != fingerprint:
-                whose = f"the live weights have digest {digest.hex[:12]}"
+                found = f"the live weights have digest {digest.hex[:12]}"
                 if self._group.size > 1:
-                    whose = f"the part of rank {self._group.rank} has digest {digest.hex[:12]} in live memory"
-                self._poison(f"{whose}, which is not that of {position}")
+                    found = f"the part of rank {self._group.rank} has digest {digest.hex[:12]} in live memory"
+                self._poison(f"{found}, which is not that of {position}")
             self.verified = True
             return True
 
     def heal(self, tensors: Mapping[str, torch.Tensor], target: Position) -> int:
         """Make the live weights equal to a whole view, whatever they are now, and prove it. Leaves the poisoned state.
 
-        Concerns this rank alone: the others are not asked, and stay where they are.
+        Concerns this rank alone: no collective, and the other ranks stay where they are.
 
         Returns:
-            elements that had to be written.
+            elements written.
 
         Raises:
             WrongParent, FormatError: as `stage_view`. Nothing was written; still poisoned if it was.
@@ -334,7 +334,7 @@ class Applier:
             return staged.changed
 
     def doubt(self) -> None:
-        """A sound delta did not fit the live weights, so they may have been changed by somebody: `verify` says."""
+        """A sound delta did not fit the live weights, so something may have changed them: `verify` finds out."""
         with self._lock:
             self.verified = False
 
@@ -355,14 +355,14 @@ class Applier:
             return PrepareVote(error_to_json(error), self.position, target, Digest())
 
     def _check_commit(self, target: Position) -> Digest:
-        """What this rank owns after the commit; raises why it cannot be made. O(changes)."""
+        """Digest of what this rank owns after the commit; raises why it cannot be made. O(changes)."""
         self._refuse_if_poisoned()
         if self.position == target:
             return self._sums.owned
         staged = self.staged
         if staged is None or staged.target != target:
-            what = "nothing is staged" if staged is None else f"{staged.target} is staged"
-            raise ReplicaRefused(f"cannot commit {target}: {what}; stage it first")
+            found = "nothing is staged" if staged is None else f"{staged.target} is staged"
+            raise ReplicaRefused(f"cannot commit {target}: {found}; stage it first")
         if staged.start != self.position:
             raise WrongParent(f"{target} was staged from {staged.start}, but the weights are at {self.position}")
         if not self.verified:
@@ -384,7 +384,7 @@ class Applier:
         if (name := self._map.moved()) is not None:
             self._poison(f"{name} was replaced or moved in memory since hubsync attached")
         if not self._live.memory.hold_old(edits):
-            self._poison(f"somebody else changed weights since {self.position} was verified")
+            self._poison(f"something else changed weights since {self.position} was verified")
 
     # --- details ------------------------------------------------------------------------------------
 
@@ -409,7 +409,7 @@ class Applier:
         return staged
 
     def _arrive(self, position: Position, sums: Sums) -> None:
-        """From here on the weights should be at `position`, whatever becomes of the write."""
+        """From here on the weights should be at `position`, whether or not the write succeeds."""
         self.position, self._sums, self.verified = position, sums, False
         self.staged = self._undo = None
         self._writes += 1

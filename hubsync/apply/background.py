@@ -1,4 +1,4 @@
-"""The thread of a worker for what takes long: downloads, and looking at all weights."""
+"""The background thread of a worker, for long jobs: downloads, and reading all weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 
 class Background:
-    """Does jobs one after the other. The first one starts the thread, which then stays.
+    """Runs jobs one after the other. The first job starts the thread, which then stays.
 
     Attributes:
-        working: held during a job; take it to keep jobs from running meanwhile.
+        working: held during a job. Take it to keep jobs from running meanwhile.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do this after what was submitted before."""
+        """Run this job after all that were submitted before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="hubsync", daemon=True)
             self._thread.start()

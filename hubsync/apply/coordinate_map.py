@@ -1,13 +1,13 @@
 """The coordinate map: where every checkpoint element lives in the memory of a loaded model.
 
 Only a model's own `load_weights` knows how its checkpoint is laid out at run time: which projections are fused, how
-the vocabulary is padded, what is tied, which rows, columns and experts a rank holds. So we ask it, by a dry run
-(`dry_run`) that writes nothing. A layout changed *after* loading is invisible to that. Where the server names the
-function of its own that changed it (`LayoutHints`), the function is applied to element numbers, and the map follows.
-Unnamed changes are found by reading the weights back through the map: their digest is no version of the run.
+the vocabulary is padded, what is tied, which rows, columns and experts a rank holds. So the map is built by a dry run
+of it (`dry_run`) that writes nothing. A dry run cannot see a layout that was changed *after* loading. Where the engine
+names the function that changed it (`LayoutHints`), the function is applied to element numbers, and the map follows.
+Other changes are found by reading the weights back through the map: their digest is no version of the run.
 
-One rank's map holds the elements that this rank holds, and may hold some twice (a draft model with an embedding of its
-own). That all ranks together hold every element is for `ranks.join` to check.
+One rank's map covers the elements that this rank holds, some perhaps twice (a draft model with its own embedding).
+`vote.join` checks that all ranks together hold every element.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refuse
 
 @dataclass
 class CoordinateMap:
-    """For every tensor of the table the regions of this process's memory that hold elements of it.
+    """For every tensor of the table, the regions of this process's memory that hold elements of it.
 
     Attributes:
         table: the run's tensor table.
         storages: live memory, by `Region.storage`.
         regions: by table index; empty where this rank holds nothing of a tensor.
         refused: table index -> why the tensor's elements cannot be followed in place; it has no regions.
-        unloadable: those of them that the model's loader does not take any more, as the model is now.
-        refreshers: storage number -> what must be computed again after a write to it (indices into `hints.derived`).
+        unloadable: those of them that the model's loader no longer takes, as the model is now.
+        refreshers: storage number -> derived parameters to compute again after a write to it (keys of `hints.derived`).
         hints: as given to `build_map`.
     """
 
@@ -72,8 +72,11 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Layo
     """Map every element of `table` that lives in `models` (the served one, and a draft) by dry runs of `load_weights`.
 
     Writes nothing, and may run while another thread runs forward passes. Tensors that cannot be followed exactly are
-    in `refused`. ReplicaRefused, naming the reason, where the models as a whole cannot be: a loader that fails or
-    writes behind our back, a parameter that no tensor of the run feeds, elements that share a place.
+    in `refused`.
+
+    Raises:
+        ReplicaRefused: the models as a whole cannot be followed: a loader that fails or writes unseen, a parameter that
+            no tensor of the run feeds, elements that share a place.
     """
     hints = hints or LayoutHints()
     addresses, storages = find_addresses(models), find_storages(models)
@@ -114,7 +117,7 @@ def _load(
     """Run the loader of one more model. A tensor that stops it is refused, and the others are tried without it.
 
     Returns:
-        (what is known now, the tensors that stopped it).
+        (the dry run of all models so far, the tensors that stopped the loader).
     """
     skipped: dict[str, str] = {}
     for _ in range(_ATTEMPTS):
@@ -125,7 +128,7 @@ def _load(
             with run:
                 model.load_weights(run.probes(frozenset(skipped)))  # type: ignore[operator]
         except Exception as error:
-            # A loader may buffer tensors: the one it took last is where it stopped, not always what it disliked.
+            # A loader may buffer tensors: the one it took last is not always the one that stopped it.
             if run.last is None or run.last in skipped:
                 raise ReplicaRefused(f"the model's load_weights took no tensor: {_explain(error)}") from error
             known = run.refused.get(table.index_of(run.last))
@@ -139,12 +142,12 @@ def _load(
 
 
 def _explain(error: Exception) -> str:
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{what} (another model than the run's, or a layout that was changed after loading)"
+    cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{cause} (another model than the run's, or a layout that was changed after loading)"
 
 
 def _distinct(regions: Sequence[Region]) -> tuple[Region, ...]:
-    """Without repeats: a draft model that shares a parameter with its target loads it once more to the same place."""
+    """Drop repeats: a draft model that shares a parameter with its target loads it once more to the same place."""
     return tuple({(region.storage, region.source_key, region.target_extent): region for region in regions}.values())
 
 
@@ -166,7 +169,7 @@ def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], h
 
 
 def _refreshers(storages: Sequence[LiveStorage], hints: LayoutHints) -> dict[int, tuple[str, ...]]:
-    """Which derived parameters depend on which storage. One that only views its source needs no refreshing."""
+    """Storage number -> derived parameters that depend on it. One that only views its source needs no refreshing."""
     by_name = {name: number for number, storage in enumerate(storages) for name in storage.names}
     refreshers: dict[int, tuple[str, ...]] = {}
     for name, derived in hints.derived.items():
@@ -200,7 +203,7 @@ def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
             continue
         if targets and storage.holds_zero_outside(targets):  # padding that was added after loading
             continue
-        what = f"only {fed} of {storage.used} elements" if fed else "no element"
+        part = f"only {fed} of {storage.used} elements" if fed else "no element"
         raise ReplicaRefused(
-            f"{storage.name}: the tensors of the run feed {what} of this parameter of the served model"
+            f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model"
         )

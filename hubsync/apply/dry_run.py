@@ -1,12 +1,12 @@
-"""The dry run: a model's own `load_weights`, on probes instead of tensors, with every write seen and none made.
+"""Dry run of a model's own `load_weights`, on probes instead of tensors: every write is recorded and none is made.
 
 Probes are meta tensors with the names, shapes and dtypes of the run's tensor table and no data. Slicing a meta tensor
-only moves its offset and strides, so when the loader finally copies a probe into a parameter, (offset, sizes, strides)
-on both sides say exactly which elements would have gone where. A dispatch mode sees that copy, writes it down, and
-writes nothing into the model; any other write to memory that existed before is stopped as well, so a model in service
-can be mapped.
+only moves its offset and strides. So when the loader finally copies a probe into a parameter, (offset, sizes, strides)
+on both sides tell exactly which elements would have gone where. A dispatch mode intercepts that copy, records it, and
+writes nothing into the model. It also blocks any other write to memory that existed before, so a model in service can
+be mapped.
 
-What is not "this element goes there, bit for bit" makes its tensor *refused*, with the reason, and the run goes on.
+Anything but a bit-exact move of elements makes its tensor *refused*, with the reason, and the run goes on.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _NOTHING = -1  # element number of padding that a loader adds
 
 
 class DryRun(TorchDispatchMode):
-    """Sees every tensor operation of this thread; records copies of probes into live memory instead of making them.
+    """Intercepts tensor operations of this thread; records copies of probes into live memory instead of making them.
 
     Attributes:
         regions: by table index, where the loader would have put each element.
         filled: elements of each storage that the loader sets to a constant.
-        refused: table index -> why that tensor cannot be mapped; what `regions` says of it is worthless.
+        refused: table index -> why that tensor cannot be mapped; its entry in `regions` is meaningless.
         last: name of the tensor that the loader took last.
     """
 
@@ -68,7 +68,7 @@ class DryRun(TorchDispatchMode):
             storage.bits.untyped_storage().data_ptr(): number for number, storage in enumerate(storages)
         }
         self._origins: dict[int, _Origin] = {}
-        self._own: dict[int, torch.Tensor] = {}  # what the loader made for itself; it may write to that
+        self._own: dict[int, torch.Tensor] = {}  # made by the loader itself, which may write to them
         # One numbering for all elements of all tensors, so that a loader may also concatenate tensors.
         self._starts = np.cumsum([0, *(spec.numel for spec in table)])
 
@@ -167,7 +167,7 @@ class DryRun(TorchDispatchMode):
             self.filled[number] += target.numel()
 
     def _refuse_overwritten(self, number: int, target: torch.Tensor, reason: str) -> bool:
-        """Refuse every tensor that was loaded to where `target` is. Was there one?"""
+        """Refuse every tensor that was loaded into `target`. Returns whether there was one."""
         low = int(target.storage_offset())
         extent, found = (low, low + span(target.shape, target.stride())), False
         for index, regions in enumerate(self.regions):
@@ -216,7 +216,7 @@ class DryRun(TorchDispatchMode):
     def _moved(self, func: Any, args: tuple, kwargs: dict, probes: list[torch.Tensor], out: Any) -> torch.Tensor:
         """The result of an operation of `_MOVES`: the same operation on element numbers."""
         if out.stride() == probes[0].stride() and out.shape == probes[0].shape and func is aten.clone.default:
-            return probes[0].detach()  # same layout: nobody writes to a probe, so the copy can be the original
+            return probes[0].detach()  # same layout: probes are never written, so the copy can be the original
         if any(origin.spoilt or origin.discarded for origin in map(self._origin, probes) if origin):
             self._spoil(out, probes)
             return out
@@ -248,13 +248,13 @@ class DryRun(TorchDispatchMode):
         self._origins[_identity(origin.tensor)] = origin
 
     def _spoil(self, out: Any, probes: list[torch.Tensor]) -> None:
-        """What was computed from probes of refused tensors goes nowhere, but the loader may handle it."""
+        """Mark results computed from refused tensors: the loader may handle them, and they are not mapped."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._remember(_Origin(leaf, self._tensors_of(probes), spoilt=True))
 
     def _adopt(self, out: Any, inputs: Any) -> None:
-        """New memory that came out of an operation is the loader's own."""
+        """New memory that an operation returns is the loader's own."""
         known = {_identity(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and _identity(leaf) not in known:
@@ -282,7 +282,7 @@ class DryRun(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a meta tensor's storage stands for.
+    """The elements that a meta tensor's storage stands for.
 
     Attributes:
         tensor: keeps the storage alive, so that its identity stays unique.
@@ -305,7 +305,7 @@ def _intersect(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 def _identity(tensor: torch.Tensor) -> int:
-    """Tells storages apart, also those of meta tensors, which have no address."""
+    """Identity of a tensor's storage, also for meta tensors, which have no address."""
     return int(tensor.untyped_storage()._cdata)
 
 

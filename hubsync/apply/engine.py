@@ -1,6 +1,6 @@
 """Contract with an inference engine: everything an engine provides so that its weights can follow a run.
 
-`hubsync.apply` knows no engine. An integration is a folder of its own, as `vllm_plugin` is for vLLM, and connects two
+`hubsync.apply` knows no engine. An integration is a separate folder, as `vllm_plugin` is for vLLM, and connects two
 places:
 
 Worker processes hold weights. Each worker

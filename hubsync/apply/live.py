@@ -1,4 +1,4 @@
-"""Live memory: the storages that a loaded model keeps its parameters in, where they are, and how they are laid out."""
+"""Live memory: the storages of a loaded model's parameters, their addresses, and their layout."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Derived:
 
 @dataclass(frozen=True)
 class LayoutHints:
-    """What a server knows of the layout of its model and no dry run can see, by parameter name.
+    """Knowledge of an engine about the layout of its model that no dry run can find, by parameter name.
 
     Attributes:
-        relayouts: for a parameter that was permuted after loading the server's own function for it, from the layout its
-            loader fills to the one its kernels read, for a tensor with the parameter's shape and dtype.
+        relayouts: for a parameter that was permuted after loading, the engine's own function for it. It takes a tensor
+            with the parameter's shape and dtype from the layout that the loader fills to the one that kernels read.
         derived: parameters that are copies of others.
     """
 
@@ -134,7 +134,7 @@ class LiveStorage:
         return self.bits[places.to(self.bits.device)]
 
     def holds_zero_outside(self, regions: Iterable[Region]) -> bool:
-        """Is every element that none of the regions reaches zero? Looks at all of the storage."""
+        """Is every element that none of the regions reaches zero? Reads all of the storage."""
         outside = torch.ones(len(self.bits), dtype=torch.bool)
         for region in regions:
             for piece in region.pieces(1 << 22):
@@ -171,7 +171,7 @@ def find_addresses(models: Iterable[torch.nn.Module]) -> list[Address]:
 
 
 def first_moved(addresses: Iterable[Address]) -> str | None:
-    """Name of a tensor that is no longer where it was, or None. Microseconds, so that every commit can ask."""
+    """Name of a tensor that is no longer where it was, or None. Takes microseconds, so every commit can call it."""
     for address in addresses:
         tensor = address.owner.get(address.key)
         if tensor is None or tensor.data_ptr() != address.pointer:
@@ -180,7 +180,7 @@ def first_moved(addresses: Iterable[Address]) -> str | None:
 
 
 def find_relayout(transform: Callable[[torch.Tensor], torch.Tensor], parameter: torch.Tensor) -> Relayout:
-    """The permutation that an opaque transform of the server makes, per first-dimension slice (an expert).
+    """The permutation that an opaque transform of the engine makes, per first-dimension slice (an expert).
 
     Element numbers go through it in two 16-bit halves, so it must move whole 16-bit elements and nothing else.
     ReplicaRefused if it does not, or if slices are permuted differently or exchange elements.
@@ -224,7 +224,7 @@ def flat_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def class_of(regions: Iterable[Region], storages: list[LiveStorage]) -> str:
-    """How a tensor lies in memory: `relayout` (permuted after loading), `table` (element by element) or `affine`."""
+    """Layout class of a tensor: `relayout` (permuted after loading), `table` (element by element) or `affine`."""
     regions = list(regions)
     if any(storages[region.storage].relayout is not None for region in regions):
         return "relayout"

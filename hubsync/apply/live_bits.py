@@ -1,4 +1,4 @@
-"""What this rank holds of the weights, in rectangles of checkpoint tensors, as the decoder of compact deltas asks."""
+"""Live bits: this rank's old patterns in rectangles of checkpoint tensors, for decoding compact deltas."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _PIECE = 1 << 22  # elements copied at a time where they are in no strided order
 
 
 class LiveBits:
-    """`hubsync.format.codec.OldBits` of live memory. A tensor that lies there in one run is not copied.
+    """`hubsync.format.codec.OldBits` of live memory.
 
-    Any other is put together in checkpoint order when it is asked for, on its own device: one tensor at a time.
+    A tensor that lies there in one run of elements is not copied. Any other is put together in checkpoint order when it
+    is requested, on its own device, one tensor at a time.
 
     Args:
-        regions: what is held of each tensor, by table index.
+        table: the run's tensor table.
+        storages: live memory, by `Region.storage`.
+        regions: this rank's part of each tensor, by table index.
         masters: tensors that are kept whole, by table index.
     """
 
@@ -41,7 +44,7 @@ class LiveBits:
         self._regions = regions
         self._masters = masters
         self._last: tuple[int, torch.Tensor, torch.Tensor | None] | None = None
-        self._gathering = threading.Lock()  # several chunks are decoded side by side
+        self._gathering = threading.Lock()  # several chunks are decoded in parallel
 
     def rectangle(self, index: int, rows: slice, cols: slice) -> Bits | None:
         spec = self._table[index]
@@ -53,10 +56,10 @@ class LiveBits:
                 self._last = (index, *self._tensor(index))
             _, flat, held = self._last
         if held is not None:
-            here = held.view(spec.matrix)[rows, cols]
-            if not here.any():
+            inside = held.view(spec.matrix)[rows, cols]
+            if not inside.any():
                 return None
-            if not here.all():
+            if not inside.all():
                 raise ReplicaRefused(
                     f"{spec.name}: this worker holds only a part of a chunk of the delta; publish with "
                     "encoding='fast', or with a tensor parallel size that divides the tensor as the chunks do"
@@ -65,7 +68,7 @@ class LiveBits:
         return bits.numpy().view(UNSIGNED[spec.width]) if bits.device.type == "cpu" else bits
 
     def _tensor(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(flat patterns, which of them are held; None if all are)."""
+        """(flat patterns, mask of the held elements; None if all are held)."""
         spec = self._table[index]
         if index in self._masters:
             master = self._masters[index]
@@ -86,7 +89,7 @@ class LiveBits:
 
 
 def _cover(regions: Sequence[Region], spec: TensorSpec) -> bool:
-    """Do the regions, some of which may be copies of others, hold all elements?"""
+    """Do the regions hold all elements? Some may be copies of others."""
     return sum(region.numel for region in {region.source_key: region for region in regions}.values()) == spec.numel
 
 

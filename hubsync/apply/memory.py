@@ -1,9 +1,9 @@
 """Reading and writing scattered elements of live storages: the only code that touches weights.
 
-A commit spreads over every storage of a model, a few elements in each where little has changed, so what it must not do
-is work per storage. On a CPU all storages of one element width are one flat array to us: addresses are offsets from the
-lowest of them, and one compiled loop without the interpreter's lock handles a whole commit. On other devices there is
-one operation for each storage, on the stream of the forward passes.
+A commit spreads over every storage of a model, often with a few elements in each, so it must not do work per storage.
+On a CPU all storages of one element width are treated as one flat array: addresses are offsets from the lowest of them,
+and one compiled loop without the interpreter's lock handles a whole commit. On other devices there is one operation for
+each storage, on the stream of the forward passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Edit:
     """New patterns for some elements of one memory, all three on the model's device.
 
     Attributes:
-        places: unique; int64, on other devices than CPUs int32 where that is enough.
+        places: offsets, unique; int64, or int32 on accelerators where that is enough.
         old: patterns that must be there before, as integers of the element's width.
         new: patterns to write.
     """
@@ -43,22 +43,24 @@ class Edit:
 class Memory(Protocol):
     """The live storages of one map. Edits of storages with the same `key` are made together."""
 
-    def key(self, storage: int) -> int: ...
+    def key(self, storage: int) -> int:
+        """The key of a storage's edits."""
+        ...
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
         """Offsets in a storage (int64) -> places for `read` and `Edit`, on the device."""
         ...
 
     def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
-        """The patterns there."""
+        """The patterns at these places."""
         ...
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
-        """Are the `old` patterns of all edits, by key, where they should be?"""
+        """Does memory hold the `old` patterns of all edits, given by key?"""
         ...
 
     def write(self, edits: Mapping[int, Edit]) -> bool:
-        """Write the `new` patterns. Are they there afterwards?"""
+        """Write the `new` patterns. Returns whether memory holds them afterwards."""
         ...
 
 
@@ -147,7 +149,7 @@ def _span(bits: torch.Tensor) -> tuple[int, int]:
 
 
 def _array(base: int, end: int, dtype: np.dtype) -> np.ndarray:
-    """The address range as an array. Most of it is no memory of ours, and never looked at."""
+    """The address range as an array. Most of it is other memory, which is never read."""
     return np.frombuffer(memoryview((ctypes.c_uint8 * (end - base)).from_address(base)), dtype)
 
 
@@ -159,7 +161,7 @@ def _gather(memory: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
 
 @njit(nogil=True, cache=True)
 def _equal(memory: np.ndarray, places: np.ndarray, expected: np.ndarray) -> bool:
-    different = False  # no early return: almost always there is none, and this loop runs ahead of memory
+    different = False  # no early return: differences are rare, and without a branch the CPU prefetches
     for i in range(len(places)):
         different |= memory[places[i]] != expected[i]
     return not different

@@ -49,7 +49,7 @@ class WorkerState:
 
     Attributes:
         POISONED: the live weights are known or suspected to be wrong. No forward pass runs with them.
-        REFUSED: attaching failed. The status says why. Attaching again retries.
+        REFUSED: attaching failed; the status has the error. Attaching again retries.
         DETACHED: nothing has been asked yet.
         ATTACHING: reading the run and mapping the live weights.
         MAPPED: this rank knows what it holds; the ranks have not joined. Of adapters: the engine has not loaded the

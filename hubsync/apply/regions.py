@@ -1,8 +1,8 @@
 """Regions: exact correspondences between elements of one checkpoint tensor and elements of one piece of live memory.
 
 Two kinds are enough. A `Block` is strided on both sides and costs a few integers, whatever its size: slices, fused
-projections, transposed weights. A `Scatter` lists every element. Both answer the same questions: where do these
-checkpoint indices live, and what are the region's elements, on either side, in one common order.
+projections, transposed weights. A `Scatter` lists every element. Both map checkpoint indices to live offsets, and list
+the region's elements, on either side, in one common order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Block:
 
     @property
     def source_key(self) -> tuple:
-        """Says which checkpoint elements it holds; equal for equal elements, also from another process."""
+        """Identifies the checkpoint elements; equal for equal elements, also from another process."""
         return self.source, self.sizes, self.source_strides
 
     @property
@@ -133,7 +133,7 @@ class Block:
 class Scatter:
     """Elements in no strided order: checkpoint index `sources[k]` (ascending) lands at live offset `targets[k]`.
 
-    Costs 16 bytes an element; only loaders that concatenate, flip or permute end here.
+    Costs 16 bytes an element. Only loaders that concatenate, flip or permute need it.
     """
 
     storage: int
@@ -194,8 +194,8 @@ _PIECE = 1 << 22  # elements marked at a time
 def overlap(regions: Sequence[Region], side: Side, length: int) -> bool:
     """Do any two of these regions share an element of the tensor (or storage) of `length` elements?
 
-    Extents answer it for slices of rows, boxes for slices of columns and stacked experts, whatever their size; only
-    what is left is looked at element by element.
+    Extents answer it for slices of rows, boxes for slices of columns and stacked experts, whatever their size. Only
+    the remaining cases are compared element by element.
     """
     extents = sorted(region.source_extent if side == "source" else region.target_extent for region in regions)
     if all(high <= low for (_, high), (low, _) in pairwise(extents)):
@@ -218,7 +218,7 @@ _Box: TypeAlias = list[tuple[int, int]]  # a half-open interval for each digit o
 
 
 def _boxes(regions: Sequence[Region], side: Side) -> list[_Box] | None:
-    """Every block as a box: positions written in the mixed radix system of all strides. None where there is none."""
+    """Every block as a box: positions in the mixed radix system of all strides. None if one of them is no box."""
     views = []
     for region in regions:
         if isinstance(region, Scatter):

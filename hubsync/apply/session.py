@@ -1,7 +1,7 @@
 """Session: one worker's state machine with one run: attach, stage in the background, commit, verify, heal.
 
-The state machine is the same for whole models and for LoRA adapters. `Served` is what differs: how weights are found,
-how a version is prepared, loaded and verified. `served_model` and `served_adapter` implement it.
+The state machine is the same for whole models and for LoRA adapters. `Served` holds the differences: how weights are
+found, and how a version is prepared, loaded and verified. `served_model` and `served_adapter` implement it.
 
 Two threads meet here. The worker's *main* thread runs forward passes and answers requests. It commits, undoes and
 heals, so a write never meets a forward pass. One *background* thread attaches, downloads, stages and verifies, one job
@@ -33,8 +33,8 @@ logger = logging.getLogger("vllm.hubsync")
 class Served(Protocol):
     """What a worker serves of a run, and how a version of it is prepared and loaded.
 
-    `attach`, `stage` and `verify` run on the background thread and change nothing that is served. All else runs on the
-    main thread. All methods may raise HubsyncErrors.
+    `attach`, `stage` and `verify` run on the background thread and only read live weights. All else runs on the main
+    thread. All methods may raise HubsyncErrors.
     """
 
     metrics: dict[str, float]
@@ -48,7 +48,7 @@ class Served(Protocol):
 
     @property
     def position(self) -> Position | None:
-        """Of what is served; None until it is known."""
+        """Position of the served weights; None until it is known."""
         ...
 
     @property
@@ -66,12 +66,12 @@ class Served(Protocol):
 
     @property
     def verified(self) -> bool:
-        """Has the digest been recomputed from what is served since the last write?"""
+        """Has the digest been recomputed from the served weights since the last write?"""
         ...
 
     @property
     def poisoned(self) -> str | None:
-        """Why what is served is not known to be right; None if it is."""
+        """Why the served weights are not known to be right; None if they are."""
         ...
 
     def details(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Served(Protocol):
         ...
 
     def discard(self) -> None:
-        """Forget what is staged."""
+        """Forget the staged version."""
         ...
 
     def commit(self, target: Position) -> int:
@@ -121,19 +121,19 @@ class Served(Protocol):
         ...
 
     def doubt(self) -> None:
-        """A sound delta did not fit: have what is served verified again, where it has a digest."""
+        """A sound delta did not fit: require another verification, if there is a digest."""
         ...
 
     def verify(self) -> bool:
-        """Recompute the digest of what is served. False if it changed meanwhile, so that nothing was learnt."""
+        """Recompute the digest of the served weights. False if they changed meanwhile, so that nothing is known."""
         ...
 
     def heal(self, background: Background) -> int:
-        """Rebuild what is served. Returns elements written. Take `background.working` to use the run's reader."""
+        """Rebuild the served weights. Returns elements written. Take `background.working` to use the run's reader."""
         ...
 
     def poison(self, reason: str) -> None:
-        """From here on what is served is not known to be right."""
+        """From here on the served weights are not known to be right."""
         ...
 
 
@@ -224,7 +224,7 @@ class Session:
             self.attach()
 
     def attach(self) -> None:
-        """Start finding the position of what is served, unless it is known or under way. Retries after a refusal.
+        """Start finding the position of the served weights, unless it is known or being found. Retries after a refusal.
 
         One rank of several stops at `mapped`; `join` goes on.
         """
@@ -325,7 +325,7 @@ class Session:
     # --- heal ---------------------------------------------------------------------------------------
 
     def heal(self) -> None:
-        """Rebuild what is poisoned from an anchor or the base checkpoint and the deltas after it, here and now.
+        """Rebuild poisoned weights now, from an anchor or the base checkpoint and the deltas after it.
 
         Raises:
             ReplicaRefused: nothing is poisoned.
@@ -344,7 +344,7 @@ class Session:
         logger.warning("hubsync: the weights are at %s again; %d elements were written", served.position, written)
 
     def weights_lost(self, reason: str) -> None:
-        """Something else has replaced what is served. It is rebuilt before the next forward pass."""
+        """Something else has replaced the served weights. They are rebuilt before the next forward pass."""
         if self.served.position is not None:
             self.served.poison(reason)
 

@@ -1,9 +1,10 @@
-"""What the ranks of one engine must agree on, as pure functions of what each of them says.
+"""Agreement of the ranks of one engine, as pure functions of each rank's report.
 
-Every rank holds a part of the published view: rows, columns, layers, experts; some of it twice. `join` decides once who
-*owns* each element (the first rank that holds it), checks that copies are equal and that nothing is missing, and adds
-the owners' digests up to the digest of the whole view. `decide` decides at every commit whether all ranks may write.
-All ranks evaluate the same words in the same order, so all come to the same conclusion, and no rank acts alone.
+Every rank holds a part of the published view: rows, columns, layers, experts; some elements are on several ranks.
+`join` decides once which rank *owns* each element (the first that holds it), checks that copies are equal and that
+nothing is missing, and adds the owners' digests up to the digest of the whole view. `decide` is called before every
+write, and says whether all ranks may write. All ranks evaluate the same reports in the same order, so all come to the
+same conclusion, and no rank acts alone.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from .regions import Region, overlap
 
 
 class WorkerGroup(Protocol):
-    """The workers of one engine. `gather` is a collective: it must be called by all of them, in the same order."""
+    """The workers of one engine. `gather` is a collective: all of them must call it, in the same order."""
 
     rank: int
     size: int
 
-    def gather(self, word: Any) -> list[Any]:
-        """What every rank said, in rank order."""
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
         ...
 
 
@@ -37,11 +38,11 @@ class SingleWorker:
 
     rank, size = 0, 1
 
-    def gather(self, word: Any) -> list[Any]:
-        return [word]
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
-# --- who holds what ---------------------------------------------------------------------------------
+# --- inventory --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Holding:
 
     Attributes:
         index: of the tensor in the run's table.
-        region: which elements; equal regions of several ranks are copies.
+        region: the elements; equal regions of several ranks are copies.
         digest: of these elements, as they are in live memory.
     """
 
@@ -60,17 +61,17 @@ class Holding:
 
 
 Inventory = Sequence[Holding]
-"""What one rank holds, in the order of its coordinate map."""
+"""Everything that one rank holds, in the order of its coordinate map."""
 
 
 def join(table: TensorTable, inventories: Sequence[Inventory]) -> tuple[list[list[bool]], Digest]:
-    """Who owns what, and the digest of the whole view in live memory.
+    """Decide which rank owns each element, and compute the digest of the whole view in live memory.
 
     Returns:
-        (for each rank: for each of its holdings, does it own that?; the digest).
+        (for each rank and each of its holdings: does it own that?; the digest).
 
     Raises:
-        ReplicaRefused: elements that no rank holds, copies that differ, or that overlap without being equal.
+        ReplicaRefused: elements that no rank holds, copies that differ, or regions that overlap without being equal.
     """
     owned: list[list[bool]] = []
     owners: dict[tuple, tuple[int, Holding]] = {}
@@ -84,8 +85,8 @@ def join(table: TensorTable, inventories: Sequence[Inventory]) -> tuple[list[lis
             if owned[-1][-1]:
                 total += holding.digest
             elif owner[1].digest != holding.digest:
-                who = f"ranks {owner[0]} and {rank} hold" if owner[0] != rank else f"rank {rank} holds two"
-                raise ReplicaRefused(f"{table[holding.index].name}: {who} copies of it that differ")
+                where = f"ranks {owner[0]} and {rank} hold" if owner[0] != rank else f"rank {rank} holds two"
+                raise ReplicaRefused(f"{table[holding.index].name}: {where} copies of it that differ")
     by_tensor: list[list[Region]] = [[] for _ in table]
     for _, holding in owners.values():
         by_tensor[holding.index].append(holding.region)
@@ -108,18 +109,18 @@ def _check_whole(name: str, numel: int, regions: Sequence[Region]) -> None:
         raise ReplicaRefused(f"{name}: the model keeps elements of it in more than one place")
 
 
-# --- may we write? ----------------------------------------------------------------------------------
+# --- vote -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PrepareVote:
-    """What one rank says before a write.
+    """One rank's vote before a write.
 
     Attributes:
         refusal: the error, as JSON, that keeps it from writing; None if it can write.
-        start: where its weights are.
-        target: where the write leads.
-        share: digest of what it owns, after the write.
+        start: position of its weights.
+        target: position after the write.
+        share: digest of the elements that it owns, after the write.
     """
 
     refusal: dict[str, str] | None
@@ -132,7 +133,7 @@ def decide(votes: Sequence[PrepareVote]) -> None:
     """Return if every rank can write and all writes together lead to the target; raise the same error on every rank.
 
     Raises:
-        the first refusal; WrongParent where ranks start from different positions, or the sum of their shares is not the
+        the first refusal; WrongParent if ranks start from different positions, or the sum of their shares is not the
         target's digest.
     """
     for rank, vote in enumerate(votes):

@@ -87,7 +87,7 @@ class WorkerMethods:
 
     @answering
     def hubsync_commit(self, version: int, digest: str, kv_cache: str = KvPolicy.RECOMPUTE) -> Answer:
-        """Apply what is staged for this position, if all workers can. Also answers `changed`, the elements written.
+        """Apply the staged change to this position, if all workers can. Also answers `changed`, the elements written.
 
         `kv_cache` is for the engine around the workers: see `hubsync.apply.engine_commit`.
         """

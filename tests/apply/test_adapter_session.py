@@ -1,4 +1,4 @@
-"""A worker's life with a run of adapters, without vLLM: real files of a real chain, and a loader that reads them."""
+"""The session of a worker that serves adapters: real files of a real chain, and a loader that reads them. No vLLM."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ POSITIONS = [position_of(version, view, TABLE) for version, view in enumerate(VI
 RUN = Run("1" * 32, TABLE, POSITIONS[0].digest, created=time.time(), adapter=Adapter({"r": 4}, Base("me/base")))
 
 
-class Loader:
-    """Reads what it is told to load, as vLLM would: `loaded` is what requests would compute with."""
+class FileLoader:
+    """Reads directories, as vLLM would: `loaded` holds the tensors that requests would compute with."""
 
     def __init__(self) -> None:
         self.loaded: Tensors = {}
@@ -56,7 +56,7 @@ class Loader:
 
 class Worker:
     def __init__(self, address: str, directory: Path, ranks: Meeting | None = None, rank: int = 0):
-        self.loader = Loader()
+        self.loader = FileLoader()
         source = RunSource(address, directory / "cache")
         self.host = AdapterHost(source, self.loader, directory / "adapters", "policy")
         self.served = ServedAdapter(lambda: self.host, ranks.ranks()[rank] if ranks else None)
@@ -70,7 +70,7 @@ class Worker:
         return status
 
     def register(self) -> bool:
-        """What a client has vLLM do."""
+        """Load the link's directory, as vLLM does for a client."""
 
         def load() -> bool:
             self.loader.load("policy", 1, self.host.path)
@@ -79,7 +79,7 @@ class Worker:
         return self.registered(load)
 
     def registered(self, load: Callable[[], bool]) -> bool:
-        """What the engine's integration makes of it."""
+        """The engine's integration reports it to the session."""
         return self.session.attempt("load the adapter", lambda: self.served.registered(1, load))
 
     def attached(self) -> Worker:
@@ -101,7 +101,7 @@ class Worker:
 
 @pytest.fixture
 def address(tmp_path: Path) -> str:
-    """A run of three versions after its anchor, of which the first is to be served."""
+    """A run of three versions after its anchor. The first of them is to be served."""
     place = str(tmp_path / "bucket")
     writer = ChainWriter.create(open_bucket(place, create=True), RUN)
     anchor = tmp_path / "anchor"
@@ -121,7 +121,7 @@ def worker(address: str, tmp_path: Path) -> Worker:
     return Worker(address, tmp_path).attached()
 
 
-def test_nothing_is_served_until_vllm_has_loaded_the_version_to_be_served(address: str, tmp_path: Path) -> None:
+def test_no_version_is_served_before_vllm_has_loaded_one(address: str, tmp_path: Path) -> None:
     worker = Worker(address, tmp_path)
     worker.session.attach()
     status = worker.settled()
@@ -131,14 +131,14 @@ def test_nothing_is_served_until_vllm_has_loaded_the_version_to_be_served(addres
     worker.assert_serves(1)
 
 
-def test_the_name_is_told_before_there_is_a_run(tmp_path: Path) -> None:
+def test_status_names_the_adapter_before_the_run_exists(tmp_path: Path) -> None:
     worker = Worker(str(tmp_path / "nowhere"), tmp_path)
     assert worker.session.status()["adapter"]["name"] == "policy"
     worker.session.attach()
     assert worker.settled()["state"] == "refused"
 
 
-def test_a_run_that_vllm_could_not_load_is_refused_before_anything_is_downloaded(address: str, tmp_path: Path) -> None:
+def test_a_run_that_vllm_cannot_load_is_refused_before_any_download(address: str, tmp_path: Path) -> None:
     worker = Worker(address, tmp_path)
     worker.loader.largest = 2
     worker.session.attach()
@@ -154,7 +154,7 @@ def test_every_version_is_loaded_forwards_and_backwards(worker: Worker) -> None:
         worker.assert_serves(version)
 
 
-def test_the_last_commit_can_be_taken_back(worker: Worker) -> None:
+def test_undo_loads_the_version_before_the_last_commit(worker: Worker) -> None:
     worker.follow(3)
     worker.session.undo()
     worker.assert_serves(1)
@@ -164,10 +164,10 @@ def test_directories_of_old_versions_are_deleted(worker: Worker) -> None:
     for version in (2, 3, 0):
         worker.follow(version)
     left = {path.name[:8] for path in worker.host.directory.iterdir() if path.name != "current"}
-    assert left == {"00000000", "00000003"}, "served, and the one before"
+    assert left == {"00000000", "00000003"}, "the served version and the one before"
 
 
-def test_what_is_staged_during_a_commit_can_be_committed_next(worker: Worker) -> None:
+def test_a_version_staged_during_a_commit_can_be_committed_next(worker: Worker) -> None:
     worker.session.stage(POSITIONS[2])
     worker.settled()
 
@@ -182,7 +182,7 @@ def test_what_is_staged_during_a_commit_can_be_committed_next(worker: Worker) ->
     worker.assert_serves(3)
 
 
-def test_a_commit_leaves_what_another_worker_has_written_of_the_version_that_is_staged_next(
+def test_a_commit_keeps_the_directory_of_a_version_that_is_queued_for_staging(
     worker: Worker, address: str, tmp_path: Path
 ) -> None:
     other, may_go_on = Worker(address, tmp_path).attached(), threading.Event()
@@ -198,7 +198,7 @@ def test_a_commit_leaves_what_another_worker_has_written_of_the_version_that_is_
     may_go_on.set()
 
 
-def test_what_is_not_staged_is_not_loaded(worker: Worker) -> None:
+def test_a_version_that_is_not_staged_is_not_loaded(worker: Worker) -> None:
     with pytest.raises(ReplicaRefused, match="not staged"):
         worker.session.commit(POSITIONS[2])
     with pytest.raises(ReplicaRefused, match="not staged"):
@@ -206,7 +206,7 @@ def test_what_is_not_staged_is_not_loaded(worker: Worker) -> None:
     worker.assert_serves(1)
 
 
-def test_a_load_that_fails_leaves_what_was_served(worker: Worker) -> None:
+def test_a_failed_load_keeps_the_served_version(worker: Worker) -> None:
     worker.session.stage(POSITIONS[2])
     worker.settled()
     worker.loader.fails = True
@@ -216,7 +216,7 @@ def test_a_load_that_fails_leaves_what_was_served(worker: Worker) -> None:
     worker.assert_serves(1)
 
 
-def test_a_version_that_could_not_be_loaded_is_written_again_when_it_is_staged_again(worker: Worker) -> None:
+def test_staging_again_rewrites_a_version_that_failed_to_load(worker: Worker) -> None:
     worker.session.stage(POSITIONS[2])
     worker.settled()
     (staged,) = worker.host.directory.glob("00000002-*")
@@ -227,7 +227,7 @@ def test_a_version_that_could_not_be_loaded_is_written_again_when_it_is_staged_a
     worker.assert_serves(2)
 
 
-def test_an_adapter_that_vllm_has_dropped_is_loaded_before_the_next_forward_pass_or_none_is_made(
+def test_a_dropped_adapter_is_loaded_before_the_next_forward_pass_or_that_pass_fails(
     worker: Worker,
 ) -> None:
     worker.loader.loaded = {}
@@ -239,7 +239,7 @@ def test_an_adapter_that_vllm_has_dropped_is_loaded_before_the_next_forward_pass
     worker.assert_serves(1)
 
 
-def test_a_failed_registration_is_an_error_of_the_status_and_tried_again(address: str, tmp_path: Path) -> None:
+def test_a_failed_registration_is_reported_in_the_status_and_can_be_retried(address: str, tmp_path: Path) -> None:
     worker = Worker(address, tmp_path)
     worker.session.attach()
     worker.settled()
@@ -249,7 +249,7 @@ def test_a_failed_registration_is_an_error_of_the_status_and_tried_again(address
     worker.attached().assert_serves(1)
 
 
-def test_an_adapter_that_vllm_does_not_take_is_not_served(address: str, tmp_path: Path) -> None:
+def test_an_adapter_that_vllm_rejects_is_not_served(address: str, tmp_path: Path) -> None:
     worker = Worker(address, tmp_path)
     worker.session.attach()
     worker.settled()
@@ -257,7 +257,7 @@ def test_an_adapter_that_vllm_does_not_take_is_not_served(address: str, tmp_path
     assert "did not take it" in worker.session.status()["error"]["message"]
 
 
-def test_what_is_served_stays_where_it_is_when_loading_it_again_fails(worker: Worker) -> None:
+def test_position_is_kept_when_reloading_the_served_version_fails(worker: Worker) -> None:
     worker.session.weights_lost("the server slept")
     worker.loader.fails = True
     with pytest.raises(ReplicaRefused, match="no space"):
@@ -274,8 +274,8 @@ def test_another_engine_of_the_server_may_move_the_link_during_a_commit(worker: 
     worker.assert_serves(2)
 
 
-def test_nothing_is_loaded_after_a_failed_registration_and_requests_without_the_adapter_go_on(worker: Worker) -> None:
-    """vLLM has let go of the adapter before: there is nothing that a commit, or waking up, could put in its place."""
+def test_after_a_failed_registration_nothing_is_loaded_and_forward_passes_go_on(worker: Worker) -> None:
+    """vLLM has dropped the old adapter, so a commit or waking up has nothing to replace."""
     worker.follow(3)
     worker.session.stage(POSITIONS[2])
     worker.settled()
@@ -285,7 +285,7 @@ def test_nothing_is_loaded_after_a_failed_registration_and_requests_without_the_
     worker.session.before_forward()
     with pytest.raises(ReplicaRefused, match="not staged"):
         worker.session.commit(POSITIONS[2])
-    assert not worker.register(), "the link may be on its way elsewhere: attach before"
+    assert not worker.register(), "the link may point elsewhere: attach first"
     worker.attached().assert_serves(1)
     with pytest.raises(ReplicaRefused, match="nothing to undo"):
         worker.session.undo()
@@ -293,7 +293,7 @@ def test_nothing_is_loaded_after_a_failed_registration_and_requests_without_the_
     worker.assert_serves(2)
 
 
-def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -> None:
+def test_all_ranks_load_a_version_or_none_does(address: str, tmp_path: Path) -> None:
     meeting = Meeting(2)
     workers = [Worker(address, tmp_path, meeting, rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
@@ -313,8 +313,8 @@ def test_either_all_ranks_load_a_version_or_none(address: str, tmp_path: Path) -
         worker.assert_serves(3)
 
 
-def test_a_registration_that_fails_on_one_rank_counts_on_none(address: str, tmp_path: Path) -> None:
-    """Else they could not be attached again: the one that serves has no reason to, and the other goes elsewhere."""
+def test_a_registration_that_fails_on_one_rank_fails_on_all(address: str, tmp_path: Path) -> None:
+    """Otherwise they could not attach again: one would serve and stay, the other would go to another version."""
     meeting = Meeting(2)
     workers = [Worker(address, tmp_path, meeting, rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as threads:
@@ -343,8 +343,8 @@ def test_workers_may_move_the_link_at_the_same_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.server  # no server, but half of vLLM is imported
-def test_vllm_reads_the_directories_that_are_written_and_refuses_a_higher_rank(tmp_path: Path) -> None:
-    """Its own reader of adapter files; what it does with them next takes a server."""
+def test_vllm_reads_written_adapters_and_rejects_a_higher_rank(tmp_path: Path) -> None:
+    """Tests vLLM's reader of adapter files. Serving them needs a server."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper

@@ -78,7 +78,7 @@ def test_undo_writes_the_old_values_back(model: Model, applier: Applier) -> None
         applier.undo()
 
 
-def test_catching_up_by_a_whole_view_writes_only_what_differs(model: Model, applier: Applier) -> None:
+def test_staging_a_whole_view_writes_only_differing_elements(model: Model, applier: Applier) -> None:
     staged = applier.stage_view(V2, P2)
     assert staged.changed == changed(patch_between(V0, V2))
     applier.commit(P2)
@@ -139,7 +139,7 @@ def test_a_view_that_is_not_the_target_is_refused(applier: Applier) -> None:
     assert applier.staged is None
 
 
-def test_what_was_staged_elsewhere_cannot_be_committed(model: Model, applier: Applier) -> None:
+def test_a_change_staged_from_another_position_cannot_be_committed(model: Model, applier: Applier) -> None:
     stale = applier.stage_patch(patch_between(V0, V2), P2)
     applier.stage_patch(patch_between(V0, V1), P1)
     applier.commit(P1)
@@ -157,7 +157,7 @@ def test_a_new_target_replaces_the_staged_one(applier: Applier) -> None:
         applier.commit(P1)
 
 
-def test_the_next_commit_waits_for_the_digest(model: Model, applier: Applier) -> None:
+def test_the_next_commit_needs_verified_weights(model: Model, applier: Applier) -> None:
     applier.stage_patch(patch_between(V0, V1), P1)
     applier.commit(P1)
     applier.stage_patch(patch_between(V1, V2), P2)
@@ -172,13 +172,13 @@ def test_the_next_commit_waits_for_the_digest(model: Model, applier: Applier) ->
 # --- poison
 
 
-def test_weights_changed_by_somebody_else_poison_the_commit(model: Model, applier: Applier) -> None:
+def test_a_commit_poisons_if_another_writer_changed_the_weights(model: Model, applier: Applier) -> None:
     patch = patch_between(V0, V1)
     applier.stage_patch(patch, P1)
     touched = int(patch[1].indices[0])
     model.qkv.view(torch.int16).view(-1)[touched] ^= 1
     before = memory(model)
-    with pytest.raises(ReplicaPoisoned, match="somebody else"):
+    with pytest.raises(ReplicaPoisoned, match="something else"):
         applier.commit(P1)
     assert_same(memory(model), before)
     assert applier.poisoned
@@ -187,7 +187,7 @@ def test_weights_changed_by_somebody_else_poison_the_commit(model: Model, applie
             refused()
 
 
-def test_memory_that_does_not_hold_what_was_written_poisons(applier: Applier) -> None:
+def test_a_write_that_does_not_read_back_poisons(applier: Applier) -> None:
     staged = applier.stage_patch(patch_between(V0, V1), P1)
     number, edit = next(iter(staged.edits.items()))
     twice = [torch.cat([part, part]) for part in (edit.places, edit.old, edit.new)]
@@ -213,7 +213,7 @@ def test_a_moved_parameter_poisons(model: Model, applier: Applier) -> None:
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_heal_rebuilds_whatever_happened(model: Model, applier: Applier, moved: bool) -> None:
+def test_heal_rebuilds_damaged_and_moved_parameters(model: Model, applier: Applier, moved: bool) -> None:
     with torch.no_grad():
         model.qkv.view(torch.int16).random_()
         model.down.view(torch.int16)[0, 0] ^= 1
@@ -231,7 +231,7 @@ def test_heal_rebuilds_whatever_happened(model: Model, applier: Applier, moved: 
     assert applier.verify()
 
 
-def test_a_digest_of_weights_that_changed_meanwhile_says_nothing(applier: Applier) -> None:
+def test_verify_is_inconclusive_if_a_commit_happens_meanwhile(applier: Applier) -> None:
     applier.stage_patch(patch_between(V0, V1), P1)
     compute = applier.live_digest
 

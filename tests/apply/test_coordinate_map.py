@@ -1,4 +1,4 @@
-"""The coordinate map of hand-made models: small modules with the tricks that real loaders play."""
+"""The coordinate map of hand-made models: small modules that load weights as real loaders do."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def swallowed(model: Model, tensor: torch.Tensor) -> None:
         (swallowed, "^w: the loader computes with it"),
     ],
 )
-def test_what_cannot_be_mapped_is_refused_by_name(load: Callable[[Model, torch.Tensor], object], reason: str) -> None:
+def test_unmappable_tensors_are_refused_by_name(load: Callable[[Model, torch.Tensor], object], reason: str) -> None:
     model = Model({"w": load, "v": rows("v", 0, 4)}, w=(4, 6), v=(4, 6))
     model.cached = torch.zeros(4, 6)  # no parameter, no buffer: such as a key-value cache
     live = model.w
@@ -262,7 +262,7 @@ def test_what_cannot_be_mapped_is_refused_by_name(load: Callable[[Model, torch.T
     assert not model.cached.any()
 
 
-def test_a_loader_may_use_memory_of_its_own() -> None:
+def test_a_loader_may_use_scratch_memory() -> None:
     def load(model: Model, tensor: torch.Tensor) -> None:
         order = torch.zeros(4, dtype=torch.int64)
         order[:] = torch.tensor([3, 1, 0, 2])
@@ -300,7 +300,7 @@ def test_other_dtype_is_refused() -> None:
         attach(model, table_of(("w", (4, 6)), dtype="F32"))
 
 
-def test_a_parameter_that_moved_is_noticed() -> None:
+def test_a_moved_parameter_is_detected() -> None:
     model = Model({"w": rows("w", 0, 4)}, w=(4, 6))
     model.register_buffer("cache", torch.ones(3))
     coordinates = build_map([model], table_of(("w", (4, 6))))
@@ -393,7 +393,7 @@ def test_derived_parameters_are_computed_again_unless_they_are_views() -> None:
 # --- tensors that are loaded whole
 
 
-def test_tensors_that_cannot_be_followed_are_loaded_whole_where_that_is_allowed() -> None:
+def test_dense_fallback_loads_refused_tensors_whole() -> None:
     """A loader that computes: its tensor's values are kept aside, and go through it at every commit."""
 
     def decay(model: Model, tensor: torch.Tensor) -> None:
@@ -477,7 +477,7 @@ def test_a_draft_model_follows_with_its_target(shared: bool) -> None:
             assert torch.equal(getattr(module, name).view(torch.int16), after[name].view(torch.int16)), name
 
 
-def test_without_its_draft_model_a_run_with_draft_layers_is_refused() -> None:
+def test_a_run_with_draft_layers_is_refused_without_its_draft_model() -> None:
     model, _, table = drafted(shared=True)
     with pytest.raises(ReplicaRefused, match=r"^mtp: the model's load_weights ignores it"):
         attach(model, table)
@@ -514,7 +514,7 @@ def test_overlap_agrees_with_marking_every_element(data: st.DataObject) -> None:
     assert overlap(regions, "target", whole.numel()) == (len(set(seen)) < len(seen))
 
 
-def test_large_column_slices_are_compared_without_looking_at_their_elements() -> None:
+def test_overlap_of_large_column_slices_reads_no_elements() -> None:
     rows, columns = 1 << 20, 1 << 20  # 2^40 elements
     halves = [block(0, (rows, columns // 2), first, (columns, 1), first, (columns, 1)) for first in (0, columns // 2)]
     assert None not in halves

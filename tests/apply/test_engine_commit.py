@@ -1,4 +1,4 @@
-"""What one turn of the engine's loop does, and what the watchdog does for clients that are gone, on a model engine."""
+"""Engine-side commits, the watchdog, native calls and hooks, on a model of an engine core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD, NEW = (1, "a" * 32), (2, "b" * 32)
 
 
 class ModelEngine:
-    """Two workers, and a clock that tests turn."""
+    """Two workers, and timers that tests let run out."""
 
     def __init__(self) -> None:
         self.index = 0
@@ -31,7 +31,7 @@ class ModelEngine:
             {"state": "ready", "version": OLD[0], "digest": OLD[1], "window": None, "staged": None, "target": None}
             for _ in range(2)
         ]
-        self.refusals: dict[str, list[dict[str, Any] | None]] = {}  # of a method: what each worker answers instead
+        self.refusals: dict[str, list[dict[str, Any] | None]] = {}  # by method: the error that each worker answers with
         self.cache_error: Exception | None = None
         self.resume_errors: list[Exception] = []
         self.timers: list[tuple[float, Callable[[], None]]] = []
@@ -92,14 +92,14 @@ class ModelEngine:
         self.timers.append(timer)
         return lambda: self.timers.remove(timer) if timer in self.timers else None
 
-    def until(self, look: Callable[[], bool]) -> Future[None] | None:
+    def until(self, reached: Callable[[], bool]) -> Future[None] | None:
         for _ in range(10):
-            if look():
+            if reached():
                 return None
         raise AssertionError("never")
 
     def ring(self) -> float:
-        """Let the next timer run out. Returns how long it was."""
+        """Let the next timer run out. Returns its seconds."""
         seconds, turn = self.timers.pop(0)
         turn()
         return seconds
@@ -157,22 +157,20 @@ def test_wrong_arguments_are_an_answer(core: EngineCommit, engine: ModelEngine, 
     assert engine.log == []
 
 
-def test_caches_that_cannot_be_cleared_keep_the_weights_as_they_are(core: EngineCommit, engine: ModelEngine) -> None:
+def test_a_failed_cache_reset_leaves_the_weights_unchanged(core: EngineCommit, engine: ModelEngine) -> None:
     engine.cache_error = RuntimeError("requests wait for remote blocks")
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "remote blocks" in answer["error"]["message"]
     assert engine.log == ["settle", "recompute"]
 
 
-def test_what_the_workers_refuse_changes_no_label(core: EngineCommit, engine: ModelEngine) -> None:
+def test_a_refused_commit_keeps_the_label(core: EngineCommit, engine: ModelEngine) -> None:
     engine.refusals["hubsync_commit"] = [refused(), refused()]
     assert core.handle("hubsync_commit", *NEW)[0]["error"]["message"] == "not staged"
     assert engine.label == "1"
 
 
-def test_after_a_write_that_failed_on_one_worker_the_label_is_where_they_voted_to_be(
-    core: EngineCommit, engine: ModelEngine
-) -> None:
+def test_after_a_failed_write_the_label_is_the_version_of_the_vote(core: EngineCommit, engine: ModelEngine) -> None:
     engine.refusals["hubsync_commit"] = [None, refused("ReplicaPoisoned", "a device error")]
     engine.workers[1] |= {"version": NEW[0], "digest": NEW[1]}  # it will be rebuilt there
     core.handle("hubsync_commit", *NEW)
@@ -186,7 +184,7 @@ def test_undoing_and_healing_drop_caches_and_label_too(core: EngineCommit, engin
         assert engine.log == ["settle", "recompute", method, "label 1"]
 
 
-def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: EngineCommit, engine: ModelEngine) -> None:
+def test_a_commit_needs_a_pause_if_engines_share_forward_passes(core: EngineCommit, engine: ModelEngine) -> None:
     engine.alone = engine.still = False
     (answer,) = core.handle("hubsync_commit", *NEW)
     assert "pause it first" in answer["error"]["message"]
@@ -200,14 +198,14 @@ def test_where_engines_share_forward_passes_a_commit_needs_a_pause(core: EngineC
 # --- watchdog
 
 
-def test_a_window_that_is_closed_in_time_is_left_alone(core: EngineCommit, engine: ModelEngine) -> None:
+def test_closing_a_window_in_time_stops_the_watchdog(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     core.handle("hubsync_close", "token")
     assert engine.timers == []
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_a_window_that_nobody_closes_ends_by_itself(core: EngineCommit, engine: ModelEngine, commits: bool) -> None:
+def test_the_watchdog_ends_an_abandoned_window(core: EngineCommit, engine: ModelEngine, commits: bool) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.paused = True
     if commits:
@@ -218,7 +216,9 @@ def test_a_window_that_nobody_closes_ends_by_itself(core: EngineCommit, engine: 
     assert engine.timers == []
 
 
-def test_a_client_whose_window_was_ended_is_told_so(core: EngineCommit, engine: ModelEngine) -> None:
+def test_a_commit_after_its_window_was_ended_is_refused_with_the_reason(
+    core: EngineCommit, engine: ModelEngine
+) -> None:
     engine.alone = engine.still = False
     core.handle("hubsync_open", *NEW, "token")
     engine.ring()
@@ -229,7 +229,7 @@ def test_a_client_whose_window_was_ended_is_told_so(core: EngineCommit, engine: 
     assert "pause it first" in answer["error"]["message"]
 
 
-def test_a_client_that_died_before_it_paused_leaves_nothing_to_resume(core: EngineCommit, engine: ModelEngine) -> None:
+def test_the_watchdog_does_not_resume_an_engine_that_is_not_paused(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_open", *NEW, "token")
     engine.ring()
     assert "resume" not in engine.log
@@ -262,7 +262,7 @@ def test_a_refused_window_is_not_watched(core: EngineCommit, engine: ModelEngine
     assert engine.workers[0]["window"] is None, "it was the first that ran out"
 
 
-def test_a_pause_that_is_not_for_a_commit_is_watched_too(core: EngineCommit, engine: ModelEngine) -> None:
+def test_hold_starts_the_watchdog(core: EngineCommit, engine: ModelEngine) -> None:
     core.handle("hubsync_hold", "token")
     engine.paused = True
     engine.ring()
@@ -286,7 +286,7 @@ def test_vllms_calls_attach_stage_and_commit(native: NativeCalls, engine: ModelE
 
 
 @pytest.mark.parametrize("method", ["update_weights", "finish_weight_update"])
-def test_what_one_worker_says_is_raised_once_and_ends_the_update_on_all(
+def test_one_worker_error_is_raised_once_and_ends_the_update_on_all(
     native: NativeCalls, engine: ModelEngine, method: str
 ) -> None:
     step = "hubsync_commit" if method == "finish_weight_update" else method
@@ -296,7 +296,7 @@ def test_what_one_worker_says_is_raised_once_and_ends_the_update_on_all(
     assert engine.log[-1] == "abandon"
 
 
-def test_what_goes_wrong_while_staging_is_raised(native: NativeCalls, engine: ModelEngine) -> None:
+def test_background_errors_of_native_calls_are_raised(native: NativeCalls, engine: ModelEngine) -> None:
     for worker in engine.workers:
         worker["target"] = {"version": 9, "digest": "c" * 32}
     engine.workers[1]["error"] = refused("NoPath", "no such version")
@@ -308,7 +308,7 @@ def test_what_goes_wrong_while_staging_is_raised(native: NativeCalls, engine: Mo
         native.handle("init_weight_transfer_engine")
 
 
-def test_joining_needs_a_pause_where_engines_wait_for_each_other(native: NativeCalls, engine: ModelEngine) -> None:
+def test_joining_needs_a_pause_if_engines_share_forward_passes(native: NativeCalls, engine: ModelEngine) -> None:
     engine.alone = engine.still = False
     for worker in engine.workers:
         worker["state"] = "mapped"
@@ -320,7 +320,7 @@ def test_joining_needs_a_pause_where_engines_wait_for_each_other(native: NativeC
 
 
 class EngineCore:
-    """The attributes of vLLM's engine core that are read, as a server of one worker has them."""
+    """The attributes of vLLM's engine core that hubsync reads, as in a server of one worker."""
 
     def __init__(self, **config: Any) -> None:
         self.vllm_config = SimpleNamespace(
@@ -342,7 +342,7 @@ class EngineCore:
             output.weight_version = self._weight_version
 
 
-def test_outputs_of_batches_that_began_before_a_commit_state_the_old_version() -> None:
+def test_batches_that_began_before_a_commit_state_the_old_version() -> None:
     hooks._wrap(EngineCore, "attach_weight_version", hooks._attach_weight_version)
     core = EngineCore()
     engine = engine_core.VLLMEngineCore(core, core.collective_rpc)
@@ -358,7 +358,7 @@ def test_outputs_of_batches_that_began_before_a_commit_state_the_old_version() -
     assert labels == ["1", "1", "3"]
 
 
-def test_servers_that_do_not_use_hubsync_are_passed_through() -> None:
+def test_requests_of_servers_without_hubsync_pass_through() -> None:
     for _ in range(2):
         hooks._wrap(EngineCore, "collective_rpc", hooks._collective_rpc)
     core = EngineCore()
@@ -368,7 +368,7 @@ def test_servers_that_do_not_use_hubsync_are_passed_through() -> None:
     assert not hasattr(EngineCore.collective_rpc._hubsync_original, "_hubsync_original")  # type: ignore[attr-defined]
 
 
-def test_all_data_parallel_engines_are_heard() -> None:
+def test_answers_of_all_data_parallel_engines_are_returned() -> None:
     class Client:
         core_engines = ("x", "y")
 
@@ -398,7 +398,7 @@ def test_all_data_parallel_engines_are_heard() -> None:
         (["not", "an", "object"], {}, (15.0, "recompute")),
     ],
 )
-def test_settings(pinned: Any, environment: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_core_settings(pinned: Any, environment: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HUBSYNC_WINDOW_TIMEOUT", "HUBSYNC_KV_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""What a worker hands to the decoder of compact deltas: rectangles of checkpoint tensors, out of its own layout."""
+"""Old patterns for the decoder of compact deltas: rectangles of checkpoint tensors, read from a worker's layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.toy import view as random_view
 CPU = torch.device("cpu")
 
 
-def test_every_rectangle_is_that_of_the_view() -> None:
+def test_every_rectangle_equals_that_of_the_view() -> None:
     """Fused, padded, transposed, permuted, tied; 8, 16 and 32 bits wide."""
     tensors = random_view(0)
     old = Applier(loaded(tensors), TABLE, CPU).old_bits()
@@ -76,7 +76,7 @@ def weights(seed: int) -> Tensors:
     return {spec.name: (torch.randn(spec.shape, generator=generator) * 0.02).bfloat16() for spec in LARGE}
 
 
-def test_two_ranks_decode_what_they_hold_from_what_they_hold() -> None:
+def test_each_of_two_ranks_decodes_its_own_part() -> None:
     before, after = weights(0), nudged(weights(0), 1, 0.01)
     start, target = (
         Position(version, digest_view(LARGE, tensors).hex) for version, tensors in enumerate((before, after))
@@ -106,7 +106,7 @@ def test_two_ranks_decode_what_they_hold_from_what_they_hold() -> None:
     assert (shares[0] + shares[1]).hex == target.digest
 
 
-def test_a_worker_that_holds_a_part_of_a_chunk_says_what_to_do() -> None:
+def test_a_partly_held_chunk_is_refused_with_the_remedy() -> None:
     table = TensorTable([TensorSpec("w", (8, 8), "BF16")])
 
     class Half(nn.Module):

@@ -1,4 +1,4 @@
-"""A worker's life with a run, without vLLM: a hand-made model, a real chain in a directory."""
+"""The session of a worker that serves a model: a hand-made model, a real chain in a directory, no vLLM."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Trainer:
 
 
 class Replica:
-    """A model that serves, and the session that keeps it in step."""
+    """A served model and its session."""
 
     def __init__(self, directory: Path, address: str, tensors: Tensors = VIEWS[0], checkpoint: Path | None = None):
         self.model: Model = loaded(tensors)
@@ -80,7 +80,7 @@ class Replica:
         self.session = Session(ServedModel(lambda: self.host))
 
     def settled(self) -> dict:
-        """Status once the background thread has nothing left to do."""
+        """The status once the background thread is idle."""
         deadline = time.monotonic() + 30
         while (status := self.session.status())["state"] in ("attaching", "staging", "applied"):
             assert time.monotonic() < deadline, status
@@ -142,7 +142,7 @@ def test_a_server_started_from_a_later_version_attaches_there(tmp_path: Path, tr
     assert replica.session.status()["version"] == 2
 
 
-def test_a_worker_that_was_given_a_key_refuses_an_unsigned_run(tmp_path: Path, trainer: Trainer) -> None:
+def test_a_worker_with_a_public_key_refuses_an_unsigned_run(tmp_path: Path, trainer: Trainer) -> None:
     replica = Replica(tmp_path, trainer.address)
     source = replace(replica.host.source, public_key=SigningKey.generate().public)
     replica.host = replace(replica.host, source=source)
@@ -163,7 +163,7 @@ def test_attach_before_the_trainer_has_begun_can_be_retried(tmp_path: Path) -> N
     replica.attached()
 
 
-def test_other_weights_are_refused_and_left_alone(tmp_path: Path, trainer: Trainer) -> None:
+def test_weights_of_another_model_are_refused_and_unchanged(tmp_path: Path, trainer: Trainer) -> None:
     other = view(99)
     replica = Replica(tmp_path, trainer.address, other)
     replica.session.attach()
@@ -176,19 +176,19 @@ def test_other_weights_are_refused_and_left_alone(tmp_path: Path, trainer: Train
 def test_a_relaid_out_weight_is_named(tmp_path: Path, trainer: Trainer, base: Path) -> None:
     replica = Replica(tmp_path, trainer.address, checkpoint=base)
     q = replica.model.qkv.data[:8]
-    q.copy_(q.flip(0))  # what a kernel's own layout does to a weight after loading: same shape, other order
+    q.copy_(q.flip(0))  # as a kernel's own layout may do after loading: same shape, other order
     replica.session.attach()
     error = replica.settled()["error"]
     assert error["type"] == "RunMismatch"
     assert error["message"].startswith("q: the live weights are not those of the checkpoint")
 
 
-def test_requests_before_attaching_say_so(tmp_path: Path, trainer: Trainer) -> None:
+def test_requests_before_attaching_are_refused_with_the_remedy(tmp_path: Path, trainer: Trainer) -> None:
     session = Replica(tmp_path, trainer.address).session
     assert session.status()["state"] == "detached"
     with pytest.raises(ReplicaRefused, match="detached; call hubsync_attach"):
         session.stage(trainer.positions[0])
-    session.before_forward()  # nothing is known, so nothing is wrong
+    session.before_forward()  # nothing is known to be wrong
 
 
 # --- stage and commit
@@ -225,7 +225,7 @@ def test_a_server_ahead_goes_back_by_undoing_deltas(tmp_path: Path, trainer: Tra
     replica.assert_serves(2)
 
 
-def test_where_deltas_cannot_be_undone_a_server_ahead_goes_back_through_the_base(
+def test_a_server_ahead_goes_back_through_the_base_if_deltas_cannot_be_undone(
     tmp_path: Path, trainer: Trainer, base: Path
 ) -> None:
     trainer.publish(1, compact=True)
@@ -235,7 +235,7 @@ def test_where_deltas_cannot_be_undone_a_server_ahead_goes_back_through_the_base
     replica.assert_serves(1)
 
 
-def test_a_delta_that_was_deleted_is_gone_around(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+def test_staging_replans_around_a_deleted_delta(tmp_path: Path, trainer: Trainer, base: Path) -> None:
     replica = Replica(tmp_path, trainer.address, VIEWS[0], base).attached()
     trainer.publish(1)
     trainer.publish(2)
@@ -247,7 +247,7 @@ def test_a_delta_that_was_deleted_is_gone_around(tmp_path: Path, trainer: Traine
     replica.assert_serves(2)
 
 
-def test_staging_what_is_served_does_nothing(replica: Replica, trainer: Trainer) -> None:
+def test_staging_the_served_version_does_nothing(replica: Replica, trainer: Trainer) -> None:
     assert replica.stage(trainer.positions[0])["state"] == "ready"
 
 
@@ -352,7 +352,7 @@ def test_one_window_at_a_time(replica: Replica, trainer: Trainer) -> None:
 
 
 def poisoned_after_commit(replica: Replica, trainer: Trainer) -> None:
-    """A bit flips in a weight that the delta does not touch: only the full digest can see it."""
+    """A bit flips in a weight that the delta does not touch: only the full digest can detect it."""
     position = trainer.publish(1)
     replica.stage(position)
     touched = patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices
@@ -379,7 +379,7 @@ def test_poisoned_weights_are_rebuilt_before_the_next_forward_pass(
     replica.assert_serves(2)
 
 
-def test_without_a_way_to_rebuild_them_no_forward_pass_runs(replica: Replica, trainer: Trainer) -> None:
+def test_no_forward_pass_runs_if_poisoned_weights_cannot_be_rebuilt(replica: Replica, trainer: Trainer) -> None:
     poisoned_after_commit(replica, trainer)
     with pytest.raises(ReplicaPoisoned, match=r"refusing to run the model: .* NoPath"):
         replica.session.before_forward()
@@ -394,7 +394,7 @@ def test_weights_damaged_before_a_commit_poison_it(tmp_path: Path, trainer: Trai
     replica.stage(position)
     with torch.no_grad():
         replica.model.qkv.view(torch.int16).bitwise_xor_(1)
-    with pytest.raises(ReplicaPoisoned, match="somebody else"):
+    with pytest.raises(ReplicaPoisoned, match="something else"):
         replica.session.commit(position)
     assert replica.session.status()["error"]["type"] == "ReplicaPoisoned"
     replica.session.heal()
@@ -416,7 +416,7 @@ def damage_where(model: Model, position: int) -> None:
 def test_a_sound_delta_that_does_not_fit_damaged_weights_poisons_them(
     tmp_path: Path, trainer: Trainer, base: Path, compact: bool
 ) -> None:
-    """`python -m benchmarks.chaos --only 11`: the delta was blamed, and the damaged weights were served on."""
+    """Found by `python -m benchmarks.chaos --only 11`: the delta was blamed, and damaged weights stayed in service."""
     replica = Replica(tmp_path, trainer.address, checkpoint=base).attached()
     position = trainer.publish(1, compact)
     for element in patch_between(VIEWS[0], VIEWS[1])[TABLE.index_of("down")].indices:
@@ -439,10 +439,8 @@ def test_a_wrong_base_checkpoint_heals_nothing(tmp_path: Path, trainer: Trainer,
         replica.session.before_forward()
 
 
-def test_a_server_that_was_started_from_an_anchor_does_not_take_that_for_the_base(
-    tmp_path: Path, trainer: Trainer
-) -> None:
-    """Its checkpoint is not version 0, although the way from there would be fewer bytes."""
+def test_a_checkpoint_that_is_an_anchor_is_not_used_as_the_base(tmp_path: Path, trainer: Trainer) -> None:
+    """Its checkpoint is not version 0, although the path from there would be fewer bytes."""
     trainer.publish(1)
     trainer.anchor(tmp_path / "anchor")
     replica = Replica(tmp_path, trainer.address, VIEWS[1], checkpoint=tmp_path / "anchor").attached()
@@ -469,11 +467,11 @@ def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None
     assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
 
 
-# --- several ranks: what each does by itself, and where they meet
+# --- several ranks
 
 
 class RankPair:
-    """The sessions of an engine of two ranks. Requests reach both, as they do in vLLM."""
+    """The sessions of an engine of two ranks. Requests reach both, as in vLLM."""
 
     def __init__(self, directory: Path):
         self.views = [random_view(0)]
@@ -503,7 +501,7 @@ class RankPair:
         return models
 
     def all(self, method: str, *args: object) -> list[object]:
-        """What each rank answers; an error is an answer."""
+        """Every rank's answer; errors are returned."""
 
         def answer(session: Session) -> object:
             try:
@@ -515,7 +513,7 @@ class RankPair:
             return list(pool.map(answer, self.sessions))
 
     def states(self) -> list[str]:
-        """The ranks' states once their background threads have nothing left to do."""
+        """The ranks' states once their background threads are idle."""
         deadline = time.monotonic() + 30
         while any(session.state in ("attaching", "staging", "applied") for session in self.sessions):
             assert time.monotonic() < deadline
@@ -531,7 +529,7 @@ def ranks(tmp_path: Path) -> RankPair:
     return RankPair(tmp_path)
 
 
-def test_ranks_map_by_themselves_and_join_together(ranks: RankPair) -> None:
+def test_ranks_map_independently_and_join_collectively(ranks: RankPair) -> None:
     ranks.all("attach")
     assert ranks.states() == ["mapped", "mapped"]
     assert ranks.sessions[1].layout()["tensors"]["last"] == {"class": "affine", "elements": 15, "reason": None}
@@ -546,7 +544,7 @@ def test_ranks_map_by_themselves_and_join_together(ranks: RankPair) -> None:
         assert_same(live, fresh)
 
 
-def test_what_keeps_one_rank_from_attaching_keeps_all(ranks: RankPair) -> None:
+def test_an_error_of_one_rank_fails_the_join_on_all(ranks: RankPair) -> None:
     host = ranks.hosts[1]
     nowhere = str(Path(ranks.address).parent / "nowhere")
     ranks.hosts[1] = replace(host, source=replace(host.source, bucket=nowhere))
@@ -571,7 +569,7 @@ def test_a_rank_that_has_not_mapped_its_part_is_named(ranks: RankPair) -> None:
     ] * SIZE
 
 
-def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: RankPair) -> None:
+def test_no_rank_commits_if_one_has_not_staged(ranks: RankPair) -> None:
     ranks.all("attach")
     ranks.states()
     ranks.all("join")
@@ -584,7 +582,7 @@ def test_a_commit_that_one_rank_has_not_staged_is_made_by_none(ranks: RankPair) 
         assert_same(live, old)
 
 
-def test_a_rank_with_damaged_weights_is_found_out_by_the_vote(ranks: RankPair) -> None:
+def test_the_vote_detects_a_rank_with_damaged_weights(ranks: RankPair) -> None:
     """One rank cannot see that its share is wrong. All see that the sum is, and each verifies its own weights."""
     ranks.all("attach")
     ranks.states()

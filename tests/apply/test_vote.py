@@ -1,4 +1,4 @@
-"""Several ranks of one engine: who owns what, and that all of them write or none does. WorkerGroup are threads here."""
+"""Several ranks of one engine: ownership of elements, and writes of all ranks or none. Ranks are threads here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine:
         ]
 
     def all(self, request: Callable[[Applier], Any]) -> list[Any]:
-        """What every rank answers; an error is an answer."""
+        """Every rank's answer; errors are returned."""
 
         def answer(applier: Applier) -> Any:
             try:
@@ -105,7 +105,7 @@ def moved(engine: Engine) -> None:
     engine.models[1].norm = nn.Parameter(engine.models[1].norm.clone(), requires_grad=False)
 
 
-def changed_by_somebody(engine: Engine) -> None:
+def changed_by_another_writer(engine: Engine) -> None:
     engine.models[1].last.data.view(torch.int16)[0] ^= 1
 
 
@@ -119,11 +119,11 @@ def unverified(engine: Engine) -> None:
         (not_staged, ReplicaRefused),
         (poisoned, ReplicaPoisoned),
         (moved, ReplicaPoisoned),
-        (changed_by_somebody, ReplicaPoisoned),
+        (changed_by_another_writer, ReplicaPoisoned),
         (unverified, ReplicaRefused),
     ],
 )
-def test_one_rank_that_cannot_write_means_that_none_does(
+def test_no_rank_writes_if_one_cannot(
     engine: Engine, spoil: Callable[[Engine], None], error: type[HubsyncError]
 ) -> None:
     stage(engine, V0, V1, P1)
@@ -137,7 +137,7 @@ def test_one_rank_that_cannot_write_means_that_none_does(
     assert engine.appliers[0].staged is not None, "the others may try again"
 
 
-def test_undo_is_made_by_all_or_none(engine: Engine) -> None:
+def test_all_ranks_undo_or_none_does(engine: Engine) -> None:
     stage(engine, V0, V1, P1)
     engine.all(lambda applier: applier.commit(P1))
     engine.appliers[0]._undo = None
@@ -146,8 +146,8 @@ def test_undo_is_made_by_all_or_none(engine: Engine) -> None:
     assert_same(engine.memory(), Engine(V1).memory())
 
 
-def test_a_delta_that_leads_elsewhere_is_found_by_the_vote(engine: Engine) -> None:
-    """No rank can see it alone: the wrong difference is in another rank's part."""
+def test_the_vote_detects_a_wrong_delta(engine: Engine) -> None:
+    """No rank can detect it alone: the wrong difference is in another rank's part."""
     patch = patch_between(V0, V1, TABLE)
     last = TABLE.index_of("last")
     patch[last] = TensorDelta(patch[last].indices, patch[last].diffs + 1)
@@ -175,7 +175,7 @@ def test_a_write_that_fails_after_the_vote_poisons_and_heals_forward(engine: Eng
     assert_same(engine.memory(), Engine(V1).memory())
 
 
-def test_a_commit_is_completed_where_some_ranks_had_made_it(engine: Engine) -> None:
+def test_a_commit_that_some_ranks_made_is_completed_by_the_others(engine: Engine) -> None:
     stage(engine, V0, V1, P1)
     engine.appliers[0]._arrive(P1, engine.appliers[0].staged.sums)  # type: ignore[union-attr]
     engine.models[0].load_weights((name, tensor.clone()) for name, tensor in V1.items())
@@ -183,7 +183,7 @@ def test_a_commit_is_completed_where_some_ranks_had_made_it(engine: Engine) -> N
     assert_same(engine.memory(), Engine(V1).memory())
 
 
-def test_damage_on_one_rank_is_found_by_that_rank(engine: Engine) -> None:
+def test_a_rank_detects_its_own_damage(engine: Engine) -> None:
     engine.models[1].norm.data.view(torch.int16)[3] ^= 1  # a copy: rank 0 owns it
     assert engine.appliers[0].verify()
     with pytest.raises(ReplicaPoisoned, match="the part of rank 1"):
@@ -205,15 +205,15 @@ def test_elements_that_no_rank_holds_are_refused() -> None:
         engine.appliers[0].join([[], []])
 
 
-def test_the_first_refusal_is_everybodys() -> None:
+def test_all_ranks_raise_the_first_refusal() -> None:
     share = digest_view(TABLE, V1)
     with pytest.raises(ReplicaRefused, match=r"^rank 1: no$"):
         decide([PrepareVote(None, P0, P1, share), PrepareVote({"type": "NoSuchClass", "message": "no"}, P0, P1, share)])
     assert type(error_from_json({"type": "Exception", "message": "x"})) is ReplicaRefused
 
 
-def test_an_unexpected_error_on_one_rank_is_a_refusal_too(engine: Engine) -> None:
-    """An exception before the collective would leave the other ranks waiting in it."""
+def test_an_unexpected_error_on_one_rank_is_a_refusal_on_all(engine: Engine) -> None:
+    """An exception before the collective would leave the other ranks waiting."""
     stage(engine, V0, V1, P1)
 
     def fail(*_: Any) -> None:
@@ -225,7 +225,7 @@ def test_an_unexpected_error_on_one_rank_is_a_refusal_too(engine: Engine) -> Non
     assert_same(engine.memory(), Engine(V0).memory())
 
 
-def test_ranks_must_start_from_one_position_and_go_to_one() -> None:
+def test_ranks_must_share_start_and_target() -> None:
     share = digest_view(TABLE, V1)
     nothing = share - share
     with pytest.raises(WrongParent, match="different positions"):

@@ -1,4 +1,4 @@
-"""What hubsync asks of vLLM and of the configuration of a server, without starting one."""
+"""Requirements on vLLM and on the configuration of a server, without starting one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_plugin import compat
 
 
 def worker(**changes: Any) -> SimpleNamespace:
-    """The few attributes of a vLLM worker that are read, as a server without options has them."""
+    """The attributes of a vLLM worker that hubsync reads, as in a server without options."""
     settings: dict[str, Any] = {
         "parallel_config": SimpleNamespace(),
         "cache_config": SimpleNamespace(),
@@ -33,7 +33,7 @@ def worker(**changes: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("wrong", ["soon", "0", "-5", "nan", "inf", [], ""])
-def test_a_head_age_that_is_none_is_refused_rather_than_forgotten(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_head_age_is_refused(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = {"hubsync": {"bucket": "/runs/a", "max_head_age": wrong}}
     with pytest.raises(ConfigError, match="HUBSYNC_MAX_HEAD_AGE"):
         compat.model_host_of(worker(additional_config=pinned))
@@ -50,7 +50,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "vllm_version", lambda: "0.32.0")
 
 
-def test_importing_the_package_loads_neither_vllm_nor_torch() -> None:
+def test_importing_the_package_imports_neither_vllm_nor_torch() -> None:
     code = "import sys, vllm_plugin; vllm_plugin.register(); vllm_plugin.register(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"vllm", "torch", "numba", "hubsync"} & set(loaded)
@@ -62,7 +62,7 @@ def test_supported_versions(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.8.5", "0.25.4", "0.25.0rc1"])
-def test_older_versions_are_refused_with_the_range(version: str) -> None:
+def test_older_versions_are_refused_with_the_supported_range(version: str) -> None:
     with pytest.raises(ReplicaUnsuitable, match=r"needs 0\.26 or newer"):
         compat.require_supported_version(version)
 
@@ -108,7 +108,7 @@ def test_a_mistyped_setting_is_named(value: object) -> None:
         ({"lora_config": object()}, "LoRA"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_configurations_are_refused(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
     with pytest.raises(ReplicaRefused, match=reason):
         compat.model_host_of(worker(**changes))
@@ -131,7 +131,7 @@ def test_the_guard_runs_before_every_forward_pass() -> None:
     assert calls == ["guard", ("step", 1)]
 
 
-def test_whoever_replaces_the_weights_is_noticed() -> None:
+def test_sleeping_and_reloading_report_lost_weights() -> None:
     lost: list[str] = []
     subject = SimpleNamespace(sleep=lambda level=1: f"slept {level}", reload_weights=lambda: "reloaded")
     compat.guard_weights(subject, lost.append)
@@ -141,7 +141,7 @@ def test_whoever_replaces_the_weights_is_noticed() -> None:
     assert lost == ["the server slept at level 2, which discards weights", "the server has reloaded its weights"]
 
 
-def test_a_draft_of_another_checkpoint_is_left_alone() -> None:
+def test_a_draft_of_another_checkpoint_is_not_followed() -> None:
     model, draft = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     subject = worker()
     subject.model_runner = SimpleNamespace(get_model=lambda: model, get_draft_model=lambda: draft)

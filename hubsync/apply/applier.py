@@ -34,9 +34,9 @@ from .dense import DenseTensors, masters_of
 from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
-from .memory import Edit
+from .memory import Edit, EditCollector
 from .protocol import error_to_json
-from .staging import EditCollector, Staged, Sums
+from .staging import Staged, Sums
 from .vote import Inventory, PrepareVote, SingleWorker, WorkerGroup, decide, join
 
 

@@ -14,6 +14,8 @@ The engine core schedules forward passes. It
     * implements `EngineCore`, and makes one `engine_commit.EngineCommit` of it;
     * routes every `hubsync_*` request of a client through `EngineCommit.handle`.
 
+Clients reach either through a `hubsync.replicas.server.InferenceServer`.
+
 Importing this module imports no torch, so that processes without a model can use it.
 """
 

@@ -9,6 +9,7 @@ each storage, on the stream of the forward passes.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -137,7 +138,29 @@ class DeviceMemory:
         return not flags or bool(torch.stack(flags).all())
 
 
-def merged(parts: Iterable[Edit]) -> Edit:
+class EditCollector:
+    """Collects edits of storages into one edit for each key of the memory."""
+
+    def __init__(self, memory: Memory):
+        self.changed = 0
+        self._memory = memory
+        self._touched: set[int] = set()
+        self._parts: dict[int, list[Edit]] = defaultdict(list)
+
+    def add(self, storage: int, places: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
+        self.changed += len(places)
+        self._touched.add(storage)
+        self._parts[self._memory.key(storage)].append(Edit(places, old, new.to(old.dtype).to(old.device)))
+
+    @property
+    def touched(self) -> frozenset[int]:
+        return frozenset(self._touched)
+
+    def finish(self) -> dict[int, Edit]:
+        return {key: _merged(parts) for key, parts in self._parts.items()}
+
+
+def _merged(parts: Iterable[Edit]) -> Edit:
     """One edit of several of the same key."""
     columns = zip(*((part.places, part.old, part.new) for part in parts), strict=True)
     return Edit(*(torch.cat(column) for column in columns))

@@ -1,8 +1,7 @@
-"""Staged changes: what a commit writes, what takes it back, and the digests that go with either."""
+"""Staged changes: the edits that a commit writes, their inverse, and the digests afterwards."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from hubsync.format.digest import Digest
 from hubsync.format.manifest import Position
 
-from .memory import Edit, Memory, merged
+from .memory import Edit
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,3 @@ class Staged:
             return None
         edits = {key: edit.inverted() for key, edit in self.edits.items()}
         return Staged(self.target, self.start, edits, self.touched, sums, self.changed, dense)
-
-
-class EditCollector:
-    """Collects edits of storages into one edit for each key of the memory."""
-
-    def __init__(self, memory: Memory):
-        self.changed = 0
-        self._memory = memory
-        self._touched: set[int] = set()
-        self._parts: dict[int, list[Edit]] = defaultdict(list)
-
-    def add(self, storage: int, places: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
-        self.changed += len(places)
-        self._touched.add(storage)
-        self._parts[self._memory.key(storage)].append(Edit(places, old, new.to(old.dtype).to(old.device)))
-
-    @property
-    def touched(self) -> frozenset[int]:
-        return frozenset(self._touched)
-
-    def finish(self) -> dict[int, Edit]:
-        return {key: merged(parts) for key, parts in self._parts.items()}

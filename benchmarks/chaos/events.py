@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hubsync.format.manifest import SIGNATURE, Head
+from hubsync.format.documents import SIGNATURE
+from hubsync.format.manifest import Head
 
 from . import actors
 from .actors import Actor, Failed, Report

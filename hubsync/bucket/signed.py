@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from hubsync.errors import Untrusted
+from hubsync.format.documents import SIGNATURE, canonical
 from hubsync.format.keys import PublicKey, SigningKey
-from hubsync.format.manifest import SIGNATURE, canonical
 
 from .base import Bucket, Copied, Download, Stat, Upload
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket, Stat
 from hubsync.errors import BucketError, FormatError, NoPath
-from hubsync.format.manifest import FORMAT, LAST_YEAR, MAX_VERSION, Manifest, Position, seal, unseal
+from hubsync.format.documents import FORMAT, LAST_YEAR, seal, unseal
+from hubsync.format.manifest import MAX_VERSION, Manifest, Position
 
 from .index import ChainIndex
 from .layout import Layout

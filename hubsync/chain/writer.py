@@ -28,8 +28,9 @@ from hubsync.errors import (
     ObjectMissing,
     RunMismatch,
 )
+from hubsync.format.documents import FORMAT
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import FORMAT, MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
+from hubsync.format.manifest import MAX_VERSION, SIDE_FILES, Head, Manifest, Part, Position, Run
 from hubsync.format.table import TensorTable
 
 from .index import ChainIndex, read_head

@@ -1,40 +1,34 @@
 """The three JSON documents of a run: `Run`, `Manifest`, `Head`. Parsing them is a trust boundary.
 
 * `run.json` fixes what never changes: run id, tensor table, base model, digest of version 0.
-* a manifest is the immutable commit record of one delta, anchor or merged delta, which exists when its manifest does.
-* `head.json` is the one mutable file, and only a hint: readers keep a high-water mark.
+* A manifest is the immutable commit record of one delta, anchor or merged delta. A version exists when its manifest
+  does.
+* `head.json` is the only mutable file, and only a hint: readers keep a high-water mark.
 
-Each is stored with a checksum of itself, because nothing below checks what is downloaded, and a flipped digit in a
-digest would look like another branch of the run. Every field is checked for type and range before use. No path is ever
-read from a document: object names are derived from (epoch, version, rank, hash) by `hubsync.chain.Layout`. Unknown
-*fields* are ignored, so that fields can be added; an unknown `format` is refused.
+Every field is checked for type and range before use. No path is read from a document: `hubsync.chain.Layout` derives
+object names from (epoch, version, rank, hash). Unknown *fields* are ignored, so that fields can be added. An unknown
+`format` is an error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from hubsync.errors import FormatError, UnknownFormat
+from hubsync.errors import FormatError
 
+from .documents import FORMAT, Fields, canonical, seal, unseal, versioned
 from .encoding import Encoding
 from .table import TensorTable
-
-FORMAT = "hubsync/1"
-
-SIGNATURE = "signature"  # field of a stored document; not part of its content
 
 KINDS = ("delta", "anchor", "merged")
 MAX_VERSION = 10**8 - 1  # object names hold eight digits
 MAX_PARTS = 1 << 16
-LAST_YEAR = 253e9  # seconds since 1970, late in the year 9987: calendars end with 9999
 MAX_PART_BYTES = 1 << 40
 
-# What an anchor may hold beside its weights, so that `from_pretrained` and `vllm serve` load it.
+# Files of an anchor other than weights: `from_pretrained` and `vllm serve` need them.
 SIDE_FILES = frozenset(
     {
         "config.json",
@@ -65,7 +59,7 @@ _SHARD = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where somebody stands in a chain: a version and the digest (32 hex digits) of the view at that version."""
+    """A point of a chain: a version and the digest (32 hex digits) of the view at that version."""
 
     version: int
     digest: str
@@ -95,26 +89,26 @@ class Part:
 class Manifest:
     """The commit record of one delta, merged delta or anchor.
 
-    A delta leads from `parent` to `position`, and so does a merged delta, over the versions between. An anchor *is*
-    the view at `position` and has no parent of its own; where a delta and an anchor of one version exist, both have
-    the same digest.
+    A delta changes the view at `parent` into the view at `position`. So does a merged delta, over several versions. An
+    anchor *is* the view at `position` and has no parent. If a version has both a delta and an anchor, both have the
+    same digest.
 
     Attributes:
         kind: "delta", "merged" or "anchor".
-        run_id: run this belongs to.
+        run_id: the run that this belongs to.
         table_hash: hash of the run's tensor table.
-        epoch: writer epoch that wrote it, `00000003-1a2b3c4d`; of a merged delta its compactor, `compact-5e6f7a8b`.
-        position: version and digest this leads to.
-        parent: version and digest a delta applies to; None for an anchor.
-        parent_epoch: epoch that holds the parent version's manifest; None if the parent is version 0, or for an anchor.
+        epoch: writer epoch that wrote it, `00000003-1a2b3c4d`; for a merged delta the compactor, `compact-5e6f7a8b`.
+        position: version and digest after this.
+        parent: version and digest that a delta applies to; None for an anchor.
+        parent_epoch: writer epoch of the parent version's manifest; None for an anchor, or if the parent is version 0.
         parts: immutable objects, in rank order.
         changed: elements that differ between parent and position (0 for an anchor).
         created: seconds since 1970, the publisher's clock; information only.
-        step: the trainer's step, if it told.
+        step: the trainer's step, if known.
         name: free text of the user, shown by `hubsync ls`.
         encoding: of the parts.
-        serve: version that replicas were to serve when this was committed; None if that is this one. The head may say
-            otherwise later; this is for who finds no head that is in order.
+        serve: version that replicas should serve when this was committed; None for this version. The head may name
+            another version later. Readers fall back to this field if the head is missing or invalid.
         expires: seconds since 1970, after which retention may delete the version; None for never.
     """
 
@@ -141,7 +135,7 @@ class Manifest:
 
     @property
     def served(self) -> int:
-        """The version that replicas were to serve when this was committed."""
+        """The version that replicas should serve when this was committed."""
         return self.version if self.serve is None else self.serve
 
     @property
@@ -157,36 +151,31 @@ class Manifest:
 
     @classmethod
     def from_json(cls, doc: object) -> Manifest:
+        """Parse the JSON object; FormatError on anything unexpected."""
         what = "manifest"
-        doc = _known_fields(cls, _versioned(doc, what), what)
-        kind = _choice(doc, "kind", KINDS, what)
-        position = _position(doc.get("position"), what)
-        parent = None if doc.get("parent") is None else _position(doc["parent"], what)
-        parent_epoch = None if doc.get("parent_epoch") is None else _match(doc, "parent_epoch", _EPOCH, what)
-        if (kind == "anchor") == (parent is not None):
-            raise FormatError(f"{what}: a delta has a parent, an anchor has none")
-        if parent is not None and parent.version >= position.version:
-            raise FormatError(f"{what}: version {position.version} does not follow its parent {parent.version}")
-        if kind == "anchor" and parent_epoch is not None:
-            raise FormatError(f"{what}: an anchor has no parent epoch")
-        if parent is not None and (parent.version == 0) != (parent_epoch is None):
-            raise FormatError(f"{what}: parent_epoch must be given unless the parent is version 0")
+        known = _known_fields(cls, versioned(doc, what), what)
+        of = Fields(known, what)
+        kind = of.choice("kind", KINDS)
+        position = _position(known["position"], what)
+        parent = _position(known["parent"], what) if of.has("parent") else None
+        parent_epoch = of.match("parent_epoch", _EPOCH) if of.has("parent_epoch") else None
+        _check_order(kind, position, parent, parent_epoch)
         return cls(
             kind=kind,
-            run_id=_match(doc, "run_id", _RUN_ID, what),
-            table_hash=_match(doc, "table_hash", _HEX256, what),
-            epoch=_match(doc, "epoch", _COMPACTOR if kind == "merged" else _EPOCH, what),
+            run_id=of.match("run_id", _RUN_ID),
+            table_hash=of.match("table_hash", _HEX256),
+            epoch=of.match("epoch", _COMPACTOR if kind == "merged" else _EPOCH),
             position=position,
             parent=parent,
             parent_epoch=parent_epoch,
-            parts=_parts(doc.get("parts"), kind, what),
-            changed=_integer(doc, "changed", 0, 1 << 62, what),
-            created=_number(doc, "created", what),
-            step=None if doc.get("step") is None else _integer(doc, "step", 0, 1 << 62, what),
-            name=None if doc.get("name") is None else _text(doc, "name", 512, what),
-            encoding=Encoding(_choice(doc, "encoding", tuple(Encoding), what)),
-            serve=None if doc.get("serve") is None else _integer(doc, "serve", 0, position.version, what),
-            expires=None if doc.get("expires") is None else _number(doc, "expires", what),
+            parts=_parts(known["parts"], kind, what),
+            changed=of.integer("changed", 0, 1 << 62),
+            created=of.seconds("created"),
+            step=of.integer("step", 0, 1 << 62) if of.has("step") else None,
+            name=of.text("name", 512) if of.has("name") else None,
+            encoding=Encoding(of.choice("encoding", tuple(Encoding))),
+            serve=of.integer("serve", 0, position.version) if of.has("serve") else None,
+            expires=of.seconds("expires") if of.has("expires") else None,
         )
 
     @classmethod
@@ -196,11 +185,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Base:
-    """Where version 0 comes from. It is referenced, never uploaded, unless it exists nowhere else.
+    """Source of version 0. It is referenced, and uploaded only if no other copy exists.
 
     Attributes:
-        model: Hub repository or local path the trainer loaded, as the user would pass it to `vllm serve`; None if the
-            model was made in memory: then an anchor of version 0 is in the bucket.
+        model: Hub repository or local path that the trainer loaded, as in `vllm serve MODEL`; None if the model was
+            made in memory. Then the bucket has an anchor of version 0.
         revision: commit of the repository, if known.
     """
 
@@ -208,7 +197,7 @@ class Base:
     revision: str | None = None
 
 
-# What an adapter's config may say: PEFT's names. Everything else that a document holds is dropped.
+# Allowed fields of an adapter's config, with PEFT's names. All others are dropped.
 ADAPTER_FIELDS = (
     "alpha_pattern",
     "base_model_name_or_path",
@@ -235,11 +224,11 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a run is that publishes a LoRA adapter: its view is the adapter's tensors, and none of the model's.
+    """Settings of a run that publishes a LoRA adapter. Its view holds the adapter's tensors and none of the model's.
 
     Attributes:
-        config: what PEFT's `adapter_config.json` says, as far as it is one of `ADAPTER_FIELDS`: rank (`r`),
-            `lora_alpha`, ... The same for all versions.
+        config: PEFT's `adapter_config.json`, restricted to `ADAPTER_FIELDS`: rank (`r`), `lora_alpha`, ... The same
+            for all versions.
         base: the model that it adapts.
         base_digest: digest (32 hex digits) of that model's tensors, cast to the view's dtype; None where it was not
             computed (quantised or sharded).
@@ -251,28 +240,40 @@ class Adapter:
 
     @classmethod
     def from_json(cls, doc: object) -> Adapter:
+        """Parse the JSON object; FormatError on anything unexpected."""
         what = "run.json: adapter"
         if not isinstance(doc, dict) or not isinstance(doc.get("config"), dict):
             raise FormatError(f"{what}: expected an object with a config")
         config = {key: value for key, value in doc["config"].items() if key in ADAPTER_FIELDS}
         if len(canonical(config)) > _MAX_CONFIG_BYTES:
             raise FormatError(f"{what}: its config is larger than {_MAX_CONFIG_BYTES} bytes")
-        _integer(config, "r", 1, 1 << 16, what)
-        digest = None if doc.get("base_digest") is None else _match(doc, "base_digest", _HEX128, what)
+        Fields(config, what).integer("r", 1, 1 << 16)
+        of = Fields(doc, what)
+        digest = of.match("base_digest", _HEX128) if of.has("base_digest") else None
         return cls(config, _base(doc.get("base"), what), digest)
 
 
 @dataclass(frozen=True)
 class Run:
-    """`run.json`: what every publisher and replica of one run agrees on. Written once."""
+    """`run.json`, written once: what every publisher and replica of a run agrees on.
+
+    Attributes:
+        run_id: 32 hex digits.
+        table: the tensors of the published view.
+        digest: of version 0, 32 hex digits.
+        base: source of version 0.
+        created: seconds since 1970, the publisher's clock.
+        public_key: key (64 hex digits) that signs all documents of the run; None if they are not signed.
+        adapter: set if the published view is an adapter; None if it is the whole model.
+    """
 
     run_id: str
     table: TensorTable
-    digest: str  # of version 0
+    digest: str
     base: Base = field(default_factory=Base)
     created: float = 0.0
-    public_key: str | None = None  # whose signature all documents of the run have, if they are signed
-    adapter: Adapter | None = None  # where the published view is an adapter; else it is the whole model
+    public_key: str | None = None
+    adapter: Adapter | None = None
     format: str = FORMAT
 
     @property
@@ -282,7 +283,7 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """How the weight files of an anchor are called, without the rest of their names."""
+        """First part of the names of an anchor's weight files."""
         return "model" if self.adapter is None else "adapter_model"
 
     def dumps(self) -> bytes:
@@ -303,27 +304,34 @@ class Run:
     def loads(cls, data: bytes) -> Run:
         what = "run.json"
         doc = unseal(data, what)
+        of = Fields(doc, what)
         table = TensorTable.from_json(doc.get("table"))
         if doc.get("table_hash") != table.hash:
-            raise FormatError(f"{what}: the tensor table does not have the hash that it states")
+            raise FormatError(f"{what}: the tensor table does not match its table_hash")
         return cls(
-            run_id=_match(doc, "run_id", _RUN_ID, what),
+            run_id=of.match("run_id", _RUN_ID),
             table=table,
-            digest=_match(doc, "digest", _HEX128, what),
+            digest=of.match("digest", _HEX128),
             base=_base(doc.get("base"), what),
-            created=_number(doc, "created", what),
-            public_key=None if doc.get("public_key") is None else _match(doc, "public_key", _HEX256, what),
-            adapter=None if doc.get("adapter") is None else Adapter.from_json(doc["adapter"]),
+            created=of.seconds("created"),
+            public_key=of.match("public_key", _HEX256) if of.has("public_key") else None,
+            adapter=Adapter.from_json(doc["adapter"]) if of.has("adapter") else None,
         )
 
 
 @dataclass(frozen=True)
 class Head:
-    """`head.json`: a hint to the newest manifest, embedded, and the version replicas should serve."""
+    """`head.json`: a hint to the newest manifest, embedded, and the version that replicas should serve.
+
+    Attributes:
+        manifest: the newest delta or anchor.
+        serve: version that replicas should serve.
+        written: seconds since 1970, the writer's clock.
+    """
 
     manifest: Manifest
     serve: int
-    written: float = field(default=0.0, compare=False)  # seconds since 1970, the writer's clock
+    written: float = field(default=0.0, compare=False)
     format: str = FORMAT
 
     def dumps(self) -> bytes:
@@ -334,51 +342,11 @@ class Head:
     def loads(cls, data: bytes) -> Head:
         what = "head.json"
         doc = unseal(data, what)
+        of = Fields(doc, what)
         manifest = Manifest.from_json(doc.get("manifest"))
         if manifest.kind == "merged":
             raise FormatError(f"{what}: a merged delta is never the newest version")
-        return cls(manifest, _integer(doc, "serve", 0, MAX_VERSION, what), _number(doc, "written", what))
-
-
-# --- checks -----------------------------------------------------------------------------------------
-
-
-def seal(doc: Mapping[str, Any]) -> bytes:
-    """A document as it is stored: JSON, with a checksum over everything else in it."""
-    return json.dumps({**doc, "checksum": _checksum(doc)}, indent=1).encode()
-
-
-def unseal(data: bytes, what: str) -> dict[str, Any]:
-    """Parse what `seal` wrote; FormatError if it is something else, of an unknown format, or damaged."""
-    try:
-        doc = _versioned(json.loads(data), what)
-        doc.pop(SIGNATURE, None)  # `hubsync.bucket.signed` looks at it, for who has the key
-        stated = doc.pop("checksum", None)
-        found = _checksum(doc)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what}: not valid JSON ({error})") from None
-    if stated != found:
-        raise FormatError(f"{what}: damaged, its content does not have the checksum that it states")
-    return doc
-
-
-def _checksum(doc: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(doc)).hexdigest()
-
-
-def canonical(doc: Mapping[str, Any]) -> bytes:
-    """The one form of a document that is hashed and signed."""
-    return json.dumps(doc, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _versioned(doc: object, what: str) -> dict[str, Any]:
-    if not isinstance(doc, dict):
-        raise FormatError(f"{what}: expected a JSON object")
-    if doc.get("format") != FORMAT:
-        raise UnknownFormat(
-            f"{what}: format {doc.get('format')!r} is not {FORMAT!r}; upgrade hubsync on the side that reads"
-        )
-    return doc
+        return cls(manifest, of.integer("serve", 0, MAX_VERSION), of.seconds("written"))
 
 
 def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -390,78 +358,58 @@ def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any
     return {"encoding": Encoding.FAST, **{key: value for key, value in doc.items() if key in known}}
 
 
+def _check_order(kind: str, position: Position, parent: Position | None, parent_epoch: str | None) -> None:
+    what = "manifest"
+    if (kind == "anchor") == (parent is not None):
+        raise FormatError(f"{what}: a delta has a parent, an anchor has none")
+    if parent is not None and parent.version >= position.version:
+        raise FormatError(f"{what}: version {position.version} does not follow its parent {parent.version}")
+    if kind == "anchor" and parent_epoch is not None:
+        raise FormatError(f"{what}: an anchor has no parent epoch")
+    if parent is not None and (parent.version == 0) != (parent_epoch is None):
+        raise FormatError(f"{what}: parent_epoch must be given unless the parent is version 0")
+
+
 def _position(doc: object, what: str) -> Position:
     if not isinstance(doc, dict):
         raise FormatError(f"{what}: a position must be an object")
-    return Position(_integer(doc, "version", 0, MAX_VERSION, what), _match(doc, "digest", _HEX128, what))
+    of = Fields(doc, what)
+    return Position(of.integer("version", 0, MAX_VERSION), of.match("digest", _HEX128))
 
 
 def _base(doc: object, what: str) -> Base:
     base = doc or {}
     if not isinstance(base, dict):
         raise FormatError(f"{what}: base must be an object")
+    of = Fields(base, what)
     return Base(
-        model=None if base.get("model") is None else _text(base, "model", 4096, what),
-        revision=None if base.get("revision") is None else _text(base, "revision", 256, what),
+        model=of.text("model", 4096) if of.has("model") else None,
+        revision=of.text("revision", 256) if of.has("revision") else None,
     )
 
 
 def _parts(doc: object, kind: str, what: str) -> tuple[Part, ...]:
     if not isinstance(doc, list) or len(doc) > MAX_PARTS:
         raise FormatError(f"{what}: parts must be a list of at most {MAX_PARTS}")
-    parts = []
-    for row in doc:
-        if not isinstance(row, dict):
-            raise FormatError(f"{what}: a part must be an object")
-        file = row.get("file")
-        if (kind == "anchor") != (file is not None):
-            raise FormatError(f"{what}: the parts of an anchor have file names, those of a delta have none")
-        if file is not None and not (isinstance(file, str) and (file in SIDE_FILES or _SHARD.fullmatch(file))):
-            raise FormatError(f"{what}: {file!r} is not a file that an anchor may hold")
-        parts.append(
-            Part(
-                size=_integer(row, "size", 0, MAX_PART_BYTES, what),
-                sha256=_match(row, "sha256", _HEX256, what),
-                rank=_integer(row, "rank", 0, MAX_PARTS, what),
-                file=file,
-            )
-        )
+    parts = tuple(_part(row, kind, what) for row in doc)
     keys = [part.file if kind == "anchor" else part.rank for part in parts]
     if len(set(keys)) != len(keys):
-        raise FormatError(f"{what}: two parts have the same place")
-    return tuple(parts)
+        raise FormatError(f"{what}: two parts have the same file name or rank")
+    return parts
 
 
-def _integer(doc: Mapping[str, Any], key: str, low: int, high: int, what: str) -> int:
-    value = doc.get(key)
-    if type(value) is not int or not low <= value <= high:
-        raise FormatError(f"{what}: {key} must be an integer from {low} to {high}, not {value!r:.80}")
-    return value
-
-
-def _number(doc: Mapping[str, Any], key: str, what: str) -> float:
-    value = doc.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LAST_YEAR:
-        raise FormatError(f"{what}: {key} must be seconds since 1970, not {value!r:.80}")
-    return float(value)
-
-
-def _text(doc: Mapping[str, Any], key: str, longest: int, what: str) -> str:
-    value = doc.get(key)
-    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
-        raise FormatError(f"{what}: {key} must be printable text of at most {longest} characters")
-    return value
-
-
-def _match(doc: Mapping[str, Any], key: str, pattern: re.Pattern[str], what: str) -> str:
-    value = doc.get(key)
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise FormatError(f"{what}: {key} is malformed: {value!r:.80}")
-    return value
-
-
-def _choice(doc: Mapping[str, Any], key: str, choices: tuple[str, ...], what: str) -> str:
-    value = doc.get(key)
-    if value not in choices:
-        raise FormatError(f"{what}: {key} must be one of {', '.join(choices)}, not {value!r:.80}")
-    return str(value)
+def _part(doc: object, kind: str, what: str) -> Part:
+    if not isinstance(doc, dict):
+        raise FormatError(f"{what}: a part must be an object")
+    file = doc.get("file")
+    if (kind == "anchor") != (file is not None):
+        raise FormatError(f"{what}: the parts of an anchor have file names, those of a delta have none")
+    if file is not None and not (isinstance(file, str) and (file in SIDE_FILES or _SHARD.fullmatch(file))):
+        raise FormatError(f"{what}: {file!r} is not a file that an anchor may hold")
+    of = Fields(doc, what)
+    return Part(
+        size=of.integer("size", 0, MAX_PART_BYTES),
+        sha256=of.match("sha256", _HEX256),
+        rank=of.integer("rank", 0, MAX_PARTS),
+        file=file,
+    )

@@ -17,8 +17,9 @@ from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Compactor, Layout
 from hubsync.chain.retention import Collector, Garbage, Policy
 from hubsync.errors import BucketError, BucketUnavailable, NoPath
+from hubsync.format.documents import FORMAT, seal
 from hubsync.format.keys import SigningKey
-from hubsync.format.manifest import FORMAT, Position, seal
+from hubsync.format.manifest import Position
 from tests.support.commands import hubsync
 from tests.support.faults import FaultyBucket
 from tests.support.history import History

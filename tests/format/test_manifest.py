@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubsync.errors import FormatError
-from hubsync.format.manifest import Base, Head, Manifest, Part, Position, Run, seal
+from hubsync.format.documents import seal
+from hubsync.format.manifest import Base, Head, Manifest, Part, Position, Run
 from hubsync.format.table import TensorSpec, TensorTable
 
 TABLE = TensorTable([TensorSpec("model.embed.weight", (8, 4), "BF16"), TensorSpec("norm.weight", (4,), "F32")])
@@ -75,7 +76,7 @@ def test_unknown_fields_are_ignored_and_unknown_formats_refused() -> None:
 def test_a_run_whose_table_was_edited_is_refused() -> None:
     doc = json.loads(Run("1" * 32, TABLE, DIGEST_A).dumps())
     doc["table"][0][1] = [4, 8]
-    with pytest.raises(FormatError, match="tensor table does not have the hash"):
+    with pytest.raises(FormatError, match="does not match its table_hash"):
         Run.loads(seal({key: value for key, value in doc.items() if key != "checksum"}))
 
 

@@ -1,4 +1,4 @@
-"""An anchor of version 0 without an upload: where the base model lies in a Hub repository, the Hub copies its files."""
+"""An anchor of version 0 without an upload: the Hub copies the files of a base model that is in a Hub repository."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def copy_base(bucket: Bucket, run: Run, draft: Manifest, side_files: Callable[[Path], None]) -> tuple[Part, ...] | None:
-    """The parts of an anchor of version 0, copied inside of the Hub; its small side files are uploaded.
+    """The parts of an anchor of version 0: weights copied inside the Hub, and small side files uploaded.
 
-    None if that is not possible: the base is no repository at a fixed revision, or no bit for bit copy of the view,
-    which is looked at in the local cache; or the storage cannot copy.
+    None if that is not possible: the base is no repository at a fixed revision, its files in the local cache are no bit
+    for bit copy of the view, or the storage cannot copy.
     """
     if run.base.model is None or run.base.revision is None:
         return None
@@ -39,20 +39,20 @@ def copy_base(bucket: Bucket, run: Run, draft: Manifest, side_files: Callable[[P
     try:
         copied = bucket.copy_in(run.base.model, run.base.revision, paths)
     except BucketError as error:
-        logger.warning("the Hub did not copy %s, uploading it instead: %s", run.base.model, error)
+        logger.warning("the Hub did not copy %s, uploading the model instead: %s", run.base.model, error)
         return None
     if copied is None:
         return None
     weights = tuple(Part(copied[path].size, copied[path].sha256, file=name) for name, path in paths.items())
-    with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as beside:
-        side_files(Path(beside))
+    with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as side:
+        side_files(Path(side))
         if (directory / _INDEX).exists():
-            shutil.copyfile(directory / _INDEX, Path(beside, _INDEX))
-        return (*weights, *upload_parts(bucket, draft, anchor_sources(Path(beside))))
+            shutil.copyfile(directory / _INDEX, Path(side, _INDEX))
+        return (*weights, *upload_parts(bucket, draft, anchor_sources(Path(side))))
 
 
 def local_copy(base: Base) -> Path | None:
-    """Directory of the base checkpoint, if it is on this machine."""
+    """Directory of the base checkpoint on this machine; None if there is none."""
     if base.model is not None and Path(base.model).is_dir():
         return Path(base.model)
     try:
@@ -62,7 +62,7 @@ def local_copy(base: Base) -> Path | None:
 
 
 def _is_the_view(directory: Path, run: Run) -> bool:
-    """Whether the files as they are hold version 0: its tensors and no others, in the dtypes that are served."""
+    """Whether the files hold exactly version 0: its tensors and no others, in the served dtypes."""
     try:
         return digest_view(run.table, open_anchor(shards_of(directory), run.table)).hex == run.digest
     except FormatError:

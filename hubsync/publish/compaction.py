@@ -1,11 +1,11 @@
-"""Merging deltas beside a training: what `hubsync compact --watch` does, in the process that publishes.
+"""Merging deltas in the publishing process, like `hubsync compact --watch` in another one.
 
-It has a thread of its own, of the lowest priority, and works between publishes: a merged delta that is under way when a
-publish begins is finished, the next one waits. What goes wrong here costs late servers bytes, and nobody else anything:
-it is logged once, and tried again after the next version.
+Merging runs in a separate thread of the lowest priority, between publishes: a merged delta that is under way when a
+publish starts is finished, and the next one waits. A failure only costs late servers bytes, so it is logged once and
+retried after the next version.
 
-Compact deltas can only be merged by who holds the weights before them, or who has made them: the last few are kept as
-patches until they are merged into fast ones.
+Merging a compact delta needs the weights of its parent, or its patch. The publisher has made the patch, so the last few
+patches are kept until they are merged into fast deltas.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from hubsync.format.patch import Patch
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 4  # patches, about 10 bytes for each changed element: spans of 4 start anywhere, longer ones are made of these
-_LOWEST = 19  # of the priorities of Unix
-_END_S = 10.0  # for the merged delta under way when the engine is closed; then it is left to itself
+_KEPT = (
+    4  # patches, about 10 bytes for each changed element: spans of 4 start anywhere, longer ones are merged from these
+)
+_LOWEST = 19  # priority on Unix
+_END_S = 10.0  # wait for the merged delta under way when the engine is closed; then it is abandoned
 
 
 class BackgroundCompactor:
-    """Makes the merged deltas of a run as it grows, on rank 0."""
+    """Merges the deltas of a growing run, on rank 0."""
 
     def __init__(self, bucket: Bucket):
         self._bucket = bucket
@@ -44,7 +46,7 @@ class BackgroundCompactor:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Begin no merged delta in here: something is being published."""
+        """While entered, no merged delta is started: a publish is under way."""
         self._idle.clear()
         try:
             yield
@@ -52,7 +54,7 @@ class BackgroundCompactor:
             self._idle.set()
 
     def add(self, position: Position, patch: Patch | None) -> None:
-        """A version has become durable. Give its patch if it is coded against the weights before it."""
+        """Count a version that has become durable, with its patch if it is a compact delta."""
         if patch is not None:
             self._patches[position] = patch
             for old in list(self._patches)[:-_KEPT]:
@@ -62,7 +64,7 @@ class BackgroundCompactor:
             self._thread.start()
 
     def close(self) -> None:
-        """Begin nothing more. What is not merged, the next trainer merges, or `hubsync compact`."""
+        """Stop. The next trainer or `hubsync compact` merges what is left."""
         self._stopped = True
         self._due.set()
         self._idle.set()
@@ -70,7 +72,7 @@ class BackgroundCompactor:
             self._thread.join(_END_S)
 
     def _work(self) -> None:
-        _step_back()
+        _lower_priority()
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-compact-", ignore_cleanup_errors=True) as cache:
                 compactor = Compactor(self._bucket, ChainReader(self._bucket, cache), patches=self._patches)
@@ -78,8 +80,8 @@ class BackgroundCompactor:
                     self._due.wait()
                     self._due.clear()
                     self._merge(compactor)
-        except OSError as error:  # no directory to work in; nobody waits for this thread, and none replaces it
-            logger.warning("no deltas are merged here, run `hubsync compact --watch` elsewhere: %s", error)
+        except OSError as error:  # no temporary directory
+            logger.warning("cannot merge deltas here, run `hubsync compact --watch` elsewhere: %s", error)
 
     def _merge(self, compactor: Compactor) -> None:
         try:
@@ -90,15 +92,15 @@ class BackgroundCompactor:
                 self._idle.wait()
                 if self._stopped:
                     return
-        except Exception as error:  # of the bucket, of the local disk, of memory: the training goes on
+        except Exception as error:  # of the bucket, of the local disk, of memory: training must go on
             if not self._has_failed:
-                logger.warning("could not merge deltas, trying again after each version: %s", error)
+                logger.warning("could not merge deltas, retrying after each version: %s", error)
             self._has_failed = True
 
 
-def _step_back() -> None:
-    """Give this thread what others leave of the processor, where threads have priorities of their own (Linux)."""
+def _lower_priority() -> None:
+    """Give this thread the lowest priority, on systems where threads have priorities (Linux)."""
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
     except (AttributeError, OSError):
-        logger.debug("this thread keeps the priority of the process")
+        logger.debug("the compaction thread keeps the priority of the process")

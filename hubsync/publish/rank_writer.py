@@ -1,4 +1,4 @@
-"""One chain writer for all ranks: rank 0 has it, every rank uploads its own parts, all know where the run stands."""
+"""The chain writer of all ranks: rank 0 writes documents, each rank uploads its own parts, all know the position."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .ranks import Ranks
 
 
 class JointWriter:
-    """A `ChainWriter` that all ranks use together; its methods that take `ranks` are rounds of those.
+    """A `ChainWriter` for several ranks. Methods with `ranks` are rounds: all ranks call them in the same order.
 
     Args:
-        bucket: this rank's door to the run.
-        ranks: those of the calling thread.
-        open_writer: creates or resumes the run; called on rank 0.
+        bucket: bucket of the run, opened by this rank.
+        ranks: ranks of the calling thread.
+        open_writer: creates or resumes the run; called on rank 0 only.
     """
 
     def __init__(self, bucket: Bucket, ranks: Ranks, open_writer: Callable[[], ChainWriter]):
@@ -32,7 +32,7 @@ class JointWriter:
         self.run, self.position, self.newest, self.serving = ranks.first(self._open)
 
     def settle(self, ranks: Ranks) -> None:
-        """`ChainWriter.settle`; `position` is then where the run really stands, whatever has ended the last commit."""
+        """`ChainWriter.settle`. Afterwards `position` is the run's, whatever interrupted the last commit."""
         _, self.position = ranks.first(lambda: (self._first.settle(), self._first.position))
 
     def check_fence(self, ranks: Ranks) -> None:
@@ -58,7 +58,7 @@ class JointWriter:
         return ranks.first(lambda: self._first.draft_anchor(**fields))
 
     def upload(self, draft: Manifest, sources: Sequence[Path | bytes]) -> tuple[Part, ...]:
-        """Make this rank's parts of a draft durable. No round."""
+        """Upload this rank's parts of a draft. Not a round."""
         return upload_parts(self.bucket, draft, sources, self._rank)
 
     def commit(self, ranks: Ranks, draft: Manifest, parts: Sequence[Part]) -> Manifest:

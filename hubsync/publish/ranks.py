@@ -1,8 +1,8 @@
-"""What the ranks of one training say to each other: outcomes and small values, in rounds that all of them take part in.
+"""Coordination of the ranks of one training: outcomes and small values, exchanged in rounds of all ranks.
 
-An exception is data: whoever meets one still takes part in the round, and then all ranks raise it. So nobody waits for
-somebody who has given up. A round is one small collective over a gloo group of our own, which nobody else uses: the
-training thread has one, and the publisher's background thread another, so neither can meet the other's messages.
+Exceptions are exchanged like values: a rank with an exception still completes the round, and then all ranks raise it.
+So no rank waits for one that has failed. A round is one small collective over a separate gloo group. The training
+thread and the publisher's background thread each have a group, so their messages cannot mix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hubsync.errors import ConfigError, RankError
 T = TypeVar("T")
 
 _JOIN = timedelta(minutes=10)  # from the first rank's engine to the last one's: models take a while to load
-_PATIENCE = timedelta(days=1)  # a round waits for uploads, however long they take; a dead rank is noticed at once
+_PATIENCE = timedelta(days=1)  # a round waits for uploads of any length; a dead rank is noticed at once
 
 
 class Ranks(ABC):
@@ -34,31 +34,33 @@ class Ranks(ABC):
     rank: int
     size: int
     group: torch.distributed.ProcessGroup | None
-    """What rounds are made over, for collectives of torch's own between two of them; None for one process."""
+    """Process group of the rounds, for torch's collectives between two rounds; None for one process."""
 
     @abstractmethod
     def gather(self, do: Callable[[], T]) -> list[T]:
-        """Call `do` on every rank; the values of all of them, in rank order. What one rank raises all raise."""
+        """Call `do` on every rank, and return all values in rank order. All ranks raise what one rank raises."""
 
     @abstractmethod
     def together(self, do: Callable[[], T]) -> T:
-        """Call `do` on every rank; this rank's value. What one rank raises all raise."""
+        """Call `do` on every rank, and return this rank's value. All ranks raise what one rank raises."""
 
     @abstractmethod
     def first(self, do: Callable[[], T]) -> T:
-        """Call `do` on rank 0 only; its value or its exception on all ranks."""
+        """Call `do` on rank 0 only. All ranks return its value or raise its exception."""
 
     @abstractmethod
     def collect(self, mine: torch.Tensor, sizes: Sequence[int], to: int) -> list[torch.Tensor] | None:
-        """Every rank's bytes (uint8 on the CPU), on rank `to` only; None on the others.
+        """Gather every rank's bytes on rank `to`; None on the others.
 
         Args:
-            sizes: rank -> its number of bytes, known to all.
+            mine: uint8, on the CPU.
+            sizes: rank -> its number of bytes, the same on all ranks.
+            to: the rank that gets the bytes.
         """
 
     @abstractmethod
     def apart(self) -> Ranks:
-        """The same ranks for another thread: its rounds are independent of these."""
+        """The same ranks for another thread, with independent rounds."""
 
 
 class SingleRank(Ranks):
@@ -84,7 +86,7 @@ class SingleRank(Ranks):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a rank tells in a round."""
+    """One rank's contribution to a round."""
 
     value: Any = None
     error: Exception | None = None
@@ -101,8 +103,8 @@ class GlooRanks(Ranks):
             self._exchange(_Outcome())
         except (RuntimeError, RankError) as error:
             raise ConfigError(
-                "under torch.distributed every rank makes an engine, of the same model and with the same config, or a "
-                f"coordinator; not all {self.size} did: {error}"
+                "under torch.distributed every rank must make an engine with the same model and config, or a "
+                f"coordinator; not all {self.size} ranks did: {error}"
             ) from error
         distributed.distributed_c10d._set_pg_timeout(_PATIENCE, self.group)
 
@@ -141,7 +143,7 @@ class GlooRanks(Ranks):
         return found
 
     def _round(self, own: _Outcome) -> list[_Outcome]:
-        """Everybody's outcomes; raises the error of the lowest rank that has one."""
+        """Outcomes of all ranks. Raises the error of the lowest rank that has one."""
         outcomes = self._exchange(own if own.error is None else _Outcome(error=_portable(own.error)))
         for rank, outcome in enumerate(outcomes):
             if outcome.error is not None:
@@ -159,7 +161,7 @@ class GlooRanks(Ranks):
 
 
 def join() -> Ranks:
-    """All ranks of torch.distributed, if that is initialised; else this process alone."""
+    """All ranks of torch.distributed if it is initialised, else this process alone."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return GlooRanks()
@@ -174,15 +176,15 @@ def _attempt(do: Callable[[], Any]) -> _Outcome:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if another process can raise the same one, else one that tells of it."""
+    """The error itself if it survives pickling, else a RankError with its text."""
     try:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # whatever a foreign class does when it is copied
+    except Exception:  # a foreign class may raise anything when it is copied
         pass
     return RankError(f"{type(error).__name__}: {error}")
 
 
 def _lost(error: Exception) -> RankError:
-    return RankError(f"another rank of this training has ended, or cannot be reached any more: {error}")
+    return RankError(f"another rank of this training has ended or is unreachable: {error}")

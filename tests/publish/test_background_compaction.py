@@ -114,7 +114,7 @@ def test_training_goes_on_where_there_is_no_room_to_merge(
     compactor._thread.join(PATIENCE)
     assert not compactor._thread.is_alive()
     assert train(2).position.version == 3
-    assert "no deltas are merged here" in caplog.text
+    assert "cannot merge deltas here" in caplog.text
 
 
 def test_nothing_is_merged_while_something_is_published(

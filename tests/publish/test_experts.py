@@ -256,10 +256,10 @@ def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: s
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda tensor: tensor.mul_(2), r"cannot say how Qwen3MoeForCausalLM is saved.*writes"),
-        (lambda tensor: tensor.view(torch.int32), "that is computed from the model's parameters"),
+        (lambda tensor: tensor.mul_(2), r"cannot revert its conversion of Qwen3MoeForCausalLM.*writes"),
+        (lambda tensor: tensor.view(torch.int32), "computed from the model's parameters"),
         (lambda tensor: tensor if tensor.is_meta else tensor * 2, "is saved with other elements than"),
-        (lambda tensor: None, r"does not save model\.layers\.0\.mlp\.experts\.\S*, which it holds"),
+        (lambda tensor: None, r"holds model\.layers\.0\.mlp\.experts\.\S* but does not save it"),
     ],
     ids=["written to", "other bits", "otherwise where there is memory", "left out"],
 )

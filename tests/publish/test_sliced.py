@@ -383,7 +383,7 @@ def test_what_is_held_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPat
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     tensors = published_tensors(model)
     detector = Sliced(tensors, table_of(tensors, torch.bfloat16), optimizer, bucket=1)
-    remembered, most = detector._remembered, []
+    remembered, most = detector._copied, []
 
     def watched(parameters: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         old = remembered(parameters)
@@ -393,7 +393,7 @@ def test_what_is_held_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPat
     def held() -> int:
         return sum(value.untyped_storage().nbytes() for value in vars(detector).values() if torch.is_tensor(value))
 
-    monkeypatch.setattr(detector, "_remembered", watched)
+    monkeypatch.setattr(detector, "_copied", watched)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-6)
     optimizer.step()
@@ -477,7 +477,7 @@ class OwnAdamW(torch.optim.AdamW):
         (lambda p: OwnAdamW(p), "OwnAdamW is not known"),
         (lambda p: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), "none of the model's parameters"),
         (lambda p: torch.optim.SGD(p[1:]), "does not hold .*, which is trained"),
-        (lambda p: watched_elsewhere(torch.optim.SGD(p)), "another engine looks"),
+        (lambda p: watched_elsewhere(torch.optim.SGD(p)), "another engine already observes"),
         (lambda p: torch.optim.Adam(p, differentiable=True), "differentiable"),
         (lambda p: with_step(torch.optim.SGD(p)), "has been replaced"),
         (lambda p: Scaled(torch.optim.SGD(p)), "float16"),
@@ -647,7 +647,7 @@ def test_writes_outside_of_steps_are_answered_with_the_whole_model(
         if then != "close":
             train(model, optimizer)
             assert engine.publish(3).result().encoding == "fast"
-    assert [record for record in caplog.records if "written to outside" in record.message]
+    assert [record for record in caplog.records if "written outside" in record.message]
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
@@ -692,7 +692,7 @@ def test_an_interrupted_new_start_is_made_again(
     detector = sliced(model, optimizer)
     past_torch(model, optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(detector, "_look_at_live", interrupt)
+        patch.setattr(detector, "_index_live", interrupt)
         with pytest.raises(KeyboardInterrupt):
             detector.detect()
     train(model, optimizer)
@@ -730,7 +730,7 @@ def test_an_anchor_that_fails_after_an_outside_write_is_tried_again(
 def test_an_anchor_of_a_view_that_is_gone_is_refused_not_made_up(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
     detector = sliced(model, optimizer)
     past_torch(model, optimizer)
-    with pytest.raises(ChainError, match="written to outside"):
+    with pytest.raises(ChainError, match="written outside"):
         detector.tensors()
     assert detector.detect().before == digest_view(detector.table, view_of(model))
 

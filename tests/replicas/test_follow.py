@@ -459,9 +459,7 @@ def test_an_unexpected_error_ends_the_command_with_exit_code_1(
     assert capsys.readouterr().err == f"hubsync: [Errno 17] File exists: '{cache}'\n"
 
 
-def test_a_follower_continues_after_a_killed_one(
-    publisher: Publisher, server: StandIn
-) -> None:
+def test_a_follower_continues_after_a_killed_one(publisher: Publisher, server: StandIn) -> None:
     go = hold(server, "hubsync_commit")
     with command(publisher, server):
         until(lambda: server.staged == publisher.positions[2])

@@ -1,9 +1,9 @@
-"""An optimizer's step, taken so that somebody can look at parameters just before and after their update.
+"""Optimizer steps in slices, so that parameters can be compared just before and after their update.
 
-An optimizer that updates each parameter from that parameter's gradient and state alone does the same, bit for bit,
-when it steps one part of its parameters after the other. Everything around the update (hooks, profiler ranges, the
-closure, the call counted by LR schedulers) still happens once. bitsandbytes' optimizers, which go by the numbers of
-their parameters, are watched in the method that updates one.
+An optimizer that updates each parameter only from that parameter's gradient and state computes the same bits when it
+steps its parameters in slices, one after the other. Everything around the update (hooks, profiler ranges, the closure,
+the call counter of LR schedulers) still happens once. The optimizers of bitsandbytes identify parameters by their
+position in the group, so their steps are not sliced: the method that updates one parameter is observed instead.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any, Protocol
 
 import torch
 
-BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: few calls, and little to remember
+BUCKET = 1 << 22  # elements stepped together, unless one parameter has more: few calls, and a small copy
 
-# Classes whose `step` was read: each parameter is updated by itself. A subclass may do anything, and is not taken.
+# Classes whose `step` was reviewed: it updates each parameter by itself. A subclass may do anything, so none is known.
 _KNOWN = {"Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD"}
 _KNOWN |= {"Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 _KNOWN_BY_NAME = {"transformers.optimization.Adafactor", "lion_pytorch.lion_pytorch.Lion"}
 
 
-class Watcher(Protocol):
+class StepObserver(Protocol):
     """Compares parameters before and after their update."""
 
     def step(self) -> AbstractContextManager[None]:
         """Entered around each whole step."""
 
     def update(self, parameters: list[torch.Tensor]) -> AbstractContextManager[None]:
-        """Entered around the update of these parameters, which is the only one they get in this step."""
+        """Entered around the update of these parameters, the only one in this step."""
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer inside of accelerate's wrapper."""
+    """The torch optimizer inside accelerate's wrapper."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
@@ -47,7 +47,7 @@ def why_not(optimizer: Any) -> str | None:
     """Why this optimizer, or wrapper of one, cannot be stepped in slices; None if it can."""
     while hasattr(optimizer, "optimizer"):
         if getattr(optimizer, "scaler", None) is not None:
-            return "accelerate's wrapper for float16 gradients calls the step that it found when it was made"
+            return "accelerate's wrapper for float16 gradients calls the original step"
         optimizer = optimizer.optimizer
     kind = type(optimizer)
     if not _is_known(kind):
@@ -56,36 +56,36 @@ def why_not(optimizer: Any) -> str | None:
         return f"the step of {kind.__name__} has been replaced"
     own = vars(optimizer).get("step")
     if (slices := getattr(own, "_slices", None)) is not None and slices.active:
-        return "another engine looks at its steps already"
+        return "another engine already observes its steps"
     if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
         return "the optimizer's step has been replaced"
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        return "a differentiable step keeps what it has computed from"
+        return "a differentiable step keeps the tensors that it computes from"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(set(map(id, parameters))) < len(parameters):
         return "the optimizer holds a parameter twice"
     if len({parameter.device.type for parameter in parameters}) > 1:
-        return "the optimizer's parameters are on several kinds of devices, which decides how they are updated"
+        return "the optimizer's parameters are on several kinds of devices, which affects how they are updated"
     return None
 
 
 class SlicedSteps:
-    """Makes every `optimizer.step()` one that is watched, from now until `undo`.
+    """Makes every `optimizer.step()` a sliced one, until `undo`.
 
     Args:
-        optimizer: a torch optimizer of which `why_not` says nothing.
-        watcher: told around each step, and of the update of each parameter.
+        optimizer: a torch optimizer for which `why_not` returns None.
+        observer: entered around each step and each update.
         bucket: elements stepped together; a larger parameter is stepped by itself.
 
     Attributes:
-        active: are steps still watched?
+        active: whether steps are still sliced.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, watcher: Watcher, bucket: int = BUCKET):
-        self._watcher = watcher
+    def __init__(self, optimizer: torch.optim.Optimizer, observer: StepObserver, bucket: int = BUCKET):
+        self._observer = observer
         self._bucket = bucket
         self._optimizer = weakref.ref(optimizer)
-        self._own = vars(optimizer).get("step")  # of an LR scheduler, which counts calls
+        self._own = vars(optimizer).get("step")  # installed by an LR scheduler, which counts calls
         self.active = True
         update = type(optimizer).step.__wrapped__  # type: ignore[attr-defined]  # without hooks and profiler range
 
@@ -98,14 +98,14 @@ class SlicedSteps:
             return self._step(optimizer, update, closure, options)
 
         hooked = torch.optim.Optimizer.profile_hook_step(step)
-        hooked._slices = self  # type: ignore[attr-defined]  # what an LR scheduler wraps around it has it, too
+        hooked._slices = self  # type: ignore[attr-defined]  # the wrapper of an LR scheduler copies this attribute
         if self._own is not None:
             hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self._installed = MethodType(hooked, optimizer)
         optimizer.step = self._installed  # type: ignore[method-assign]
 
     def undo(self) -> None:
-        """Let steps be as they were. What was wrapped around ours since then stays, and does no harm."""
+        """Restore the optimizer's own step. Wrappers that others put around ours stay, and have no effect."""
         self.active = False
         optimizer = self._optimizer()
         if optimizer is None or vars(optimizer).get("step") is not self._installed:
@@ -127,19 +127,19 @@ class SlicedSteps:
             with torch.enable_grad():
                 loss = closure()
         if _is_bitsandbytes(type(optimizer)):
-            with self._watcher.step():
+            with self._observer.step():
                 self._update_of_each(optimizer, update, options)
             return loss
         groups = optimizer.param_groups
-        with self._watcher.step():
+        with self._observer.step():
             for group in groups:
                 whole = group["params"]
                 try:
                     optimizer.param_groups = [group]
-                    most = sys.maxsize if _is_one(optimizer, group) else self._bucket
+                    most = sys.maxsize if _is_indivisible(optimizer, group) else self._bucket
                     for bucket in _buckets(whole, most):
                         group["params"] = bucket
-                        with self._watcher.update(bucket):
+                        with self._observer.update(bucket):
                             update(optimizer, **options)
                 finally:
                     group["params"] = whole
@@ -149,11 +149,11 @@ class SlicedSteps:
     def _update_of_each(self, optimizer: Any, update: Callable[..., Any], options: dict[str, Any]) -> None:
         update_one = optimizer.update_step
 
-        def watched(group: dict[str, Any], parameter: torch.Tensor, *place: int) -> None:
-            with self._watcher.update([parameter]):
+        def observed(group: dict[str, Any], parameter: torch.Tensor, *place: int) -> None:
+            with self._observer.update([parameter]):
                 update_one(group, parameter, *place)
 
-        optimizer.update_step = watched
+        optimizer.update_step = observed
         try:
             update(optimizer, **options)
         finally:
@@ -161,7 +161,7 @@ class SlicedSteps:
 
 
 def _buckets(parameters: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
-    """Cut a list where more than `most` elements would add up; a larger parameter is a bucket of its own."""
+    """Split a list into buckets of at most `most` elements; a larger parameter has a bucket for itself."""
     bucket: list[torch.Tensor] = []
     held = 0
     for parameter in parameters:
@@ -174,11 +174,11 @@ def _buckets(parameters: list[torch.Tensor], most: int) -> Iterator[list[torch.T
         yield bucket
 
 
-def _is_one(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether what some parameters of a group have decides how the others are updated, in this step.
+def _is_indivisible(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the state of some parameters of a group decides how the others are updated, in this step.
 
-    SGD takes other operators for a whole group while a part of it has no momentum yet, and Adagrad while a part of it
-    has sparse gradients; they round bfloat16 otherwise.
+    SGD uses other operators for a whole group while a part of it has no momentum yet, and Adagrad while a part of it
+    has sparse gradients. Those operators round bfloat16 differently.
     """
     if type(optimizer) not in (torch.optim.SGD, torch.optim.Adagrad):
         return False

@@ -1,7 +1,7 @@
-"""A PEFT model's adapter as what is published: its tensors and its config, and what would make it unusable.
+"""Publishing the adapter of a PEFT model: its tensors, its config, and the adapters that vLLM cannot serve.
 
 The base model is frozen and the servers have it, so a version is the adapter alone. It is never merged into the base:
-that changes nearly every weight of it in every step, and rounds, so that adding and taking away again drifts.
+merging changes nearly every weight in every step, and rounds, so that repeated merging and unmerging drifts.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from .cast import cast, integers
 from .deepspeed import is_partitioned
 
 _MERGED = (
-    "the adapter is merged into the base model: that changes nearly every weight of it in every step, and rounding "
-    "makes it drift. hubsync publishes the adapter itself: call unmerge_adapter() before, and keep the PEFT model"
+    "the adapter is merged into the base model, which changes nearly every weight in every step, and drifts by "
+    "rounding. hubsync publishes the adapter itself: call unmerge_adapter() before, and keep the PEFT model"
 )
 
-# Settings with which an adapter is more, or something else, than what vLLM adds to a layer.
+# Settings with which an adapter is not just what vLLM adds to a layer.
 _UNSERVABLE = {
     "use_dora": "DoRA scales the columns of the base",
-    "lora_bias": "it has biases of its own",
-    "modules_to_save": "these modules are trained whole",
+    "lora_bias": "it adds biases",
+    "modules_to_save": "these modules are trained completely",
     "trainable_token_indices": "it trains embeddings of tokens",
-    "target_parameters": "it adapts parameters that are no layers",
+    "target_parameters": "it adapts parameters outside of layers",
     "alora_invocation_tokens": "it is only active after certain tokens",
     "layer_replication": "it repeats layers of the base",
     "use_qalora": "it pools the inputs of layers",
     "use_bdlora": "its matrices are block-diagonal",
 }
-# Initialisations that leave the base model as it is.
+# Initialisations that do not change the base model.
 _INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
-# Settings that change what the same tensors compute.
+# Settings that change the meaning of the same tensors.
 _MEANING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 
 
 def is_adapted(model: torch.nn.Module) -> bool:
-    """Is it a PEFT model?"""
+    """Whether this is a PEFT model."""
     return hasattr(model, "peft_config")
 
 
 def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Name in `adapter_model.safetensors` -> live parameter of the active adapter, in the model's order.
 
-    ConfigError for an adapter that vLLM cannot load, that is merged into the base, or is not all that is trained.
+    ConfigError if vLLM cannot load the adapter, if it is merged into the base, or if other parameters are trained.
     """
     name, config = _active(model)
     _require_servable(config)
@@ -69,20 +69,20 @@ def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_config(model: torch.nn.Module) -> dict[str, Any]:
-    """What the adapter's `adapter_config.json` says, as far as it matters to who loads it."""
+    """The fields of the adapter's `adapter_config.json` that matter for loading it."""
     _, config = _active(model)
-    said = {**config.to_dict(), "inference_mode": True}
-    return {key: _plain(said[key]) for key in ADAPTER_FIELDS if said.get(key) is not None}
+    config_fields = {**config.to_dict(), "inference_mode": True}
+    return {key: _plain(config_fields[key]) for key in ADAPTER_FIELDS if config_fields.get(key) is not None}
 
 
 def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
-    """Digest of the frozen model's tensors, cast to `dtype`, by their names without the adapter.
+    """Digest of the frozen base model's tensors, cast to `dtype`, by their names without the adapter.
 
-    None where this process does not hold them whole, or they are quantised.
+    None if this process does not hold them whole, or if they are quantised.
     """
     digest, base = Digest(), _base_model(model)
     for name, tensor in base.named_parameters():
-        if _is_adapters(name):
+        if _is_of_adapter(name):
             continue
         elsewhere = hasattr(tensor, "to_local") or is_partitioned(tensor) or tensor.is_meta
         if elsewhere or not tensor.is_floating_point():
@@ -92,7 +92,7 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
 
 
 def require_same_adapter(run: Adapter | None, own: Adapter | None) -> None:
-    """RunMismatch unless the tensors of a run and of the model in training mean the same."""
+    """RunMismatch unless the adapters of a run and of the model in training have the same meaning."""
     if (run is None) != (own is None):
         raise RunMismatch(
             f"the run in the bucket publishes {'a whole model' if run is None else 'an adapter'}, and this trainer "
@@ -114,7 +114,7 @@ def require_same_adapter(run: Adapter | None, own: Adapter | None) -> None:
 
 
 def _active(model: Any) -> tuple[str, Any]:
-    """Name and config of the one active adapter."""
+    """Name and config of the only active adapter."""
     active = getattr(model, "active_adapters", None)
     names = list(active() if callable(active) else active or ())
     if len(names) != 1 or names[0] not in model.peft_config:
@@ -133,7 +133,9 @@ def _require_servable(config: Any) -> None:
         raise ConfigError(f"vLLM loads no adapter with bias={config.bias!r}: train with LoraConfig(bias='none')")
     for setting, why in _UNSERVABLE.items():
         if getattr(config, setting, None):
-            raise ConfigError(f"vLLM cannot load an adapter with {setting}, because {why}: train a LoraConfig without")
+            raise ConfigError(
+                f"vLLM cannot load an adapter with {setting}, because {why}: train a LoraConfig without it"
+            )
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower() not in _INITIALISATIONS:
         raise ConfigError(
@@ -147,8 +149,8 @@ def _require_all_that_is_trained(model: torch.nn.Module, adapter: Iterable[torch
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in published:
             raise ConfigError(
-                f"{name} is trained, but is no part of the adapter that is published: freeze it, or train all "
-                "parameters without PEFT"
+                f"{name} is trained, but is no part of the published adapter: freeze it, or train all parameters "
+                "without PEFT"
             )
 
 
@@ -157,12 +159,12 @@ def _base_model(model: Any) -> torch.nn.Module:
     return base
 
 
-def _is_adapters(name: str) -> bool:
+def _is_of_adapter(name: str) -> bool:
     return any(segment.startswith("lora_") for segment in name.split("."))
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value as JSON."""
     if isinstance(value, enum.Enum):
         return value.value
     return sorted(value) if isinstance(value, set) else value

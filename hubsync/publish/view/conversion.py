@@ -1,9 +1,9 @@
-"""How a checkpoint's tensors lie in a model that holds them otherwise: fused, or under other names.
+"""The positions of checkpoint tensors in a model that holds them fused or under other names.
 
 transformers loads some checkpoints into parameters of another shape (all experts of a layer as one) or name, and
-reverts that when it saves. That reversal is watched here once, on stand-ins without memory: what it does to a stand-in
-tells for each tensor of the checkpoint which elements of which parameter it has. What it computes anew has no such
-place.
+reverts that when it saves. This module runs that reversal once, on meta tensors without memory: each resulting view
+shows which elements of which parameter a checkpoint tensor consists of. A tensor that the reversal computes has no such
+position, so it cannot be published.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from .strided import Place, StridedView
 
 Tensors = dict[str, torch.Tensor]
 Places = dict[str, dict[str, Place | None]]
-"""Live tensor -> the published tensors that lie in it, and where; None for one that is all of it."""
+"""Live tensor -> the published tensors in it with their positions; None for one that is the whole live tensor."""
 
 _COPIES = (torch.Tensor.contiguous, torch.Tensor.clone, torch.clone)
 
 
 def places_in(model: Any, tensors: Tensors, prefix: str = "") -> Places:
-    """Where the tensors that a transformers model saves lie in its live ones.
+    """The positions of the tensors that a transformers model saves, in its live tensors.
 
     Args:
         tensors: checkpoint name -> live tensor of `model`.
-        prefix: of the names of the model's own tensors.
+        prefix: name prefix of the model's own tensors.
 
     Raises:
-        ConfigError: a tensor that is saved is no view of a live one.
+        ConfigError: a saved tensor is no view of a live one.
     """
     try:
         from transformers.core_model_loading import revert_weight_conversion
@@ -46,13 +46,13 @@ def places_in(model: Any, tensors: Tensors, prefix: str = "") -> Places:
         found: Tensors = revert_weight_conversion(model, held)
         return found
 
-    places = _watched(type(model).__name__, saved, tensors, prefix)
+    places = _traced(type(model).__name__, saved, tensors, prefix)
     _require_as_saved(saved, tensors, places, prefix)
     return places
 
 
 def published(tensors: Tensors, places: Places) -> Tensors:
-    """Published name -> live tensor, or excerpt of one: in the order of the live tensors, and as they lie in these."""
+    """Published name -> live tensor or `StridedView` of one, in the order of live tensors and positions in them."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         for tensor_name, place in places.get(name, {name: None}).items():
@@ -60,7 +60,7 @@ def published(tensors: Tensors, places: Places) -> Tensors:
     return found
 
 
-def _watched(kind: str, saved: Callable[[Tensors], Tensors], tensors: Tensors, prefix: str) -> Places:
+def _traced(kind: str, saved: Callable[[Tensors], Tensors], tensors: Tensors, prefix: str) -> Places:
     stand_ins = {name: _stand_in(tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
     names = {id(stand_in): name for name, stand_in in stand_ins.items()}
     places: Places = {name: {} if name in stand_ins else {name: None} for name in tensors}
@@ -68,27 +68,28 @@ def _watched(kind: str, saved: Callable[[Tensors], Tensors], tensors: Tensors, p
         with _WithoutCopies(), _WithoutWrites():
             outcome = saved({name.removeprefix(prefix): stand_in for name, stand_in in stand_ins.items()})
     except Exception as error:
-        raise ConfigError(f"transformers cannot say how {kind} is saved: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"transformers cannot revert its conversion of {kind}: {type(error).__name__}: {error}"
+        ) from error
     for short, tensor in outcome.items():
         stand_in = tensor if tensor._base is None else tensor._base
         live = names.get(id(stand_in))
         if live is None or tensor.dtype != stand_in.dtype:
             raise ConfigError(
-                f"{kind} holds its weights otherwise than its checkpoint, which has {prefix}{short} with shape "
-                f"{list(tensor.shape)}: that is computed from the model's parameters, and no part of one of them, so "
-                "it cannot be followed"
+                f"the checkpoint of {kind} has {prefix}{short} with shape {list(tensor.shape)}, which is computed from "
+                "the model's parameters and is no part of one of them: such a model cannot be published"
             )
         whole = tensor.shape == stand_in.shape and tensor.is_contiguous()
         place = Place(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
         places[live][prefix + short] = None if whole else place
-    for name, excerpts in places.items():
-        if not excerpts:
-            raise ConfigError(f"{kind} does not save {name}, which it holds: it cannot be published")
-    return {name: dict(sorted(excerpts.items(), key=_start)) for name, excerpts in places.items()}
+    for name, parts in places.items():
+        if not parts:
+            raise ConfigError(f"{kind} holds {name} but does not save it: such a model cannot be published")
+    return {name: dict(sorted(parts.items(), key=_start)) for name, parts in places.items()}
 
 
-def _start(excerpt: tuple[str, Place | None]) -> int:
-    _, place = excerpt
+def _start(part: tuple[str, Place | None]) -> int:
+    _, place = part
     return 0 if place is None else place.offset
 
 
@@ -97,7 +98,7 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _WithoutCopies(TorchFunctionMode):
-    """A copy has the elements of the original: while entered, the original stands for it."""
+    """While entered, copying a tensor returns the original, so that the result remains a view of it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -106,7 +107,7 @@ class _WithoutCopies(TorchFunctionMode):
 
 
 class _WithoutWrites(TorchDispatchMode):
-    """While entered, nothing writes to a tensor: a view that was written to would not have the elements it had."""
+    """While entered, writing to a tensor raises: a view that is written to does not keep its elements."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
@@ -115,22 +116,25 @@ class _WithoutWrites(TorchDispatchMode):
 
 
 def _require_as_saved(saved: Callable[[Tensors], Tensors], tensors: Tensors, places: Places, prefix: str) -> None:
-    """ConfigError unless excerpts have the bits that are really saved. Looks at one parameter of each kind.
+    """ConfigError unless strided views have the bits that are really saved. Checks one parameter of each kind.
 
-    Of parameters that other processes hold parts of nothing is looked at: their places are those of whole ones.
+    Sharded parameters are not checked: their positions are those of whole parameters.
     """
     seen = set()
-    for name, excerpts in places.items():
-        kind = (tuple(tensors[name].shape), *excerpts.values())
+    for name, parts in places.items():
+        kind = (tuple(tensors[name].shape), *parts.values())
         if None in kind or kind in seen or hasattr(tensors[name], "to_local"):
             continue
         seen.add(kind)
         with torch.no_grad():
             real = saved({name.removeprefix(prefix): tensors[name]})
-        for tensor_name, excerpt in published({name: tensors[name]}, {name: excerpts}).items():
+        for tensor_name, part in published({name: tensors[name]}, {name: parts}).items():
             expected = real.get(tensor_name.removeprefix(prefix))
-            if expected is None or not _same_bits(expected, local_part(excerpt)):
-                raise ConfigError(f"{tensor_name} is saved with other elements than {name} was found to have there")
+            if expected is None or not _same_bits(expected, local_part(part)):
+                raise ConfigError(
+                    f"{tensor_name} is saved with other elements than those at its position in {name}: such a model "
+                    "cannot be published"
+                )
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -1,11 +1,11 @@
-"""What DeepSpeed's engine, optimizers and parameters are. It is never imported for that.
+"""DeepSpeed's engine, optimizers and partitioned parameters, recognised without importing DeepSpeed.
 
-Facts of DeepSpeed 0.19: its engine holds the model as `module`. Its optimizers step masters of their own with a torch
-optimizer, and copy these into the model. A parameter that ZeRO-3 has partitioned (`zero/partition_parameters.py`) is
-empty in the module; `ds_shape` is its own shape. `ds_tensor` is what this rank keeps of its elements in row-major
-order: `ds_tensor.ds_numel` of them from rank x `ds_tensor.ds_numel` on, of which those behind the end of the parameter
-are padding. The optimizer writes to it. The parameter itself is filled while a forward or backward pass needs it, and
-never read here.
+Facts of DeepSpeed 0.19: its engine holds the model as `module`. Its optimizers step master copies with a torch
+optimizer, and copy these into the model. A parameter partitioned by ZeRO-3 (`zero/partition_parameters.py`) is empty in
+the module; `ds_shape` is its full shape. `ds_tensor` holds this rank's elements in row-major order:
+`ds_tensor.ds_numel` elements from rank x `ds_tensor.ds_numel` on. Elements after the end of the parameter are padding.
+The optimizer writes to `ds_tensor`. The parameter itself is filled only during a forward or backward pass, and is never
+read here.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from .shards import Box
 
 
 def is_deepspeeds(thing: object) -> bool:
-    """Whether DeepSpeed has made this engine or optimizer."""
+    """Whether this engine or optimizer is one of DeepSpeed."""
     return type(thing).__module__.startswith("deepspeed.")
 
 
 def steps_masters(optimizer: object) -> bool:
-    """Whether this is DeepSpeed's optimizer, or a wrapper of accelerate's around it."""
+    """Whether this is an optimizer of DeepSpeed, or accelerate's wrapper around one."""
     while optimizer is not None and not is_deepspeeds(optimizer):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer is not None
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has partitioned this parameter."""
     return hasattr(tensor, "ds_id")
 
 
 class Partition(torch.Tensor):
-    """A partitioned parameter as it is published: in its own shape, of which this rank holds a run of elements.
+    """A partitioned parameter in its full shape, of which this rank holds a run of elements.
 
-    `shards.local_part` gives these, flat; other operations are refused.
+    `shards.local_part` returns these elements, flat. All other operations raise TypeError.
 
     Attributes:
-        parameter: DeepSpeed's.
+        parameter: the parameter of DeepSpeed.
         box: the run, counted in the flat parameter.
 
     Raises:
-        ConfigError: the run is in no memory, but on a disk.
+        ConfigError: the run is quantized, or offloaded to a disk.
     """
 
     parameter: torch.Tensor
@@ -65,15 +66,15 @@ class Partition(torch.Tensor):
             raise ConfigError(f"{name} is quantized by DeepSpeed ({kept.dtype}): set zero_quantized_weights to false")
         if kept.numel() < made.box.numel:
             raise ConfigError(
-                f"{name} is offloaded by DeepSpeed to a disk: offload parameters to the CPU, or to nowhere"
+                f"{name} is offloaded by DeepSpeed to a disk: offload parameters to the CPU, or not at all"
             )
         return made
 
     def __init__(self, name: str, parameter: Any):
-        """All is done in `__new__`, as torch wants it."""
+        """`__new__` does everything: torch requires it for wrapper subclasses."""
 
     def to_local(self) -> torch.Tensor:
-        """The elements that this rank holds, flat, where DeepSpeed keeps them."""
+        """The elements that this rank holds, flat, in DeepSpeed's memory."""
         kept: torch.Tensor = self.parameter.ds_tensor  # type: ignore[attr-defined]
         return kept.view(-1)[: self.box.numel]
 

@@ -1,10 +1,9 @@
-"""Which elements of which tensors each rank publishes: a partition of the whole view that every rank knows.
+"""Shards: which elements of each tensor each rank publishes. All ranks compute the same partition of the view.
 
-A rank holds one box (a rectangle in any number of dimensions) of every tensor: all of it in data parallel training,
-rows of it under FSDP2, any rectangle of it under other DTensor placements, a run of its elements under ZeRO-3. Ranks
-that hold the same box are replicas of it and share it: all boxes that the same ranks hold are laid out one after
-another, and this line is cut into equally long pieces. So every element has one owner, replicas have equal work, and
-few tensors are cut.
+A rank holds one box of every tensor, a rectangle in any number of dimensions: the whole tensor in data parallel
+training, rows under FSDP2, any rectangle under other DTensor placements, a run of elements under ZeRO-3. Ranks that
+hold the same box are replicas and divide it: all boxes that the same ranks hold are concatenated, and split into pieces
+of equal length. So every element has one owner, replicas have equal work, and few tensors are split.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import torch
 
 from hubsync.errors import ConfigError
 
-_ALIGNED = 64  # elements; pieces begin where comparisons by words and vectors do
+_ALIGNED = 64  # elements; pieces start where comparisons by words and vectors do
 _AT_ONCE = 1 << 22  # elements whose indices are held at a time
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a tensor: where it begins, and its extent, in each dimension.
+    """A rectangle of a tensor: its offset and its shape.
 
-    One with a single dimension is a run of elements, in row-major order, whatever the tensor's dimensions are.
+    A box with one dimension is a run of elements in row-major order, whatever the tensor's dimensions are.
     """
 
     offset: tuple[int, ...]
@@ -40,11 +39,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Shard:
-    """The elements of a tensor that one rank owns: numbers `start .. stop` of its box, in row-major order.
+    """The elements of a tensor that one rank owns: `start .. stop` of its box, in row-major order.
 
     Attributes:
         full: shape of the tensor in the checkpoint.
-        box: what the rank holds of it.
+        box: the part of the tensor that the rank holds.
     """
 
     full: tuple[int, ...]
@@ -54,7 +53,7 @@ class Shard:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Shard:
-        """All of a tensor."""
+        """The whole tensor."""
         full = tuple(shape)
         return cls(full, Box((0,) * len(full), full), 0, math.prod(full))
 
@@ -64,7 +63,7 @@ class Shard:
 
     @cached_property
     def first(self) -> int | None:
-        """Flat index of the first element owned, if those owned follow each other in the tensor; else None."""
+        """Flat index of the first owned element, if the owned elements are consecutive in the tensor; else None."""
         full = self._counted
         leading = next((d for d, size in enumerate(self.box.shape) if size > 1), len(self.box.shape)) + 1
         if self.box.shape[leading:] != full[leading:]:
@@ -72,7 +71,7 @@ class Shard:
         return self.start + sum(at * stride for at, stride in zip(self.box.offset, _strides(full), strict=True))
 
     def globally(self, indices: np.ndarray) -> np.ndarray:
-        """Numbers of owned elements, counted from 0 (int64[n], ascending) -> flat indices in the tensor, ascending."""
+        """Flat indices in the tensor of owned elements, given by their numbers from 0 (both int64[n], ascending)."""
         if self.first is not None:
             return indices + self.first if self.first else indices
         rest, out = indices + self.start, np.zeros_like(indices)
@@ -84,25 +83,25 @@ class Shard:
 
     @property
     def _counted(self) -> tuple[int, ...]:
-        """The tensor's shape, in the dimensions of the box."""
+        """Shape of the tensor in the dimensions of the box."""
         return self.full if len(self.box.shape) == len(self.full) else (math.prod(self.full),)
 
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(first, last, flat indices in the tensor) of owned elements, some millions at a time."""
+        """(first, last, flat indices in the tensor) of owned elements, a few million at a time."""
         for first in range(0, self.numel, _AT_ONCE):
             last = min(first + _AT_ONCE, self.numel)
             yield first, last, self.globally(np.arange(first, last, dtype=np.int64))
 
 
 def box_of(shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], sharded: Sequence[int | None]) -> Box:
-    """What the rank at a coordinate of a device mesh holds of a tensor.
+    """The part of a tensor that the rank at a coordinate of a device mesh holds.
 
     Args:
-        shape: of the whole tensor.
-        mesh: ranks in each dimension of the mesh.
-        coordinate: the rank's place in it.
-        sharded: for each dimension of the mesh the dimension of the tensor that is cut over it, as `torch.chunk` cuts
-            (the last pieces may be smaller, or empty); None where the tensor is replicated.
+        shape: shape of the whole tensor.
+        mesh: number of ranks in each dimension of the mesh.
+        coordinate: the rank's coordinate in the mesh.
+        sharded: for each dimension of the mesh, the dimension of the tensor that is split over it, as `torch.chunk`
+            splits (the last pieces may be smaller, or empty); None where the tensor is replicated.
     """
     offset, extent = [0] * len(shape), list(shape)
     for ranks, rank, dim in zip(mesh, coordinate, sharded, strict=True):
@@ -116,9 +115,9 @@ def box_of(shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int],
 
 
 def held_box(name: str, tensor: torch.Tensor) -> Box:
-    """What this rank holds of a live tensor; ConfigError for placements that are no rectangle."""
+    """The part of a live tensor that this rank holds. ConfigError for placements that are no rectangle."""
     known = getattr(tensor, "box", None)
-    if isinstance(known, Box):  # a part of a live tensor
+    if isinstance(known, Box):  # a StridedView or a Partition
         return known
     if not hasattr(tensor, "to_local"):
         return Shard.whole(tensor.shape).box
@@ -126,7 +125,7 @@ def held_box(name: str, tensor: torch.Tensor) -> Box:
     from torch.distributed.tensor import Shard as Sharded
 
     if not isinstance(tensor, DTensor):
-        raise ConfigError(f"{name} is a {type(tensor).__name__}, of which only DTensors are supported")
+        raise ConfigError(f"{name} is a {type(tensor).__name__}: of sharded tensors only DTensors are supported")
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return Box((0,) * tensor.ndim, (0,) * tensor.ndim)
@@ -144,13 +143,13 @@ def held_box(name: str, tensor: torch.Tensor) -> Box:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a live tensor: all of it, or the local tensor of a DTensor. Never a collective."""
+    """The elements of a live tensor that this process holds: all, or the local part of a DTensor. No collective."""
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach()
 
 
 def require_held(name: str, tensor: torch.Tensor, box: Box) -> None:
-    """ConfigError unless this process holds that box of a live tensor."""
+    """ConfigError unless this process holds this box of a live tensor."""
     held = tuple(local_part(tensor).shape)
     if held != box.shape and box.numel + math.prod(held) > 0:
         raise ConfigError(
@@ -160,14 +159,14 @@ def require_held(name: str, tensor: torch.Tensor, box: Box) -> None:
 
 
 def divide(names: Sequence[str], shapes: Sequence[tuple[int, ...]], held: Sequence[Sequence[Box]]) -> list[list[Shard]]:
-    """Rank -> what it owns of each tensor; every element is owned exactly once.
+    """Rank -> the elements of each tensor that it owns. Every element has exactly one owner.
 
     Args:
-        names, shapes: of the tensors.
-        held: rank -> what it holds of each tensor. Every rank that calls this with the same gets the same.
+        names, shapes: names and shapes of the tensors.
+        held: rank -> the box of each tensor that it holds. Equal arguments give equal results on every rank.
 
     Raises:
-        ConfigError: the boxes of a tensor do not make up the whole of it.
+        ConfigError: the boxes of a tensor do not add up to the whole tensor.
     """
     owned = [[Shard(shape, box, 0, 0) for shape, box in zip(shapes, boxes, strict=True)] for boxes in held]
     lines: dict[tuple[int, ...], list[tuple[int, Box]]] = {}
@@ -192,7 +191,7 @@ def divide(names: Sequence[str], shapes: Sequence[tuple[int, ...]], held: Sequen
 def _cut(
     line: Sequence[tuple[int, Box]], replicas: Sequence[int], shapes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[int, int, Shard]]:
-    """Cut boxes that lie one after another into a piece of equal length for each replica."""
+    """Split concatenated boxes into a piece of equal length for each replica."""
     total, position = sum(box.numel for _, box in line), 0
     cuts = [total * number // len(replicas) for number in range(len(replicas) + 1)]
     for index, box in line:

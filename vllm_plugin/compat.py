@@ -85,7 +85,7 @@ def keep_linears_live() -> None:
 
 
 def unwrap(worker: Any) -> Any:
-    """The worker itself, where vLLM passes the object that it keeps it in."""
+    """The worker itself. vLLM passes a wrapper around it to functions of `collective_rpc`."""
     return getattr(worker, "worker", worker)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,14 @@ def test_a_run_that_vllm_cannot_load_is_refused_before_any_download(address: str
     assert (status["state"], status["error"]["type"]) == ("refused", "ReplicaRefused")
     assert "--max-lora-rank" in status["error"]["message"]
     assert not worker.host.directory.exists()
+
+
+def test_a_run_with_an_old_head_is_refused_if_the_host_limits_its_age(address: str, tmp_path: Path) -> None:
+    worker = Worker(address, tmp_path)
+    worker.host = replace(worker.host, source=replace(worker.host.source, max_head_age=1e-6))
+    worker.session.attach()
+    status = worker.settled()
+    assert (status["state"], status["error"]["type"]) == ("refused", "HeadTooOld")
 
 
 def test_every_version_is_loaded_forwards_and_backwards(worker: Worker) -> None:

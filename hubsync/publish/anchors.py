@@ -16,7 +16,7 @@ import torch
 
 from hubsync.chain import ChainReader, VersionInfo
 from hubsync.chain.version_info import NO_INFO
-from hubsync.chain.writer import anchor_sources
+from hubsync.chain.writer import anchor_sources, upload_parts
 from hubsync.errors import BucketError
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
@@ -116,7 +116,7 @@ class Anchors:
                 ranks.first(lambda: self._model.write_side_files(directory))
                 self._write_own_files(directory, ranks)
                 draft = writer.draft_anchor(ranks, at=at, info=info)
-                uploaded = ranks.gather(lambda: writer.upload(draft, anchor_sources(directory)))
+                uploaded = ranks.gather(lambda: upload_parts(writer.bucket, draft, anchor_sources(directory)))
                 return writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
         except OSError as error:
             size = self._detector.table.nbytes / 1e9

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hubsync.chain import VersionInfo
+from hubsync.chain.writer import upload_parts
 from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding
@@ -25,7 +26,8 @@ from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import write_delta
 from hubsync.format.patch import Patch, changed
 from hubsync.format.view_bits import ViewBits
-from hubsync.publish.detect.base import Detected, Detector
+from hubsync.publish.detect.base import Detector
+from hubsync.publish.detect.changes import Detected
 from hubsync.publish.view.live import LiveView
 
 from .anchors import Anchors
@@ -114,7 +116,7 @@ class Publisher:
         """
         writer, ranks = self.writer, self.ranks
         draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), info=info)
-        return writer.commit(ranks, draft, writer.upload(draft, [self._encoded(draft, patch)]))
+        return writer.commit(ranks, draft, upload_parts(writer.bucket, draft, [self._encoded(draft, patch)]))
 
     def wait(self) -> None:
         """Wait for the job under way. Raises its error, unless the job's ticket has raised it."""
@@ -275,7 +277,7 @@ class Publisher:
         """Encode the changes that this rank owns, and make them durable. A rank without changes uploads nothing."""
         files = [self._encoded(draft, detected.patch)] if detected.changes else []
         encoded = time.perf_counter()
-        parts = self.writer.upload(draft, files)
+        parts = upload_parts(self.writer.bucket, draft, files, self.ranks.rank)
         upload_s = time.perf_counter() - encoded
         nbytes = sum(part.size for part in parts)
         return RankShare(self.ranks.rank, detected.changed, nbytes, detect_s, encoded - started, upload_s), parts

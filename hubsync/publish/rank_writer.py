@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from hubsync.bucket import Bucket
 from hubsync.chain import ChainWriter
-from hubsync.chain.writer import upload_parts
 from hubsync.format.manifest import Manifest, Part, Position, Run
 
 from .ranks import Ranks
@@ -25,7 +23,6 @@ class JointWriter:
 
     def __init__(self, bucket: Bucket, ranks: Ranks, open_writer: Callable[[], ChainWriter]):
         self.bucket = bucket
-        self._rank = ranks.rank
         self._open_writer = open_writer
         self._writer: ChainWriter | None = None
         self.run: Run
@@ -56,10 +53,6 @@ class JointWriter:
     def draft_anchor(self, ranks: Ranks, **fields: Any) -> Manifest:
         """`ChainWriter.draft_anchor`."""
         return ranks.first(lambda: self._first.draft_anchor(**fields))
-
-    def upload(self, draft: Manifest, sources: Sequence[Path | bytes]) -> tuple[Part, ...]:
-        """Upload this rank's parts of a draft. Not a round."""
-        return upload_parts(self.bucket, draft, sources, self._rank)
 
     def commit(self, ranks: Ranks, draft: Manifest, parts: Sequence[Part]) -> Manifest:
         """`ChainWriter.commit_draft`, with the parts of all ranks."""

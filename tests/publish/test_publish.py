@@ -25,9 +25,8 @@ from hubsync.errors import (
     WrongParent,
 )
 from hubsync.publish import publisher as publisher_module
-from hubsync.publish.detect import base as base_module
-from hubsync.publish.detect import compare as compare_module
-from hubsync.publish.detect.base import Detected
+from hubsync.publish.detect import changes as changes_module
+from hubsync.publish.detect.changes import Detected
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.live import published_tensors
 from tests.support.faults import FaultyBucket
@@ -177,9 +176,9 @@ def test_the_training_thread_only_compares(
 
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, detector="snapshot")) as engine:
         for module, name in [
-            (compare_module, "find_changes"),
-            (base_module, "difference"),
-            (base_module, "digest_change"),
+            (changes_module, "find_changes"),
+            (changes_module, "difference"),
+            (changes_module, "digest_change"),
             (publisher_module, "write_delta"),
         ]:
             watch(module, name)

@@ -26,9 +26,8 @@ from hubsync.kernels import rounding
 from hubsync.kernels.bits import bits_of
 from hubsync.publish import engine as engine_module
 from hubsync.publish.detect import sliced as sliced_module
-from hubsync.publish.detect.base import Change
+from hubsync.publish.detect.changes import Change, compose
 from hubsync.publish.detect.choose import choose_detector
-from hubsync.publish.detect.composition import compose
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import SlicedSteps, why_not

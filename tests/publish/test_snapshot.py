@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.format.digest import digest_view
-from hubsync.publish.detect import compare as compare_module
-from hubsync.publish.detect.compare import compare, compare_on_device
+from hubsync.publish.detect import changes as changes_module
+from hubsync.publish.detect.changes import compare, compare_on_device
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.live import published_tensors, table_of
 from tests.support.tiny import Tiny, same_bits, train, view_of
@@ -40,7 +40,7 @@ def test_detection_finds_exactly_the_bits_that_changed(device: str, data: st.Dat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
 def test_device_comparison_equals_cpu_comparison(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "_CHUNK", 64)
+    monkeypatch.setattr(changes_module, "_CHUNK", 64)
     old, new = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
     new[::3] = old[::3]
     old[:4] = torch.tensor([0.0, -0.0, float("nan"), float("nan")])  # the last one, unlike -0, does not change

@@ -30,9 +30,7 @@ from hubsync.publish.view.cast import cast, integers
 from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.strided import ElementRun, row_of, whole_of
 
-from .base import Change, Detected, split_by_tensor
-from .compare import compare
-from .composition import PendingChanges, compose_all
+from .changes import Change, Detected, PendingChanges, compare, compose_all, split_by_tensor
 from .snapshot import Snapshot
 from .stepping import BUCKET, SlicedSteps
 

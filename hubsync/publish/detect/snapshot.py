@@ -19,8 +19,7 @@ from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import Shard, local_part, require_held
 from hubsync.publish.view.strided import ElementRun, element_runs, row_of
 
-from .base import Change, Detected, split_by_tensor
-from .compare import compare
+from .changes import Change, Detected, compare, split_by_tensor
 
 _NUMPY_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}  # by bytes; torch lacks wider unsigned ones
 

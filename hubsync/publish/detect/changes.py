@@ -1,0 +1,204 @@
+"""Changes of tensor elements: finding them by comparison, adding them up, and their patch and digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numba import njit
+
+from hubsync import kernels
+from hubsync.format.digest import Digest, digest_change, tensor_seed
+from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.table import TensorTable
+from hubsync.kernels.bits import UNSIGNED, bits_of, difference, find_changes
+from hubsync.publish.view.cast import integers
+from hubsync.publish.view.shards import Shard
+from hubsync.publish.view.strided import ElementRun
+
+_CHUNK = 1 << 26  # elements compared at a time on a device: bounds the mask, and `nonzero` has a limit
+
+
+@dataclass(frozen=True)
+class Change:
+    """The changed elements of one tensor.
+
+    Attributes:
+        indices: int64, ascending, counted among the elements that this process owns: flat indices, if it owns all.
+        old: bit patterns before, unsigned integers of the element's width.
+        new: bit patterns after.
+    """
+
+    indices: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+
+
+class Detected:
+    """The changes since the last durable version, on the CPU.
+
+    Differences and digest are computed at the first use: in the background, while training goes on.
+
+    Args:
+        table: the tensor table.
+        changes: table index -> the tensor's changes; no empty ones.
+        before: digest of the last durable version, or of this process's part of it.
+        shards: table index -> the elements of the tensor that this process owns; default is all.
+    """
+
+    def __init__(
+        self, table: TensorTable, changes: dict[int, Change], before: Digest, shards: Sequence[Shard] | None = None
+    ):
+        self._table = table
+        self._shards = shards
+        self.changes = changes
+        self.before = before
+
+    @property
+    def changed(self) -> int:
+        """Number of changed elements."""
+        return sum(len(change.indices) for change in self.changes.values())
+
+    @cached_property
+    def patch(self) -> Patch:
+        """The changes in checkpoint coordinates."""
+        return {
+            index: TensorDelta(self._indices[index], difference(change.old, change.new))
+            for index, change in self.changes.items()
+        }
+
+    @cached_property
+    def digest(self) -> Digest:
+        """Digest after the changes, of the view or of this process's part of it."""
+        digest = self.before
+        for index, change in self.changes.items():
+            seed = tensor_seed(self._table[index].name)
+            digest += digest_change(seed, self._indices[index], change.old, change.new)
+        return digest
+
+    @cached_property
+    def _indices(self) -> dict[int, np.ndarray]:
+        """Table index -> flat indices in the checkpoint's tensor."""
+        if self._shards is None:
+            return {index: change.indices for index, change in self.changes.items()}
+        return {index: self._shards[index].globally(change.indices) for index, change in self.changes.items()}
+
+
+def split_by_tensor(run: ElementRun, change: Change) -> dict[int, Change]:
+    """A change of a run of elements as changes of the tensors in the run; no empty ones."""
+    return {
+        index: Change(
+            change.indices[part] - start if start else change.indices[part], change.old[part], change.new[part]
+        )
+        for index, part, start in run.split(change.indices)
+    }
+
+
+# --- comparing ---------------------------------------------------------------------------------------
+
+
+def compare(old: torch.Tensor, new: torch.Tensor) -> Change:
+    """The elements whose bits differ. Only these are copied from a device."""
+    if old.device.type != "cpu":
+        return compare_on_device(old, new)
+    old_bits, new_bits = bits_of(old), bits_of(new)
+    indices, _ = find_changes(old_bits, new_bits)
+    return Change(indices, old_bits[indices], new_bits[indices])
+
+
+def compare_on_device(old: torch.Tensor, new: torch.Tensor) -> Change:
+    """`compare` on any device: with Triton on a GPU, with torch operations elsewhere."""
+    if kernels.on_gpu(old):
+        indices, before, after = kernels.gpu().changes(integers(old), integers(new))
+        return Change(indices.cpu().numpy(), _unsigned(before), _unsigned(after))
+    at = torch.cat(list(_unequal(integers(old), integers(new))))
+    return Change(at.cpu().numpy(), _unsigned(integers(old)[at]), _unsigned(integers(new)[at]))
+
+
+def _unequal(old: torch.Tensor, new: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, max(1, old.numel()), _CHUNK):
+        stop = start + _CHUNK
+        yield (old[start:stop] != new[start:stop]).nonzero().view(-1) + start
+
+
+def _unsigned(bits: torch.Tensor) -> np.ndarray:
+    return bits.cpu().numpy().view(UNSIGNED[8 * bits.element_size()])
+
+
+# --- composing ---------------------------------------------------------------------------------------
+
+
+class PendingChanges:
+    """Changes of several steps by key, as lists of changes. Changes of similar size are composed, so each one is
+    copied only a few times."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[Change]] = {}
+
+    def add(self, key: int, change: Change) -> None:
+        if len(change.indices) == 0:
+            return
+        parts = self._parts.setdefault(key, [])
+        parts.append(change)
+        while len(parts) > 1 and len(parts[-2].indices) < 2 * len(parts[-1].indices):
+            later, earlier = parts.pop(), parts.pop()
+            parts.append(compose(earlier, later))
+
+    def collect(self) -> dict[int, Change]:
+        """One change for each key; no empty ones."""
+        whole = {}
+        for key, parts in self._parts.items():
+            change = parts[-1]
+            for earlier in reversed(parts[:-1]):
+                change = compose(earlier, change)
+            if len(change.indices):
+                whole[key] = change
+        return whole
+
+
+def compose_all(first: dict[int, Change], second: dict[int, Change]) -> dict[int, Change]:
+    """`compose` for each key; no empty changes."""
+    out = {**first, **second}
+    for key in first.keys() & second.keys():
+        out[key] = compose(first[key], second[key])
+    return {key: change for key, change in out.items() if len(change.indices)}
+
+
+def compose(first: Change, second: Change) -> Change:
+    """The change that equals `first` followed by `second`. Elements that return to their old bits disappear."""
+    size = len(first.indices) + len(second.indices)
+    indices, old, new = np.empty(size, np.int64), np.empty(size, first.old.dtype), np.empty(size, first.new.dtype)
+    n = _merge(first.indices, first.old, first.new, second.indices, second.old, second.new, indices, old, new)
+    return Change(indices[:n].copy(), old[:n].copy(), new[:n].copy())
+
+
+@njit(nogil=True, cache=True)
+def _merge(
+    indices_a: np.ndarray,
+    old_a: np.ndarray,
+    new_a: np.ndarray,
+    indices_b: np.ndarray,
+    old_b: np.ndarray,
+    new_b: np.ndarray,
+    indices: np.ndarray,
+    old: np.ndarray,
+    new: np.ndarray,
+) -> int:
+    """Merge two ascending lists: old patterns of the first, new ones of the second. Returns how many were written."""
+    a, b, n = 0, 0, 0
+    while a < len(indices_a) or b < len(indices_b):
+        if b == len(indices_b) or (a < len(indices_a) and indices_a[a] < indices_b[b]):
+            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_a[a]
+            a += 1
+        elif a == len(indices_a) or indices_b[b] < indices_a[a]:
+            indices[n], old[n], new[n] = indices_b[b], old_b[b], new_b[b]
+            b += 1
+        else:
+            indices[n], old[n], new[n] = indices_a[a], old_a[a], new_b[b]
+            a += 1
+            b += 1
+        n += old[n] != new[n]
+    return n

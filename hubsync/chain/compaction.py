@@ -28,9 +28,8 @@ from .layout import Layout
 from .planner import Step
 from .reader import ChainReader
 from .replay import View, replay
-from .spans import Span, chain_of, due, start_of
+from .spans import MAX_SPAN, Span, chain_of, due, start_of
 
-MAX_SPAN = 256  # versions
 _CACHE_BYTES = 4 << 30  # downloads kept while merging
 
 

@@ -16,6 +16,7 @@ from hubsync.format.manifest import Manifest, Position
 
 from .planner import Step
 
+MAX_SPAN = 256  # versions; most that one merged delta spans by default
 _SHORT = 8  # versions; spans of 4 up to these may start anywhere
 
 Span = tuple[Manifest, ...]  # consecutive deltas

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from hubsync.chain.spans import MAX_SPAN
 from hubsync.errors import BucketUnavailable, ConfigError
 
 from . import options
@@ -19,7 +20,6 @@ DESCRIPTION = """\
 Merge deltas over 2, 4, 8 and more versions, so that a server that is far behind downloads few of them. Run it on any
 machine, next to the trainer or elsewhere. It can be stopped at any time.
 """
-DEFAULT_MAX_SPAN = 256  # versions: hubsync.chain.compaction.MAX_SPAN, whose module imports torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-span",
         type=int,
-        default=DEFAULT_MAX_SPAN,
+        default=MAX_SPAN,
         metavar="N",
         help="most versions that one merged delta spans; its changes are held in memory (default: %(default)s)",
     )

@@ -33,9 +33,10 @@ from hubsync.errors import (
     ReplicaUnsuitable,
 )
 from hubsync.format.manifest import Position
+from hubsync.publish import metrics
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
-from hubsync.publish.results import Published
+from hubsync.publish.results import Published, SyncReport
 from hubsync.replicas.deployment import Deployment, HotloadReport
 from hubsync.replicas.http_client import new_client
 from hubsync.replicas.replica import Replica
@@ -315,16 +316,15 @@ class HubWeightTransfer:
             )
 
     def _record(self, published: Published, report: HotloadReport) -> None:
-        commits = report.commits
-        metrics = {
-            **trl_compat.metrics_of(published),
+        synced = SyncReport(published, report.commits, report.hotload_s, report.replicas)
+        values = {
+            **metrics.of_publish(published),
             "version": published.version,
-            "acknowledged": len(commits),
-            "stage_s": max(commit.stage_s for commit in commits),
-            "commit_s": max(commit.commit_s for commit in commits),
-            "pause_s": max(commit.pause_s for commit in commits),
+            "acknowledged": len(report.commits),
+            **metrics.of_commits(report.commits),
+            **metrics.of_packages(synced),
         }
-        trl_compat.record(self._trainer, metrics)
+        trl_compat.record(self._trainer, values)
 
 
 class _Leaving(TrainerCallback):

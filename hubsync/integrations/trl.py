@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hubsync.errors import BucketUnavailable, ConfigError, ReplicaPoisoned, WrongParent
 from hubsync.format.manifest import Position
+from hubsync.publish import metrics
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Published, Ticket
@@ -188,7 +189,7 @@ class HubSyncCallback(TrainerCallback):
         report = self.engine.sync(step) if current is None else self.engine.deliver(current)
         own = report.replicas[0]  # the one that the trainer generates on
         commit = own.commit or self.engine.ranks.first(lambda: self._bring(report.published.position))
-        self._record(version=commit.version, stage_s=commit.stage_s, commit_s=commit.commit_s, pause_s=commit.pause_s)
+        self._record(version=commit.version, **metrics.of_commits([commit]), **metrics.of_packages(report))
         if commit.changed or own.commit is None:
             self._unverified = commit.position
             self.commits += 1
@@ -229,10 +230,10 @@ class HubSyncCallback(TrainerCallback):
             self.digest_matches += 1
 
     def _record_published(self, published: Published) -> None:
-        self._record(**trl_compat.metrics_of(published))
+        self._record(**metrics.of_publish(published))
 
-    def _record(self, **metrics: float) -> None:
-        trl_compat.record(self.trainer, metrics)
+    def _record(self, **values: float) -> None:
+        trl_compat.record(self.trainer, values)
 
     def _ask_for_adapter(self) -> None:
         """Have a PEFT policy's completions come from its adapter, and not from the base model beside it."""

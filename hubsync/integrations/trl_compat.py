@@ -30,8 +30,6 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
-from hubsync.format.encoding import Encoding
-from hubsync.publish.results import Published
 from hubsync.replicas.http_client import trusts_environment
 from hubsync.replicas.vllm_http import VLLMServer
 
@@ -346,22 +344,6 @@ def record(trainer: Any, metrics: dict[str, float]) -> None:
     """Log values under `weight_sync/` with the trainer's next metrics."""
     for name, value in metrics.items():
         trainer._metrics["train"][f"weight_sync/{name}"].append(float(value))
-
-
-def metrics_of(published: Published) -> dict[str, float]:
-    """What a publish has cost; of several ranks, also the most that one of them uploaded or waited."""
-    costs = ("payload_bytes", "detect_s", "encode_s", "upload_s")
-    shares = published.ranks if len(published.ranks) > 1 else ()
-    return {
-        "changed_fraction": published.changed / published.total,
-        "payload_bytes": published.payload_bytes,
-        "bits_per_change": published.bits_per_change,
-        "compact": published.encoding is Encoding.COMPACT,
-        "detect_s": published.detect_s,
-        "encode_s": published.encode_s,
-        "upload_s": published.upload_s,
-        **{f"rank_{cost}_max": max(getattr(share, cost) for share in shares) for cost in costs if shares},
-    }
 
 
 # --- has it moved?

@@ -14,6 +14,7 @@ import torch
 
 from hubsync.errors import ConfigError
 from hubsync.format.encoding import Encoding
+from hubsync.replicas.engines import schemes
 
 _LONGEST_S = 1e6  # seconds; waiting functions do not take infinity
 
@@ -172,8 +173,11 @@ class SyncConfig:
 
     def _require_servers(self) -> None:
         for url in self.servers:
-            if not url.startswith(("http://", "https://")):
+            scheme, separator, _ = url.partition("://")
+            if not separator:
                 raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
+            if scheme not in schemes():
+                raise ConfigError(f"server {url!r}: no inference engine for {scheme}:// is installed")
         if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
             raise ConfigError("servers names one server twice")
         if not 0 <= self.quorum <= len(self.servers):

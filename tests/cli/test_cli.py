@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig, __version__
-from hubsync.chain.compaction import MAX_SPAN
-from hubsync.cli import compact
 from hubsync.cli.main import main
 
 
@@ -100,10 +98,6 @@ print(time.process_time())
 def test_the_package_is_a_program() -> None:
     shown = subprocess.run([sys.executable, "-m", "hubsync", "--version"], capture_output=True, text=True)
     assert shown.stdout == f"hubsync {__version__}\n"
-
-
-def test_the_default_span_is_the_compactors() -> None:
-    assert compact.DEFAULT_MAX_SPAN == MAX_SPAN
 
 
 def test_ls_prints_a_name_that_looks_like_markup_unchanged(address: str, capsys: pytest.CaptureFixture[str]) -> None:

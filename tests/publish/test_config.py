@@ -44,6 +44,7 @@ from tests.support.tiny import Tiny
         ({"name": 20261123}, "name must be str"),
         ({"servers": ["http://one"], "quorum": 2}, "quorum must be 0"),
         ({"servers": ["localhost:8000"]}, "http://localhost:8000"),
+        ({"servers": ["sgl://one"]}, "no inference engine for sgl:// is installed"),
         ({"name": "two\nlines"}, "printable"),
         ({"base_revision": "abc"}, "base_model"),
     ],

@@ -1,7 +1,9 @@
-"""Code books: the class map and the code parameters that all tensors of one dtype in a file share.
+"""Code books: the class map and the code parameters that all tensors of one dtype in a part share.
 
-A book is one row of bytes. With one class nothing needs to be known of the old weights (the *fast* level); with 16,
-elements are told apart by the exponent that they had (*compact*): the chance to change halves with every octave.
+A book is one row of bytes. With one class it depends on nothing but the changes (the *fast* encoding). With 16 classes
+(*compact*), the exponent of an element's old weight gives its class: the chance to change halves with every octave.
+
+The compiled functions are the rules by which both `write` and `read` use a book.
 """
 
 from __future__ import annotations
@@ -9,27 +11,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from hubsync.errors import FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.kernels.classes import CLASSES, ClassMap
 
+CLASSES_OF = {Encoding.FAST: 1, Encoding.COMPACT: CLASSES}
+
 GAP, USUAL, TAIL, PLANES = range(4)  # columns of `Book.codes`; the planes are the last ones
 MAX_PLANES = 5
 MAX_K = 31
 RICE = 128  # flag in TAIL: a Rice code, else Exp-Golomb
-LIST_REST = 128  # flag in a plane: those that go on are listed, else those that end here
+LIST_REST = 128  # flag in a plane: the changes that go on are listed, else those that end here
 NO_PLANE = 255
 FIELDS = 2  # columns of a chunk row behind the counts of the classes
 
 
 @dataclass(frozen=True, eq=False)
 class Book:
-    """Attributes:
-    low: exponent field of class 0; class = exponent - low, clipped to 0 .. classes - 1.
-    orders: uint8[classes + FIELDS], Exp-Golomb orders of the columns of a chunk row.
-    codes: uint8[classes, 3 + MAX_PLANES]: Rice parameter of the gaps, the usual magnitude (1..255), parameter of the
-        magnitudes that no plane ends, and of each plane.
+    """Code parameters.
+
+    Attributes:
+        low: exponent field of class 0; class = exponent - low, clipped to 0 .. classes - 1.
+        orders: uint8[classes + FIELDS], Exp-Golomb orders of the columns of a chunk row.
+        codes: uint8[classes, 3 + MAX_PLANES]: Rice parameter of the gaps; usual magnitude (1..255); parameter of the
+            tail, the magnitudes that no plane ends; parameter of each plane.
     """
 
     low: int
@@ -41,7 +48,7 @@ class Book:
         return len(self.codes)
 
     def class_map(self, dtype: str) -> ClassMap | None:
-        """How to tell the classes of this dtype's elements apart; None where all are of class 0."""
+        """Classes of this dtype's elements; None if all are of class 0."""
         classes = ClassMap.of(dtype, self.low)
         return None if self.classes == 1 or self.low >= classes.mask else classes
 
@@ -62,6 +69,11 @@ class Book:
         return cls(int(row[0]), orders, codes)
 
 
+def columns(classes: int) -> int:
+    """Bytes of a book."""
+    return 1 + classes + FIELDS + (3 + MAX_PLANES) * classes
+
+
 def one_class(classes: int, elements: int) -> np.ndarray:
     """int64[classes]: all elements in class 0."""
     counts = np.zeros(classes, np.int64)
@@ -69,9 +81,31 @@ def one_class(classes: int, elements: int) -> np.ndarray:
     return counts
 
 
-def columns(classes: int) -> int:
-    """Bytes of a book."""
-    return 1 + classes + FIELDS + (3 + MAX_PLANES) * classes
+@njit(nogil=True, cache=True)
+def listed_count(count: int, size: int) -> int:
+    """Number of listed elements of a class: the changed or the unchanged ones, whichever are fewer."""
+    return min(count, size - count)
 
 
-CLASSES_OF = {Encoding.FAST: 1, Encoding.COMPACT: CLASSES}
+@njit(nogil=True, cache=True)
+def gap_k(k: int, shift: int, count: int, size: int) -> int:
+    """The Rice parameter of a class in a chunk. The shift is for chunks with more or fewer changes than others."""
+    if 2 * count > size:
+        return int(k)
+    return int(min(max(int(k) + shift, 0), MAX_K))
+
+
+@njit(nogil=True, cache=True)
+def fold(magnitude: int, center: int) -> int:
+    """Distance of a magnitude from the usual one: center -> 0, center + 1 -> 1, center - 1 -> 2, ..."""
+    if magnitude >= 2 * center:
+        return magnitude - 1
+    return 2 * (magnitude - center) - 1 if magnitude > center else 2 * (center - magnitude)
+
+
+@njit(nogil=True, cache=True)
+def unfold(value: int, center: int) -> int:
+    """Inverse of `fold`."""
+    if value > 2 * center - 2:
+        return value + 1
+    return center + ((value + 1) >> 1) if value & 1 else center - (value >> 1)

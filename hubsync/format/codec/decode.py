@@ -26,7 +26,7 @@ from .rows import BYTES, SHIFT, RowReader
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _ChunkJob:
     """One chunk to decode: it lies at bytes `start .. start + nbytes` of the payload."""
 
     index: int
@@ -56,7 +56,7 @@ def decode(
     """
     known = [Book.unpack(row, classes) for row in books]
     reader = RowReader(chunks)
-    jobs: list[_Job] = []
+    jobs: list[_ChunkJob] = []
     patch: Patch = {}
     start, seen = 0, set()
     for record in tensors:
@@ -86,7 +86,7 @@ def decode(
 
 def _jobs(
     index: int, spec: TensorSpec, book: Book, grid: Grid, reader: RowReader, start: int, available: int
-) -> list[_Job]:
+) -> list[_ChunkJob]:
     """The chunks of one tensor that have changes, with every row checked against its chunk and the payload."""
     numbers, rows = reader.read(book, grid.count)
     jobs = []
@@ -97,14 +97,14 @@ def _jobs(
             raise FormatError(f"{spec.name}, chunk {number}: {streams.PROBLEMS[streams.COUNTS]}")
         if nbytes > available - start:
             raise FormatError(f"{spec.name}, chunk {number}: its payload is missing")
-        jobs.append(_Job(index, spec, book, grid, number, counts, rest, start))
+        jobs.append(_ChunkJob(index, spec, book, grid, number, counts, rest, start))
         start += nbytes
     if not jobs:
         raise FormatError(f"{spec.name}: is listed but has no changes")
     return jobs
 
 
-def _decode_chunk(job: _Job, words: np.ndarray, old: OldBits | None) -> tuple[np.ndarray, np.ndarray] | None:
+def _decode_chunk(job: _ChunkJob, words: np.ndarray, old: OldBits | None) -> tuple[np.ndarray, np.ndarray] | None:
     """(flat indices, differences) of a chunk; None if its old weights are not held here."""
     classes = job.book.class_map(job.spec.dtype)
     if classes is None or old is None:
@@ -128,7 +128,7 @@ def _decode_chunk(job: _Job, words: np.ndarray, old: OldBits | None) -> tuple[np
     return job.grid.indices(job.number, ranks), diffs
 
 
-def _assemble(jobs: list[_Job], found: list[tuple[np.ndarray, np.ndarray] | None]) -> Patch:
+def _assemble(jobs: list[_ChunkJob], found: list[tuple[np.ndarray, np.ndarray] | None]) -> Patch:
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     ascends = {job.index: job.grid.ascends for job in jobs}
     for job, part in zip(jobs, found, strict=True):

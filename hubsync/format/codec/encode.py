@@ -1,14 +1,19 @@
 """A patch -> records, code books, chunk rows and payload. docs/FORMAT.md is the specification.
 
-Chunks are independent jobs, on as many threads as torch is given. The code parameters are shared by all tensors of a
-dtype, so the work has two passes: look at every chunk, then choose parameters and write. What is done with a chunk is a
-few calls of compiled code: threads that come back to Python often wait for each other.
+Three stages. Each is a pure function of the results of the stages before:
+
+1. `_cut` and `_sort`: the changes of each chunk, in class order.
+2. `_fit`: the code book with the fewest bits. All tensors of one dtype share it.
+3. `_write`: each chunk as bits.
+
+Chunks are independent jobs, on as many threads as torch is given. A job makes few calls of compiled code, because
+threads that return to Python often wait for each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,20 +24,20 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.classes import CLASSES, ClassMap
 from hubsync.kernels.parallel import add_up, each
 
-from . import streams
+from . import costs, streams
 from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
+from .costs import MAX_GAP_K
 from .grid import Grid
-from .layout import CODED, RECORD_COLUMNS, OldBits
+from .layout import CODED, DENSE, RECORD_COLUMNS, OldBits
 from .rows import SHIFT, RowWriter, zigzag
-from .streams import MAX_GAP_K
 
-_SAMPLE = 1024  # changes of a chunk whose old exponents are looked at
+_SAMPLE = 1024  # changes of a chunk whose old exponents are read
 _SAMPLED_CHUNKS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What a delta part holds, as arrays: uint32[T, RECORD_COLUMNS], uint8[B, columns], uint8 and uint8."""
+    """Content of a delta part: uint32[T, RECORD_COLUMNS], uint8[B, columns], uint8[bytes] and uint8[bytes]."""
 
     tensors: np.ndarray
     books: np.ndarray
@@ -44,9 +49,9 @@ class Encoded:
         return self.tensors.nbytes + self.books.nbytes + self.chunks.nbytes + self.payload.nbytes
 
 
-@dataclass(eq=False)
-class _Chunk:
-    """A chunk with changes. Arrays are in class order once `_look` has seen it."""
+@dataclass(frozen=True, eq=False)
+class _CutChunk:
+    """The changes of one chunk of a tensor: positions (int32[n], ascending) and differences (signed[n])."""
 
     index: int
     number: int
@@ -54,13 +59,47 @@ class _Chunk:
     cols: slice
     positions: np.ndarray
     diffs: np.ndarray
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    listed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    gaps: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    gap_cost: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    shift: int = 0
-    payload: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class _SortedChunk:
+    """A chunk in class order.
+
+    Attributes:
+        number: of the chunk in its grid.
+        counts: int64[classes], changes of each class.
+        sizes: int64[classes], elements of each class.
+        diffs: signed[n].
+        listed: int64[classes], listed elements of each class.
+        gaps: int32[sum of listed], in class order.
+        gap_cost: int64[classes, MAX_GAP_K], bits of the gaps for each Rice parameter.
+    """
+
+    number: int
+    counts: np.ndarray
+    sizes: np.ndarray
+    diffs: np.ndarray
+    listed: np.ndarray
+    gaps: np.ndarray
+    gap_cost: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _WrittenChunk:
+    """A chunk as bits: its number in the grid, the columns of its row, and uint8[bytes]."""
+
+    number: int
+    counts: np.ndarray
+    shift: int
+    payload: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _CodedGroup:
+    """Tensors with one code book: table index -> written chunks, or all differences (uint8[bytes]) if smaller."""
+
+    book: Book
+    tensors: dict[int, list[_WrittenChunk] | np.ndarray]
 
 
 def encode(
@@ -69,87 +108,107 @@ def encode(
     """Encode a sound patch.
 
     Args:
-        old: the weights that the patch applies to: changes are then coded by class (*compact*). It must hold all
+        old: the weights that the patch applies to. With them, changes are coded by class (*compact*). It must hold all
             of every tensor that changes.
-        grid_of: (rows, cols) -> how a tensor is cut; by default as the level needs it.
+        grid_of: (rows, cols) -> the grid of a tensor; by default the one for the encoding.
     """
     grid_of = grid_of or (Grid.contiguous if old is None else Grid.tiles)
     grids = {index: grid_of(*table[index].matrix) for index in sorted(patch)}
-    rows = RowWriter()
-    books: list[np.ndarray] = []
-    records: list[tuple[int, int, int, int]] = []
-    payload: list[np.ndarray] = []
-    # Vectors are too small to be cut, and a rank may hold a part of one (a bias): theirs are not coded by class.
-    kinds = {index: (table[index].dtype, old is None or grid.rows == 1) for index, grid in grids.items()}
+    # Vectors are too small to be cut, and a rank may hold a part of one (a bias): they are not coded by class.
+    kinds = {index: (table[index].dtype, old is not None and grid.rows > 1) for index, grid in grids.items()}
+    classes = 1 if old is None else CLASSES
+    groups = []
     for kind in dict.fromkeys(kinds.values()):
         own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
-        cut = each(lambda item: list(_cut(item[0], patch[item[0]], item[1])), list(own.items()))
-        chunks = dict(zip(own, cut, strict=True))
-        dtype, alike = kind
-        count = 1 if old is None else CLASSES
-        flat = [chunk for some in chunks.values() for chunk in some]
-        book = _choose_book(dtype, flat, table, None if alike else old, count)
-        coded = {index: some for index, some in chunks.items() if not _is_larger_than_dense(some, table[index])}
-        _fit_orders(book, [chunk for some in coded.values() for chunk in some])
-        for index, grid in own.items():
-            if index in coded:
-                records.append((index, grid.chunk_rows, grid.chunk_cols, CODED | len(books) << 8))
-                numbers = np.array([chunk.number for chunk in coded[index]])
-                rows.append(book, numbers, _rows(coded[index]), grid.count)
-                payload += [chunk.payload for chunk in coded[index]]
-            else:
-                records.append((index, 0, 0, 0))
-                payload.append(_dense(table[index], patch[index]))
-        books.append(book.pack())
-    width = columns(1 if old is None else CLASSES)
+        groups.append(_encode_group(table, patch, own, old if kind[1] else None, classes))
+    return _assemble(groups, grids, columns(classes))
+
+
+def _encode_group(
+    table: TensorTable, patch: Patch, grids: dict[int, Grid], old: OldBits | None, classes: int
+) -> _CodedGroup:
+    """Encode tensors of one dtype. Without `old` all elements are of class 0."""
+    spec = table[next(iter(grids))]
+    cut = each(lambda index: _cut(index, patch[index], grids[index]), list(grids))
+    chunks = [chunk for own in cut for chunk in own]
+    low = _lowest_class(spec.dtype, chunks, old, classes)
+    in_order = each(partial(_sort, None if old is None else ClassMap.of(spec.dtype, low), old, classes), chunks)
+    book = _fit(low, in_order, spec.width)
+    written = iter(each(partial(_write, book), in_order))
+    tensors: dict[int, list[_WrittenChunk] | np.ndarray] = {}
+    for index, own in zip(grids, cut, strict=True):
+        bits = [next(written) for _ in own]
+        tensors[index] = _dense(table[index], patch[index]) if _is_larger_than_dense(bits, table[index]) else bits
+    coded = [chunk for own in tensors.values() if isinstance(own, list) for chunk in own]
+    return _CodedGroup(replace(book, orders=_fit_orders(coded, len(book.orders))), tensors)
+
+
+def _assemble(groups: Sequence[_CodedGroup], grids: dict[int, Grid], width: int) -> Encoded:
+    rows = RowWriter()
+    records: list[tuple[int, int, int, int]] = []
+    payload = [np.zeros(0, np.uint8)]
+    for number, group in enumerate(groups):
+        for index, chunks in group.tensors.items():
+            if isinstance(chunks, np.ndarray):
+                records.append((index, 0, 0, DENSE))
+                payload.append(chunks)
+                continue
+            grid = grids[index]
+            records.append((index, grid.chunk_rows, grid.chunk_cols, CODED | number << 8))
+            rows.append(group.book, np.array([chunk.number for chunk in chunks]), _rows(chunks), grid.count)
+            payload += [chunk.payload for chunk in chunks]
     return Encoded(
         np.array(records, np.uint32).reshape(-1, RECORD_COLUMNS),
-        np.array(books, np.uint8).reshape(-1, width),
+        np.array([group.book.pack() for group in groups], np.uint8).reshape(-1, width),
         rows.data(),
-        np.concatenate([np.zeros(0, np.uint8), *payload]),
+        np.concatenate(payload),
     )
 
 
-def _choose_book(dtype: str, chunks: Sequence[_Chunk], table: TensorTable, old: OldBits | None, count: int) -> Book:
-    """The code parameters for these chunks; afterwards each is in class order, and written.
-
-    Args:
-        old: without it all elements are of class 0, the highest exponent and all below it.
-        count: classes of the book.
-    """
-    highest = 0 if count == 1 else ClassMap.of(dtype, 0).mask
-    low = highest if old is None else _lowest_class(dtype, chunks, old)
-    classes = None if old is None else ClassMap.of(dtype, low)
-    look = partial(_look, classes, old, count)
-    (magnitudes,) = add_up(look, chunks, lambda: (np.zeros((count, streams.MAGNITUDES), np.int64),))
-    book = _fit(low, chunks, magnitudes, table[chunks[0].index].width)
-    each(partial(_finish, book), chunks)
-    return book
+# --- 1: the changes of each chunk, in class order ---------------------------------------------------
 
 
-def _cut(index: int, delta: TensorDelta, grid: Grid) -> Iterator[_Chunk]:
+def _cut(index: int, delta: TensorDelta, grid: Grid) -> list[_CutChunk]:
+    """The chunks of a tensor that have changes."""
     numbers, bounds, order, positions = grid.split(delta.indices)
     diffs = delta.diffs if grid.ascends else delta.diffs[order]
-    for number, start, stop in zip(numbers.tolist(), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        yield _Chunk(index, number, *grid.slices(number), positions[start:stop], diffs[start:stop])
+    return [
+        _CutChunk(index, number, *grid.slices(number), positions[start:stop], diffs[start:stop])
+        for number, start, stop in zip(numbers.tolist(), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ]
 
 
-def _rectangle(chunk: _Chunk, old: OldBits) -> kernels.Bits:
+def _sort(by: ClassMap | None, old: OldBits | None, classes: int, chunk: _CutChunk) -> _SortedChunk:
+    """Bring the changes into class order, and list their gaps. Without `old` all elements are of class 0."""
+    if by is None or old is None:
+        counts = one_class(classes, len(chunk.positions))
+        sizes = one_class(classes, (chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start))
+        ranks, diffs = chunk.positions, chunk.diffs
+    else:
+        sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, by)
+        counts, ranks, diffs = costs.by_class(classes, class_of, ranks, chunk.diffs)
+    listed, gaps, gap_cost = costs.list_gaps(counts, sizes, ranks)
+    return _SortedChunk(chunk.number, counts, sizes, diffs, listed, gaps, gap_cost)
+
+
+def _rectangle(chunk: _CutChunk, old: OldBits) -> kernels.Bits:
     bits = old.rectangle(chunk.index, chunk.rows, chunk.cols)
     if bits is None:
         raise ValueError(f"the old weights of tensor {chunk.index} are needed to encode its changes")
     return bits
 
 
-def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
+def _lowest_class(dtype: str, chunks: Sequence[_CutChunk], old: OldBits | None, classes: int) -> int:
     """Exponent of class 0. Few changes (0.2 %) lie above the octave that the highest class begins with.
 
-    Where changes do not thin out towards it, but end with it (a first step from a bf16 checkpoint), it begins with the
-    octave above.
+    If changes do not thin out towards it, but end with it (a first step from a bf16 checkpoint), the highest class
+    begins with the octave above. Without `old` no exponent is above class 0.
     """
+    if old is None:
+        return 0 if classes == 1 else ClassMap.of(dtype, 0).mask
     any_map = ClassMap.of(dtype, 0)
 
-    def exponents(chunk: _Chunk) -> np.ndarray:
+    def exponents(chunk: _CutChunk) -> np.ndarray:
         step = -(-len(chunk.positions) // _SAMPLE)
         found = any_map.exponents(kernels.gather(_rectangle(chunk, old), chunk.positions[::step]))
         return np.bincount(found, minlength=256) * step
@@ -161,32 +220,24 @@ def _lowest_class(dtype: str, chunks: Sequence[_Chunk], old: OldBits) -> int:
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
-def _look(
-    classes: ClassMap | None, old: OldBits | None, count: int, chunk: _Chunk, totals: tuple[np.ndarray, ...]
-) -> None:
-    """Bring the changes into class order, find what their gaps cost, and count their magnitudes in `totals`."""
-    if classes is None or old is None:
-        chunk.counts = one_class(count, len(chunk.positions))
-        chunk.sizes = one_class(count, (chunk.rows.stop - chunk.rows.start) * (chunk.cols.stop - chunk.cols.start))
-    else:
-        chunk.sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, classes)
-        chunk.counts, chunk.positions, chunk.diffs = streams.by_class(CLASSES, class_of, ranks, chunk.diffs)
-    (magnitudes,) = totals
-    chunk.listed, chunk.gaps, chunk.gap_cost = streams.look(
-        chunk.counts, chunk.sizes, chunk.positions, chunk.diffs, magnitudes
-    )
+# --- 2: the code parameters with the fewest bits ----------------------------------------------------
 
 
-def _fit(low: int, chunks: Sequence[_Chunk], magnitudes: np.ndarray, width: int) -> Book:
-    """The code parameters with the fewest bits; orders of the row columns are fitted later."""
+def _fit(low: int, chunks: Sequence[_SortedChunk], width: int) -> Book:
+    """The code book for these chunks. Orders of the row columns are fitted later, to the rows that are written."""
     count = len(chunks[0].counts)
     codes = np.full((count, 3 + MAX_PLANES), NO_PLANE, np.uint8)
     codes[:, GAP] = np.argmin(np.sum([chunk.gap_cost for chunk in chunks], axis=0), axis=1)
+    (magnitudes,) = add_up(
+        lambda chunk, totals: costs.magnitude_counts(chunk.counts, chunk.diffs, *totals),
+        chunks,
+        lambda: (np.zeros((count, costs.MAGNITUDES), np.int64),),
+    )
     codes[:, USUAL] = np.maximum(1, np.argmax(magnitudes[:, : 1 << (width - 1)], axis=1))
     found, beyond = add_up(
-        lambda chunk, totals: streams.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL], *totals),
+        lambda chunk, totals: costs.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL], *totals),
         chunks,
-        lambda: (np.zeros((count, streams.DISTANCES), np.int64), np.zeros((2, count, MAX_K + 1), np.int64)),
+        lambda: (np.zeros((count, costs.DISTANCES), np.int64), np.zeros((2, count, MAX_K + 1), np.int64)),
     )
     lists = np.sum([chunk.counts > 0 for chunk in chunks], axis=0)
     for c in range(count):
@@ -195,12 +246,12 @@ def _fit(low: int, chunks: Sequence[_Chunk], magnitudes: np.ndarray, width: int)
 
 
 def _fit_magnitudes(found: np.ndarray, beyond: np.ndarray, lists: int, width: int) -> np.ndarray:
-    """How to code the distances of one class: uint8[1 + MAX_PLANES], the tail and the planes.
+    """The code of the distances of one class: uint8[1 + MAX_PLANES], the tail and the planes.
 
     Args:
-        found: how often each distance occurs.
-        beyond: int64[2, MAX_K + 1], what larger distances cost in an Exp-Golomb or Rice code.
-        lists: number of chunks, each of which has a list in every plane.
+        found: int64[DISTANCES], number of changes with each distance.
+        beyond: int64[2, MAX_K + 1], bits of larger distances in an Exp-Golomb or Rice code.
+        lists: number of chunks. Each has a list in every plane.
     """
     code = np.full(1 + MAX_PLANES, NO_PLANE, np.uint8)
     best, spent, chosen = np.inf, 0.0, 0
@@ -221,7 +272,7 @@ def _fit_magnitudes(found: np.ndarray, beyond: np.ndarray, lists: int, width: in
 
 def _tail_bits() -> np.ndarray:
     """int64[2, MAX_K + 1, DISTANCES]: bits of a number in an Exp-Golomb and in a Rice code of every parameter."""
-    k, values = np.arange(MAX_K + 1)[:, None], np.arange(streams.DISTANCES)
+    k, values = np.arange(MAX_K + 1)[:, None], np.arange(costs.DISTANCES)
     exp_golomb = 2 * np.floor(np.log2(values + (1 << k))).astype(np.int64) - k + 1
     return np.stack([exp_golomb, (values >> k) + k + 1])
 
@@ -230,7 +281,7 @@ _TAIL_BITS = _tail_bits()
 
 
 def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
-    """(bits, code) of a plane in which `ending` of `left` changes end: these are listed, or the others."""
+    """(bits, code) of a plane in which `ending` of `left` changes end: it lists either these, or the others."""
     options = []
     for listed, flag in ((left - ending, LIST_REST), (ending, 0)):
         share = listed / left
@@ -246,37 +297,42 @@ def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
 def _best_tail(found: np.ndarray, beyond: np.ndarray, width: int) -> tuple[float, int]:
     """(bits, code) of distances, counted from the first that no plane ends."""
     orders = min(width, MAX_K) + 1
-    costs = beyond[:, :orders] + _TAIL_BITS[:, :orders, : len(found)] @ found
-    kind, k = divmod(int(np.argmin(costs)), costs.shape[1])
-    return float(costs[kind, k]), k | (RICE if kind else 0)
+    bits = beyond[:, :orders] + _TAIL_BITS[:, :orders, : len(found)] @ found
+    kind, k = divmod(int(np.argmin(bits)), bits.shape[1])
+    return float(bits[kind, k]), k | (RICE if kind else 0)
 
 
-def _finish(book: Book, chunk: _Chunk) -> None:
-    """Choose the shift of a chunk, and write it."""
-    chunk.shift, chunk.payload = streams.finish(
+def _fit_orders(chunks: Sequence[_WrittenChunk], count: int) -> np.ndarray:
+    """uint8[count], the Exp-Golomb orders of the columns of these chunks' rows."""
+    if not chunks:
+        return np.zeros(count, np.uint8)
+    rows = _rows(chunks)
+    return np.array([np.argmin(costs.exp_golomb_cost(rows[:, c].copy())) for c in range(count)], np.uint8)
+
+
+# --- 3: each chunk as bits --------------------------------------------------------------------------
+
+
+def _write(book: Book, chunk: _SortedChunk) -> _WrittenChunk:
+    shift, payload = streams.write(
         chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.gap_cost, chunk.diffs, book.codes
     )
+    return _WrittenChunk(chunk.number, chunk.counts, shift, payload)
 
 
-def _rows(chunks: Sequence[_Chunk]) -> np.ndarray:
+def _rows(chunks: Sequence[_WrittenChunk]) -> np.ndarray:
     """int64[chunks, classes + FIELDS]: the columns of their rows."""
-    rest = np.array([[c.shift, len(c.payload)] for c in chunks], np.int64).reshape(-1, FIELDS)
+    rest = np.array([[chunk.shift, len(chunk.payload)] for chunk in chunks], np.int64).reshape(-1, FIELDS)
     rest[:, SHIFT] = zigzag(rest[:, SHIFT])
-    return np.concatenate([np.array([c.counts for c in chunks], np.int64), rest], axis=1)
+    return np.concatenate([np.array([chunk.counts for chunk in chunks], np.int64), rest], axis=1)
 
 
-def _fit_orders(book: Book, chunks: Sequence[_Chunk]) -> None:
-    if chunks:
-        rows = _rows(chunks)
-        for column in range(rows.shape[1]):
-            book.orders[column] = np.argmin(streams.exp_golomb_cost(rows[:, column].copy()))
-
-
-def _is_larger_than_dense(chunks: Sequence[_Chunk], spec: TensorSpec) -> bool:
+def _is_larger_than_dense(chunks: Iterable[_WrittenChunk], spec: TensorSpec) -> bool:
     return sum(len(chunk.payload) + chunk.counts.nbytes // 4 + 8 for chunk in chunks) > spec.nbytes
 
 
 def _dense(spec: TensorSpec, delta: TensorDelta) -> np.ndarray:
+    """uint8[bytes]: the difference of every element."""
     dense = np.zeros(spec.numel, delta.diffs.dtype.newbyteorder("<"))
     dense[delta.indices] = delta.diffs
     return dense.view(np.uint8)

@@ -18,7 +18,7 @@ EXTRAS_READY := $(EXTRAS)/.ready
 
 # Tests run in this many processes: one per core of the smallest machine that is supported.
 JOBS   ?= 2
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n $(JOBS)
 
 # One thread per process: trainer, server and tests share few cores, and spinning OpenMP threads cost a factor of 40 here.
 export OMP_NUM_THREADS ?= 1
@@ -95,7 +95,7 @@ test-matrix: $(READY)
 
 # The older end of the supported vLLM range; make test has the newer one.
 test-versions: $(OLD_READY)
-	$(OLD)/bin/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "server and not long" $(ON_VLLM) $(ARGS)
+	$(OLD)/bin/pytest -n $(JOBS) -m "server and not long" $(ON_VLLM) $(ARGS)
 
 # The older end of the supported TRL range; make test has the newer one.
 test-trl: $(READY) $(OLD_TRL)

@@ -1,6 +1,8 @@
 """Fixtures of all tests, and the order in which tests run."""
 
 from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 import torch
@@ -13,36 +15,57 @@ settings.register_profile("hubsync", deadline=None)
 settings.load_profile("hubsync")
 
 
-# Groups of tests that take a minute or more on two cores, the longest first.
-_LONG_GROUPS = ("test_chaos", "served", "test_extension", "test_lora_server", "test_async_grpo", "test_doctor")
+# --- several processes: `pytest -n 2` ------------------------------------------------------------------
+
+# Files whose tests share a server (session fixtures), and therefore run in one process.
+_SHARED = {
+    "test_end_to_end": "served",
+    "test_reference": "served",
+}
+
+# Groups that take a minute or more on two cores, the longest first.
+_LONG_GROUPS = ("test_extension", "test_lora_server", "served", "test_commits", "test_async_grpo", "test_doctor")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def _group_of(nodeid: str) -> str:
+    """The tests that run in one process: those of a file, which share fixtures, or of several files."""
+    file = PurePosixPath(nodeid.split("::")[0])
+    if file.stem == "test_chaos":  # these start processes of their own, and share nothing
+        return nodeid
+    return _SHARED.get(file.stem, file.stem if file.parent.name == "servers" else str(file))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives whole groups to processes, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for pytest-xdist (`--dist loadgroup`), and start the longest groups first.
-
-    A group runs in one process. Tests of one file are a group, because they share fixtures; tests marked
-    `xdist_group` share a server across files. Long groups first, so that all processes end at about the same time.
-    """
+    """The longest groups first, so that all processes end at about the same time."""
+    kinds: dict[str, set[str]] = {}
     for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_default_group(item)))
-    items.sort(key=_start_order)
+        marks = [mark for mark in ("server", "slow") if item.get_closest_marker(mark)]
+        kinds.setdefault(_group_of(item.nodeid), set()).update(marks)
+
+    def order(item: pytest.Item) -> tuple[int, str]:
+        group = _group_of(item.nodeid)
+        if group in _LONG_GROUPS:
+            return _LONG_GROUPS.index(group), group
+        kind = 0 if "server" in kinds[group] else 1 if "slow" in kinds[group] else 2
+        return len(_LONG_GROUPS) + kind, group
+
+    items.sort(key=order)
 
 
-def _default_group(item: pytest.Item) -> str:
-    """The file, in two halves where only some of its tests start a server."""
-    return item.path.stem if item.get_closest_marker("server") else f"{item.path.parent.name}/{item.path.stem}"
-
-
-def _start_order(item: pytest.Item) -> tuple[int, str]:
-    marker = item.get_closest_marker("xdist_group")
-    assert marker is not None
-    group = marker.args[0]
-    if group in _LONG_GROUPS:
-        return _LONG_GROUPS.index(group), group
-    kind = next((rank for rank, mark in enumerate(("server", "slow")) if item.get_closest_marker(mark)), 2)
-    return len(_LONG_GROUPS) + kind, group
+# --- fixtures ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

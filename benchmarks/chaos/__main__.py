@@ -33,9 +33,14 @@ def main() -> int:
 
     began = time.monotonic()
     prepare()
-    seeds = [arguments.only] if arguments.only is not None else range(arguments.seed, arguments.seed + arguments.runs)
+    seeds = arguments.only or range(arguments.seed, arguments.seed + arguments.runs)
     outcomes = []
-    manner = Manner(plant=arguments.plant, endless=arguments.endless, vllm=arguments.vllm)
+    manner = Manner(
+        plant=arguments.plant,
+        endless=arguments.endless,
+        vllm=arguments.vllm,
+        cover=arguments.runs if arguments.cover else 0,
+    )
     for outcome in play_all(seeds, arguments.jobs, root, manner):
         outcomes.append(outcome)
         if not arguments.json:
@@ -77,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=50, help="histories, one for each seed")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument(
-        "--only", type=int, metavar="SEED", help="the script of one seed again; moments of kills differ"
+        "--only", type=int, nargs="+", metavar="SEED", help="the scripts of these seeds; moments of kills differ"
     )
+    parser.add_argument("--cover", action="store_true", help="share all kinds of events among the histories, each once")
     parser.add_argument("--jobs", type=int, default=4 * (os.cpu_count() or 1), help="histories at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     parser.add_argument("--kinds", action="store_true", help="list the kinds of events as JSON, and play nothing")

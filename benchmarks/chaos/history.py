@@ -137,7 +137,7 @@ class History:
         self.heal_hub()
         final = self.publish_change()
         followed = {follower.details["beside"] for follower in self.followers}
-        present = [*self.replicas, self.join("joiner")]
+        present = [*self.replicas, *([] if self.setup.vllm else [self.join("joiner")])]
         for replica in present:
             answer = self.await_follower(replica, final) if replica.name in followed else self.follow(replica)
             for _ in range(2):

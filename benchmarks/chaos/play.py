@@ -32,7 +32,7 @@ from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.live import published_tensors, table_of
 
 from .actors import PID_FILE, Report, end_group
-from .events import ENDLESS, EVENTS, SIGNED
+from .events import ENDLESS, EVENTS, SIGNED, Event
 from .history import Divergence, History
 from .model import Policy, served
 
@@ -64,6 +64,24 @@ class Outcome:
         return self.divergence is None and self.failure is None
 
 
+@dataclass
+class Script:
+    """The events of a history: what it promises to show, and others. `on` is its storage, "hub" or "directory"."""
+
+    on: str
+    promised: list[Event]
+    others: list[Event] = field(default_factory=list)
+
+
+def _shares(count: int) -> list[Script]:
+    """Deal all kinds of events to so many histories, every third one on a directory."""
+    scripts = [Script("directory" if number % 3 == 2 else "hub", []) for number in range(count)]
+    for event in sorted(EVENTS.values(), key=lambda event: len(event.on)):
+        able = [script for script in scripts if script.on in event.on]
+        min(able, key=lambda script: len(script.promised)).promised.append(event)
+    return scripts
+
+
 @dataclass(frozen=True)
 class Manner:
     """How histories are played.
@@ -72,17 +90,28 @@ class Manner:
         plant: flip a bit of a replica after its last verification.
         endless: each has a fault of the Hub that outlasts all tries, one kind after the other.
         vllm: replicas are real vLLM servers.
+        cover: this many histories share all kinds of events, and have no others; 0 for random events.
     """
 
     plant: bool = False
     endless: bool = False
     vllm: bool = False
+    cover: int = 0
 
-    def others(self, chance: random.Random) -> int:
-        """Events besides the one that a history promises. More where it takes long to start a server."""
+    def script(self, seed: int, chance: random.Random) -> Script:
+        """The events of a history. The seed chooses the event that it promises; the others are random."""
+        if self.cover:
+            return _shares(self.cover)[seed % self.cover]
+        promised = list((ENDLESS if self.endless else EVENTS).values())
+        must = promised[seed % len(promised)]
+        on = chance.choice(must.on)
+        others = [event for event in EVENTS.values() if on in event.on]
+        return Script(on, [must], chance.choices(others, k=self._others(chance)))
+
+    def _others(self, chance: random.Random) -> int:
         if self.endless:
             return 0
-        return chance.randint(7, 10) if self.vllm else chance.randint(2, 4)
+        return chance.randint(7, 10) if self.vllm else chance.randint(2, 4)  # it takes long to start a server
 
     @property
     def deadline_s(self) -> float:
@@ -176,19 +205,17 @@ def _play(seed: int, home: Path, manner: Manner, pipe: Connection) -> None:
 
 def _play_script(seed: int, home: Path, manner: Manner, outcome: Outcome) -> None:
     chance = random.Random(seed)
-    promised = list((ENDLESS if manner.endless else EVENTS).values())
-    must = promised[seed % len(promised)]
-    on = chance.choice(must.on)
-    others = [event for event in EVENTS.values() if on in event.on]
-    script = [must, *chance.choices(others, k=manner.others(chance))]
-    chance.shuffle(script)
-    history = History(seed, home, on, signed=must.kind in SIGNED, hurried=manner.endless, vllm=manner.vllm)
+    script = manner.script(seed, chance)
+    events = [*script.promised, *script.others]
+    chance.shuffle(events)
+    signed = any(event.kind in SIGNED for event in script.promised)
+    history = History(seed, home, script.on, signed=signed, hurried=manner.endless, vllm=manner.vllm)
     outcome.loud, outcome.out_of_service = history.loud, history.out_of_service
     try:
         history.begin()
-        for number, event in enumerate(script):
+        for number, event in enumerate(events):
             # What every run of so many seeds promises to show gets another try where it found nothing to strike.
-            for attempt in range(4 if event is must else 1):
+            for attempt in range(4 if event in script.promised else 1):
                 # By moments of kills events may take more or fewer decisions: those of later ones are the same.
                 history.chance = random.Random(f"{seed}/{number}/{attempt}")
                 history.say(f"--- {event.kind}")

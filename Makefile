@@ -24,7 +24,7 @@ PYTEST := $(BIN)/pytest -n $(JOBS)
 export OMP_NUM_THREADS ?= 1
 
 # Tests that need vLLM and no TRL.
-ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py
+ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py tests/servers/test_parallel_engines.py
 
 # Tests that use a GPU where there is one, and the Python whose torch sees it.
 ON_GPU     := tests/kernels tests/apply/test_applier.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py

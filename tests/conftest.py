@@ -21,10 +21,14 @@ settings.load_profile("hubsync")
 _SHARED = {
     "test_end_to_end": "served",
     "test_reference": "served",
+    "test_commits": "site",
+    "test_pull": "site",
+    "test_sampler_vllm": "site",
+    "test_turns": "site",
 }
 
 # Groups that take a minute or more on two cores, the longest first.
-_LONG_GROUPS = ("test_extension", "test_lora_server", "served", "test_commits", "test_async_grpo", "test_doctor")
+_LONG_GROUPS = ("test_extension", "test_lora_server", "site", "served", "test_async_grpo", "test_doctor")
 
 
 def _group_of(nodeid: str) -> str:

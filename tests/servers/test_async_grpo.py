@@ -137,7 +137,7 @@ def test_the_range_of_versions_is_logged(training: Training) -> None:
     assert all(0 <= row["weight_sync/version_min"] <= row["weight_sync/version_max"] for row in rows)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_each_of_two_ranks_publishes_what_it_owns_and_gathers_nothing(
     how: str, policy: Policy, training: Training, tmp_path: Path
 ) -> None:

@@ -1,18 +1,13 @@
-"""The promises, on a real vLLM server, a real bucket protocol and a training loop. Needs minutes: `-m server`."""
+"""The promises of docs/DESIGN.md, on a real vLLM server, a real bucket protocol and a training loop."""
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 import transformers
 
@@ -35,23 +30,16 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 from tests.support.fixtures_server import Served
 from tests.support.models import CONFIGS, save
+from tests.support.site import client, generate, wait_running
 
 pytestmark = pytest.mark.server
 
-# One short, and one longer than a block of the prefix cache, so that stale keys and values would be seen.
+# One short, and one longer than a block of the prefix cache, so that stale keys and values would show.
 PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
 
 
-def generate(url: str, tokens: int) -> dict:
-    """A sampled continuation of a fixed prompt that ends after exactly `tokens` tokens."""
-    request = {"token_ids": list(range(5, 25)), "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
-    answer = httpx.post(f"{url}/inference/v1/generate", json=request, timeout=120)
-    answer.raise_for_status()
-    return answer.json()["choices"][0]
-
-
 def assert_whole(server: VLLMServer, position: Position) -> None:
-    """Running, at `position`, labelled so, its live weights proven by digest, and no window left open."""
+    """Running, verified at `position` and labelled so, with no commit window left open."""
     replica = Replica(server)
     replica.wait_verified(position)
     assert replica.status().window is None
@@ -72,7 +60,7 @@ def test_every_step_of_a_training_loop_arrives_bit_for_bit(served: Served) -> No
 
 @dataclass
 class Stranger:
-    """A server of an anchor of the run, that is told to follow another run."""
+    """A server of an anchor of the run, whose pinned bucket is another run's."""
 
     url: str
     address: str
@@ -122,10 +110,9 @@ def test_a_server_only_attaches_to_a_run_that_its_weights_belong_to(
 def test_requests_in_flight_finish_and_report_both_versions(served: Served) -> None:
     served.engine.sync()
     old, tokens, answers = served.engine.position.version, 400, []
-    request = threading.Thread(target=lambda: answers.append(generate(served.url, tokens)))
+    request = threading.Thread(target=lambda: answers.append(generate(served.url, list(range(5, 25)), tokens)))
     request.start()
-    while _running_requests(served.url) == 0:
-        time.sleep(0.01)
+    wait_running(served.url)
     served.train()
     served.engine.sync()
     request.join()
@@ -133,11 +120,6 @@ def test_requests_in_flight_finish_and_report_both_versions(served: Served) -> N
     assert [span["version"] for span in spans] == [str(old), str(old + 1)]
     assert (spans[0]["start"], spans[-1]["end"], spans[0]["end"]) == (0, tokens, spans[1]["start"])
     assert len(answers[0]["token_ids"]) == tokens
-
-
-def _running_requests(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +131,7 @@ def test_a_client_killed_in_the_commit_window_leaves_a_server_that_the_next_one_
 ) -> None:
     old = served.engine.position
     new = publish(served)
-    killed = subprocess.run([sys.executable, "-c", KILLED, served.url, str(new.version), new.digest, step], timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    assert client(served.url, [new], step).wait(timeout=120) == -signal.SIGKILL
     assert served.replica.status().window.position == new
 
     assert served.replica.recover()
@@ -159,39 +140,12 @@ def test_a_client_killed_in_the_commit_window_leaves_a_server_that_the_next_one_
     assert_whole(served.server, new)
 
 
-# A client that stages and commits, and is killed right after the call that is named on its command line.
-KILLED = """
-import os, signal, sys
-from hubsync.format.manifest import Position
-from hubsync.replicas.vllm_http import VLLMServer
-from hubsync.replicas.replica import Replica
-
-url, version, digest, step = sys.argv[1:]
-server = VLLMServer(url)
-replica, position = Replica(server, pause=True), Position(int(version), digest)
-replica.wait_staged(position)
-
-def then_die(call, name=None):
-    def wrapper(*args):
-        result = call(*args)
-        if step in (name, *args):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return wrapper
-
-server.rpc = then_die(server.rpc)
-server.pause = then_die(server.pause, "pause")
-server.resume = then_die(server.resume, "resume")
-replica.commit(position)
-"""
-
-
 def publish(served: Served) -> Position:
     served.train()
     return served.engine.publish().result().position
 
 
-def test_a_corrupted_part_is_refused_while_the_old_weights_go_on(
+def test_a_corrupted_part_is_refused_while_the_old_weights_serve(
     served: Served, local_hub: LocalHub, tmp_path: Path
 ) -> None:
     served.engine.sync()
@@ -243,23 +197,13 @@ def test_a_server_goes_back_to_an_older_version_on_request(served: Served, tmp_p
     assert_whole(served.server, served.engine.position)
 
 
-def test_a_server_without_the_extension_is_told_apart(served: Served) -> None:
+def test_a_server_without_the_extension_is_reported(served: Served) -> None:
     with pytest.raises(ReplicaUnsuitable, match="worker-extension-cls"):
         served.server.rpc("hubsync_of_another_extension")
 
 
 @pytest.mark.long
-def test_a_server_that_is_not_in_development_mode_is_told_so(served: Served, start_server: Callable[..., str]) -> None:
+def test_a_server_that_is_not_in_development_mode_is_reported(served: Served, start_server: Callable[..., str]) -> None:
     url = start_server(served.base, environment={"VLLM_SERVER_DEV_MODE": ""})
     with pytest.raises(ReplicaUnsuitable, match="VLLM_SERVER_DEV_MODE=1"):
         Replica(VLLMServer(url)).attach()
-
-
-def test_the_demo_trains_with_trl_and_is_exact(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "hubsync.cli.main", "demo", "--steps", "4"]
-    subprocess.run([*command, "--workdir", str(tmp_path / "work"), "--json", str(report)], check=True, timeout=900)
-    result = json.loads(report.read_text())
-    assert result["exact"]
-    assert result["commits"] == result["digest_matches"] == 4
-    assert result["payload_bytes"] < result["dense_bytes"] / 20

@@ -1,8 +1,8 @@
-"""Data parallel engines that share a model with experts: no engine's forward pass ends without the others'.
+"""Data parallel engines that share a model with experts: each forward pass is a collective of all engines.
 
-So a commit needs a pause, all workers of all engines vote together, and engines that a client has left paused must
-all find back by themselves. The experts are sliced: with whole experts in each engine (`--enable-expert-parallel`)
-vLLM's kernel for CPUs crashes.
+So a commit needs a pause, all workers of all engines vote together, and engines that a client left paused must all
+resume by themselves. The experts are sliced: with whole experts in each engine (`--enable-expert-parallel`) vLLM's
+kernel for CPUs crashes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hubsync.demo.compare import greedy
 from hubsync.errors import ReplicaRefused
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
-from tests.servers.test_commits import Site, client
 from tests.support.models import SIZES, save, save_tokenizer
 from tests.support.publisher import Publisher
+from tests.support.site import Site, client, core_per_worker
 
 pytestmark = pytest.mark.server
 
@@ -34,7 +34,7 @@ PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
 
 @pytest.fixture(scope="module")
 def lockstep(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root, cores = tmp_path_factory.mktemp("lockstep"), sorted(os.sched_getaffinity(0))
+    root = tmp_path_factory.mktemp("lockstep")
     sizes = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
     base = save(transformers.Qwen3MoeConfig(**SIZES, **sizes), root / "base")
     save_tokenizer(base)
@@ -43,9 +43,9 @@ def lockstep(start_server: Callable[..., str], tmp_path_factory: pytest.TempPath
         base,
         bucket=publisher.address,
         environment={
+            **core_per_worker(),
             "HUBSYNC_WINDOW_TIMEOUT": str(PATIENCE_S),
             "HUBSYNC_CACHE": str(root / "cache"),
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         },
         arguments=["--data-parallel-size", "2", "--worker-extension-cls", "tests.support.lockstep.LockstepExtension"],
@@ -70,11 +70,11 @@ def test_engines_in_lockstep_commit_in_a_window(lockstep: Site, kv_cache: str) -
 @pytest.mark.parametrize(("step", "commits"), [("pause", False), ("hubsync_commit", True)])
 def test_engines_in_lockstep_all_resume_by_themselves(lockstep: Site, step: str, commits: bool) -> None:
     old, new = lockstep.position, lockstep.publish()
-    assert client(lockstep, [new], step).wait(timeout=120) == -signal.SIGKILL
+    assert client(lockstep.url, [new], step).wait(timeout=120) == -signal.SIGKILL
     assert lockstep.server.is_paused()
     deadline = time.monotonic() + 30
     while lockstep.server.is_paused():
-        assert time.monotonic() < deadline, "nobody resumes it"
+        assert time.monotonic() < deadline, "the watchdog does not resume it"
         time.sleep(0.05)
     lockstep.assert_whole(new if commits else old)
     greedy(lockstep.url, PROMPTS)

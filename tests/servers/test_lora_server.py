@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hubsync.replicas.vllm_http import VLLMServer
 from tests.support.adapted import adapted, lora, train
 from tests.support.async_toy import digest_of, make_trainer, save_policy, without_gpu
 from tests.support.launched import launch
+from tests.support.site import core_per_worker
 
 pytestmark = pytest.mark.server
 
@@ -86,13 +86,12 @@ def expected(base: Path, adapter: Path | None, tokens: list[int] = PROMPT) -> to
 @pytest.fixture(scope="module")
 def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     base, cache = save_policy(tmp_path_factory.mktemp("base")), tmp_path_factory.mktemp("cache")
-    cores = sorted(os.sched_getaffinity(0))
     url = start_server(
         base,
         bucket=ADDRESS,
         environment={
+            **core_per_worker(),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
             "HUBSYNC_CACHE": str(cache),
         },
         arguments=[
@@ -251,7 +250,7 @@ def test_asynchronous_grpo_trains_an_adapter_and_its_samples_are_of_the_versions
     assert off < off_base / 5, "no more than the noise of bfloat16"
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_two_ranks_publish_the_adapter_that_they_train_each_a_part_of_it(how: str, site: Site, tmp_path: Path) -> None:
     before = site.position
     assert before is not None

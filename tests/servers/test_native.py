@@ -1,8 +1,7 @@
-"""vLLM's own weight transfer calls as the only way in: no worker extension, and two workers that must stay in step."""
+"""vLLM's own weight transfer calls alone: no worker extension, and two workers that must stay in step."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from hubsync.format.manifest import Position
 from hubsync.replicas.vllm_http import VLLMServer
 from tests.support.models import save_checkpoint, save_tokenizer
 from tests.support.publisher import Publisher, small_steps
+from tests.support.site import core_per_worker
 
 pytestmark = pytest.mark.server
 
@@ -21,7 +21,7 @@ PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
 
 
 class Native:
-    """A run, and a client of a server that knows nothing of hubsync."""
+    """A run, and a server with the weight transfer backend, driven by vLLM's own calls."""
 
     def __init__(self, publisher: Publisher, url: str):
         self.publisher = publisher
@@ -44,29 +44,29 @@ class Native:
 
 @pytest.fixture(scope="module")
 def native(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Native:
-    root, cores = tmp_path_factory.mktemp("native"), sorted(os.sched_getaffinity(0))
+    root = tmp_path_factory.mktemp("native")
     base = save_checkpoint("qwen3_tied", root / "base")
     save_tokenizer(base)
     publisher = Publisher(root, base)
     url = start_server(
         base,
         environment={
+            **core_per_worker(),
             "HUBSYNC_BUCKET": publisher.address,
             "HUBSYNC_CACHE": str(root / "cache"),
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
         },
         arguments=["--weight-transfer-config", '{"backend": "hubsync"}', "--tensor-parallel-size", "2"],
     )
     return Native(publisher, url)
 
 
-def test_versions_come_and_go_through_vllms_own_calls(native: Native) -> None:
+def test_vllms_own_calls_apply_versions_forward_and_back(native: Native) -> None:
     before = greedy(native.url, PROMPTS)
     assert native.call("init_weight_transfer_engine", init_info={}).is_success
     native.update(native.publisher.publish(1, small_steps))
     after = greedy(native.url, PROMPTS)
     assert after != before
-    native.update(native.publisher.publish(2, small_steps))  # the same bits again, of other elements
+    native.update(native.publisher.publish(2, small_steps))  # other elements
     native.update(native.publisher.positions[1])
     assert greedy(native.url, PROMPTS) == after
     native.update(native.publisher.positions[0])

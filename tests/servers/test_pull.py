@@ -1,4 +1,4 @@
-"""Real vLLM servers that pull: followers beside them, publishers that know of none, hosts that reach only the Hub."""
+"""Real vLLM servers that pull: followers, publishers that know no servers, hosts that reach only the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,23 +18,11 @@ import pytest
 
 from hubsync.localhub import LocalHub
 from hubsync.replicas.deployment import Deployment
-from tests.servers.test_commits import VERSIONS, Load, Site
 from tests.support.isolated import Gate, can_isolate
 from tests.support.models import save_checkpoint, save_tokenizer
-from tests.support.publisher import Publisher
+from tests.support.site import Load, Site
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture(scope="module")
-def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A run and a server of its version 0, which nobody has talked to yet."""
-    root = tmp_path_factory.mktemp("pull")
-    base = save_checkpoint("qwen3_tied", root / "base")
-    save_tokenizer(base)
-    publisher = Publisher(root, base)
-    arguments = ["--enable-scale-out"] if VERSIONS else []
-    return Site(publisher, start_server(base, bucket=publisher.address, arguments=arguments))
 
 
 @contextmanager
@@ -55,7 +43,7 @@ def commits(output: IO[str] | None) -> Iterator[dict[str, Any]]:
     return (event for event in events if event["event"] == "commit")
 
 
-def test_a_follower_brings_every_version_of_a_publisher_that_does_not_know_it(site: Site) -> None:
+def test_a_follower_commits_every_version_of_a_publisher_that_does_not_know_it(site: Site) -> None:
     with following(site) as follower, Load(site.url):
         seen = commits(follower.stdout)
         for _ in range(3):
@@ -67,7 +55,7 @@ def test_a_follower_brings_every_version_of_a_publisher_that_does_not_know_it(si
         site.assert_whole(position)
 
 
-def test_a_killed_follower_started_again_catches_up_in_one_commit(site: Site) -> None:
+def test_a_restarted_follower_catches_up_in_one_commit(site: Site) -> None:
     with following(site) as follower:
         site.publish()
         next(commits(follower.stdout))
@@ -79,7 +67,7 @@ def test_a_killed_follower_started_again_catches_up_in_one_commit(site: Site) ->
     site.assert_whole(position)
 
 
-def test_a_publisher_that_pushes_and_two_followers_bring_the_server_to_the_same_version(site: Site) -> None:
+def test_a_pushing_publisher_and_two_followers_bring_the_server_to_the_same_version(site: Site) -> None:
     deployment = Deployment([site.url])
     with following(site), following(site), Load(site.url):
         for _ in range(5):
@@ -90,7 +78,7 @@ def test_a_publisher_that_pushes_and_two_followers_bring_the_server_to_the_same_
     deployment.close()
 
 
-def test_a_follower_goes_back_with_what_is_to_be_served_and_forward_again(site: Site) -> None:
+def test_a_follower_goes_back_with_the_served_version_and_forward_again(site: Site) -> None:
     older, newest = site.publish(), site.publish()
     with following(site) as follower, Load(site.url):
         seen = commits(follower.stdout)
@@ -108,7 +96,7 @@ def test_a_follower_goes_back_with_what_is_to_be_served_and_forward_again(site: 
 # --- hosts that reach only the Hub
 
 
-# A server and its follower on one host, until its input ends; the server is started anew when a line comes in.
+# A server and its follower on one host, until the input ends. A line of input restarts the server.
 HOST = """
 import subprocess, sys
 from pathlib import Path
@@ -134,7 +122,7 @@ server.stop()
 sys.exit(follower.wait())
 """
 
-# A training process: publishes three steps, and says which version and digest it has come to.
+# A training process: publishes three steps, and prints the version and digest of the last.
 TRAINER = """
 import json, sys
 import torch, transformers
@@ -150,7 +138,7 @@ with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=sys.argv[2])) as e
     print(json.dumps([engine.position.version, engine.position.digest]))
 """
 
-needs_isolation = pytest.mark.skipif(not can_isolate(), reason="this machine makes no network namespaces")
+needs_isolation = pytest.mark.skipif(not can_isolate(), reason="network namespaces cannot be created on this machine")
 
 
 @pytest.fixture
@@ -161,7 +149,7 @@ def gate(hub_process: LocalHub, tmp_path: Path) -> Iterator[Gate]:
 
 @needs_isolation
 def test_an_isolated_host_reaches_the_hub_and_nothing_else(gate: Gate, hub_process: LocalHub) -> None:
-    """What the next test rests on."""
+    """The next test relies on this."""
     reach = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])))"
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         ports = {"hub": urlsplit(hub_process.url).port, "elsewhere": elsewhere.getsockname()[1]}
@@ -176,7 +164,7 @@ def test_an_isolated_host_reaches_the_hub_and_nothing_else(gate: Gate, hub_proce
 def test_hosts_that_reach_only_the_hub_train_and_serve(
     gate: Gate, hub_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """The trainer on one host, the server and its follower on another; and the server comes back after a restart."""
+    """The trainer on one host, the server and its follower on another. The server restarts once, and follows again."""
     base, address = save_checkpoint("qwen3_tied", tmp_path / "base"), "hf://buckets/me/pull/run"
     save_tokenizer(base)
     environment = {**os.environ, **hub_environment, "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -11,7 +11,7 @@ import pytest
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
 from hubsync.lifecycle.rollouts.window import AdaptiveWindow
 from hubsync.replicas.replica import Replica
-from tests.servers.test_commits import VERSIONS, Site, make_site, running_requests
+from tests.support.site import REPORTS_VERSIONS, Site, make_site, metric
 
 pytestmark = pytest.mark.server
 
@@ -19,23 +19,18 @@ PROMPTS = [[5] * 20, [6] * 20, [7] * 20, [8] * 20]
 
 
 @pytest.fixture(scope="module")
-def site(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return make_site(tmp_path_factory.mktemp("site"), start_server, arguments=["--enable-scale-out"])
-
-
-@pytest.fixture(scope="module")
 def site_without_scale_out(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A server that tells no spans, and runs no more than 8 requests at once."""
+    """A server that does not report spans, and runs no more than 8 requests at once."""
     return make_site(tmp_path_factory.mktemp("site"), start_server, arguments=["--max-num-seqs", "8"])
 
 
 async def samples_around_a_commit(site: Site, sampler: Sampler) -> list[Sample]:
-    """Eight at once, and more after them; the commit happens while the first ones run."""
+    """Eight samples at once, and more after them. The commit happens while the first ones run."""
     new, replica = site.publish(), Replica(site.server)
     await asyncio.to_thread(replica.wait_staged, new)
 
     async def commit() -> None:
-        while not await asyncio.to_thread(running_requests, site.url):
+        while not await asyncio.to_thread(metric, site.url, "num_requests_running"):
             await asyncio.sleep(0.01)
         await asyncio.to_thread(replica.commit, new)
 
@@ -46,8 +41,8 @@ async def samples_around_a_commit(site: Site, sampler: Sampler) -> list[Sample]:
     return samples
 
 
-@pytest.mark.skipif(not VERSIONS, reason="this vLLM does not tell which weights made which tokens")
-def test_samples_say_which_version_made_which_tokens_across_a_commit(site: Site) -> None:
+@pytest.mark.skipif(not REPORTS_VERSIONS, reason="this vLLM does not report which weights made which tokens")
+def test_samples_report_which_version_made_which_tokens_across_a_commit(site: Site) -> None:
     async def check() -> list[Sample]:
         async with Sampler([site.url], window=AdaptiveWindow(initial_window=8, max_window=8)) as sampler:
             return await samples_around_a_commit(site, sampler)
@@ -66,11 +61,11 @@ def test_samples_say_which_version_made_which_tokens_across_a_commit(site: Site)
         assert ends[-1] == len(sample.token_ids) == len(sample.logprobs or ()) == 300
     assert (old, new) in {(sample.min_version, sample.max_version) for sample in samples}
     assert (new, new) in {(sample.min_version, sample.max_version) for sample in samples}
-    assert len({sample.token_ids for sample in samples}) == len(samples), "each has a seed of its own"
+    assert len({sample.token_ids for sample in samples}) == len(samples), "each sample has its own seed"
 
 
-@pytest.mark.skipif(not VERSIONS, reason="token ids alone, before vLLM 0.32")
-def test_text_is_tokenized_and_comes_back_as_text(site: Site) -> None:
+@pytest.mark.skipif(not REPORTS_VERSIONS, reason="only token ids, before vLLM 0.32")
+def test_a_text_prompt_is_answered_with_text(site: Site) -> None:
     async def check() -> Sample:
         async with Sampler([site.url], window=1) as sampler:
             return await anext(sampler.sample(["the lazy dog"], 1, max_tokens=8))
@@ -80,7 +75,10 @@ def test_text_is_tokenized_and_comes_back_as_text(site: Site) -> None:
     assert sample.min_version == sample.max_version == site.position.version
 
 
-def test_without_scale_out_the_versions_before_and_after_bound_what_made_a_sample(site_without_scale_out: Site) -> None:
+@pytest.mark.long
+def test_without_scale_out_the_versions_before_and_after_a_sample_bound_its_version(
+    site_without_scale_out: Site,
+) -> None:
     site = site_without_scale_out
 
     async def check() -> list[Sample]:
@@ -97,16 +95,18 @@ def test_without_scale_out_the_versions_before_and_after_bound_what_made_a_sampl
     assert all(sample.spans == () and len(sample.token_ids) == 300 for sample in samples)
 
 
-def test_the_window_comes_down_to_what_the_server_can_run_and_stays_about_there(site_without_scale_out: Site) -> None:
+@pytest.mark.long
+def test_the_window_adapts_to_what_the_server_can_run(site_without_scale_out: Site) -> None:
     url, sizes = site_without_scale_out.url, []
 
     async def check() -> None:
-        window = AdaptiveWindow(initial_window=32, prefill_queue_target=600.0)  # by its queue alone: machines are slow
+        # The length of the queue alone decides: on a slow machine every request takes long.
+        window = AdaptiveWindow(initial_window=32, prefill_queue_target=600.0)
         async with Sampler([url], window=window, poll_s=0.2) as sampler:
-            # Long answers: the engine must be slower than the way to it.
+            # Long answers, so that the engine is slower than the requests to it.
             async for _ in sampler.sample(PROMPTS, 30, max_tokens=400, ignore_eos=True):
                 sizes.append(sampler.windows[url])
 
     asyncio.run(check())
     assert len(sizes) == 120
-    assert 4 <= statistics.median(sizes[60:]) <= 20, "8 run and 4 may wait; it halves above, and grows below"
+    assert 4 <= statistics.median(sizes[60:]) <= 20, "8 run, 4 may wait: it halves above, and grows below"

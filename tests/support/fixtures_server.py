@@ -21,8 +21,12 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 
 from .fixtures_hub import TOKEN
+from .site import SCALE_OUT, Site, make_site
 
-WINDOW_TIMEOUT_S = 4.0  # of `served`: short enough to be waited for, long enough for another client to come first
+# How long a commit window may stay open. Of `served`: short enough to wait for, long enough for another client to come
+# first. Of `site`, where the watchdog is to come first: as short as a commit on a busy machine allows.
+WINDOW_TIMEOUT_S = 4.0
+SITE_WINDOW_TIMEOUT_S = 2.0
 
 
 @dataclass
@@ -117,3 +121,21 @@ def served(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
         with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
             engine.sync()  # the server finds its place
             yield Served(base, address, url, model, engine, hub_environment)
+
+
+@pytest.fixture(scope="session")
+def _shared_site(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with _servers(tmp_path_factory) as start:
+        yield make_site(
+            tmp_path_factory.mktemp("site"),
+            start,
+            environment={"HUBSYNC_WINDOW_TIMEOUT": str(SITE_WINDOW_TIMEOUT_S)},
+            arguments=["--weight-transfer-config", '{"backend": "hubsync"}', *SCALE_OUT],
+        )
+
+
+@pytest.fixture
+def site(_shared_site: Site) -> Site:
+    """One run and one server for all tests that ask for it, brought to the newest version."""
+    _shared_site.bring_to_newest()
+    return _shared_site

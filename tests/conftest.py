@@ -17,8 +17,13 @@ settings.load_profile("hubsync")
 
 # --- several processes: `pytest -n 2` ------------------------------------------------------------------
 
-# Files whose tests share a server (session fixtures), and therefore run in one process.
+# Files whose tests run in one process; most of them because they share a server (a session fixture).
 _SHARED = {
+    # Two workers that wait for each other by spinning take both cores: one such server at a time.
+    "test_lockstep": "two workers",
+    "test_lora_server": "two workers",
+    "test_native": "two workers",
+    "test_parallel_engines": "two workers",
     "test_end_to_end": "served",
     "test_reference": "served",
     "test_commits": "site",
@@ -28,20 +33,20 @@ _SHARED = {
 }
 
 # Groups that take a minute or more on two cores, the longest first.
-_LONG_GROUPS = ("test_extension", "test_lora_server", "site", "served", "test_async_grpo", "test_doctor")
+_LONG_GROUPS = ("two workers", "test_extension", "site", "served", "test_async_grpo", "test_doctor", "test_demo")
 
 
 def _group_of(nodeid: str) -> str:
-    """The tests that run in one process: those of a file, which share fixtures, or of several files."""
+    """The group of a test. A group runs in one process: the tests of one file, which share fixtures, or of several."""
     file = PurePosixPath(nodeid.split("::")[0])
-    if file.stem == "test_chaos":  # these start processes of their own, and share nothing
+    if file.stem == "test_chaos":  # its tests share nothing
         return nodeid
     return _SHARED.get(file.stem, file.stem if file.parent.name == "servers" else str(file))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives whole groups to processes, in the order of collection."""
+    """Distribute whole groups, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -53,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups first, so that all processes end at about the same time."""
+    """Run the longest groups first, so that all processes end at about the same time."""
     kinds: dict[str, set[str]] = {}
     for item in items:
         marks = [mark for mark in ("server", "slow") if item.get_closest_marker(mark)]

@@ -159,7 +159,7 @@ def _in_process() -> Iterator[None]:
         }.items():
             patch.setenv(key, value)
         # At the start of an engine, vLLM for CPUs visits every module and asks each object for its `__dict__`, which
-        # llvmlite's library handle answers with a function. A server starts before numba is imported, these tests after.
+        # llvmlite's library handle answers with a function. A server starts before numba is imported; these do not.
         ask = ffi._lib_wrapper.__getattr__
         patch.setattr(ffi._lib_wrapper, "__getattr__", lambda self, name: _no_dunder(name) or ask(self, name))
         yield

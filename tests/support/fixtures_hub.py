@@ -1,4 +1,4 @@
-"""Fixtures of everything that needs a bucket. The environment is set before anything imports huggingface_hub."""
+"""Fixtures for tests that need a bucket. The environment is set before anything imports huggingface_hub."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-# Nothing in the tests may reach the public Hub, send telemetry, or share a cache with it: hf_xet remembers by endpoint
-# what it has uploaded. It reads its settings once per process, so the retries are fast for all tests. Processes that a
-# test spawns inherit all this.
+# No test may reach the public Hub, send telemetry, or share a cache with it: hf_xet remembers uploads by endpoint. It
+# reads its settings once per process, so its retries are fast in all tests. Processes that a test spawns inherit this.
+# Each process of pytest-xdist has its own directory and its own Hub.
 if multiprocessing.parent_process() is None:
     _HOME = tempfile.TemporaryDirectory(prefix="hubsync-tests-")
     os.environ.update(
-        HF_ENDPOINT="http://127.0.0.1:9",  # the discard port: whoever forgets `endpoint=` fails at once
+        HF_ENDPOINT="http://127.0.0.1:9",  # the discard port: a call without `endpoint=` fails at once
         HF_HOME=os.path.join(_HOME.name, "hf"),
         HF_XET_CACHE=os.path.join(_HOME.name, "xet"),
         HF_XET_TELEMETRY_ENABLED="false",
@@ -35,7 +35,7 @@ TOKEN, READ_ONLY_TOKEN = "hf_writer", "hf_reader"
 
 @pytest.fixture(scope="session")
 def hub_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
-    """One Hub for all tests: a second one that got its port would not have what hf_xet thinks it has uploaded."""
+    """One Hub for all tests: a second one on the same port would lack what hf_xet believes to have uploaded."""
     root = tmp_path_factory.mktemp("hub")
     with LocalHub(root, tokens={TOKEN}, read_only_tokens={READ_ONLY_TOKEN}) as hub:
         yield hub
@@ -43,7 +43,7 @@ def hub_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
 
 @pytest.fixture
 def local_hub(hub_process: LocalHub) -> Iterator[LocalHub]:
-    """A Hub on loopback that accepts `TOKEN` and `READ_ONLY_TOKEN`, without faults, counters at zero."""
+    """A Hub on loopback that accepts `TOKEN` and `READ_ONLY_TOKEN`, without faults and with counters at zero."""
     hub_process.reset()
     yield hub_process
     hub_process.reset()

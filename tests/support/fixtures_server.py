@@ -1,4 +1,4 @@
-"""One real vLLM server for the whole session, following a run in a bucket of the local Hub."""
+"""Real vLLM servers: two for the whole session, and those that a module starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SITE_WINDOW_TIMEOUT_S = 2.0
 
 @dataclass
 class Served:
-    """A policy in training, and the server that follows it. Tests continue the run where the one before left it."""
+    """A policy in training, and the server that follows it. Each test continues where the previous one stopped."""
 
     base: Path
     address: str
@@ -46,14 +46,14 @@ class Served:
 
     @property
     def replica(self) -> Replica:
-        """A client that has not met the server yet."""
+        """A new client of the server."""
         return Replica(self.server)
 
     def reader(self, cache: Path) -> ChainReader:
         return ChainReader(open_bucket(self.address), cache)
 
     def train(self, lr: float = 1e-3) -> None:
-        """One step of plain stochastic gradient descent with random gradients: a few percent of the bits change."""
+        """Add noise to 5 % of the weights."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 chosen = torch.rand_like(parameter) < 0.05
@@ -62,7 +62,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def hub_environment(hub_process: LocalHub) -> Iterator[dict[str, str]]:
-    """This process talks to the local Hub where no endpoint is given, as a user's does to the real one."""
+    """The local Hub is this process's default endpoint, as the real one is a user's."""
     environment = {"HF_ENDPOINT": hub_process.url, "HF_TOKEN": TOKEN}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -77,7 +77,7 @@ def start_server(
 ) -> Iterator[Callable[..., str]]:
     """Starts vLLM servers that end with the module: `start_server(model, bucket=..., ...) -> URL`.
 
-    Each takes more than a gigabyte, so they must not outlive what needs them.
+    Each takes more than a gigabyte, so none outlives the tests that need it.
     """
     with _servers(tmp_path_factory) as start:
         yield start
@@ -119,7 +119,7 @@ def served(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
             arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
         )
         with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
-            engine.sync()  # the server finds its place
+            engine.sync()  # the server attaches
             yield Served(base, address, url, model, engine, hub_environment)
 
 

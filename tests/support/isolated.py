@@ -1,6 +1,6 @@
-"""Hosts that reach the Hub and nothing else: processes in a network namespace of their own.
+"""Hosts that reach the Hub and nothing else: processes in their own network namespaces.
 
-Such a namespace has a loopback interface and no other. What the Hub's port stands for in there is a relay, which leads
+Such a namespace has only a loopback interface. A relay listens on the Hub's port inside, and forwards connections
 through a Unix socket (a file, so it crosses namespaces) to the Hub outside.
 """
 
@@ -21,14 +21,14 @@ _NEW_NETWORK = ["unshare", "--net", "--map-root-user"]
 
 
 def can_isolate() -> bool:
-    """Does this machine let us make network namespaces?"""
+    """Whether this machine lets us create network namespaces."""
     if not (shutil.which("unshare") and shutil.which("ip")):
         return False
     return subprocess.run([*_NEW_NETWORK, "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0
 
 
 class Gate:
-    """The one way out of isolated hosts: to the Hub at `url`."""
+    """The only connection out of isolated hosts: to the Hub at `url`."""
 
     def __init__(self, url: str, path: Path):
         self._hub = (urlsplit(url).hostname, urlsplit(url).port)
@@ -37,7 +37,7 @@ class Gate:
         self._listener.bind(str(path))
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """The command line that runs `command` on a host of its own. Python's own, run from this directory."""
+        """The command line that runs `command` on a new isolated host, from the current directory."""
         return [
             *_NEW_NETWORK,
             sys.executable,
@@ -59,11 +59,11 @@ class Gate:
 
 
 def _relay(listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
-    """Connect whoever connects to `listener` with what `connect` makes, from now on."""
+    """Forward each connection to `listener` to a connection that `connect` opens, in background threads."""
     listener.listen(128)
 
     def accept() -> None:
-        with suppress(OSError):  # the listener is closed
+        with suppress(OSError):  # raised when the listener closes
             while True:
                 ours = listener.accept()[0]
                 theirs = connect()
@@ -82,7 +82,7 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 def main(gate: str, port: str, *command: str) -> int:
-    """Inside: open the relay, and run the command."""
+    """Runs inside the namespace: open the relay, then run the command."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     listener = socket.create_server(("127.0.0.1", int(port)))
 

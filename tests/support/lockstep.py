@@ -1,6 +1,6 @@
 """A worker extension for tests: hubsync's, and two collectives that vLLM for CPUs lacks.
 
-Without them the layers of experts of data parallel engines cannot meet on CPUs. They are slow, and only good for tests.
+Expert layers of data parallel engines need them to exchange tokens. They are slow, and only good for tests.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from vllm_plugin.extension import DeltaWorkerExtension
 
 
 class LockstepExtension(DeltaWorkerExtension):
-    """Named by `--worker-extension-cls`; workers import this module before anything runs."""
+    """For `--worker-extension-cls`. Workers import this module, and with it the collectives, before anything runs."""
 
 
 def all_gatherv(self: Any, tensors: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
-    """Rows of all ranks, of which each has its own number."""
+    """Gather the rows of all ranks; each rank has its own number of rows."""
 
     def gather(rows: torch.Tensor) -> torch.Tensor:
         counts = sizes or [len(rows)] * self.world_size
@@ -33,7 +33,7 @@ def all_gatherv(self: Any, tensors: Any, dim: int = 0, sizes: list[int] | None =
 
 
 def reduce_scatterv(self: Any, rows: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
-    """This rank's rows of the sum over all ranks."""
+    """Sum over all ranks, and return this rank's rows."""
     counts = sizes or [len(rows) // self.world_size] * self.world_size
     total = rows.float().contiguous()
     dist.all_reduce(total, group=self.cpu_group)

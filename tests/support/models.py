@@ -1,6 +1,6 @@
-"""Tiny random checkpoints of the architectures that hubsync promises to be exact for, made in code.
+"""Tiny random checkpoints of the architectures that hubsync promises to be exact for.
 
-Every one has a vocabulary that vLLM pads, and weights large enough for greedy outputs to depend on every change.
+Each has a vocabulary that vLLM pads, and weights large enough for greedy outputs to depend on every change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-VOCABULARY = 1003  # no multiple of 64: vLLM pads it to 1024
+VOCABULARY = 1003  # not a multiple of 64: vLLM pads it to 1024
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -69,7 +69,7 @@ EXPERTS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 
 def with_float32_router() -> transformers.PretrainedConfig:
-    """A DeepSeek-V3: vLLM serves one of its tensors in float32, whatever the checkpoint has."""
+    """A DeepSeek-V3. vLLM serves one of its tensors in float32, whatever dtype the checkpoint has."""
     return transformers.DeepseekV3Config(**_LATENT, q_lora_rank=32, topk_method="noaux_tc", scoring_func="sigmoid")
 
 
@@ -83,14 +83,14 @@ def save(config: transformers.PretrainedConfig, directory: Path) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases are all equal as initialised: no test could see a swap
+        for parameter in model.parameters():  # norms and biases are initialised equal: no test could see a swap
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
     model.save_pretrained(directory)
     return directory
 
 
 def save_with_draft_layer(directory: Path) -> Path:
-    """A Qwen2 checkpoint with one layer for multi-token prediction, named and served as MiMo has it."""
+    """A Qwen2 checkpoint with one layer for multi-token prediction, named and served as in MiMo."""
     from safetensors.torch import load_file, save_file
 
     save_checkpoint("qwen2", directory)
@@ -110,7 +110,7 @@ def save_with_draft_layer(directory: Path) -> Path:
 
 
 def save_tokenizer(directory: Path, vocabulary: int = 1000) -> int:
-    """Train and write a byte-level BPE tokenizer with a chat template beside a checkpoint. Returns its vocabulary."""
+    """Train a byte-level BPE tokenizer with a chat template, add it to a checkpoint, and return its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -1,4 +1,4 @@
-"""Random histories against hubsync: exact, or loud. Anything else is a failure."""
+"""Play random histories of kills, stalls and faults. Every replica must be exact, or report that it is not."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def main() -> int:
         kinds = ENDLESS if arguments.endless else EVENTS
         print(json.dumps([event.kind for event in kinds.values()]))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and take all processes along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends all processes too
     root = Path(tempfile.mkdtemp(prefix="hubsync-chaos-"))
     _set_environment(root)
-    from .play import Manner, play_all, prepare  # what these import reads the environment
+    from .play import Manner, play_all, prepare  # these import modules that read the environment
 
     began = time.monotonic()
     prepare()
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, object]:
-    """What `--json` prints."""
+    """The report that `--json` prints."""
     divergent = [outcome for outcome in outcomes if outcome.divergence is not None]
     absent = [outcome for outcome in outcomes if outcome.out_of_service]
     kinds = Counter(kind for outcome in outcomes for kind in outcome.occurred)
@@ -87,25 +87,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cover", action="store_true", help="share all kinds of events among the histories, each once")
     parser.add_argument("--jobs", type=int, default=4 * (os.cpu_count() or 1), help="histories at a time")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-    parser.add_argument("--kinds", action="store_true", help="list the kinds of events as JSON, and play nothing")
+    parser.add_argument("--kinds", action="store_true", help="only list the kinds of events, as JSON")
     parser.add_argument(
-        "--vllm", action="store_true", help="replicas are real vLLM servers: minutes for a history (say --jobs 1)"
+        "--vllm", action="store_true", help="replicas are real vLLM servers: minutes per history (use --jobs 1)"
     )
     parser.add_argument(
         "--endless",
         action="store_true",
-        help="in each history the Hub has a fault that outlasts all tries of all clients, one kind after the other",
+        help="each history has one fault of the Hub that outlasts all retries; seeds go through the kinds",
     )
     parser.add_argument(
         "--plant",
         action="store_true",
-        help="flip a bit of a replica after its last verification: the judge must call every history divergent",
+        help="flip a bit of a replica after its last verification: the judge must report every history as divergent",
     )
     return parser
 
 
 def _set_environment(root: Path) -> None:
-    """Nothing may reach the public Hub. hf_xet's retries are quick, because faults are many."""
+    """Keep away from the public Hub, and retry quickly, because faults are many."""
     os.environ.update(
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(root / "hf"),
@@ -141,10 +141,10 @@ def _print_table(report: dict[str, object], seconds: float) -> None:
     assert isinstance(failures, list)
     print(
         f"\n{report['runs']} histories in {seconds:.0f} s: {report['silent_divergence']} silent divergences, "
-        f"{len(failures)} failures; in {report['out_of_service']} a replica ended out of service, and said so"
+        f"{len(failures)} failures; in {report['out_of_service']} a replica ended out of service, and reported it"
     )
     if failures:
-        print(f"again: python -m benchmarks.chaos --only {failures[0]['seed']}")
+        print(f"to repeat: python -m benchmarks.chaos --only {failures[0]['seed']}")
 
 
 if __name__ == "__main__":

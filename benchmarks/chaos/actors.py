@@ -1,7 +1,7 @@
 """The processes of a history: a Hub, publishers, replicas, an auditor. Each obeys one pipe, and may be killed anywhere.
 
-They are forked from a process that has imported everything, compiled all kernels and never started a thread, so one is
-there in milliseconds.
+They are forked from a process that has imported everything, compiled all kernels and never started a thread, so they
+start in milliseconds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from hubsync.replicas.vllm_http import VLLMServer
 from .model import Policy, States, Tensors, fingerprint, served
 from .serving import Engine, listen
 
-PID_FILE = "server.pid"  # in a replica's directory: of a vLLM server, which is a process group of its own
+PID_FILE = "server.pid"  # in a replica's directory: the process group of its vLLM server
 
 
 _fork = multiprocessing.get_context("fork")
@@ -55,21 +55,21 @@ _fork = multiprocessing.get_context("fork")
 
 @dataclass(frozen=True)
 class Setup:
-    """What all processes of a history know.
+    """Settings of a history, known to all of its processes.
 
     Attributes:
         seed: of the history.
         home: its directory.
         address: of the run.
-        hub_url: of its Hub; None where the run lives in a directory.
+        hub_url: of its Hub; None if the run is in a directory.
         view_dtype, encoding, anchor_every, has_base: of the publisher's config. With a base, servers start from a
-            checkpoint that the run names; else version 0 is an anchor.
-        wide: has the policy a tensor of several chunks?
-        sliced: does an optimizer change the weights, and the publisher look at its steps?
-        signed: is there a key, with which the publisher signs the run, and that replicas ask for?
-        windows: must servers be paused for a commit, as those must that share experts?
-        hurried: does nobody sleep for long? Clients give up in a second instead of half a minute.
-        vllm: are servers real ones?
+            checkpoint that the run names; otherwise version 0 is an anchor.
+        wide: whether the policy has a tensor of several chunks.
+        sliced: whether an optimizer changes the weights, and the publisher detects changes in its steps.
+        signed: whether the publisher signs the run, and replicas require signatures.
+        windows: whether servers must be paused for a commit, as servers that share experts must.
+        hurried: whether sleeps are cut short, so that clients give up in a second instead of half a minute.
+        vllm: whether servers are real ones.
     """
 
     seed: int
@@ -89,19 +89,19 @@ class Setup:
 
     @property
     def patience_s(self) -> float:
-        """For an answer; a loaded machine needs a few seconds for what takes a fraction of one."""
+        """How long to wait for an answer. A loaded machine needs a few seconds for what takes a fraction of one."""
         return 900.0 if self.vllm else 60.0
 
     @property
     def room(self) -> int:
-        """Replicas at a time, besides one that joins at the end."""
+        """The most replicas at a time, besides one that joins at the end."""
         return 1 if self.vllm else 3
 
     def policy(self) -> Policy:
         return Policy.of_checkpoint(self.base) if self.vllm else Policy.small(self.wide)
 
     def memory(self, view: Tensors, ranks: int) -> list[dict[str, bytes]]:
-        """What each rank must report that serves this view."""
+        """The memory that each rank must report if it serves this view."""
         if self.vllm:
             return [{name: fingerprint(bits_of(tensor)) for name, tensor in view.items()}]
         return [shard.memory() for shard in served(view, ranks)]
@@ -137,13 +137,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica serves.
+    """The weights that a replica serves.
 
     Attributes:
         states: of its ranks; see `hubsync.apply.session.Session.state`.
-        positions: of the live weights, by what each rank says; None if it does not know.
+        positions: of the live weights, as each rank reports; None if it does not know.
         memory: per rank, every byte of every parameter.
-        mixed: what a forward pass met that none must meet.
+        mixed: set if a forward pass met weights of several versions.
     """
 
     states: tuple[str, ...]
@@ -153,7 +153,7 @@ class Report:
 
     @property
     def in_service(self) -> bool:
-        """Does it claim to serve a version? Whatever is poisoned, refused or unattached, on any rank, does not."""
+        """Whether it claims to serve a version. It does not if any rank is poisoned, refused or unattached."""
         return None not in self.positions and set(self.states) <= {"ready", "staged", "staging"}
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Failed:
-    """An actor's answer where it could not do what it was told: a HubsyncError, and for a replica what it serves."""
+    """An actor's answer if a command failed: a HubsyncError, and of a replica also its report."""
 
     error: str
     message: str
@@ -177,7 +177,7 @@ class Hung(Exception):
 
 
 class Died(Exception):
-    """An actor ended by itself."""
+    """An actor ended without a command."""
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Actor:
             raise Died(f"{self.name} has ended by itself") from None
 
     def answer(self) -> Any:
-        """What it says next. Hung, with its stacks in its log, or Died."""
+        """The next answer. Raises Hung, with the actor's stacks in its log, or Died."""
         if not self.pipe.poll(self.patience_s):
             assert self.process.pid is not None
             os.kill(self.process.pid, signal.SIGUSR1)
@@ -215,7 +215,7 @@ class Actor:
         return self.answer()
 
     def kill(self) -> None:
-        """SIGKILL: nothing is flushed, nothing is closed."""
+        """SIGKILL: nothing is flushed or closed."""
         self.process.kill()
         if (self.home / PID_FILE).exists():
             end_group(int((self.home / PID_FILE).read_text()))
@@ -223,7 +223,7 @@ class Actor:
         self.pipe.close()
 
     def stop(self) -> None:
-        """SIGSTOP: all threads stand still wherever they are."""
+        """SIGSTOP: all threads stop wherever they are."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGSTOP)
 
@@ -233,7 +233,7 @@ class Actor:
 
 
 def start(name: str, target: Callable[..., None], setup: Setup, *args: Any) -> Actor:
-    """Fork an actor. Call it where no thread was ever started."""
+    """Fork an actor. Call it in a process that never started a thread."""
     ours, theirs = _fork.Pipe()
     process = _fork.Process(target=_run, args=(name, target, setup, theirs, *args), name=name)
     process.start()
@@ -242,7 +242,7 @@ def start(name: str, target: Callable[..., None], setup: Setup, *args: Any) -> A
 
 
 def end_group(number: int) -> None:
-    """SIGKILL for a process group; nothing if it has ended."""
+    """SIGKILL for a process group, unless it has ended."""
     try:
         os.killpg(number, signal.SIGKILL)
     except ProcessLookupError:
@@ -254,11 +254,11 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    # Each is a machine of its own: no cache is shared between them. hf_xet reads this when it is first used.
+    # Each actor stands for a machine, so no cache is shared. hf_xet reads this at its first use.
     os.environ["HF_XET_CACHE"] = str(setup.home / name / "xet")
     if setup.hub_url is not None:
         os.environ["HF_ENDPOINT"] = setup.hub_url
-    # Torch makes its pool of threads anew after a fork, when first asked; two threads that ask at once find none.
+    # After a fork torch recreates its thread pool at the first request; two threads that request it at once fail.
     torch.set_num_threads(1)
     if setup.hurried:
         _hurry()
@@ -272,13 +272,13 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
 
 
 def _hurry() -> None:
-    """huggingface_hub waits 23 s in all before it gives up, and has no setting for it."""
+    """Shorten sleeps: huggingface_hub waits 23 s in total before it gives up, and has no setting for it."""
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(float(seconds), 0.02))
 
 
 def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
-    """What the pipe says, until the other end is closed."""
+    """Commands from the pipe, until the other end is closed."""
     while True:
         try:
             yield pipe.recv()
@@ -290,7 +290,7 @@ def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
 
 
 def hub(pipe: Connection, setup: Setup, port: int) -> None:
-    """Serves; answers True once it does. Commands: ("fail", arguments), ("left",), ("heal",)."""
+    """Serve, and answer True once ready. Commands: ("fail", arguments), ("left",), ("heal",)."""
     with LocalHub(setup.home / "hub", port) as server:
         pipe.send(True)
         for command, *args in _commands(pipe):
@@ -309,10 +309,10 @@ def hub(pipe: Connection, setup: Setup, port: int) -> None:
 
 
 def publisher(pipe: Connection, setup: Setup, state: int) -> None:
-    """Resumes training at a state and joins the run; answers the run's Position, or Failed and ends.
+    """Resume training at a state and join the run; answer the run's Position, or Failed and end.
 
-    Commands, each answered by a Position or Failed: ("publish", None) publishes what the weights are; ("publish",
-    number) changes them first, into a new state; ("anchor",); ("serve", version); ("close",).
+    Commands, each answered by a Position or Failed: ("publish", None) publishes the current weights; ("publish",
+    number) first changes them to a new state; ("anchor",); ("serve", version); ("close",).
     """
     policy = setup.policy()
     setup.states.load(state, policy)
@@ -358,7 +358,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
 
 
 class _Meeting:
-    """Where the ranks of a server gather: threads here, processes in vLLM."""
+    """Gathers messages of all ranks of a server: threads here, processes in vLLM."""
 
     def __init__(self, size: int):
         self.words: list[Any] = [None] * size
@@ -380,10 +380,10 @@ class _Seat:
 
 
 def replica(pipe: Connection, setup: Setup, home: Path, port: int, ranks: int, from_anchor: bool) -> None:
-    """A server, started from the base checkpoint or the newest anchor; answers its port, or Failed and ends.
+    """Serve the base checkpoint or the newest anchor; answer the port, or Failed and end.
 
     Commands, answered by a Report or Failed: ("report",), ("flip", seed), which damages the weights, and those of
-    `_command`, which a client carries out that lives and dies with the server.
+    `_command`, carried out by a client in the server's process.
     """
     cache = home / "cache"
     try:
@@ -432,7 +432,7 @@ def obey(
     flip: Callable[[int], str],
     behave: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Carry out what a server's pipe says: ("behave",) too, where there is more to compare than memory."""
+    """Carry out the commands of a server's pipe; ("behave",) too, if there is more to compare than memory."""
     reader = setup.reader(cache)
     for command, *args in _commands(pipe):
         try:
@@ -446,7 +446,7 @@ def obey(
 
 
 def _command(client: Replica, reader: ChainReader, command: str, patience_s: float) -> None:
-    """("follow",): bring the server to the newest version; ("follow served",): to what is to be served; ("undo",)."""
+    """("follow",) brings the server to the newest version, ("follow served",) to the served one; ("undo",)."""
     match command:
         case "follow" | "follow served":
             target = reader.served() if command == "follow served" else reader.newest()
@@ -459,7 +459,7 @@ def _command(client: Replica, reader: ChainReader, command: str, patience_s: flo
 
 
 def _listen(engine: Engine, port: int) -> int:
-    """A server that is started again finds its port free, or in the hands of the one that was just killed."""
+    """Listen on `port`, which a server that was just killed may still hold for a moment."""
     for _ in range(50):
         try:
             listen(engine, port)
@@ -477,7 +477,7 @@ def _position(status: dict[str, Any]) -> Position | None:
 def download_anchor(setup: Setup, cache: Path) -> Path:
     reader = setup.reader(cache)
     plan = reader.plan(None)
-    assert plan.anchor is not None, "a way from nothing begins with an anchor"
+    assert plan.anchor is not None, "a path without a base begins with an anchor"
     return reader.fetch(plan.anchor)[0].parent
 
 
@@ -493,7 +493,7 @@ def _tensors(setup: Setup, checkpoint: Path, cache: Path) -> dict[str, torch.Ten
 
 
 def follower(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
-    """`hubsync follow`, as it runs beside a server. What it tells is in its log."""
+    """`hubsync follow`, as it runs next to a server. Its output is in its log."""
     options = ["--bucket", setup.address, "--server", url, "--cache", str(cache), "--interval", "0.1", "--json"]
     if setup.public_key is not None:
         options += ["--public-key", setup.public_key.hex]
@@ -503,7 +503,7 @@ def follower(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
 
 
 def pusher(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
-    """Pushes the newest version to a server as a trainer does, once; answers True, or Failed."""
+    """Push the newest version to a server once, as a trainer does; answer True, or Failed."""
     deployment = Deployment([url])
     try:
         deployment.hotload(setup.reader(cache).newest(), timeout=setup.patience_s / 2).raise_for_quorum()
@@ -513,7 +513,7 @@ def pusher(pipe: Connection, setup: Setup, cache: Path, url: str) -> None:
     deployment.close()
 
 
-# --- who keeps the run ----------------------------------------------------------------------------------
+# --- retention and compaction ----------------------------------------------------------------------------------
 
 
 def keeper(pipe: Connection, setup: Setup, home: Path) -> None:
@@ -537,7 +537,7 @@ def keeper(pipe: Connection, setup: Setup, home: Path) -> None:
 
 
 def auditor(pipe: Connection, setup: Setup, home: Path) -> None:
-    """Rebuilds every version of the current chain from nothing; answers a list of (Position, view as bytes)."""
+    """Rebuild every version of the current chain from nothing; answer a list of (Position, view as bytes)."""
     reader = setup.reader(home / "cache")
     base = load_file(setup.base / "model.safetensors")
     found = []

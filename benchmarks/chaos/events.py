@@ -1,14 +1,14 @@
-"""What can happen in a history. Each kind of event is a small function in one registry.
+"""The kinds of events in a history. Each is a small function in one registry.
 
-A new kind needs no more than this:
+A new kind needs only this:
 
     @event("compacted")
     def compact(history: History) -> bool:
         ...
         return True
 
-It leaves a publisher or none behind, replicas in any state, and no fault. It returns whether what its name says really
-took place (a fault may find nothing to strike), and raises `Broken` where it sees a promise broken.
+It may leave the publisher dead and replicas in any state, but no fault. It returns whether the event took place (a
+fault may find nothing to strike), and raises `Broken` if a promise is broken.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def event(kind: str, on: tuple[str, ...] = ("hub", "directory")) -> Callable[[Ha
 
 @event("published")
 def publish(history: History) -> bool:
-    """A version that everybody follows."""
+    """A version that all replicas follow."""
     history.publish()
     for replica in history.replicas:
         history.follow(replica)
@@ -68,7 +68,7 @@ def publish(history: History) -> bool:
 
 @event("lagged")
 def lag(history: History) -> bool:
-    """Several versions that one replica takes in one step, and the others not at all."""
+    """Several versions that one replica takes in one step, and the others do not take."""
     for _ in range(history.chance.randint(2, 4)):
         history.publish()
     history.follow(_some_replica(history))
@@ -95,7 +95,7 @@ def join(history: History) -> bool:
 
 @event("undone")
 def undo(history: History) -> bool:
-    """A replica takes its last commit back; later it follows again."""
+    """A replica undoes its last commit; later it follows again."""
     replica = _some_replica(history)
     history.publish_change()
     history.follow(replica)
@@ -104,14 +104,14 @@ def undo(history: History) -> bool:
 
 @event("rolled back in service")
 def serve_an_older_version(history: History) -> bool:
-    """Replicas are told to go back to an older version, by deltas undone; the trainer goes on where it is."""
+    """Replicas go back to an older version by undoing deltas; the trainer continues where it is."""
     publisher = _publisher(history)
     older = history.publish_change()
     history.publish_change()
     replica = _some_replica(history)
     history.follow(replica)
     if history.publisher is not publisher:
-        return False  # it was fenced meanwhile
+        return False  # it was fenced in the meantime
     answer = publisher.ask("serve", older.version)
     if isinstance(answer, Failed):
         raise Broken(f"a committed version cannot be served: {answer}")
@@ -123,7 +123,7 @@ def serve_an_older_version(history: History) -> bool:
 
 @event("compacted")
 def compact(history: History) -> bool:
-    """Merged deltas, beside a publisher that goes on; who lags takes them."""
+    """Merged deltas, while the publisher continues; lagging replicas take them."""
     for _ in range(history.chance.randint(2, 4)):
         history.publish_change()
     made = _keep(history, "compact")
@@ -135,7 +135,7 @@ def compact(history: History) -> bool:
 
 @event("collected")
 def collect(history: History) -> bool:
-    """Old versions are deleted, without any grace, beside replicas that may need them."""
+    """Old versions are deleted without a grace period, while replicas may need them."""
     for _ in range(history.chance.randint(1, 3)):
         history.publish_change()
     if history.chance.random() < 0.5:
@@ -148,7 +148,7 @@ def collect(history: History) -> bool:
 
 @event("keeper killed")
 def kill_keeper(history: History) -> bool:
-    """Anywhere in a compaction or a collection."""
+    """At any point of a compaction or a collection."""
     for _ in range(history.chance.randint(1, 3)):
         history.publish_change()
     keeper = _start_keeper(history)
@@ -166,7 +166,7 @@ def kill_keeper(history: History) -> bool:
 
 @event("publisher killed")
 def kill_publisher(history: History) -> bool:
-    """Anywhere in a publish. It is resumed from the trainer's newest checkpoint, which may or may not be published."""
+    """At any point of a publish. It resumes from the trainer's newest checkpoint, published or not."""
     publisher = _publisher(history)
     publisher.tell("publish", history.next_state())
     _wait_anywhere(history)
@@ -178,7 +178,7 @@ def kill_publisher(history: History) -> bool:
 
 @event("creator killed")
 def kill_while_joining(history: History) -> bool:
-    """Anywhere while it joins the run: opening its epoch, or uploading an anchor."""
+    """At any point of joining the run: while it opens its epoch, or uploads an anchor."""
     if history.publisher is not None:
         history.kill_publisher()
     state = history.chance.choice([history.newest_state(), 0])
@@ -192,7 +192,7 @@ def kill_while_joining(history: History) -> bool:
 
 @event("trainer rolled back")
 def roll_back(history: History) -> bool:
-    """The trainer loses steps that it had published, and goes on from an older checkpoint."""
+    """The trainer loses published steps, and continues from an older checkpoint."""
     if history.publisher is not None:
         history.kill_publisher()
     states = history.setup.states.numbers()
@@ -219,7 +219,7 @@ def stall_publisher(history: History) -> bool:
 
 @event("late writer")
 def wake_up_late(history: History) -> bool:
-    """A publisher stalls anywhere in a publish, another one takes over, and the first wakes up: it must be fenced."""
+    """A publisher stalls in a publish, another one takes over, and the first wakes up: it must be fenced."""
     old = _publisher(history)
     old.tell("publish", history.next_state())
     _wait_anywhere(history)
@@ -229,12 +229,12 @@ def wake_up_late(history: History) -> bool:
     _maybe_follow(history)
     old.wake()
     try:
-        first = answer = old.answer()  # it may have passed the fence before: a dead branch
+        first = answer = old.answer()  # it may have passed the fence before; the result is a dead branch
         history.say(f"the late writer: {first}")
         while answer == first and not isinstance(answer, Failed):  # steps that change nothing write nothing either
             answer = old.ask("publish", history.next_state())
         if not (isinstance(answer, Failed) and answer.error == "Fenced"):
-            raise Broken(f"a writer that was replaced went on: {answer}")
+            raise Broken(f"a replaced writer continued: {answer}")
         history.hear(old.name, answer)
     finally:
         old.kill()
@@ -245,7 +245,7 @@ def wake_up_late(history: History) -> bool:
 
 @event("replica killed")
 def kill_replica(history: History) -> bool:
-    """Anywhere while it follows. Started again it finds what it had downloaded, whole or not."""
+    """At any point of following. After a restart it finds its downloads, whole or not."""
     replica = _some_replica(history)
     history.publish()
     replica.tell("follow")
@@ -260,7 +260,7 @@ def kill_replica(history: History) -> bool:
 
 @event("followed")
 def follow_by_itself(history: History) -> bool:
-    """`hubsync follow` beside a server, which nobody else looks after."""
+    """`hubsync follow` for a server, without any other client."""
     replica = _followed_replica(history)
     for _ in range(history.chance.randint(1, 3)):
         newest = history.publish_change()
@@ -269,7 +269,7 @@ def follow_by_itself(history: History) -> bool:
 
 @event("follower killed")
 def kill_follower(history: History) -> bool:
-    """Anywhere while it stages or commits. The next one goes on."""
+    """At any point of staging or committing. The next follower continues."""
     replica = _followed_replica(history)
     history.publish()
     _wait_anywhere(history)
@@ -281,7 +281,7 @@ def kill_follower(history: History) -> bool:
 
 @event("follower stalled")
 def stall_follower(history: History) -> bool:
-    """Anywhere; the run and its keeper go on meanwhile, and it wakes up far behind."""
+    """At any point. The run and its keeper continue, and it wakes up far behind."""
     replica = _followed_replica(history)
     history.publish()
     _wait_anywhere(history)
@@ -297,7 +297,7 @@ def stall_follower(history: History) -> bool:
 
 @event("push client killed")
 def kill_pusher(history: History) -> bool:
-    """Anywhere while it stages or commits; a window that it has left open is ended by somebody."""
+    """At any point of staging or committing. The watchdog or the next client ends a window that it left open."""
     replica = _some_replica(history)
     history.publish()
     pusher = history.start_pusher(replica)
@@ -311,7 +311,7 @@ def kill_pusher(history: History) -> bool:
 
 @event("pushed beside a follower")
 def push_beside_follower(history: History) -> bool:
-    """Both bring the server to each version, and neither disturbs the other."""
+    """Both bring the server to each version, without disturbing each other."""
     replica = _followed_replica(history)
     for _ in range(history.chance.randint(1, 3)):
         newest = history.publish_change()
@@ -323,7 +323,7 @@ def push_beside_follower(history: History) -> bool:
 
 @event("server of a follower killed")
 def kill_server_of_follower(history: History) -> bool:
-    """Anywhere while it is brought to a version; it starts again from the beginning, and its follower finds it."""
+    """At any point of following. It restarts from the beginning, and its follower finds it."""
     replica = _followed_replica(history)
     history.publish()
     _wait_anywhere(history)
@@ -335,14 +335,14 @@ def kill_server_of_follower(history: History) -> bool:
 
 @event("rolled back beside a follower")
 def serve_an_older_version_to_follower(history: History) -> bool:
-    """What is to be served goes back, and forward again with the next version; the follower goes along."""
+    """The served version goes back, and forward again with the next version; the follower goes along."""
     publisher = _publisher(history)
     older = history.publish_change()
     newest = history.publish_change()
     replica = _followed_replica(history)
     history.await_follower(replica, newest)
     if history.publisher is not publisher:
-        return False  # it was fenced meanwhile
+        return False  # it was fenced in the meantime
     answer = publisher.ask("serve", older.version)
     if isinstance(answer, Failed):
         raise Broken(f"a committed version cannot be served: {answer}")
@@ -353,7 +353,7 @@ def serve_an_older_version_to_follower(history: History) -> bool:
 
 @event("hub away from a follower", on=("hub",))
 def kill_hub_of_follower(history: History) -> bool:
-    """For some looks of a follower in a row."""
+    """For several polls of a follower in a row."""
     replica = _followed_replica(history)
     history.publish()
     assert history.hub is not None
@@ -365,7 +365,7 @@ def kill_hub_of_follower(history: History) -> bool:
 
 @event("replica damaged")
 def damage_replica(history: History) -> bool:
-    """A bit of its weights flips. The digest of the next commit sees it, and no forward pass runs on it then."""
+    """A bit of its weights flips. The digest of the next commit detects it, and no forward pass runs on it."""
     replica = _some_replica(history)
     if isinstance(history.follow(replica), Failed):
         return False
@@ -377,7 +377,7 @@ def damage_replica(history: History) -> bool:
 
 @event("hub killed", on=("hub",))
 def kill_hub(history: History) -> bool:
-    """Anywhere in a publish, or while a replica follows; it is started again a moment later."""
+    """At any point of a publish or of following. It restarts a moment later."""
     publisher, replica = _publisher(history), _some_replica(history)
     history.publish()
     victim = history.chance.choice([publisher, replica])
@@ -411,7 +411,7 @@ _NAMES = ["GET .*/tree", "POST .*/paths-info", "HEAD .*/resolve/"]
 _RETRIED = (408, 429, 500, 502, 503, 504)
 _FINAL = (400, 401, 403, 404, 409, 416)
 
-# What nobody should notice: it passes before the tries run out.
+# Faults that no client should report: they end before the retries do.
 PASSING = {*(f"hub {status}" for status in _RETRIED), "connection dropped", "answer delayed"}
 
 _FAULTS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -431,15 +431,15 @@ def _fault(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
         route = history.chance.choice(routes)
         before = history.loud.copy()
         history.break_hub(match=route, times=times, **fault)
-        ways = [_publish_and_follow, _publish_and_await_follower, _resume_and_publish, _join_and_follow]
-        history.chance.choice(ways)(history)
+        actions = [_publish_and_follow, _publish_and_await_follower, _resume_and_publish, _join_and_follow]
+        history.chance.choice(actions)(history)
         if history.heal_hub() == times:
             history.say(f"{kind} found nothing to strike")
             return False
         errors = history.loud - before
-        del errors["NoPath"]  # there is no anchor to start from: no fault of the Hub
-        if kind in PASSING and errors and not history.followers:  # clients of one server may refuse each other
-            raise Broken(f"{kind}, {times} times, was not passed over by a retry: {dict(errors)}")
+        del errors["NoPath"]  # without an anchor to start from: not caused by the fault
+        if kind in PASSING and errors and not history.followers:  # several clients of one server may refuse each other
+            raise Broken(f"retries did not outlast {kind}, {times} times: {dict(errors)}")
         return True
 
     return strike
@@ -453,12 +453,12 @@ for _kind, (_routes, _arguments) in _FAULTS.items():
 
 ENDLESS: dict[str, Event] = {}
 _FOREVER = 1 << 20
-_QUIET = {"answer delayed", "names stale"}  # slow, or old: nobody can know that
+_QUIET = {"answer delayed", "names stale"}  # clients cannot detect these
 
 
 def _endless(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
     def outlast(history: History) -> bool:
-        """All tries of all clients: they say so, serve on what they have, and go on once it is over."""
+        """The fault outlasts all retries: clients report it, keep serving, and recover after it."""
         answer = newest = history.publish_change()
         publisher, replica = _publisher(history), _followed_replica(history)
         before = history.loud.copy()
@@ -471,10 +471,10 @@ def _endless(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
         if history.heal_hub() == _FOREVER:
             return False
         if history.loud == before and kind not in _QUIET:
-            raise Broken(f"{kind} without end, and nobody says so")
+            raise Broken(f"{kind} without end, and no client reports it")
         back = history.await_follower(replica, history.publish_change())
         if isinstance(back, Failed):
-            raise Broken(f"{kind} has ended, and its follower does not get over it: {back}")
+            raise Broken(f"{kind} has ended, and the follower does not recover: {back}")
         return True
 
     return outlast
@@ -489,7 +489,7 @@ for _kind, (_routes, _arguments) in _FAULTS.items():
 
 @event("file corrupted", on=("directory",))
 def corrupt_file(history: History) -> bool:
-    """A bit of a delta flips on the disk, and is set right later."""
+    """A bit of a delta flips on the disk, and is corrected later."""
     return _with_damaged_delta(history, lambda good: bytes([*good[:-1], good[-1] ^ 1]))
 
 
@@ -500,7 +500,7 @@ def truncate_file(history: History) -> bool:
 
 @event("head stale", on=("directory",))
 def go_back_in_the_head(history: History) -> bool:
-    """A file system shows an old head, or a replaced writer wakes up and writes one."""
+    """A file system returns an old head, or a replaced writer wakes up and writes one."""
     head = Path(history.setup.address, "head.json")
     if not head.exists():
         return False
@@ -517,7 +517,7 @@ def go_back_in_the_head(history: History) -> bool:
 
 @event("head forged", on=("directory",))
 def forge_head(history: History) -> bool:
-    """Somebody without the key writes a head that serves an old version: who has the public key must not follow."""
+    """A head written without the key serves an old version: replicas with the public key must not follow it."""
     head = Path(history.setup.address, "head.json")
     if not (history.setup.signed and head.exists()):
         return False
@@ -530,12 +530,12 @@ def forge_head(history: History) -> bool:
     for replica in history.replicas:
         answer = history.ask_replica(replica, "follow served")
         if isinstance(answer, Report) and answer.in_service and set(answer.positions) != {newest}:
-            raise Broken(f"{replica.name} took a forged head for that of the run, and is {answer}")
+            raise Broken(f"{replica.name} accepted a forged head, and is {answer}")
     history.publish()
     return True
 
 
-# --- how they are made --------------------------------------------------------------------------------
+# --- helpers of events --------------------------------------------------------------------------------
 
 
 def _publisher(history: History) -> Actor:
@@ -552,7 +552,7 @@ def _start_keeper(history: History) -> Actor:
 
 
 def _keep(history: History, *command: Any) -> int:
-    """What a compactor made, or a collector deleted, on a healthy storage."""
+    """The number of deltas merged or objects deleted, on a healthy storage."""
     keeper = _start_keeper(history)
     try:
         answer = keeper.ask(*command)
@@ -565,7 +565,7 @@ def _keep(history: History, *command: Any) -> int:
 
 
 def _wait_anywhere(history: History) -> None:
-    """As long as a publish or less: nobody knows where the others are by then."""
+    """Wait a random time, at most as long as a publish takes."""
     time.sleep(history.chance.uniform(0.0, 0.6 if history.hub is not None else 0.06))
 
 
@@ -584,7 +584,7 @@ def _publish_and_await_follower(history: History) -> None:
 
 
 def _followed_replica(history: History) -> Actor:
-    """A replica with a follower beside it; at most one is."""
+    """The replica that has a follower; there is at most one."""
     for follower in history.followers:
         return next(replica for replica in history.replicas if replica.name == follower.details["beside"])
     replica = _some_replica(history)

@@ -1,4 +1,4 @@
-"""One history: its processes, what can be done to them, and the judge of what comes of it.
+"""One history: its processes, actions on them, and the judge of their weights.
 
 The process that holds a `History` never starts a thread, because it forks all others.
 """
@@ -29,30 +29,30 @@ from .actors import Actor, Failed, Report, Setup
 from .model import Tensors
 
 _CAN_SIGN = importlib.util.find_spec("cryptography") is not None
-_TRIES = 5  # faults repeat twice, so this many must get through
-_LASTING = 4  # errors in a row of a follower, with nothing wrong at the Hub
-_PORTS = range(15_000, 32_000)  # below those that clients get by themselves: what starts again finds its own free
-_OWN_PORTS = 50  # of a history: others that run beside it have others
+_TRIES = 5  # faults repeat at most twice, so one of these tries must succeed
+_LASTING = 4  # errors of a follower in a row that count as lasting, with a healthy Hub
+_PORTS = range(15_000, 32_000)  # below the ephemeral range: a restarted server finds its port free
+_OWN_PORTS = 50  # per history, so that concurrent histories do not collide
 
 
 class Divergence(Exception):
-    """A replica that claims to be in service has other bits than the publisher had: what must never happen."""
+    """A replica that claims to be in service has other bits than the publisher published. This must never happen."""
 
 
 class Broken(Exception):
-    """Another promise that was not kept."""
+    """Another broken promise."""
 
 
 class History:
-    """The processes of one history, and what happened to them.
+    """The processes of one history, and a record of events.
 
     Attributes:
-        chance: every decision of the script comes from it, so it depends on the seed alone.
+        chance: source of every decision of the script, so that the script depends on the seed alone.
         hub, publisher, replicas: running processes; None while there is none.
-        followers: of replicas; `details["beside"]` is the name of its replica.
-        occurred: how often each kind of event really took place.
-        loud: errors that somebody reported, by class.
-        out_of_service: why replicas ended without serving the newest version, as they said themselves.
+        followers: of replicas; `details["beside"]` is the name of the replica.
+        occurred: how often each kind of event took place.
+        loud: number of reported errors, by class.
+        out_of_service: why replicas ended without serving the newest version, as they reported.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class History:
             hub = actors.start("hub", actors.hub, setup, port)
             try:
                 hub.answer()
-            except actors.Died:  # somebody else has this port
+            except actors.Died:  # another process has this port
                 (self.home / "logs" / "hub.log").unlink()
                 continue
             self.hub, self.port = hub, port
@@ -119,7 +119,7 @@ class History:
     # --- beginning and end --------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """State 0, a publisher that has published something, and one to three replicas that follow."""
+        """State 0, a publisher with one published version, and one to three replicas that follow."""
         if self.setup.vllm:
             actors.start("base", live.base, self.setup).answer()
         policy = self.setup.policy()
@@ -133,7 +133,7 @@ class History:
             self.follow(self.join())
 
     def finish(self) -> None:
-        """With all faults gone, everybody and one who joins now must have the publisher's weights, or say no."""
+        """Without faults, all replicas and one that joins now must have the publisher's weights, or refuse."""
         self.heal_hub()
         final = self.publish_change()
         followed = {follower.details["beside"] for follower in self.followers}
@@ -158,9 +158,9 @@ class History:
             raise Divergence(f"{replica.name} is {answer} without complaint, but {final} is the newest")
 
     def _compare_with_fresh_server(self, replicas: list[Actor], final: Position) -> None:
-        """A server of a checkpoint with the final weights has the same memory, and generates the same."""
+        """A fresh server of a checkpoint with the final weights has the same memory and outputs."""
         state = self._state_of(final)
-        assert state is not None, "judged before"
+        assert state is not None, "judged earlier"
         checkpoint = self.home / "final"
         shutil.copytree(self.setup.base, checkpoint)
         save_file(self.setup.states.view(state), checkpoint / "model.safetensors", {"format": "pt"})
@@ -180,11 +180,11 @@ class History:
         for who, behaviour in behaviours.items():
             for what, expected in right.items():
                 if behaviour[what] != expected:
-                    raise Divergence(f"the {what} of {who} at {final} are not those of a server of that checkpoint")
+                    raise Divergence(f"the {what} of {who} at {final} differ from those of a server of that checkpoint")
         self.say(f"{', '.join(behaviours)}: as a server of the checkpoint of state {state}")
 
     def _audit(self, final: Position) -> None:
-        """Every version of the chain is readable, from nothing, and is a state that the publisher was in."""
+        """Every version of the chain can be rebuilt from nothing, and is a state of the publisher."""
         found = actors.start("auditor", actors.auditor, self.setup, self.home / "auditor").answer()
         for position, memory in found:
             self._judge_bits("the chain", position, memory)
@@ -192,13 +192,13 @@ class History:
             raise Broken(f"the chain ends at {found[-1][0]}, but {final} was published")
 
     def _find_tracebacks(self) -> None:
-        """An error that nobody foresaw is a bug, also where it did no harm."""
+        """An unexpected error is a bug, even if it did no harm."""
         for log in sorted((self.home / "logs").iterdir()):
             if "Traceback" in log.read_text(errors="replace"):
-                raise Broken(f"an unforeseen error in {log.name}")
+                raise Broken(f"an unexpected error in {log.name}")
 
     def end(self) -> None:
-        """Kill whatever runs."""
+        """Kill all processes."""
         for actor in [self.publisher, *self.followers, *self.replicas, *self._references, self.hub]:
             if actor is not None:
                 actor.kill()
@@ -206,7 +206,7 @@ class History:
     # --- the publisher ------------------------------------------------------------------------------
 
     def start_publisher(self, state: int) -> Actor:
-        """A publisher that resumes at a state. It fences the one before, which is not stopped by this."""
+        """Start a publisher that resumes at a state. It fences the previous one, which keeps running."""
         for _ in range(_TRIES):
             publisher = actors.start(f"publisher-{time.monotonic_ns()}", actors.publisher, self.setup, state)
             answer = publisher.answer()
@@ -224,16 +224,16 @@ class History:
         self.publisher = None
 
     def newest_state(self) -> int:
-        """What the trainer's own newest checkpoint holds: saved before it was published."""
+        """The state in the trainer's newest checkpoint, which is saved before it is published."""
         return self.setup.states.numbers()[-1]
 
     def next_state(self) -> int:
-        """A number for a state that is about to be trained."""
+        """The number of the next trained state."""
         self._states += 1
         return self._states
 
     def publish(self) -> Position:
-        """Train a step and publish it, again until it is durable."""
+        """Train a step and publish it, with retries until it is durable."""
         publisher = self.publisher or self.start_publisher(self.newest_state())
         state = self.next_state()
         answer = publisher.ask("publish", state)
@@ -250,7 +250,7 @@ class History:
         raise Broken(f"state {state} cannot be published: {answer}")
 
     def publish_change(self) -> Position:
-        """Publish until there is a new version: some steps change nothing."""
+        """Publish until there is a new version, because some steps change nothing."""
         before = position = self.publish()
         while position == before:
             position = self.publish()
@@ -259,9 +259,9 @@ class History:
     # --- replicas -----------------------------------------------------------------------------------
 
     def join(self, name: str | None = None) -> Actor:
-        """Another server, from the base checkpoint or the newest anchor."""
+        """Start another server, from the base checkpoint or the newest anchor."""
         name = name or f"replica-{len(self.replicas)}"
-        # Ranks that hold parts of small tensors cannot follow compact deltas, and say so: it would be all they do.
+        # Ranks that hold parts of small tensors refuse compact deltas, so with those a server has one rank.
         ranks = self.chance.choice([1, 2]) if self.setup.encoding == "fast" and not self.setup.vllm else 1
         replica = self._start_replica(name, ranks, _free_port(self._ports))
         if name != "joiner":
@@ -269,7 +269,7 @@ class History:
         return replica
 
     def restart(self, replica: Actor) -> Actor:
-        """The same server again, after it was killed; what it had downloaded is still there."""
+        """Restart a server that was killed. Its downloads are still there."""
         again = self._start_replica(replica.name, replica.details["ranks"], replica.details["port"])
         self.replicas[self.replicas.index(replica)] = again
         return again
@@ -290,7 +290,7 @@ class History:
         raise Broken(f"{name} cannot be started: {answer}")
 
     def follow(self, replica: Actor) -> Report | Failed:
-        """Bring a replica to the newest version that it finds, and judge what it serves then."""
+        """Bring a replica to the newest version that it finds, and judge its weights."""
         return self.ask_replica(replica, "follow")
 
     def ask_replica(self, replica: Actor, *command: Any) -> Report | Failed:
@@ -306,7 +306,7 @@ class History:
     # --- clients of replicas ------------------------------------------------------------------------
 
     def start_follower(self, replica: Actor) -> Actor:
-        """`hubsync follow` beside a replica, until it is killed."""
+        """Start `hubsync follow` for a replica; it runs until it is killed."""
         follower = self._start_client("follower", actors.follower, replica)
         follower.details["beside"] = replica.name
         self.followers.append(follower)
@@ -318,18 +318,17 @@ class History:
         self.say(f"{follower.name} was killed")
 
     def start_pusher(self, replica: Actor) -> Actor:
-        """A client that pushes the newest version to a replica, and answers once."""
+        """Start a client that pushes the newest version to a replica, and answers once."""
         return self._start_client("pusher", actors.pusher, replica)
 
     def await_follower(self, replica: Actor, position: Position) -> Report | Failed:
-        """Look on while a replica is brought to `position`, which is to be served, by followers alone.
+        """Wait until followers alone have brought a replica to `position`, the version to be served.
 
         Returns:
-            what it serves then; Failed if a follower says again and again why it does not get there, or has ended with
-            an error.
+            the replica's report; Failed if a follower keeps reporting errors, or ended with one.
 
         Raises:
-            Divergence: it stays elsewhere, and nobody says why.
+            Divergence: the replica stays elsewhere, and no follower reports why.
         """
         beside = [follower for follower in self.followers if follower.details["beside"] == replica.name]
         told = {follower.name: len(self._errors_of(follower)) for follower in beside}
@@ -347,7 +346,7 @@ class History:
                 self.hear(beside[0].name, failed)
                 return failed
             if late:
-                raise Divergence(f"{replica.name} is {report} and not at {position}, and its follower says nothing")
+                raise Divergence(f"{replica.name} is {report} and not at {position}, and its follower reports nothing")
             time.sleep(0.03)
 
     def _start_client(self, kind: str, target: Callable[..., None], replica: Actor) -> Actor:
@@ -356,7 +355,7 @@ class History:
         return actors.start(name, target, self.setup, self.home / replica.name / "cache", url)
 
     def _errors_of(self, follower: Actor) -> list[dict[str, Any]]:
-        """What it has told of errors, oldest first."""
+        """Errors that it reported, oldest first."""
         log = self.home / "logs" / f"{follower.name}.log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
@@ -368,13 +367,13 @@ class History:
     # --- the Hub ------------------------------------------------------------------------------------
 
     def break_hub(self, **fault: Any) -> None:
-        """See `LocalHub.fail`."""
+        """Inject a fault; see `LocalHub.fail`."""
         assert self.hub is not None
         self.say(f"the Hub: {fault}")
         self.hub.ask("fail", fault)
 
     def heal_hub(self) -> int:
-        """No faults from here on. Returns how many had not struck."""
+        """Remove all faults. Returns how many had not struck."""
         if self.hub is None:
             return 0
         left: int = self.hub.ask("left")
@@ -382,14 +381,14 @@ class History:
         return left
 
     def restart_hub(self) -> None:
-        """The same Hub at the same address, after it was killed."""
+        """Restart the killed Hub at the same address."""
         self.hub = actors.start("hub", actors.hub, self.setup, self.port)
         self.hub.answer()
 
     # --- the judge ----------------------------------------------------------------------------------
 
     def judge(self, who: str, report: Report) -> None:
-        """Divergence unless a replica that claims to be in service has, bit for bit, a state of the publisher."""
+        """Raise Divergence if a replica claims to be in service but does not have, bit for bit, a published state."""
         if report.mixed is not None:
             raise Divergence(f"{who}: {report.mixed}")
         if not report.in_service:
@@ -403,20 +402,20 @@ class History:
     def _judge_bits(self, who: str, position: Position, memory: Any) -> None:
         state = self._state_of(position)
         if state is None:
-            raise Divergence(f"{who} has {position}, which the publisher never was at")
+            raise Divergence(f"{who} has {position}, which is no state of the publisher")
         expected = self.setup.memory(self.setup.states.view(state), len(memory))
         for rank, tensors in enumerate(expected):
             for name, right in tensors.items():
                 if memory[rank][name] != right:
                     different = sum(a != b for a, b in zip(memory[rank][name], right, strict=True))
                     raise Divergence(
-                        f"{who}, rank {rank}: {different} bytes of {name} at {position} are not those of state {state}"
+                        f"{who}, rank {rank}: {different} bytes of {name} at {position} differ from state {state}"
                     )
 
     def _judge_claim(self, position: Position, state: int) -> None:
-        """What the publisher calls a version is what its weights are."""
+        """Raise Divergence if the digest of a published version is not that of the publisher's weights."""
         if position.digest != self._digest(self.setup.states.view(state)):
-            raise Divergence(f"the publisher says that state {state} is {position}, which has another digest")
+            raise Divergence(f"the publisher reports state {state} as {position}, which has another digest")
 
     def _state_of(self, position: Position) -> int | None:
         for state in self.setup.states.numbers():
@@ -434,13 +433,13 @@ class History:
         self._log.write(f"{time.monotonic() - self._began:7.3f}  {what}\n")
 
     def hear(self, who: str, failed: Failed) -> None:
-        """Somebody reports an error: that is what they should do."""
+        """Record an error that a process reported, as it should."""
         self.loud[failed.error] += 1
-        self.say(f"{who} says {failed}")
+        self.say(f"{who} reports {failed}")
 
 
 def _free_port(ports: list[int]) -> int:
-    """For a server that is started again there."""
+    """A free port, which a server keeps when it restarts."""
     for port in random.sample(ports, len(ports)):
         with socket.socket() as probe:
             try:

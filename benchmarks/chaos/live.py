@@ -1,4 +1,4 @@
-"""Real vLLM servers in histories: a small checkpoint, and the process that looks after one server."""
+"""Real vLLM servers in histories: a small checkpoint, and the process that controls one server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROMPTS = ("3 + 4 =", "0 + 0 = it is 0 . 5 + 2 =")
 
 
 def base(pipe: Connection, setup: Setup) -> None:
-    """Makes a tiny random Qwen3 with a tokenizer, in bf16; answers True, and ends."""
+    """Make a tiny random bf16 Qwen3 with a tokenizer; answer True, and end."""
     import transformers
 
     from hubsync.demo.task import make_tokenizer
@@ -49,7 +49,7 @@ def base(pipe: Connection, setup: Setup) -> None:
 def replica(
     pipe: Connection, setup: Setup, home: Path, port: int, ranks: int, from_anchor: bool, model: Path | None = None
 ) -> None:
-    """As `actors.replica`, with a vLLM server; of the checkpoint `model` if there is one. Also answers ("behave",)."""
+    """As `actors.replica`, with a vLLM server, of the checkpoint `model` if given. Also answers ("behave",)."""
     assert ranks == 1
     cache = home / "cache"
     try:
@@ -84,7 +84,7 @@ def replica(
 
 
 def _loadable(setup: Setup, anchor: Path) -> Path:
-    """The toy policy is no Hugging Face model, so its anchors lack what is beside the weights."""
+    """Add what an anchor of the toy policy lacks, which is no Hugging Face model: config and tokenizer."""
     for file in setup.base.glob("*.json"):
         if not file.name.startswith("model") and not (anchor / file.name).exists():
             shutil.copy(file, anchor)
@@ -100,6 +100,6 @@ def _report(server: VLLMServer) -> Report:
 
 
 def _behaviour(server: VLLMServer) -> dict[str, Any]:
-    """Every parameter and buffer as vLLM lays them out, and what it generates, with its log probabilities."""
+    """Every parameter and buffer as vLLM lays them out, and generated tokens with their log probabilities."""
     (rank,) = server.rpc("chaos_memory")
     return {"parameters": rank["parameters"], "log probabilities": greedy(server.url, _PROMPTS)}

@@ -1,4 +1,4 @@
-"""A small policy, and the same weights as servers lay them out. Every bit is known, and nothing is learnt."""
+"""A small policy, and its weights as servers lay them out. Nothing is learnt: every bit is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hubsync.kernels.bits import bits_of
 
 Tensors = dict[str, torch.Tensor]
 
-# Name -> shape and dtype in training; the view has one dtype for all. `proj` takes several chunks of a delta.
+# Name -> shape and dtype in training; the view has one dtype. `proj` takes several chunks of a delta.
 POLICY: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "embed": ((37, 8), torch.float32),
     "q": ((8, 8), torch.bfloat16),
@@ -32,11 +32,11 @@ _VOCABULARY = 64  # rows of the served embedding: padded
 
 
 class Policy(torch.nn.Module):
-    """What the publisher trains: parameters by checkpoint name.
+    """The model that the publisher trains: parameters by checkpoint name.
 
     Args:
-        tensors: where training begins.
-        sane: are the weights to stay such that a model can compute with them?
+        tensors: initial weights.
+        sane: whether weights stay such that a model can compute with them.
     """
 
     def __init__(self, tensors: Tensors, *, sane: bool = False):
@@ -53,25 +53,25 @@ class Policy(torch.nn.Module):
 
     @classmethod
     def small(cls, wide: bool) -> Policy:
-        """Several dtypes and shapes that servers lay out in several ways."""
+        """Several dtypes and shapes, which servers lay out differently."""
         generator = torch.Generator().manual_seed(0)
         shapes = POLICY | WIDE if wide else POLICY
         return cls({name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in shapes.items()})
 
     @classmethod
     def of_checkpoint(cls, directory: Path) -> Policy:
-        """A model that vLLM can serve, in float32."""
+        """The weights of a model that vLLM can serve, in float32."""
         tensors = load_file(directory / "model.safetensors")
         return cls({name: tensor.float() for name, tensor in tensors.items()}, sane=True)
 
     def view(self, dtype: torch.dtype) -> Tensors:
-        """What a version of these weights has to be."""
+        """The published view of these weights."""
         return {name: tensor.detach().to(dtype, copy=True) for name, tensor in self.named_parameters()}
 
     def change(self, seed: int, number: int, optimizer: torch.optim.SGD | None = None) -> None:
-        """Another state, reproducible from both: steps of a trainer, single bits, everything, noise, nothing.
+        """Move to another state, a function of both numbers: a training step, one bit, all weights, noise, nothing.
 
-        With an optimizer (of learning rate 1) it makes the change, as far as arithmetic allows.
+        An optimizer (of learning rate 1) makes the change if given, as exactly as arithmetic allows.
         """
         if optimizer is None:
             self._change(seed, number)
@@ -91,7 +91,7 @@ class Policy(torch.nn.Module):
             bits = bits_of(tensor.detach())
             if how == "bit" and name == chosen_one:
                 bits[generator.integers(len(bits))] ^= 1
-            elif how == "noise":  # NaN payloads, infinities and both zeros: what no model survives, and every bit must
+            elif how == "noise":  # NaN payloads, infinities and both zeros: no model survives them, but every bit must
                 noisy = generator.random(len(bits)) < 0.05
                 noise = generator.integers(0, 1 << (8 * bits.itemsize), noisy.sum(), dtype=np.uint64)
                 bits[noisy] = noise.astype(bits.dtype)
@@ -103,12 +103,12 @@ class Policy(torch.nn.Module):
 
 
 def fingerprint(bits: np.ndarray) -> bytes:
-    """Of all patterns of a tensor, in checkpoint order: short enough to be sent for comparison."""
+    """Hash of a tensor's bits in checkpoint order, short enough to send."""
     return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
 
 
 class Shard(torch.nn.Module):
-    """One rank of a server: rows and columns are sliced, fused, padded and transposed as real servers do."""
+    """One rank of a server: sliced, fused, padded and transposed as real servers do."""
 
     def __init__(self, rank: int, ranks: int, dtype: torch.dtype, wide: bool):
         super().__init__()
@@ -152,7 +152,7 @@ class Shard(torch.nn.Module):
         return {name: bits_of(tensor.detach()).tobytes() for name, tensor in self.named_parameters()}
 
     def flip(self, seed: int) -> str:
-        """Flip one bit of a weight, as nobody should. Returns where."""
+        """Flip one bit of a weight, and return where."""
         chance = random.Random(seed)
         bits = bits_of(self._data("down"))
         place, bit = chance.randrange(len(bits)), chance.randrange(8 * bits.itemsize)
@@ -168,7 +168,7 @@ class Shard(torch.nn.Module):
 
 
 def served(tensors: Mapping[str, torch.Tensor], ranks: int) -> list[Shard]:
-    """A server that has just loaded a view."""
+    """The shards of a server that has just loaded a view."""
     dtype = tensors["embed"].dtype
     shards = [Shard(rank, ranks, dtype, "proj" in tensors) for rank in range(ranks)]
     for shard in shards:
@@ -177,7 +177,7 @@ def served(tensors: Mapping[str, torch.Tensor], ranks: int) -> list[Shard]:
 
 
 class States:
-    """Every state that the trainer was ever in, on disk before it is published: its weights, and the view of them."""
+    """Every state of the trainer, written to disk before it is published: its weights, and their view."""
 
     def __init__(self, directory: Path):
         self._directory = directory

@@ -1,4 +1,4 @@
-"""Playing many histories, several at a time, each in a process of its own that is forked from this one."""
+"""Play many histories, several at a time, each in its own process, forked from this one."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _fork = multiprocessing.get_context("fork")
 
 @dataclass
 class Outcome:
-    """What came of one history.
+    """The result of one history.
 
     Attributes:
-        divergence: what a replica in service had that it must not have, or None.
-        failure: another promise that was not kept, an unforeseen error, or a process that hangs; or None.
-        log: the last lines of its logs, where it went wrong.
+        divergence: what was wrong with the weights of a replica in service, or None.
+        failure: another broken promise, an unexpected error, or a process that hangs; or None.
+        log: the last lines of its logs, if it failed.
     """
 
     seed: int
@@ -88,7 +88,7 @@ class Manner:
 
     Attributes:
         plant: flip a bit of a replica after its last verification.
-        endless: each has a fault of the Hub that outlasts all tries, one kind after the other.
+        endless: each has one fault of the Hub that outlasts all retries; seeds go through the kinds.
         vllm: replicas are real vLLM servers.
         cover: this many histories share all kinds of events, and have no others; 0 for random events.
     """
@@ -115,19 +115,19 @@ class Manner:
 
     @property
     def deadline_s(self) -> float:
-        """For a history; without load a small part of that is enough."""
+        """Of one history. Without load it takes a small part of this."""
         return 5400.0 if self.vllm else 180.0
 
 
 def play_all(seeds: Sequence[int], jobs: int, root: Path, manner: Manner) -> Iterator[Outcome]:
-    """Play a history for each seed, `jobs` at a time; outcomes as they come. Failed ones keep their directory.
+    """Play a history for each seed, `jobs` at a time, and yield outcomes as they come.
 
-    Call it in a process that has never started a thread, after `prepare`.
+    Directories of failed histories are kept. Call it in a process that has never started a thread, after `prepare`.
     """
     waiting = list(reversed(seeds))
     running: dict[Connection, _Running] = {}
     gc.collect()
-    gc.freeze()  # else the first collection of every child copies all that it shares with this process
+    gc.freeze()  # otherwise the first collection in each child copies all memory that it shares with this process
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -171,7 +171,7 @@ class _Running:
             try:
                 outcome = self.pipe.recv()
             except EOFError:
-                outcome = Outcome(self.seed, failure="the process that plays it has died")
+                outcome = Outcome(self.seed, failure="the process that plays it died")
         self.end()
         outcome.seconds = time.monotonic() - self.began
         if outcome.exact:
@@ -181,7 +181,7 @@ class _Running:
         return outcome
 
     def end(self) -> None:
-        """End it, and everything that it has started: one process group, and one of each vLLM server."""
+        """End the history and all processes that it started: one process group, and one per vLLM server."""
         end_group(self.process.pid or 0)
         for file in self.home.glob(f"*/{PID_FILE}"):
             end_group(int(file.read_text()))
@@ -214,9 +214,9 @@ def _play_script(seed: int, home: Path, manner: Manner, outcome: Outcome) -> Non
     try:
         history.begin()
         for number, event in enumerate(events):
-            # What every run of so many seeds promises to show gets another try where it found nothing to strike.
+            # A promised event is tried again if it found nothing to strike.
             for attempt in range(4 if event in script.promised else 1):
-                # By moments of kills events may take more or fewer decisions: those of later ones are the same.
+                # The moment of a kill changes how many decisions an event takes. Later events decide the same anyway.
                 history.chance = random.Random(f"{seed}/{number}/{attempt}")
                 history.say(f"--- {event.kind}")
                 if event.happen(history):
@@ -231,7 +231,7 @@ def _play_script(seed: int, home: Path, manner: Manner, outcome: Outcome) -> Non
 
 
 def _plant(history: History) -> None:
-    """Change a weight behind everybody's back, after the last verification."""
+    """Change a weight after the last verification."""
     history.publish()
     replica = history.replicas[0]
     history.follow(replica)
@@ -251,7 +251,7 @@ def _last_lines(home: Path) -> list[str]:
 
 
 def prepare() -> None:
-    """Compile every kernel here, in the one thread, so that forked processes have them."""
+    """Compile every kernel in this one thread, so that forked processes have them."""
     torch.set_num_threads(1)
     for dtype in VIEW_DTYPES.values():
         policy = Policy.small(wide=True)

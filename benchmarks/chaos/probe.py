@@ -1,4 +1,4 @@
-"""hubsync's worker extension, with two more methods: what histories see of a real server's memory, and do to it."""
+"""hubsync's worker extension with two more methods: read a real server's memory, and damage it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from vllm_plugin.extension import DeltaWorkerExtension
 
-# What imports numba is imported when it is asked for: see `vllm_plugin.compat`.
+# Modules that import numba are imported late: see `vllm_plugin.compat`.
 
 
 class Probe(DeltaWorkerExtension):
     """For `--worker-extension-cls`."""
 
     def chaos_memory(self) -> dict[str, Any]:
-        """`status`; fingerprints of the live weights in checkpoint coordinates; and hashes of all that vLLM holds."""
+        """`status`, fingerprints of the live weights in checkpoint coordinates, and hashes of all that vLLM holds."""
         from hubsync.apply.served_model import ServedModel
         from vllm_plugin.exam import memory_of
         from vllm_plugin.worker import session_of, status
@@ -32,7 +32,7 @@ class Probe(DeltaWorkerExtension):
         return {"status": status(self), "tensors": tensors, "parameters": memory_of(self)}
 
     def chaos_flip(self, seed: int) -> dict[str, Any]:
-        """Flip one bit of a weight, as nobody should."""
+        """Flip one bit of a weight."""
         from hubsync.kernels.bits import bits_of
 
         chance = random.Random(seed)

@@ -1,8 +1,7 @@
-"""A server without vLLM: plain modules that hold weights, and around them the parts that run in a vLLM server.
+"""A server without vLLM: plain modules with weights, served by the parts of hubsync that run in a vLLM server.
 
 The workers' sessions, the engine core's part (`hubsync.apply.engine_commit`, watchdog included) and HTTP are real, so
-real clients and followers talk to it. vLLM is missing: a forward pass only checks whether it may run, and on which
-weights.
+real clients and followers talk to it. A forward pass only checks that it may run, and on which weights.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from hubsync.apply.session import Session
 from hubsync.apply.worker_methods import WorkerMethods, status
 from hubsync.errors import ReplicaPoisoned
 
-WINDOW_TIMEOUT_S = 1.0  # a client that was killed in a window is waited for as long
+WINDOW_TIMEOUT_S = 1.0  # how long a killed client may leave a window open
 
-_TURN_S = 0.02  # between two forward passes, where no request comes
+_TURN_S = 0.02  # between two forward passes while no request comes
 _VLLM = "0.32.0"
 
 T = TypeVar("T")
 
 
 class _Worker(WorkerMethods):
-    """One rank: its session, and the thread on which it runs forward passes and answers requests."""
+    """One rank: its session, and the thread that runs forward passes and answers requests."""
 
     def __init__(self, rank: int, session: Session):
         self.rank = rank
@@ -69,7 +68,7 @@ class Engine:
         return len(self._workers)
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Loop until the process ends."""
         while True:
             try:
                 self._turns.get(timeout=_TURN_S)()
@@ -79,7 +78,7 @@ class Engine:
                 self._forward()
 
     def between(self, act: Callable[[], T]) -> T:
-        """What `act` returns, called between two forward passes. From any other thread."""
+        """Call `act` between two forward passes, and return its result. Call this from any other thread."""
         future: Future[T] = Future()
 
         def turn() -> None:
@@ -95,7 +94,7 @@ class Engine:
         return self.between(lambda: self._core.handle(method, *args))
 
     def _forward(self) -> None:
-        """Poisoned weights are rebuilt, or there is no forward pass; else all ranks must be at what the label says."""
+        """Rebuild poisoned weights, or do not run. Otherwise check that all ranks are at the labelled version."""
         sessions = [worker.session for worker in self._workers]
         if any(session.state == "poisoned" for session in sessions):
             healing = [worker.thread.submit(worker.session.before_forward) for worker in self._workers]
@@ -112,7 +111,7 @@ class Engine:
         if len(versions) > 1 or labels - set(map(str, versions)):
             self.mixed = f"a forward pass on versions {versions}, labelled {self.label!r}"
 
-    # --- what hubsync's part of the engine core asks of it
+    # --- `engine_commit.Engine`
 
     @property
     def still(self) -> bool:

@@ -136,6 +136,7 @@ def compact(history: History) -> bool:
 @event("collected")
 def collect(history: History) -> bool:
     """Old versions are deleted without a grace period, while replicas may need them."""
+    anchor(history)  # the versions before it are not needed by the versions after it
     for _ in range(history.chance.randint(1, 3)):
         history.publish_change()
     if history.chance.random() < 0.5:

@@ -1,10 +1,12 @@
-"""The manifests of a run as a graph: which exist, which is the newest, and what leads to what.
+"""The manifests of a run as a graph: which exist, which is the newest, and which deltas connect them.
 
-Each epoch is a straight line, because it has one writer. A new epoch continues from a version of an older one
-(the first delta names it as its parent), or from an anchor when its weights are unrelated. Hence the newest
-version of the run is the newest of the highest epoch that has any: whatever a replaced writer still managed to
-commit in its own, lower epoch is a dead branch, readable but never the newest. Merged deltas lie in places of their
-own, of compactors: they are shortcuts between versions that exist, and the newest version is never told from them.
+Each epoch is a straight line, because it has one writer. A new epoch continues from a version of an older one: its
+first delta names that version as its parent. Where its weights are unrelated, it begins with an anchor. So the newest
+version of the run is the newest of the highest epoch that has any. Versions that a replaced writer still commits in its
+own, lower epoch are a dead branch: readable, but never the newest.
+
+Merged deltas lie in directories of compactors. They are shortcuts between existing versions and never decide which
+version is the newest.
 """
 
 from __future__ import annotations
@@ -14,46 +16,34 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
-from hubsync.errors import FormatError, Untrusted
+from hubsync.errors import FormatError
 from hubsync.format.manifest import MAX_VERSION, Manifest, Position, Run
 
 from .layout import EpochNames, Layout, epoch_names, merged_names
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 256  # manifests of earlier versions read in one go while walking back
-
-
-def read_head(bucket: Bucket) -> bytes | None:
-    """The head as it is stored; None if there is none, or one that the key of the run has not signed.
-
-    It is only a hint: what it leads to is checked, and a foreign one must not keep anybody from the manifests.
-    """
-    try:
-        return bucket.read([Layout.HEAD]).get(Layout.HEAD)
-    except Untrusted as error:
-        logger.warning("ignoring the head of %s: %s", bucket.address, error)
-        return None
+READ_AHEAD = 256  # manifests of earlier versions, read in one call while walking back
 
 
 @dataclass(frozen=True)
 class Link:
-    """One position on a chain, and the delta that leads to it (None where the chain begins or is cut off)."""
+    """One position on a chain, and the delta that leads to it. None where the chain begins or is cut off."""
 
     position: Position
     delta: Manifest | None
 
 
 class ChainIndex:
-    """Reads names and manifests (never parts) and remembers them. Manifests are immutable, so none goes stale."""
+    """Reads names and manifests (never parts) and keeps them. Manifests are immutable, so they never go stale."""
 
     def __init__(self, bucket: Bucket, run: Run):
         self._bucket = bucket
         self._run = run
         self._manifests: dict[str, Manifest] = {}
         self._epochs: dict[str, EpochNames] = {}
-        self._ignored: set[str] = set()  # names of manifests that cannot be used, and need not be
-        self._merged: dict[int, list[tuple[int, str]]] = {}  # where merged deltas lead -> where from, and their names
+        self._ignored: set[str] = set()  # names of unusable manifests that are not needed
+        self._merged: dict[int, list[tuple[int, str]]] = {}  # end version of merged deltas -> start version, name
 
     @property
     def epochs(self) -> dict[str, EpochNames]:
@@ -61,14 +51,14 @@ class ChainIndex:
         return self._epochs
 
     def survey(self) -> None:
-        """List every epoch with its manifests: one listing. Manifests that have been deleted are forgotten."""
+        """List every epoch with its manifests, in one listing. Forget deleted manifests."""
         paths = {stat.path for stat in self._bucket.list(Layout.EPOCHS)}
         self._epochs = epoch_names(paths)
         self._merged = merged_names(paths)
         self._manifests = {path: manifest for path, manifest in self._manifests.items() if path in paths}
 
     def newest(self, below: int | None = None) -> Manifest | None:
-        """Newest manifest of the last survey (of those with a version lower than `below`); None if there is none."""
+        """Newest manifest of the last survey, of versions lower than `below` if given; None if there is none."""
         for epoch in reversed(self._epochs):
             versions = self._epochs[epoch].versions
             for version in sorted(versions if below is None else (v for v in versions if v < below), reverse=True):
@@ -85,9 +75,9 @@ class ChainIndex:
         return None
 
     def at(self, epoch: str, version: int, *, down_to: int | None = None) -> Manifest | None:
-        """The delta of this version, else its anchor, else None.
+        """The delta to this version, else its anchor, else None.
 
-        Earlier deltas of the epoch, from `down_to` on, are read in the same call: walking back needs them next.
+        The same call reads earlier deltas of the epoch, from `down_to` on: walking back needs them next.
         """
         delta, anchor = Layout.delta(epoch, version), Layout.anchor(epoch, version)
         if delta not in self._manifests:
@@ -119,16 +109,16 @@ class ChainIndex:
         return [self._manifests[path] for path in paths if path in self._manifests] + self.merged(0, MAX_VERSION)
 
     def add(self, manifest: Manifest) -> None:
-        """Remember a manifest that came from elsewhere (the head), after the same checks."""
+        """Keep a manifest from elsewhere (the head), after the same checks."""
         path = Layout.manifest(manifest)
         self._check(manifest, path)
         self._manifests[path] = manifest
 
     def walk(self, start: Manifest | None, *, floor: int = 0) -> Iterator[Link]:
-        """Positions from `start` (None: version 0) back to where the chain begins, each with the delta leading to it.
+        """Positions from `start` (None: version 0) back to the beginning of the chain, each with the delta to it.
 
-        The last link has no delta: it is version 0, or an anchor that began the chain anew, or a version whose
-        manifest is gone. FormatError if a parent is not what its child says.
+        The last link has no delta: it is version 0, or an anchor that restarted the chain, or a version whose manifest
+        is gone. FormatError if a parent is not the one that its child names.
         """
         manifest = start
         position = self._run.origin if start is None else start.position
@@ -143,14 +133,15 @@ class ChainIndex:
         yield Link(position, None)
 
     def leading_to(self, manifest: Manifest) -> Manifest | None:
-        """The delta that leads to a manifest's version: itself, unless it is an anchor."""
+        """The delta to a manifest's version: the manifest itself, unless it is an anchor."""
         return manifest if manifest.kind == "delta" else self._delta_to(manifest.position)
 
     def parent_of(self, delta: Manifest, *, floor: int = 0) -> Manifest | None:
         """Manifest of the version that a delta applies to; None if that is version 0, or the manifest is gone.
 
-        FormatError if the version is not the one that the delta says, unless the delta is a merged one: that is only
-        a shortcut, and what is wrong with it must not block a way past it. `floor`: the lowest version to read ahead.
+        FormatError if the version is not the one that the delta names. A merged delta with that fault is ignored
+        instead: it is only a shortcut, and must not block the path around it. `floor`: the lowest version to read
+        ahead.
         """
         position = delta.parent
         assert position is not None  # the parser guarantees it for deltas
@@ -158,7 +149,7 @@ class ChainIndex:
             return self._delta_to(position)
         if delta.parent_epoch is None:
             if position != self._run.origin:
-                raise FormatError(f"{Layout.manifest(delta)}: its version 0 is not the one of run.json")
+                raise FormatError(f"{Layout.manifest(delta)}: names {position} as parent, run.json another version 0")
             return None
         manifest = self.at(delta.parent_epoch, position.version, down_to=min(floor, position.version))
         if manifest is not None and manifest.position != position:
@@ -166,14 +157,14 @@ class ChainIndex:
         return manifest
 
     def merged(self, low: int, high: int) -> list[Manifest]:
-        """Merged deltas of the last survey whose versions all lie in `low..high`, by where they lead."""
+        """Merged deltas of the last survey whose versions all lie in `low..high`, by their end."""
         ends = sorted(last for last in self._merged if low <= last <= high)
         paths = [path for last in ends for first, path in self._merged[last] if low <= first]
         self._load_shortcuts(paths)
         return [self._manifests[path] for path in paths if path in self._manifests]
 
     def merged_into(self, position: Position, *, floor: int = 0) -> list[Manifest]:
-        """Merged deltas that lead to a position. Those to earlier versions are read in the same call."""
+        """Merged deltas that lead to a position. The same call reads those to earlier versions."""
         last = position.version
         paths = [path for _, path in self._merged.get(last, ())]
         if any(path not in self._manifests for path in paths):
@@ -185,36 +176,36 @@ class ChainIndex:
         return [manifest for manifest in found if manifest is not None and manifest.position == position]
 
     def _delta_to(self, position: Position) -> Manifest | None:
-        # An anchor does not say which epoch has the delta to the same version: it may be the anchor's own or any
-        # earlier one, if the writer was resumed at this version.
+        # An anchor does not name the epoch of the delta to its version. It is the anchor's own epoch, or an earlier one
+        # if a writer was resumed at this version.
         epochs = [epoch for epoch, names in self._epochs.items() if position.version in names.deltas]
         self._load_shortcuts(Layout.delta(epoch, position.version) for epoch in epochs)
         found = (self._manifests.get(Layout.delta(epoch, position.version)) for epoch in epochs)
         return next((delta for delta in found if delta is not None and delta.position == position), None)
 
     def unreadable(self) -> dict[str, FormatError]:
-        """Names of the manifests of the last survey that nobody can use, and why."""
+        """Names of the unusable manifests of the last survey, each with its error."""
         paths = [path for last in self._merged.values() for _, path in last]
         for epoch, names in self._epochs.items():
             paths += [Layout.delta(epoch, version) for version in names.deltas]
             paths += [Layout.anchor(epoch, version) for version in names.anchors]
-        return self._load_what_can_be(sorted(paths))
+        return self._load_usable(sorted(paths))
 
     def _load_shortcuts(self, paths: Iterable[str]) -> None:
-        """As `_load`, but a manifest that is damaged or not signed is passed over: others lead there too."""
-        for path, error in self._load_what_can_be([path for path in paths if path not in self._ignored]).items():
-            logger.warning("passing over a manifest that cannot be used: %s", error)
+        """`_load`, but ignore a manifest that is damaged or not signed: other deltas lead there too."""
+        for path, error in self._load_usable([path for path in paths if path not in self._ignored]).items():
+            logger.warning("ignoring an unusable manifest: %s", error)
             self._ignored.add(path)
 
-    def _load_what_can_be(self, paths: Sequence[str]) -> dict[str, FormatError]:
-        """As `_load`; the errors of those that cannot be loaded. Few reads where few are bad."""
+    def _load_usable(self, paths: Sequence[str]) -> dict[str, FormatError]:
+        """`_load`, and return the error of each manifest that cannot be loaded. Few bad ones cost few reads."""
         try:
             self._load(paths)
         except FormatError as error:
             if len(paths) == 1:
                 return {paths[0]: error}
             half = len(paths) // 2
-            return self._load_what_can_be(paths[:half]) | self._load_what_can_be(paths[half:])
+            return self._load_usable(paths[:half]) | self._load_usable(paths[half:])
         return {}
 
     def _load(self, paths: Iterable[str]) -> None:
@@ -235,4 +226,4 @@ class ChainIndex:
         if manifest.run_id != self._run.run_id or manifest.table_hash != self._run.table.hash:
             raise FormatError(f"{path}: belongs to another run or tensor table than {self._run.run_id}")
         if manifest.version == 0 and manifest.position != self._run.origin:
-            raise FormatError(f"{path}: its version 0 is not the one of run.json")
+            raise FormatError(f"{path}: holds {manifest.position}, run.json another version 0")

@@ -1,10 +1,10 @@
-"""Object names: all of them are made here, from validated numbers, and never read from a document.
+"""Object names of a run. They are made here from validated numbers, never read from a document.
 
 ```
 run.json
 head.json
-gc.json                                                              since when objects have been seen unneeded
-epochs/00000003-1a2b3c4d/epoch.json                                  a writer has begun
+gc.json                                                              since when objects are unneeded
+epochs/00000003-1a2b3c4d/epoch.json                                  marker of a writer
 epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
 epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
 epochs/00000003-1a2b3c4d/anchors/00000040/manifest.json              manifest of an anchor
@@ -12,8 +12,8 @@ epochs/00000003-1a2b3c4d/anchors/00000040/<its files>
 epochs/compact-5e6f7a8b/merged/00000032-00000040/manifest.json       manifest of a merged delta
 epochs/compact-5e6f7a8b/merged/00000032-00000040/00000-<sha256[:16]>.safetensors
 ```
-Fixed-width numbers make the order of names the order of epochs and versions. A compactor's place has no number: it
-begins no epoch, so it fences nobody, and who does not know merged deltas passes it over.
+Numbers have a fixed width, so the order of names is the order of epochs and versions. A compactor's directory has no
+number: it begins no epoch, so it fences no writer, and readers that do not know merged deltas ignore it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Layout:
 
     @staticmethod
     def epoch(epoch: str) -> str:
-        """The marker that tells older writers that they have been replaced."""
+        """Marker of an epoch. It fences the writers of older epochs."""
         return f"epochs/{epoch}/epoch.json"
 
     @staticmethod
@@ -50,17 +50,17 @@ class Layout:
 
     @staticmethod
     def anchor(epoch: str, version: int) -> str:
-        """Manifest of the anchor of `version`, beside its files."""
+        """Manifest of the anchor of `version`, in the directory of its files."""
         return f"epochs/{epoch}/anchors/{version:08d}/manifest.json"
 
     @staticmethod
     def merged(epoch: str, first: int, last: int) -> str:
-        """Manifest of the merged delta from version `first` to version `last`, beside its parts."""
+        """Manifest of the merged delta from version `first` to version `last`, in the directory of its parts."""
         return f"epochs/{epoch}/merged/{first:08d}-{last:08d}/manifest.json"
 
     @staticmethod
     def manifest(manifest: Manifest) -> str:
-        """Where this manifest itself is stored."""
+        """Name of a manifest's own object."""
         if manifest.kind == "merged":
             assert manifest.parent is not None  # the parser guarantees it
             return Layout.merged(manifest.epoch, manifest.parent.version, manifest.version)
@@ -69,7 +69,7 @@ class Layout:
 
     @staticmethod
     def part(manifest: Manifest, part: Part) -> str:
-        """Where one part of this manifest is stored."""
+        """Name of one part of a manifest."""
         if manifest.kind == "anchor":
             return f"epochs/{manifest.epoch}/anchors/{manifest.version:08d}/{part.file}"
         if manifest.kind == "merged":
@@ -81,7 +81,7 @@ class Layout:
 
 @dataclass
 class EpochNames:
-    """Which manifests one epoch has, told from the names of its objects alone."""
+    """Versions with a manifest in one epoch, from the names of its objects alone."""
 
     deltas: set[int] = field(default_factory=set)
     anchors: set[int] = field(default_factory=set)
@@ -92,7 +92,7 @@ class EpochNames:
 
 
 def epoch_names(paths: Iterable[str]) -> dict[str, EpochNames]:
-    """Epoch -> the manifests it has, oldest epoch first. Names that are not ours are ignored."""
+    """Epoch -> its manifests, oldest epoch first. Other names are ignored."""
     epochs: dict[str, EpochNames] = {}
     for path in paths:
         match = _NAME.fullmatch(path)
@@ -108,7 +108,7 @@ def epoch_names(paths: Iterable[str]) -> dict[str, EpochNames]:
 
 
 def merged_names(paths: Iterable[str]) -> dict[int, list[tuple[int, str]]]:
-    """Version -> the merged deltas that lead to it: the version each starts from, and the name of its manifest."""
+    """Version -> merged deltas that lead to it: the version that each starts from, and the name of its manifest."""
     found: dict[int, list[tuple[int, str]]] = {}
     for path in sorted(paths):
         match = _MERGED.fullmatch(path)

@@ -1,4 +1,4 @@
-"""Paths between positions: which manifests lead from what somebody has to a version for the fewest bytes."""
+"""Path planner: finds the manifests that lead from given weights to a version for the fewest bytes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class Step:
-    """One delta on a way: applied, or undone (`inverse`)."""
+    """One delta on a path, applied or undone (`inverse`)."""
 
     manifest: Manifest
     inverse: bool = False
 
     @property
     def start(self) -> Position:
-        """Where the step applies."""
+        """The position that the step applies to."""
         return self.manifest.position if self.inverse else self._parent
 
     @property
     def end(self) -> Position:
-        """Where it leads."""
+        """The position that it leads to."""
         return self._parent if self.inverse else self.manifest.position
 
     @property
@@ -39,14 +39,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to get to `target`: a starting point, then `steps` in order.
+    """A path to `target`: a starting point, then `steps` in order.
 
     Attributes:
-        start: what the caller has, if the way starts there.
-        anchor: manifest of the anchor to load first, if the way starts there.
-        base: the way starts at the local base checkpoint (version 0).
-        steps: deltas to apply or to undo; each one starts where the one before ends.
-        target: where it ends.
+        start: the caller's position, if the path starts there.
+        anchor: manifest of the anchor to load first, if the path starts there.
+        base: whether the path starts at the local base checkpoint (version 0).
+        steps: deltas to apply or to undo. Each starts at the end of the one before.
+        target: the end of the path.
     """
 
     start: Position | None
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def deltas(self) -> list[Manifest]:
-        """What to download for the steps, in their order."""
+        """Manifests to download for the steps, in their order."""
         return [step.manifest for step in self.steps]
 
     @property
@@ -68,11 +68,11 @@ class Plan:
 
 @dataclass(order=True)
 class _Place:
-    """A position that a way may come through, and how it goes on from there to the target."""
+    """A position on a possible path, and the path from there to the target."""
 
     nbytes: int
     steps: int
-    number: int  # of two equal ones, the one that was found first
+    number: int  # of two equal places, the one found first comes first
     position: Position = field(compare=False)
     step: Step | None = field(compare=False, default=None)
     onward: _Place | None = field(compare=False, default=None)
@@ -86,10 +86,10 @@ class _Place:
 
 
 class Planner:
-    """Finds paths through what an index has surveyed.
+    """Finds paths in the last survey of an index, by Dijkstra's algorithm from the target backwards.
 
     Args:
-        lost: names of manifests whose parts are known to be gone.
+        lost: names of manifests whose parts are gone.
     """
 
     def __init__(self, index: ChainIndex, origin: Position, lost: Collection[str] = ()):
@@ -101,7 +101,7 @@ class Planner:
     def cheapest(self, target: Manifest | None, have: Position | None, base_available: bool) -> Plan | None:
         """The plan with the fewest bytes (then the fewest steps) to a version (None: version 0); None if there is none.
 
-        Looks from the target backwards, the cheapest place first, so that no more manifests are read than matter.
+        Searches from the target backwards, the cheapest place first, so that only relevant manifests are read.
         """
         end = self._origin if target is None else target.position
         floor = self._floor(end, have, base_available)
@@ -125,7 +125,7 @@ class Planner:
         return best
 
     def _floor(self, end: Position, have: Position | None, base_available: bool) -> int:
-        """Below this version nothing is read ahead."""
+        """The lowest version to read ahead."""
         if have is not None:
             return min(have.version, end.version)
         if base_available:
@@ -134,9 +134,10 @@ class Planner:
         return max((version for version in anchored if version <= end.version), default=0)
 
     def _undone(self, have: Position | None, end: Position, floor: int) -> dict[Position, list[Step]]:
-        """Deltas that can be undone on the way down from `have`, by where that leads.
+        """Deltas that can be undone on the path down from `have`, by the position that undoing leads to.
 
-        Only what files alone can invert: a compact delta is coded against weights that are not at hand there.
+        Only deltas that their files alone can invert. A compact delta is encoded against weights that are not
+        available there.
         """
         undone: dict[Position, list[Step]] = defaultdict(list)
         manifest = None if have is None else self._index.at_version(have.version)
@@ -156,7 +157,7 @@ class Planner:
         return undone
 
     def _beginnings(self, place: _Place, end: Position, have: Position | None, base_available: bool) -> Iterator[Plan]:
-        """Plans that start at a place itself."""
+        """Plans that start at a place."""
         if place.position == have:
             yield Plan(have, None, False, place.path(), end)
         elif base_available and place.position == self._origin:
@@ -172,7 +173,7 @@ class Planner:
         """Steps that lead to a place."""
         yield from undone.get(place.position, ())
         if place.step is not None and place.step.inverse:
-            return  # to go up and down again leads nowhere
+            return  # up and down again is a circle
         manifest = target if place.step is None else self._index.parent_of(place.step.manifest, floor=floor)
         single = None if manifest is None else self._index.leading_to(manifest)
         deltas = [*self._index.merged_into(place.position, floor=floor), *([] if single is None else [single])]

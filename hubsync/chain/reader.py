@@ -1,8 +1,8 @@
-"""Reading a run: where it stands, which way leads there, and its verified files.
+"""Read a run: its newest and its served version, paths to them, and verified files.
 
-The head is a hint. A stalled old writer that wakes up may overwrite it, and a writer may die before it writes
-it. So a reader keeps a high-water mark and never goes below it, and it lists the epochs on first use, when the
-head is older than what it has seen, and when a version asked for is not there.
+The head is a hint. A stalled old writer that wakes up may overwrite it, and a writer may die before it writes it. So a
+reader keeps a high-water mark and never goes below it. It lists the epochs on first use, when the head is older than
+the mark, and when a requested version is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from hubsync.bucket.base import Bucket, Download
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
 from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
 
-from .index import ChainIndex, read_head
+from .head import read_head
+from .index import ChainIndex
 from .layout import Layout
 from .planner import Plan, Planner, Step
 
@@ -29,19 +30,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPLANS = 2  # how often another way is looked for when objects of the first one are gone
+REPLANS = 2  # how often another path is searched after objects of the first one are gone
 
 T = TypeVar("T")
 
 
 class ChainReader:
-    """One reader of one run. Not thread-safe; several readers, also of several processes, may share a cache.
+    """One reader of one run. Not thread-safe. Several readers, also in several processes, may share a cache.
 
     Args:
         bucket: the run's prefix.
-        cache_dir: downloaded parts are kept below `cache_dir/<run id>/`, under the names they have in the bucket; and
-            beside it, what was the newest version: no reader with this cache ever takes an older one for the newest.
-        max_head_age: seconds of the storage's clock; a reader that knows nothing of the run yet refuses an older head
+        cache_dir: downloaded parts are kept in `cache_dir/<run id>/`, under their names in the bucket. The newest
+            version seen is kept in `cache_dir/<run id>.newest.json`: no reader with this cache ever takes an older
+            version for the newest.
+        max_head_age: seconds by the storage's clock. A reader without a cached version rejects an older head
             (HeadTooOld).
     """
 
@@ -55,13 +57,13 @@ class ChainReader:
         self._chain: ChainIndex | None = None
         self._mark: Manifest | None = None  # the newest manifest seen, by (epoch, version)
         self._seen_head: bytes | None = None
-        self._served: tuple[Position, int] | None = None  # what a head in order said, and of which newest version
-        self._resolved: tuple[Manifest, int, Position] | None = None  # and the position that it came to
+        self._served: tuple[Position, int] | None = None  # (newest, its served version) by a valid head
+        self._resolved: tuple[Manifest, int, Position] | None = None  # (newest, served version, position)
         self._lost: set[str] = set()  # names of manifests whose parts are gone
         self._fetched: set[Path] = set()
 
     def run(self) -> Run:
-        """`run.json`, read once. ObjectMissing if nobody has created the run yet."""
+        """`run.json`, read once. ObjectMissing if the run does not exist yet."""
         if self._run is None:
             data = self._bucket.read([Layout.RUN]).get(Layout.RUN)
             if data is None:
@@ -72,18 +74,18 @@ class ChainReader:
         return self._run
 
     def newest(self) -> Position:
-        """The newest committed position known; one call while the head is in order. Never goes backwards."""
+        """The newest committed position. One call while the head is valid. Never goes backwards."""
         self.head()
         return self._position(self._mark)
 
     def head(self) -> Head | None:
-        """Read the head and look closer where it is in doubt. None if there is none (yet), or it is unreadable."""
+        """Read the head, and list the epochs if it is in doubt. None if it does not exist or is unreadable."""
         data = read_head(self._bucket)
         first_use = self._chain is None
         head = self._parse(data)
         if self._mark is None:
             self._require_fresh(head)
-        # A head that was looked into once is not looked into again: no listing per poll while it stays bad.
+        # One listing per bad head, not one per poll.
         changed, self._seen_head = data != self._seen_head, data
         in_order = head is not None and (self._mark is None or _order(head.manifest) >= _order(self._mark))
         if head is not None and in_order:
@@ -93,11 +95,11 @@ class ChainReader:
         return head
 
     def served(self) -> Position:
-        """The committed position that replicas should serve; one call while the head is in order.
+        """The committed position that replicas should serve. One call while the head is valid.
 
-        It may be older than the newest (a rollback), and may go backwards. A head that is missing, unreadable, or
-        left by a stalled old writer says nothing: then what the newest version's own head said holds, as far as this
-        reader has seen it, else what its manifest says. So does a head that names a version that does not exist.
+        It may be older than the newest (a rollback), and may go backwards. A head that is missing, unreadable or left
+        by a stalled old writer is ignored, and so is one that names a version that does not exist. Then the last valid
+        head of the newest version decides, if this reader has seen one; else the manifest of that version.
         """
         head = self.head()
         newest = self._mark
@@ -116,7 +118,7 @@ class ChainReader:
     def manifests(self) -> list[Manifest]:
         """Deltas and anchors of the current chain, oldest first (the delta of a version before its anchor).
 
-        Where the chain was begun anew with an anchor, what came before it is listed too.
+        Where an anchor restarted the chain, the versions before it are listed too.
         """
         self._survey()
         found: list[Manifest] = []
@@ -131,9 +133,9 @@ class ChainReader:
         return found[::-1]
 
     def spans(self, manifests: Sequence[Manifest]) -> list[Manifest]:
-        """Merged deltas that lead to versions of a chain (as `manifests` returns it), in the order of these versions.
+        """Merged deltas between versions of a chain (as `manifests` returns it), in the order of their ends.
 
-        Also where the deltas that they merge have been deleted.
+        Includes merged deltas whose single deltas have been deleted.
         """
         known = {manifest.position for manifest in manifests} | {self.run().origin}
         known |= {manifest.parent for manifest in manifests if manifest.parent is not None}
@@ -143,7 +145,7 @@ class ChainReader:
             parent = merged.parent
             assert parent is not None  # the parser guarantees it
             if parent.version in numbers and parent not in known:
-                logger.warning("passing over %s: the run has no such %s", Layout.manifest(merged), parent)
+                logger.warning("ignoring %s: the run has no such %s", Layout.manifest(merged), parent)
             elif merged.position in known:
                 known.add(parent)
                 numbers.add(parent.version)
@@ -151,9 +153,9 @@ class ChainReader:
         return found[::-1]
 
     def manifest(self, version: int) -> Manifest:
-        """Manifest of the delta that leads to this version, or of its anchor if there is no delta.
+        """Manifest of the delta to this version, or of its anchor if there is no delta.
 
-        NoPath if the version was never committed, or has been deleted.
+        NoPath if the version was never committed, or was deleted.
         """
         if self._chain is None:
             self.newest()
@@ -162,14 +164,14 @@ class ChainReader:
             self._survey()
             found = self._index.at_version(version)
         if found is None:
-            raise NoPath(f"version {version} is not in {self._bucket.address}; {self._what_exists()}")
+            raise NoPath(f"version {version} is not in {self._bucket.address}; {self._inventory()}")
         return found
 
     def find(self, digest: str) -> Position | None:
-        """Which committed position has this digest (32 hex digits). Where several do, any leads to the newest version.
+        """The committed position with this digest (32 hex digits); None if there is none.
 
-        The newest version, anchors and version 0 come first: that is where live weights mostly are, and reading the
-        manifests of a long chain is slow.
+        Of several, any one will do: the same weights lead to the newest version from each. The newest version, anchors
+        and version 0 are tried first. Live weights mostly are there, and reading the manifests of a long chain is slow.
         """
         if self.newest().digest == digest:
             return self._position(self._mark)
@@ -182,11 +184,14 @@ class ChainReader:
         return next((position for position in found if position.digest == digest), None)
 
     def plan(self, have: Position | None, to: int | None = None, *, base_available: bool = False) -> Plan:
-        """The way with the fewest bytes from `have` (None: from nothing) to version `to` (None: the newest).
+        """The path with the fewest bytes from `have` (None: nothing) to version `to` (None: the newest).
 
-        It starts from `have`, from an anchor, or from the base checkpoint if the caller has it (`base_available`), and
-        goes on with deltas, merged ones where they exist. Backwards it undoes deltas; of compact ones that is not
-        possible. NoPath tells what exists.
+        It starts at `have`, at an anchor, or at the base checkpoint if the caller has it (`base_available`). It
+        continues with deltas, merged ones where they exist. Backwards it undoes deltas, which compact deltas do not
+        allow.
+
+        Raises:
+            NoPath: no path exists; states which versions and anchors do.
         """
         target = self._target(to)
         position = self._position(target)
@@ -194,23 +199,23 @@ class ChainReader:
             return Plan(have, None, False, (), position)
         if have is not None and target is not None and target.parent == have and not self._is_lost(target):
             return Plan(have, None, False, (Step(target),), position)
-        self._survey()  # anchors and merged deltas may have been added to versions that we knew
+        self._survey()  # anchors and merged deltas may have been added to known versions
         plan = Planner(self._index, self.run().origin, self._lost).cheapest(target, have, base_available)
         if plan is None:
-            origin = "the base checkpoint is not at hand" if not base_available else "deltas are missing"
+            origin = "the base checkpoint is not available" if not base_available else "deltas are missing"
             raise NoPath(
                 f"no path from {have or 'nothing'} to {position} in {self._bucket.address}: no deltas lead there, "
-                f"there is no anchor on the way, and {origin}; {self._what_exists()}. "
-                "Ask the trainer for an anchor (`engine.anchor()`)"
+                f"no anchor lies on a path, and {origin}; {self._inventory()}. "
+                "Let the trainer upload an anchor (`engine.anchor()`)"
             )
         return plan
 
     def carry_out(self, find: Callable[[], Plan], use: Callable[[Plan], T]) -> T:
-        """`use(find())`; where an object is gone meanwhile (retention deletes them), once more along another way.
+        """Return `use(find())`. If an object is gone meanwhile (retention deletes them), try another path.
 
-        ObjectMissing if that keeps happening; NoPath if there is no other way.
+        ObjectMissing if that happens repeatedly; NoPath if there is no other path.
         """
-        self._lost.clear()  # an object that was not to be seen for a moment is given another chance
+        self._lost.clear()  # an object may have been invisible only for a moment
         for _ in range(REPLANS):
             try:
                 return use(find())
@@ -219,10 +224,10 @@ class ChainReader:
         return use(find())
 
     def fetch(self, manifest: Manifest) -> list[Path]:
-        """Local files of a manifest's parts, in their order, each with the size and SHA-256 that it states.
+        """Local files of a manifest's parts, in their order, each with the stated size and SHA-256.
 
-        The files of an anchor lie in one directory that `from_pretrained` can load. ObjectMissing if a part is gone:
-        `plan` then knows no more ways that need it (see `carry_out`).
+        The files of an anchor are in one directory that `from_pretrained` can load. ObjectMissing if a part is gone;
+        `plan` then avoids paths that need it (see `carry_out`).
         """
         paths = [self._cache / self.run().run_id / Layout.part(manifest, part) for part in manifest.parts]
         downloads = [
@@ -235,16 +240,19 @@ class ChainReader:
             self._lost.add(Layout.manifest(manifest))
             raise
         for path in paths:
-            os.utime(path)  # `trim` evicts what was not fetched for longest
+            os.utime(path)  # `trim` evicts the files fetched longest ago
         self._fetched = set(paths)
         return paths
 
     def patch(self, manifest: Manifest, old: OldBits | None = None) -> Patch:
-        """The decoded delta of a manifest: its parts (one a publisher rank, on disjoint elements) together.
+        """The decoded delta of a manifest: all of its parts (one per publisher rank, on disjoint elements).
 
         Args:
-            old: the weights at the manifest's parent, which compact deltas are coded against; what it does not hold
-                is left out. ConfigError if it is needed and not given.
+            old: the weights at the manifest's parent, which compact deltas are encoded against. Elements that it does
+                not hold are left out.
+
+        Raises:
+            ConfigError: the delta is compact and `old` is None.
         """
         if manifest.kind == "anchor":
             raise FormatError(f"{Layout.manifest(manifest)} is an anchor, not a delta")
@@ -256,9 +264,9 @@ class ChainReader:
         return reduce(compose, parts, {})
 
     def merged(self, steps: Sequence[Step], old: OldBits | None = None) -> Patch:
-        """The steps of a plan, each of which starts where the one before ends, as one patch of `old`.
+        """Consecutive steps of a plan as one patch of `old`.
 
-        Each is decoded against the weights that those before it lead to; memory is O(changes).
+        Each step is decoded against the weights that the steps before it lead to. Memory is O(changes).
         """
         from hubsync.format.patch import compose, invert  # imports numba
         from hubsync.format.view_bits import Advanced
@@ -271,15 +279,15 @@ class ChainReader:
         return patch
 
     def trim(self, keep_bytes: int) -> None:
-        """Delete cached files of this run, the longest unused first, until at most `keep_bytes` are left.
+        """Delete cached files of this run, the least recently used first, until at most `keep_bytes` are left.
 
-        What the last `fetch` returned stays. A file in use elsewhere is fetched again when it is next needed.
+        The files of the last `fetch` stay. A file in use elsewhere is fetched again when it is next needed.
         """
         files = []
         for path in (self._cache / self.run().run_id).rglob("*"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another reader trims the same cache
+            except FileNotFoundError:  # another reader trims this cache too
                 continue
             if path.is_file():
                 files.append((status.st_mtime, status.st_size, path))
@@ -291,7 +299,7 @@ class ChainReader:
                 path.unlink(missing_ok=True)
                 excess -= size
 
-    # --- where the run stands -----------------------------------------------------------------------
+    # --- newest and served version ------------------------------------------------------------------
 
     @property
     def _index(self) -> ChainIndex:
@@ -308,19 +316,19 @@ class ChainReader:
             self._require_same_run(head.manifest.run_id)
             self._index.add(head.manifest)
         except FormatError:
-            return None  # only a hint: the manifests tell, and they are not forgiven anything
+            return None  # only a hint: the manifests decide, and their errors are raised
         return head
 
     def _require_same_run(self, run_id: str) -> None:
-        """RunMismatch if the run was deleted and made anew: nothing that we hold belongs to it."""
+        """RunMismatch if the run was deleted and created again: no cached version belongs to the new one."""
         ours = self.run().run_id
         if run_id == ours:
             return
         data = self._bucket.read([Layout.RUN]).get(Layout.RUN)
         if data is not None and (found := Run.loads(data).run_id) != ours:
             raise RunMismatch(
-                f"{self._bucket.address} holds another run now ({found}, which was {ours}): it was deleted and made "
-                "anew; start again whoever followed the old one, servers from the model that the new one starts from"
+                f"{self._bucket.address} holds another run now ({found}, it was {ours}): the old one was deleted. "
+                "Restart its followers, and its servers from the base model of the new run"
             )
 
     def _survey(self) -> None:
@@ -345,7 +353,7 @@ class ChainReader:
         temporary.replace(self._memory)
 
     def _remembered(self) -> Manifest | None:
-        """The newest manifest that a reader with this cache has seen. Damage forgets it: it is only a floor."""
+        """The newest manifest that a reader with this cache has seen. It is only a floor: a damaged file is ignored."""
         try:
             manifest = Manifest.loads(self._memory.read_bytes())
         except (OSError, FormatError):
@@ -358,16 +366,17 @@ class ChainReader:
             return
         age = None if head is None else self._age(head)
         if age is None or age > self._max_head_age:
-            what = "there is none" if age is None else f"it was written {age:.0f} s ago"
+            what = "it does not exist" if age is None else f"it was written {age:.0f} s ago"
             raise HeadTooOld(
-                f"the head of {self._bucket.address} must not be older than {self._max_head_age:g} s, and {what}: is "
-                "the trainer running? Allow more, or wait for its next version"
+                f"the head of {self._bucket.address} must not be older than {self._max_head_age:g} s, but {what}. "
+                "Check that the trainer is running, wait for its next version, or allow a greater age"
             )
 
     def _age(self, head: Head) -> float:
-        """Seconds since it was written, as its writer says; or as the storage does, if a writer's clock is ahead.
+        """Seconds since the head was written, by its own time or by the storage's, whichever is longer ago.
 
-        An old head that somebody put back is new to the storage, and old to who signed it.
+        The storage's time covers a writer whose clock is ahead. The head's own, signed time covers an old head that was
+        put back: to the storage it is new.
         """
         stat = self._bucket.stat([Layout.HEAD]).get(Layout.HEAD)
         times = [head.written, *([stat.modified] if stat is not None and stat.modified is not None else [])]
@@ -388,7 +397,7 @@ class ChainReader:
         return self.manifest(version)
 
     def _committed(self, version: int) -> Position | None:
-        """Position of a version; None if it is not there (any more)."""
+        """Position of a version; None if it does not exist."""
         try:
             return self._position(self._target(version))
         except NoPath:
@@ -397,12 +406,12 @@ class ChainReader:
     def _is_lost(self, manifest: Manifest) -> bool:
         return Layout.manifest(manifest) in self._lost
 
-    def _what_exists(self) -> str:
+    def _inventory(self) -> str:
         versions = sorted({version for names in self._index.epochs.values() for version in names.deltas})
         anchors = sorted({version for names in self._index.epochs.values() for version in names.anchors})
         deltas = f"deltas to versions {versions[0]}..{versions[-1]}" if versions else "no deltas"
         if versions and len(versions) <= versions[-1] - versions[0]:
-            deltas += " (not all of them: a trainer that starts again leaves out a number, and retention deletes)"
+            deltas += " (not all of them: a restarted trainer skips a number, and retention deletes versions)"
         return (
             f"the run has {deltas} and {'anchors of ' + ', '.join(map(str, anchors[-8:])) if anchors else 'no anchors'}"
         )

@@ -1,4 +1,4 @@
-"""A published view on the CPU, rebuilt from a plan: what a replica does, without a server."""
+"""Rebuild a published view on the CPU from a plan, as a replica does, without a server."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .reader import ChainReader
 
 
 class View:
-    """Every tensor of a table, in its served dtype, and where that is in the chain.
+    """Every tensor of a table in its served dtype, and its position in the chain.
 
     Attributes:
         tensors: name -> contiguous CPU tensor in checkpoint shape.
-        position: version and digest; the digest is the one of the tensors, always.
-        bits: what compact deltas from here are decoded against.
+        position: version and digest. The digest always is that of the tensors.
+        bits: the weights that compact deltas from here are decoded against.
     """
 
     def __init__(self, table: TensorTable, tensors: Mapping[str, torch.Tensor], position: Position):
-        """Copies the tensors, casting them to the served dtypes. WrongParent if they do not have `position.digest`."""
+        """Copy the tensors, cast to the served dtypes. WrongParent if their digest is not `position.digest`."""
         self.table = table
         self.tensors = {
             spec.name: tensors[spec.name].detach().to("cpu", TORCH_DTYPES[spec.dtype], copy=True).contiguous()
@@ -41,9 +41,9 @@ class View:
         self.position = position
 
     def apply(self, patch: Patch, step: Step) -> None:
-        """Make a step, whose manifest's decoded delta is `patch`.
+        """Apply a step. `patch` is the decoded delta of its manifest.
 
-        WrongParent, and nothing has changed, if it starts or ends elsewhere.
+        WrongParent if it starts at another position or does not lead to the digest of its end. Then nothing changes.
         """
         if step.start != self.position:
             raise WrongParent(f"the step to {step.end} applies to {step.start}, not to {self.position}")
@@ -61,34 +61,34 @@ class View:
         self._digest, self.position = digest, step.end
 
     def verify(self) -> None:
-        """Recompute the digest from the tensors. WrongParent if it is not the one of `position`."""
+        """Recompute the digest from the tensors. WrongParent if it is not that of `position`."""
         self._digest = digest_view(self.table, self.tensors)
         self._require(self._digest, self.position)
 
     @staticmethod
     def _require(digest: Digest, position: Position) -> None:
         if digest.hex != position.digest:
-            hint = "" if position.version else ": is it another model, or another revision, than the run's base?"
+            hint = "" if position.version else ". Use the model and the revision that the run's base names"
             raise WrongParent(f"the weights have digest {digest.hex}, but {position} has {position.digest}{hint}")
 
 
 def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None = None) -> View:
-    """Download what a plan says and rebuild the view it ends at, every step checked against its digest.
+    """Download the objects of a plan and rebuild the view it ends at. Every step is checked against its digest.
 
     Args:
-        base: the tensors that the plan starts from, if not from an anchor: the base checkpoint's, or those of
-            `plan.start`.
+        base: the tensors that the plan starts from, if not from an anchor: those of the base checkpoint, or of
+            `plan.start`. Name -> tensor in checkpoint shape.
 
     Raises:
         NoPath: the plan needs `base`.
-        WrongParent: the weights are not what the chain says they are.
+        WrongParent: the weights do not have the digest that the chain states.
         BucketError, FormatError: a part is missing, damaged or malformed.
     """
     run = reader.run()
     if plan.anchor is not None:
         view = View(run.table, open_anchor(reader.fetch(plan.anchor), run.table), plan.anchor.position)
     elif base is None:
-        raise NoPath("this way starts from weights that are not in the bucket: the base checkpoint is needed")
+        raise NoPath("the path starts from weights that are not in the bucket: pass the base checkpoint")
     else:
         view = View(run.table, base, run.origin if plan.base else plan.start or run.origin)
     for step in plan.steps:

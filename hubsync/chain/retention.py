@@ -1,15 +1,15 @@
-"""What of a run is still needed, and deleting the rest.
+"""Retention: find the objects of a run that are no longer needed, and delete them.
 
-Kept are the newest version, the one to serve, and those that the policy asks for; each with a way to it from an anchor,
-or from the base checkpoint where there is no anchor before it, so that whoever joins, or finds the deltas after its own
-version gone, comes to every kept version. A version that is kept keeps its own delta, so whoever follows goes on with
-deltas. Between kept versions are kept the merged deltas that a compactor would make today.
+Kept are the newest version, the served version, and the versions that the policy names. Each keeps a path to it from an
+anchor, or from the base checkpoint where no anchor precedes it. So a replica that joins, or whose next deltas are gone,
+reaches every kept version. A kept version keeps its own delta, so replicas that follow continue with deltas. Between
+kept versions, the merged deltas that a compactor would make today are kept.
 
-An object is deleted only after it has been seen unneeded for a grace period, by the storage's clock: somebody may be
-downloading it. `gc.json` remembers since when. Manifests go before their parts, so that no manifest that is still there
-names parts that are not; and newer ones before the older ones that lead to them, so that a collector that is killed
-leaves no version that is listed and cannot be reached. Nothing is ever deleted of a live epoch that has no manifest:
-its writer may be about to write that.
+An object is deleted only after it has been unneeded for a grace period, by the storage's clock: a replica may be
+downloading it. `gc.json` records since when. Manifests are deleted before their parts, so no existing manifest names
+missing parts. Newer manifests are deleted before the older ones on the path to them, so a collector that is killed
+leaves no listed version without a path. Parts without a manifest are never deleted from a live epoch: its writer may be
+about to write the manifest.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _OURS = re.compile(r"epochs/(\d{8}-[0-9a-f]{8}|compact-[0-9a-f]{8})/(?:deltas|an
 
 @dataclass(frozen=True)
 class Policy:
-    """Which versions are kept, beside the newest and the one to serve.
+    """The versions to keep, besides the newest and the served one.
 
     Attributes:
-        keep_last: the newest so many.
-        keep_every: those whose number is a multiple of this; 0 for none.
-        ttl: seconds after which a version expires that does not say itself when; None for never. What is expired is
-            not kept for its number.
-        grace: seconds that an object must have been unneeded before it is deleted.
+        keep_last: keep this many of the newest versions.
+        keep_every: keep versions whose number is a multiple of this; 0 for none.
+        ttl: seconds after which a version without an expiry of its own expires; None for never. The two rules above do
+            not keep expired versions.
+        grace: seconds that an object must be unneeded before it is deleted.
     """
 
     keep_last: int
@@ -56,15 +56,15 @@ class Policy:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that nobody needs.
+    """Objects that are no longer needed.
 
     Attributes:
-        what: for people, such as "version 12" or "merged versions 8..12".
+        what: a description such as "version 12" or "merged versions 8..12".
         why: why it is not needed.
         manifest: name of its manifest; None for parts without one.
         parts: names of its other objects.
-        nbytes: size of all of it.
-        wait: seconds until it may be deleted; 0 if it may.
+        nbytes: size of all objects.
+        wait: seconds until it may be deleted; 0 for now.
     """
 
     what: str
@@ -80,10 +80,10 @@ class Garbage:
 
 
 class Collector:
-    """Finds and deletes what a run does not need any more. Several may run at once.
+    """Finds and deletes objects that a run no longer needs. Several may run at once.
 
     Raises:
-        BucketError: also where the storage does not tell when objects were written.
+        BucketError: also if the storage does not state when objects were written.
     """
 
     def __init__(self, bucket: Bucket, reader: ChainReader, policy: Policy):
@@ -92,20 +92,20 @@ class Collector:
         self._policy = policy
 
     def look(self) -> list[Garbage]:
-        """What is not needed now. Writes nothing: the time is that of the newest object, waits are rather too long."""
+        """Objects that are not needed now. Writes nothing. The newest object is the clock: waits are upper bounds."""
         stats = self._stats()
         return self._garbage(stats, self._marks(), max((_time(stat) for stat in stats.values()), default=0.0))
 
     def collect(self) -> list[Garbage]:
-        """Delete what has not been needed for the grace period. Returns it, and what has to wait."""
+        """Delete objects that have been unneeded for the grace period. Returns these, and those that have to wait."""
         served, marks = self._reader.served(), self._marks()
         now = self._now(marks)
         garbage = self._garbage(self._stats(), marks, now)
         ripe = [found for found in garbage if found.wait == 0]
         marks = {path: min(marks.get(path, now), now) for found in garbage for path in found.paths}
-        self._remember(marks)  # also so that parts are known as garbage if this ends before they are deleted
+        self._remember(marks)  # parts stay known as garbage even if this process ends before it deletes them
         if self._reader.served() != served:
-            return self.collect()  # somebody has rolled back meanwhile
+            return self.collect()  # the served version was changed meanwhile
         self._bucket.delete([found.manifest for found in ripe if found.manifest is not None])
         self._bucket.delete([path for found in ripe for path in found.parts])
         for found in ripe:
@@ -114,11 +114,11 @@ class Collector:
         self._remember(marks)
         return garbage
 
-    # --- what is needed -----------------------------------------------------------------------------
+    # --- needed objects -----------------------------------------------------------------------------
 
     def _garbage(self, stats: Mapping[str, Stat], marks: Mapping[str, float], now: float) -> list[Garbage]:
         index = ChainIndex(self._bucket, self._reader.run())
-        index.survey()  # after the objects were listed: a part that was listed has its manifest by now, or never
+        index.survey()  # after the listing: every listed part has its manifest by now, or never
         manifests = index.everything()
         chain = self._reader.manifests()
         kept, reasons = self._kept(chain, stats, now)
@@ -136,7 +136,7 @@ class Collector:
     def _kept(
         self, chain: list[Manifest], stats: Mapping[str, Stat], now: float
     ) -> tuple[set[Position], dict[Position, str]]:
-        """Positions to keep; and why the others of the chain are not kept."""
+        """Positions to keep, and the reasons why others of the chain are not kept."""
         policy, reader = self._policy, self._reader
         always = {reader.newest(), reader.served()}
         positions = list(dict.fromkeys(manifest.position for manifest in chain))
@@ -162,13 +162,13 @@ class Collector:
         return self._policy.ttl is not None and stat is not None and _time(stat) + self._policy.ttl <= now
 
     def _lost(self, manifests: list[Manifest], stats: Mapping[str, Stat]) -> set[str]:
-        """Names of manifests whose parts are not all there: no way may count on them."""
+        """Names of manifests with missing parts. Paths must not use them."""
         unseen = {part for manifest in manifests for part in _paths(manifest)[1:] if part not in stats}
         unseen -= self._bucket.stat(sorted(unseen)).keys()  # some were written after the listing
         return {path for manifest in manifests for path, *parts in [_paths(manifest)] if unseen.intersection(parts)}
 
     def _shortcuts(self, chain: list[Manifest]) -> set[tuple[Position | None, Position]]:
-        """Ends of the merged deltas that a compactor would make: those that overlap are not for ever."""
+        """Start and end of the merged deltas that a compactor would make today."""
         spans = due(chain_of(chain, self._reader.spans(chain)), MAX_VERSION)
         return {(span[0].parent, span[-1].position) for span in spans}
 
@@ -195,9 +195,9 @@ class Collector:
         return needed
 
     def _path_to(self, planner: Planner, target: Manifest | None) -> list[Manifest]:
-        """What leads to a version: from an anchor, which anybody can start from; else from the run's base checkpoint.
+        """Manifests on the path to a version: from an anchor, where any replica can start; else from the run's base.
 
-        NoPath if nothing leads to the newest version.
+        NoPath if no path leads to the newest version.
         """
         plan = planner.cheapest(target, None, base_available=False)
         if plan is None and self._reader.run().base.model is not None:
@@ -206,17 +206,17 @@ class Collector:
             return [*([plan.anchor] if plan.anchor else []), *plan.deltas]
         if target is not None and target.position == self._reader.newest():
             raise NoPath(
-                f"nothing leads to {target.position} any more, from no anchor and not from the base model: ask the "
-                "trainer for an anchor (`engine.anchor()`) before anything is deleted"
+                f"no path leads to {target.position}, neither from an anchor nor from the base model. Nothing was "
+                "deleted; let the trainer upload an anchor first (`engine.anchor()`)"
             )
         return []
 
     def _live_epoch(self, index: ChainIndex) -> str:
-        """From this epoch on, parts without a manifest may still get one."""
+        """The first epoch in which parts without a manifest may still get one."""
         newest = index.newest()
         return "" if newest is None else newest.epoch
 
-    # --- words and times ----------------------------------------------------------------------------
+    # --- descriptions and times ---------------------------------------------------------------------
 
     def _describe(self, manifest: Manifest, reasons: Mapping[Position, str], stats: Mapping[str, Stat]) -> Garbage:
         path, *parts = _paths(manifest)
@@ -240,12 +240,12 @@ class Collector:
         return {stat.path: stat for stat in self._bucket.list(Layout.EPOCHS)}
 
     def _marks(self) -> dict[str, float]:
-        """Since when objects have been seen unneeded, in seconds of the storage's clock."""
+        """Object name -> since when it has been unneeded, in seconds by the storage's clock."""
         try:
             data = self._bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
             since = {} if data is None else unseal(data, Layout.GARBAGE).get("since")
         except FormatError as error:
-            logger.warning("%s is not used, the grace of what is unneeded begins anew: %s", Layout.GARBAGE, error)
+            logger.warning("ignoring %s, so grace periods start again: %s", Layout.GARBAGE, error)
             return {}
         if not isinstance(since, dict):
             return {}
@@ -258,13 +258,13 @@ class Collector:
         self._bucket.commit(Layout.GARBAGE, seal(document))
 
     def _now(self, marks: Mapping[str, float]) -> float:
-        """The storage's time: that of what was written last."""
+        """The storage's time: that of the object written last."""
         self._remember(marks)
         return _time(self._bucket.stat([Layout.GARBAGE])[Layout.GARBAGE])
 
 
 def _orphans(stats: Mapping[str, Stat], claimed: set[str], marks: Mapping[str, float], live: str) -> Iterator[Garbage]:
-    """Parts without a manifest, by epoch: of epochs that are over, of compactors, and of manifests deleted before."""
+    """Parts without a manifest, by epoch: of ended epochs, of compactors, and of deleted manifests."""
     epochs: dict[str, list[str]] = {}
     for path in stats:
         match = _OURS.fullmatch(path)
@@ -273,12 +273,12 @@ def _orphans(stats: Mapping[str, Stat], claimed: set[str], marks: Mapping[str, f
         if match[1] < live or match[1].startswith("compact-") or path in marks:
             epochs.setdefault(match[1], []).append(path)
     for epoch, paths in epochs.items():
-        why = "their version was never committed, or has been deleted"
+        why = "their version was never committed, or was deleted"
         yield Garbage(f"{len(paths)} parts of epoch {epoch}", why, None, tuple(paths), _size(paths, stats), 0.0)
 
 
 def _newest_first(manifest: Manifest) -> tuple[int, bool]:
-    """Merged deltas after the version that they lead to: they may be the only way to it."""
+    """Sort key. Merged deltas come after the version that they lead to: they may be the only path to it."""
     return -manifest.version, manifest.kind == "merged"
 
 
@@ -293,5 +293,8 @@ def _size(paths: Iterable[str], stats: Mapping[str, Stat]) -> int:
 
 def _time(stat: Stat) -> float:
     if stat.modified is None:
-        raise BucketError(f"the storage does not tell when {stat.path} was written: nothing can be deleted safely")
+        raise BucketError(
+            f"the storage does not state when {stat.path} was written, so nothing can be deleted safely. "
+            "Delete old runs as a whole instead"
+        )
     return stat.modified

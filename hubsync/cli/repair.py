@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _restored(bucket: Bucket, run: Run, unreadable: Collection[str]) -> str | None:
     """Write the head's copy of the newest manifest if that one is unreadable; returns its path."""
     from hubsync.chain import Layout
-    from hubsync.chain.index import read_head
+    from hubsync.chain.head import read_head
 
     data = read_head(bucket)
     try:

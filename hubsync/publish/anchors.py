@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from hubsync.chain import ChainReader, VersionInfo
+from hubsync.chain.uploads import anchor_sources, upload_parts
 from hubsync.chain.version_info import NO_INFO
-from hubsync.chain.writer import anchor_sources, upload_parts
 from hubsync.errors import BucketError
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index

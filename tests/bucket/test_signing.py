@@ -198,4 +198,4 @@ def test_a_merged_delta_that_is_not_signed_is_passed_over(
     signed(merged, run, FOREIGN)
     ours = reader(run, tmp_path / "cache", KEY.public)
     replay(ours, ours.plan(None)).verify()
-    assert "passing over a manifest that cannot be used" in caplog.text
+    assert "ignoring an unusable manifest" in caplog.text

@@ -122,7 +122,7 @@ def test_verify_finds_damage_and_a_wrong_base(address: str, base: Path, tmp_path
     other = tmp_path / "other"
     other.mkdir()
     save_file(tensors, other / "model.safetensors")
-    with pytest.raises(WrongParent, match="another model, or another revision"):
+    with pytest.raises(WrongParent, match="Use the model and the revision"):
         hubsync("verify", address, "--base", other)
     manifest = ChainReader(LocalBucket(address), tmp_path / "cache").manifest(2)
     part = Path(address) / Layout.part(manifest, manifest.parts[0])

@@ -1,4 +1,4 @@
-"""Merging deltas in the background of a training, which must not notice it."""
+"""Merging deltas in the background does not affect the training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hubsync.format.manifest import Manifest
 from hubsync.publish import engine as engine_module
 from tests.support.faults import FaultyBucket
 
-PATIENCE = 60.0  # for a busy machine; nothing here measures time
+PATIENCE = 60.0  # seconds, for a busy machine; no test here measures time
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FaultyBucket:
 
 @pytest.fixture
 def train(bucket: FaultyBucket) -> Iterator[Callable[..., DeltaWeightTransferEngine]]:
-    """Publishes versions of a model with an engine that merges deltas; closed in the end."""
+    """Publishes versions of a model with an engine that merges deltas. The engine is closed at the end."""
     model = torch.nn.Linear(64, 64)
     engines: list[DeltaWeightTransferEngine] = []
 
@@ -52,24 +52,24 @@ def train(bucket: FaultyBucket) -> Iterator[Callable[..., DeltaWeightTransferEng
 
 
 def merged(bucket: FaultyBucket, tmp_path: Path) -> list[Manifest]:
-    reader = ChainReader(bucket, tmp_path / "look")
+    reader = ChainReader(bucket, tmp_path / "reader")
     return reader.spans(reader.manifests())
 
 
 def wait_for(spans: set[tuple[int, int]], bucket: FaultyBucket, tmp_path: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not spans <= {(m.parent.version, m.version) for m in merged(bucket, tmp_path)}:
-        assert time.monotonic() < deadline, "they were not merged"
+        assert time.monotonic() < deadline, "the spans were not merged"
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("encoding", ["fast", "compact"])
-def test_a_trainer_merges_what_it_publishes(
+def test_a_trainer_merges_its_deltas(
     bucket: FaultyBucket, tmp_path: Path, train: Callable[..., DeltaWeightTransferEngine], encoding: str
 ) -> None:
     for version in range(1, 5):
         train(1, encoding)
-        if version % 2 == 0:  # who publishes faster than it merges leaves spans of compact deltas out
+        if version % 2 == 0:  # publishing faster than merging skips spans of compact deltas
             wait_for({(version - 2, version)}, bucket, tmp_path)
     wait_for({(0, 2), (2, 4), (0, 4)}, bucket, tmp_path)
     assert {m.encoding for m in merged(bucket, tmp_path)} == {"fast"}
@@ -77,7 +77,7 @@ def test_a_trainer_merges_what_it_publishes(
     replay(reader, reader.plan(None)).verify()
 
 
-def test_what_fails_is_told_once_and_harms_nobody(
+def test_a_failed_merge_is_logged_once_and_retried(
     bucket: FaultyBucket,
     tmp_path: Path,
     train: Callable[..., DeltaWeightTransferEngine],
@@ -101,7 +101,7 @@ def test_what_fails_is_told_once_and_harms_nobody(
     wait_for({(0, 4)}, bucket, tmp_path)
 
 
-def test_training_goes_on_where_there_is_no_room_to_merge(
+def test_training_continues_without_a_directory_to_merge_in(
     tmp_path: Path,
     train: Callable[..., DeltaWeightTransferEngine],
     monkeypatch: pytest.MonkeyPatch,
@@ -117,10 +117,10 @@ def test_training_goes_on_where_there_is_no_room_to_merge(
     assert "cannot merge deltas here" in caplog.text
 
 
-def test_nothing_is_merged_while_something_is_published(
+def test_no_merge_starts_during_a_publish(
     bucket: FaultyBucket, tmp_path: Path, train: Callable[..., DeltaWeightTransferEngine]
 ) -> None:
-    """A publish that hangs before its manifest: no merged delta is begun until it has ended."""
+    """While a publish hangs before its manifest, no merged delta is started."""
     train(3)
     wait_for({(0, 2)}, bucket, tmp_path)
     publishing, go_on = threading.Event(), threading.Event()
@@ -144,7 +144,7 @@ def test_nothing_is_merged_while_something_is_published(
     assert "/versions/" in order[0]
 
 
-def test_nobody_merges_who_was_not_asked_to(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_without_the_setting_nothing_is_merged(bucket: FaultyBucket, tmp_path: Path) -> None:
     model = torch.nn.Linear(8, 8)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket="bucket")) as engine:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""An anchor of a base model that lies in a Hub repository: copied there, not uploaded. Real clients, local Hub."""
+"""An anchor of a base model in a Hub repository is copied there, not uploaded. Real clients, local Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REVISION = "c0ffee" * 6 + "c0ff"
 
 
 class CountingBucket(FaultyBucket):
-    """Counts the bytes that are handed to the client to be uploaded."""
+    """Counts the bytes given to the client for upload."""
 
     uploaded = 0
 
@@ -49,7 +49,7 @@ def repo() -> str:
 
 
 def publish_base(hub: LocalHub, repo: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """A model repository on the Hub, and its copy in the local cache; returns the weights' file there."""
+    """Create a model repository on the Hub and its copy in the local cache. Returns the weights' file in the cache."""
     snapshot = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots", REVISION)
     snapshot.mkdir(parents=True)
     file = snapshot / "model.safetensors"
@@ -80,7 +80,7 @@ def assert_it_is_version_0(bucket: CountingBucket, model: torch.nn.Module, cache
     assert all(torch.equal(view.tensors[name], tensor) for name, tensor in view_of(model).items())
 
 
-def test_the_hub_copies_a_base_that_is_the_view_bit_for_bit(
+def test_the_hub_copies_a_base_that_equals_the_view_bit_for_bit(
     local_hub: LocalHub, bucket: CountingBucket, repo: str, tmp_path: Path
 ) -> None:
     model = torch.nn.Linear(512, 1024)
@@ -92,7 +92,7 @@ def test_the_hub_copies_a_base_that_is_the_view_bit_for_bit(
 
 
 @pytest.mark.parametrize("wrong", ["another dtype", "one tensor more", "not on the Hub", "the copy fails"])
-def test_what_cannot_be_copied_is_uploaded(
+def test_a_base_that_cannot_be_copied_is_uploaded(
     local_hub: LocalHub, bucket: CountingBucket, repo: str, tmp_path: Path, wrong: str
 ) -> None:
     model = torch.nn.Linear(512, 1024)
@@ -111,7 +111,7 @@ def test_what_cannot_be_copied_is_uploaded(
     assert_it_is_version_0(bucket, model, tmp_path / "cache")
 
 
-def test_a_copy_is_what_the_repository_holds_and_needs_all_of_it(
+def test_a_copy_holds_the_bytes_of_the_repository_or_fails_as_a_whole(
     local_hub: LocalHub, hub_bucket: HubBucket, repo: str, tmp_path: Path
 ) -> None:
     base = publish_base(local_hub, repo, {"weight": torch.randn(256, 256)})

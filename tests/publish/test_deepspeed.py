@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: optimizer states, gradients and parameters partitioned over ranks, and nothing gathered to publish.
+"""DeepSpeed ZeRO: optimizer states, gradients and parameters are partitioned over ranks, and nothing is gathered.
 
-DeepSpeed itself runs here, on CPUs over gloo. `make test-extras` installs it and runs these tests, and the ones of
-TRL under `accelerate launch` in test_accelerate.py.
+DeepSpeed itself runs here, on CPUs over gloo. `make test-extras` installs it and runs these tests, and those of TRL
+under `accelerate launch` in test_accelerate.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 3
 
 
 def policy() -> Any:
-    """A small mixture of experts, none of whose sizes ranks divide evenly; its parameters are longer than messages."""
+    """A small mixture of experts whose sizes ranks do not divide evenly; its parameters are longer than messages."""
     return qwen(67)
 
 
@@ -39,7 +39,7 @@ def initialize(stage: int, make: Callable[[], Any] = policy, bf16: bool = False,
     """DeepSpeed's engine and optimizer of a model."""
     import deepspeed
 
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # as a launcher says it
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # as a launcher sets it
     model = make()
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -61,7 +61,7 @@ def train(engine: Any, seed: int) -> None:
 
 
 def saved(engine: Any) -> dict[str, torch.Tensor]:
-    """The published view as transformers writes it, of parameters that DeepSpeed has gathered. A collective."""
+    """The published view as transformers writes it, from parameters gathered by DeepSpeed. A collective."""
     import deepspeed
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -81,7 +81,7 @@ def publishes(
             train(engine, number)
             with watched() as watch:
                 versions.append(sync.publish().result())
-        assert sync.steps == STEPS, "of the optimizer inside of DeepSpeed's"
+        assert sync.steps == STEPS, "steps of the optimizer inside DeepSpeed's"
         sync.anchor()
     return versions, saved(engine), watch.largest
 
@@ -101,7 +101,7 @@ def follow(address: Path, tmp_path: Path) -> View:
         (3, {"bf16": True}),
     ],
 )
-def test_a_replica_ends_with_what_was_trained(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
+def test_a_replica_ends_with_the_trained_weights(stage: int, zero: dict[str, Any], tmp_path: Path) -> None:
     results = run(3, publishes, tmp_path / "run", stage, zero)
     versions, trained, _ = results[0]
     view = follow(tmp_path / "run", tmp_path)
@@ -109,10 +109,10 @@ def test_a_replica_ends_with_what_was_trained(stage: int, zero: dict[str, Any], 
     assert [version.version for version in versions] == [1, 2, 3]
     assert same_bits(view.tensors, trained)
     for version in versions:
-        assert all(share.changed for share in version.ranks), "each publishes what it keeps, or its piece"
+        assert all(share.changed for share in version.ranks), "each rank publishes its part"
     if stage == 3:
         fused = max(parameter.numel() for parameter in policy().parameters())
-        assert all(largest < fused for *_, largest in results), "no rank has seen all of a parameter"
+        assert all(largest < fused for *_, largest in results), "no rank assembled a parameter"
 
 
 def joins(rank: int, address: str) -> int:
@@ -121,7 +121,7 @@ def joins(rank: int, address: str) -> int:
         return sync.position.version
 
 
-def test_a_run_goes_on_without_deepspeed_and_with_it_again(tmp_path: Path) -> None:
+def test_a_run_is_resumed_without_deepspeed_and_with_it_again(tmp_path: Path) -> None:
     """The same weights, partitioned or not, have the same digest."""
     assert run(2, joins, tmp_path / "run") == [0, 0]
     with DeltaWeightTransferEngine(policy(), None, SyncConfig(bucket=str(tmp_path / "run"))) as alone:
@@ -131,18 +131,18 @@ def test_a_run_goes_on_without_deepspeed_and_with_it_again(tmp_path: Path) -> No
     assert [manifest.kind for manifest in manifests] == ["anchor"]
 
 
-def looks_at_what_is_not_there(rank: int, address: str) -> str:
+def reads_an_offloaded_parameter(rank: int, address: str) -> str:
     engine, _ = initialize(3)
     parameter = next(engine.module.parameters())
-    parameter.ds_tensor.data = torch.empty(1)  # so DeepSpeed leaves one whose elements are on a disk
+    parameter.ds_tensor.data = torch.empty(1)  # as DeepSpeed leaves a parameter that is on a disk
     with pytest.raises(ConfigError) as raised:
         published_tensors(engine.module)
     return str(raised.value)
 
 
-def test_parameters_that_are_on_a_disk_are_refused(tmp_path: Path) -> None:
-    said = run(2, looks_at_what_is_not_there, tmp_path / "run")
-    assert all("is offloaded by DeepSpeed to a disk" in message for message in said)
+def test_parameters_on_a_disk_are_refused(tmp_path: Path) -> None:
+    messages = run(2, reads_an_offloaded_parameter, tmp_path / "run")
+    assert all("is offloaded by DeepSpeed to a disk" in message for message in messages)
 
 
 def publishes_an_adapter(rank: int, address: str) -> tuple[list[int], str | None]:
@@ -159,8 +159,8 @@ def publishes_an_adapter(rank: int, address: str) -> tuple[list[int], str | None
         return [share.changed for share in version.ranks], sync.run.adapter.base_digest
 
 
-def test_an_adapter_is_published_where_it_is_kept_and_nothing_is_said_of_its_partitioned_base(tmp_path: Path) -> None:
-    """A digest of what a module holds meanwhile would refuse the same base when it is whole."""
+def test_a_partitioned_adapter_is_published_without_a_base_digest(tmp_path: Path) -> None:
+    """A digest of the partitioned base would differ from that of the whole base, and refuse it later."""
     for changed, base_digest in run(2, publishes_an_adapter, tmp_path / "run"):
         assert all(changed)
         assert base_digest is None

@@ -31,14 +31,14 @@ def published(tmp_path: Path, encoding: str, versions: int = 4) -> tuple[ChainRe
 
 
 @pytest.mark.parametrize("encoding", ["fast", "compact"])
-def test_a_run_of_any_encoding_is_replayed_bit_for_bit(tmp_path: Path, encoding: str) -> None:
+def test_a_run_of_each_encoding_replays_bit_for_bit(tmp_path: Path, encoding: str) -> None:
     reader, model, used = published(tmp_path, encoding)
     assert used == [encoding] * 4
     assert [manifest.encoding for manifest in reader.manifests() if manifest.kind == "delta"] == used
     assert same_bits(replay(reader, reader.plan(None)).tensors, view_of(model))
 
 
-def test_several_compact_deltas_are_merged_into_one_patch_of_the_weights_they_start_from(tmp_path: Path) -> None:
+def test_compact_deltas_merge_into_one_patch_of_their_start(tmp_path: Path) -> None:
     reader, model, _ = published(tmp_path, "compact")
     start = replay(reader, reader.plan(None, 1))
     plan = reader.plan(start.position)
@@ -48,7 +48,7 @@ def test_several_compact_deltas_are_merged_into_one_patch_of_the_weights_they_st
     assert same_bits({name: patched[name] for name in patched}, view_of(model))
 
 
-def test_compact_deltas_without_the_weights_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_decoding_a_compact_delta_without_weights_names_the_remedy(tmp_path: Path) -> None:
     reader, _, _ = published(tmp_path, "compact", 1)
     with pytest.raises(ConfigError, match="give them as `old`"):
         reader.patch(reader.manifest(1))

@@ -1,4 +1,4 @@
-"""Models that hold their weights otherwise than their checkpoint: fused experts, and other names.
+"""Models that hold their weights in another form than their checkpoint: fused experts, and other names.
 
 What is published of them must be what transformers itself writes, bit for bit: `save_pretrained` is asked each time.
 """
@@ -68,7 +68,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 def saved(model: Any, directory: Path) -> dict[str, torch.Tensor]:
-    """What transformers writes as a bf16 checkpoint of the model."""
+    """The bf16 checkpoint that transformers writes of the model."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(directory)
     return load_file(directory / "model.safetensors")
 
@@ -95,7 +95,7 @@ def address(tmp_path: Path) -> str:
         ("mixtral", "snapshot", torch.float32, False),
     ],
 )
-def test_a_replica_has_the_checkpoint_that_transformers_would_save(
+def test_a_replica_ends_with_the_checkpoint_that_transformers_saves(
     architecture: str, detector: str, dtype: torch.dtype, fused: bool, address: str, tmp_path: Path
 ) -> None:
     model = MODELS[architecture]().to(dtype)
@@ -123,10 +123,10 @@ def test_parts_of_a_parameter_are_views_of_it(address: str) -> None:
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
     live = list(tensors.values())
     rows = strided.element_runs(live, [Shard.whole(tensor.shape) for tensor in live])
-    assert len(rows) == len(list(model.parameters())), "all of a parameter is looked at together"
+    assert len(rows) == len(list(model.parameters())), "each parameter is compared as a whole"
 
 
-def test_parts_are_trained_as_their_parameter_is_and_need_it_in_one_piece() -> None:
+def test_strided_views_inherit_requires_grad_and_need_contiguous_memory() -> None:
     whole = torch.nn.Parameter(torch.zeros(4, 3))
     place = Place((2, 3), (3, 1), 6)
     assert StridedView("part", whole, place).requires_grad
@@ -147,9 +147,7 @@ def test_an_anchor_is_a_checkpoint_that_transformers_loads(address: str) -> None
 
 
 @pytest.mark.parametrize("detector", ["sliced", "snapshot"])
-def test_a_model_loaded_from_its_checkpoint_goes_on_without_an_upload(
-    detector: str, address: str, tmp_path: Path
-) -> None:
+def test_a_model_loaded_from_its_checkpoint_needs_no_upload(detector: str, address: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     qwen().to(torch.bfloat16).save_pretrained(base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
@@ -170,7 +168,7 @@ def test_a_model_loaded_from_its_checkpoint_goes_on_without_an_upload(
     assert same_bits(view.tensors, saved(model, tmp_path / "saved"))
 
 
-def test_wrappers_of_the_model_and_of_its_layers_leave_no_trace(address: str) -> None:
+def test_names_are_those_without_wrappers_of_model_and_layers(address: str) -> None:
     model = qwen()
     expected = list(published_tensors(model))
     compiled = torch.compile(model)
@@ -182,7 +180,7 @@ def test_wrappers_of_the_model_and_of_its_layers_leave_no_trace(address: str) ->
     assert list(published_tensors(inside)) == ["scale", *(f"0.{name}" for name in expected)]
 
 
-def test_a_weight_written_outside_of_the_steps_is_noticed_in_any_part(address: str, tmp_path: Path) -> None:
+def test_a_write_outside_of_steps_is_detected_in_any_part(address: str, tmp_path: Path) -> None:
     model = qwen()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, detector="sliced")) as engine:
@@ -194,7 +192,7 @@ def test_a_weight_written_outside_of_the_steps_is_noticed_in_any_part(address: s
     assert same_bits(follow(address, tmp_path).tensors, saved(model, tmp_path / "saved"))
 
 
-def test_replaced_parameters_are_followed(address: str, tmp_path: Path) -> None:
+def test_replaced_parameters_are_published(address: str, tmp_path: Path) -> None:
     model = qwen()
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         experts = model.model.layers[0].mlp.experts
@@ -207,13 +205,13 @@ def test_replaced_parameters_are_followed(address: str, tmp_path: Path) -> None:
 
 
 def converted(*conversions: Any) -> Any:
-    """A Qwen3-MoE that says that it was loaded through these conversions."""
+    """A Qwen3-MoE that claims to be loaded through these conversions."""
     model = qwen(30)  # as wide as the hidden states: transposed, experts have the same shape
     model._weight_conversions = list(conversions)
     return model
 
 
-def test_transposed_tensors_are_published_against_a_copy(
+def test_transposed_tensors_are_detected_by_a_snapshot(
     address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers.core_model_loading import Transpose, WeightConverter
@@ -240,7 +238,7 @@ def test_transposed_tensors_are_published_against_a_copy(
         DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=f"{address}2", detector="sliced"))
 
 
-def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: str) -> None:
+def test_a_tensor_computed_from_parameters_is_refused_by_name(address: str) -> None:
     from transformers.core_model_loading import Chunk, Interleave, WeightConverter
 
     apart = ["self_attn.k_proj.weight", "self_attn.v_proj.weight"]
@@ -254,7 +252,7 @@ def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: s
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("make", "message"),
     [
         (lambda tensor: tensor.mul_(2), r"cannot revert its conversion of Qwen3MoeForCausalLM.*writes"),
         (lambda tensor: tensor.view(torch.int32), "computed from the model's parameters"),
@@ -263,28 +261,28 @@ def test_a_tensor_that_is_computed_from_parameters_is_refused_by_name(address: s
     ],
     ids=["written to", "other bits", "otherwise where there is memory", "left out"],
 )
-def test_a_conversion_that_makes_something_else_of_weights_is_refused(
-    made: Callable[[torch.Tensor], torch.Tensor | None], said: str, address: str, monkeypatch: pytest.MonkeyPatch
+def test_a_conversion_that_computes_weights_is_refused(
+    make: Callable[[torch.Tensor], torch.Tensor | None], message: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.core_model_loading import SplitModulelist
 
     convert = SplitModulelist.convert
 
     def otherwise(self: Any, *arguments: Any, **options: Any) -> Any:
-        parts = {name: made(tensor) for name, tensor in convert(self, *arguments, **options).items()}
+        parts = {name: make(tensor) for name, tensor in convert(self, *arguments, **options).items()}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     monkeypatch.setattr(SplitModulelist, "convert", otherwise)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         DeltaWeightTransferEngine(qwen(), None, SyncConfig(bucket=address))
 
 
-# --- places -----------------------------------------------------------------------------------------
+# --- positions -----------------------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_what_a_rank_holds_of_a_part_is_a_rectangle_or_nothing_is_said(data: st.DataObject) -> None:
-    """Rows of a parameter over ranks, and a contiguous part of it: pieces make up the part, each where it says."""
+def test_boxes_of_a_part_over_ranks_add_up_to_the_part(data: st.DataObject) -> None:
+    """Ranks hold rows of a parameter, and a contiguous part of it is published."""
     row = data.draw(st.integers(1, 4))
     rows, ranks = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     shape = data.draw(st.sampled_from([(s, row) for s in range(1, rows + 1)]))
@@ -304,7 +302,7 @@ def test_what_a_rank_holds_of_a_part_is_a_rectangle_or_nothing_is_said(data: st.
     assert seen == list(range(offset, offset + math.prod(shape)))
 
 
-def test_a_part_that_is_cut_is_held_as_rows_or_as_a_run_unless_it_is_scattered() -> None:
+def test_a_split_part_is_held_as_rows_or_as_a_run_unless_it_is_scattered() -> None:
     assert Place((3, 4), (4, 1), 2).within(6, 14) == Box((1, 0), (2, 4))
     assert Place((2, 4), (4, 1), 0).within(0, 6) == Box((0,), (6,))
     assert Place((4, 2), (1, 4), 0).within(0, 4) is None
@@ -314,10 +312,10 @@ def test_a_part_that_is_cut_is_held_as_rows_or_as_a_run_unless_it_is_scattered()
 
 
 @given(st.data())
-def test_owners_of_any_piece_find_what_changes_in_every_tensor(data: st.DataObject) -> None:
-    """Parts in a row, a scattered one and a gap, shared out over ranks anywhere, looked at in rows of any length."""
+def test_owners_of_any_piece_find_the_changes_of_every_tensor(data: st.DataObject) -> None:
+    """Consecutive parts, a scattered one and a gap, divided among ranks anywhere, compared in runs of any length."""
     size = data.draw(st.integers(1, 4))
-    whole = torch.nn.Parameter(torch.arange(8.0 * size + 1)[1:])  # anywhere in its memory, as sharded ones are
+    whole = torch.nn.Parameter(torch.arange(8.0 * size + 1)[1:])  # at an offset in its memory, like sharded tensors
     shapes = {"a": (2, size), "b": (size,), "c": (2, size)}
     offsets = {"a": 0, "b": 2 * size, "c": 3 * size}
     places = {name: Place(shape, (size, 1)[-len(shape) :], offsets[name]) for name, shape in shapes.items()}
@@ -345,35 +343,34 @@ def test_owners_of_any_piece_find_what_changes_in_every_tensor(data: st.DataObje
     assert sum((snapshot.digest for snapshot in snapshots), Digest()) == Snapshot(live, table).digest
 
 
-def test_the_detector_is_the_one_without_a_copy_where_experts_lie_in_a_row() -> None:
+def test_the_sliced_detector_is_chosen_for_consecutive_experts() -> None:
     model = qwen()
     tensors = published_tensors(model)
     optimizer = torch.optim.AdamW(model.parameters())
     chosen = choose_detector(tensors, table_of(tensors, torch.bfloat16), optimizer, SyncConfig(bucket="unused"))
     assert isinstance(chosen, Sliced)
-    assert not list(chosen._buffers.table), "what is copied"
+    assert not list(chosen._buffers.table), "nothing is copied"
     chosen.follow(published_tensors(model))
-    assert chosen._suspicion is None, "the same weights, though every view of them is new"
+    assert chosen._suspicion is None, "the same weights in new views"
     ends = [(local_part(t).data_ptr(), local_part(t).nbytes) for t in tensors.values()]
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(sorted(ends)))
 
 
 class Kept(torch.nn.Parameter):
-    """Stands in for a parameter that DeepSpeed ZeRO-3 has partitioned, as one rank has it; the real ones are in
-    test_zero.py, which CI does not run."""
+    """Stands in for one rank's part of a ZeRO-3 parameter. test_deepspeed.py has real ones."""
 
     def __new__(cls, whole: torch.Tensor, rank: int, ranks: int) -> Kept:
         made = super().__new__(cls, torch.empty(0))
         size = -(-whole.numel() // ranks)
         run = whole.flatten()[rank * size : (rank + 1) * size]
-        kept = torch.cat([run, torch.full((size - len(run),), math.nan)])  # padding is never looked at
+        kept = torch.cat([run, torch.full((size - len(run),), math.nan)])  # padding is never read
         kept.ds_numel = size  # type: ignore[attr-defined]
         made.ds_id, made.ds_shape, made.ds_process_group, made.ds_tensor = 0, whole.shape, rank, kept
         return made
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 50])
-def test_ranks_of_zero3_publish_the_runs_they_keep_of_experts_too(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero3_ranks_publish_their_runs_of_experts(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group)
     old, new = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     places = {f"{expert}.up": Place((3, 5), (5, 1), 15 * expert) for expert in range(2)}
@@ -406,7 +403,7 @@ REFUSED = {
 
 @pytest.mark.matrix
 def test_which_models_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of those that transformers builds from their default config, here without memory, so nothing is compared."""
+    """Models that transformers builds from their default config, on the meta device, so no bits are compared."""
     from transformers.models.auto import modeling_auto
 
     monkeypatch.setattr(conversion, "_require_as_saved", lambda *_: None)
@@ -417,7 +414,7 @@ def test_which_models_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatc
         try:
             with torch.device("meta"):
                 model = (kind[0] if isinstance(kind, tuple) else kind)(config())
-        except Exception:  # a config that stands for nothing by itself, or a package that is missing
+        except Exception:  # a config without usable defaults, or a missing package
             continue
         try:
             conversion.places_in(model, model_tensors(model))

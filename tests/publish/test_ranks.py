@@ -1,4 +1,4 @@
-"""Several ranks publish one model: each its own part, nothing gathered, all or none, and all of one mind."""
+"""Several ranks publish one model: each its own part, nothing gathered, and the same outcome on all ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def engine_of(how: str, address: str, **settings: Any) -> tuple[Any, Any, DeltaW
 
 
 def outcome(do: Any) -> tuple[str, str] | None:
-    """Class and message of what it raises."""
+    """Class and message of the exception that it raises; None for none."""
     try:
         do()
     except Exception as error:
@@ -70,7 +70,7 @@ def publishes(rank: int, address: str, how: str) -> tuple[list[Published], dict[
     ("how", "ranks"),
     [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3), ("offload", 2), ("dtensor", 2), ("dtensor", 3), ("hsdp", 4)],
 )
-def test_a_replica_ends_with_what_was_trained(how: str, ranks: int, tmp_path: Path) -> None:
+def test_a_replica_ends_with_the_trained_weights(how: str, ranks: int, tmp_path: Path) -> None:
     results = run(ranks, publishes, tmp_path / "run", how)
     versions, trained, _ = results[0]
     view = follow(tmp_path / "run", tmp_path)
@@ -105,14 +105,14 @@ def joins(rank: int, address: str, how: str) -> int:
         return engine.position.version
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    """The same weights, sharded otherwise, have the same digest: nothing is uploaded again."""
+def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """The same weights in another sharding have the same digest: nothing is uploaded again."""
     for ranks, how in [(2, "fsdp2"), (3, "dtensor")]:
         assert run(ranks, joins, tmp_path / "run", how) == [0] * ranks
     with DeltaWeightTransferEngine(Net(), None, SyncConfig(bucket=str(tmp_path / "run"))) as alone:
         assert alone.position.version == 0
     manifests = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache").manifests()
-    assert [m.kind for m in manifests] == ["anchor"]  # of version 0, which exists nowhere else
+    assert [m.kind for m in manifests] == ["anchor"]  # of version 0, which has no base checkpoint
 
 
 def anchors(rank: int, address: str, how: str) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def test_an_anchor_holds_whole_tensors(how: str, ranks: int, tmp_path: Path) -> 
     assert reader.plan(None).deltas == []
 
 
-# --- of one mind ------------------------------------------------------------------------------------
+# --- the same outcome on all ranks ------------------------------------------------------------------------------------
 
 
 def fails_once(rank: int, address: str, where: str) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -162,7 +162,7 @@ def fails_once(rank: int, address: str, where: str) -> tuple[Any, Any, dict[str,
 
 
 class _Foreign(Exception):
-    """An exception that only its own process can hold."""
+    """An exception that cannot be pickled."""
 
     def __init__(self, left: str, right: str):
         super().__init__(f"{left} {right}")
@@ -182,7 +182,7 @@ def _out_of_memory(_: Snapshot) -> Any:
         ("after commit", ("BucketUnavailable", "injected: after commit")),
     ],
 )
-def test_an_error_of_one_rank_is_every_ranks_and_costs_no_change(
+def test_an_error_of_one_rank_is_raised_on_all_and_loses_no_change(
     where: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
     results = run(2, fails_once, tmp_path / "run", where)
@@ -199,7 +199,7 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
         settings["encoding"] = "compact"
     if rank == 1 and why == "stages":
         model = torch.nn.Linear(2, 2)
-    if why == "replicas":  # nobody has made them equal
+    if why == "replicas":  # the replicas differ
         torch.manual_seed(rank)
         model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     if why == "fsdp1":
@@ -214,7 +214,7 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
 
 
 @pytest.mark.parametrize(
-    ("why", "words"),
+    ("why", "message"),
     [
         ("compact", "use encoding='fast'"),
         ("stages", "rank 1 holds weight where rank 0 holds embed.weight"),
@@ -224,11 +224,11 @@ def is_refused(rank: int, address: str, why: str) -> tuple[str, str] | None:
         ("replicas", "0.weight differs between ranks 0 and 1"),
     ],
 )
-def test_all_ranks_are_refused_alike(why: str, words: str, tmp_path: Path) -> None:
+def test_all_ranks_raise_the_same_config_error(why: str, message: str, tmp_path: Path) -> None:
     first, second = run(2, is_refused, tmp_path / "run", why)
     assert first == second
     assert first[0] == "ConfigError"
-    assert words in first[1]
+    assert message in first[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -240,7 +240,7 @@ def dies(rank: int, address: str) -> tuple[str, str] | None:
     return outcome(lambda: engine.publish().result())
 
 
-def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
+def test_a_dead_rank_raises_a_rank_error_on_the_others(tmp_path: Path) -> None:
     error, exit_code = run(2, dies, tmp_path / "run")
     assert exit_code == 7
     assert error is not None
@@ -261,7 +261,7 @@ def leaves_with_an_error(rank: int, address: str) -> tuple[str, str] | None:
 
 
 def test_a_rank_that_leaves_with_an_error_does_not_wait_for_the_others(tmp_path: Path) -> None:
-    """It would have to make an anchor, together with ranks that are elsewhere."""
+    """An anchor would need the other ranks, which are still training."""
     assert run(2, leaves_with_an_error, tmp_path / "run") == [None, ("ValueError", "of the user")]
     assert follow(tmp_path / "run", tmp_path).position.version == 1
 
@@ -287,7 +287,7 @@ def delivers(rank: int, address: str) -> list[Any]:
         return [report, error, len(server.calls)]
 
 
-def test_one_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> None:
+def test_rank_0_calls_servers_and_all_ranks_get_the_outcome(tmp_path: Path) -> None:
     """The server is a model of the worker protocol: a real one is in test_accelerate.py."""
     (report, error, calls), (other_report, other_error, other_calls) = run(2, delivers, tmp_path / "run")
     assert report.commits[0].position == report.published.position
@@ -300,7 +300,7 @@ def test_one_rank_talks_to_servers_and_all_have_the_outcome(tmp_path: Path) -> N
 def trains_language_models(
     rank: int, directory: str, architectures: list[str]
 ) -> list[tuple[Published, dict[str, torch.Tensor]]]:
-    """Each from its checkpoint in `directory`; experts that are cut otherwise than by whole ones are refused."""
+    """Each from its checkpoint in `directory`. Experts that are split in another dimension are refused."""
     outcomes = []
     for architecture in architectures:
         model = _sharded_language_model(Path(directory, architecture))
@@ -332,8 +332,8 @@ def _sharded_language_model(base: Path, dim: int = 0) -> Any:
     return model
 
 
-def test_sharded_language_models_start_from_their_checkpoints_and_end_as_such(tmp_path: Path) -> None:
-    """The digest of all shards together is the one of the checkpoint's file, so nothing is uploaded but the delta."""
+def test_sharded_language_models_start_from_checkpoints_and_are_anchored_as_checkpoints(tmp_path: Path) -> None:
+    """The digests of all shards add up to that of the checkpoint's file, so only the delta is uploaded."""
     transformers = pytest.importorskip("transformers", minversion="5")
     from tests.support.models import save_checkpoint
 
@@ -363,6 +363,6 @@ def finds_nothing_to_publish_once_replaced(rank: int, address: str) -> tuple[str
     return fenced
 
 
-def test_all_ranks_of_a_replaced_training_are_fenced_although_nothing_has_changed(tmp_path: Path) -> None:
+def test_all_ranks_of_a_replaced_training_are_fenced_without_changes(tmp_path: Path) -> None:
     outcomes = run(2, finds_nothing_to_publish_once_replaced, tmp_path / "run")
     assert [kind for kind, _ in outcomes] == ["Fenced", "Fenced"]

@@ -1,4 +1,4 @@
-"""Real processes, killed and stalled for real: every committed version stays readable, the run continuable."""
+"""Real processes are killed and stalled: every committed version stays readable, and the run can be continued."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
 from tests.support.processes import follower, publisher, weights
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc whether a process is stopped")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the state of processes in /proc")
 
-BASE: dict[str, Any] = {"base_model": "made/here"}  # version 0 is known to everybody: the weights of step 0
+BASE: dict[str, Any] = {"base_model": "made/here"}  # version 0 is known: the weights of step 0
 
 
 @pytest.fixture
@@ -46,9 +46,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_publisher_killed_in_a_commit_leaves_a_run_that_the_next_one_continues(
-    address: Path, tmp_path: Path, place: str
-) -> None:
+def test_the_next_publisher_continues_after_one_killed_in_a_commit(address: Path, tmp_path: Path, place: str) -> None:
     with publisher(address, first=0, last=1, **BASE) as child:
         assert child.expect("published") == (1, 1)
         child.expect("closed")
@@ -74,7 +72,7 @@ def test_a_publisher_killed_in_a_commit_leaves_a_run_that_the_next_one_continues
     assert kinds == {"delta"}
 
 
-def test_a_trainer_that_lost_steps_goes_back_with_a_delta(address: Path, tmp_path: Path) -> None:
+def test_a_trainer_that_lost_steps_publishes_a_delta_back(address: Path, tmp_path: Path) -> None:
     with publisher(address, first=0, last=3, **BASE) as child:
         for _ in range(3):
             child.expect("published")
@@ -87,9 +85,7 @@ def test_a_trainer_that_lost_steps_goes_back_with_a_delta(address: Path, tmp_pat
 
 
 @pytest.mark.parametrize("place", ["epoch.json", "/anchors/00000000/model", "/anchors/00000000/manifest.json"])
-def test_a_creator_killed_before_the_run_is_complete_is_replaced_by_the_next(
-    address: Path, tmp_path: Path, place: str
-) -> None:
+def test_the_next_publisher_completes_a_run_whose_creator_was_killed(address: Path, tmp_path: Path, place: str) -> None:
     verb = "put" if place.endswith("model") else "commit"
     with publisher(address, first=0, last=1, stop=(verb, place)) as child:
         child.expect_stop()
@@ -100,7 +96,7 @@ def test_a_creator_killed_before_the_run_is_complete_is_replaced_by_the_next(
 
 
 @pytest.mark.parametrize("stop", [("put", "/deltas/00000002"), ("commit", "/versions/00000002")])
-def test_a_stalled_publisher_that_wakes_up_after_its_successor_started_is_fenced(
+def test_a_stalled_publisher_that_resumes_after_its_successor_started_is_fenced(
     address: Path, tmp_path: Path, stop: tuple[str, str]
 ) -> None:
     with publisher(address, first=0, last=3, stop=stop, **BASE) as old:
@@ -113,7 +109,7 @@ def test_a_stalled_publisher_that_wakes_up_after_its_successor_started_is_fenced
                 versions[version] = step
             new.expect("closed")
         old.wake()
-        if stop[0] == "commit":  # it had passed the fence: a dead branch, readable all the same
+        if stop[0] == "commit":  # it had passed the fence: a dead branch, but readable
             assert old.expect("published") == (2, 2)
             assert 2 not in versions
             assert_readable(address, tmp_path, {2: 2})
@@ -125,7 +121,7 @@ def test_a_stalled_publisher_that_wakes_up_after_its_successor_started_is_fenced
     assert_readable(address, tmp_path, {**versions, version: 4})
 
 
-def test_a_follower_that_starts_late_and_one_that_was_there_catch_up(address: Path, tmp_path: Path) -> None:
+def test_early_and_late_followers_catch_up(address: Path, tmp_path: Path) -> None:
     with publisher(address, first=0, last=20, stop=("commit", "/versions/00000003"), **BASE) as trainer:
         trainer.expect("published")
         trainer.expect("published")

@@ -1,4 +1,4 @@
-"""Who publishes what: whatever way a model is spread over ranks, every element has exactly one owner."""
+"""Shards: every element of a model has exactly one owner, in every sharding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_of(shape: tuple[int, ...], rank: int, ranks: int) -> Box:
 
 
 def held_of(numbered: np.ndarray, box: Box) -> np.ndarray:
-    """What of an array lies in a box, in its order."""
+    """The elements of an array in a box, in order."""
     if len(box.shape) != numbered.ndim:
         numbered = numbered.reshape(-1)
     return numbered[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))].reshape(-1)
@@ -40,8 +40,8 @@ def held_of(numbered: np.ndarray, box: Box) -> np.ndarray:
 
 @st.composite
 def spreads(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], list[list[Box]]]:
-    """Shapes of some tensors, and what each rank of a mesh holds of them: sharded or replicated over each dimension, or
-    cut into runs of elements."""
+    """Shapes of some tensors, and the boxes that each rank of a mesh holds: sharded or replicated over each dimension,
+    or split into runs of elements."""
     mesh = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
     shapes = draw(st.lists(SHAPES, min_size=1, max_size=4))
     sharded = [
@@ -64,8 +64,8 @@ def names_of(shapes: list[tuple[int, ...]]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors here are smaller than what is not worth a cut."""
+def split_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow splits of the small tensors in these tests."""
     monkeypatch.setattr(shards, "_ALIGNED", 1)
     monkeypatch.setattr(shards, "_AT_ONCE", 5)
 
@@ -81,7 +81,7 @@ def test_every_element_is_owned_exactly_once(spread: tuple[list[tuple[int, ...]]
 
 
 @given(spreads())
-def test_a_rank_owns_only_what_it_holds_and_counts_it_in_order(
+def test_a_rank_owns_only_held_elements_in_order(
     spread: tuple[list[tuple[int, ...]], list[list[Box]]],
 ) -> None:
     shapes, held = spread
@@ -109,7 +109,7 @@ def test_replicas_share_the_work_equally(spread: tuple[list[tuple[int, ...]], li
 
 
 @given(st.data())
-def test_a_box_is_where_torch_puts_the_shard(data: st.DataObject) -> None:
+def test_boxes_equal_the_shards_of_torch(data: st.DataObject) -> None:
     mesh = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
     shape = data.draw(SHAPES)
     sharded = [data.draw(st.sampled_from([None, *range(len(shape))])) for _ in mesh]
@@ -118,12 +118,12 @@ def test_a_box_is_where_torch_puts_the_shard(data: st.DataObject) -> None:
     box = box_of(shape, mesh, coordinate, sharded)
     theirs, offset = _compute_local_shape_and_global_offset(shape, tuple(mesh), coordinate, placements)
     assert box.shape == tuple(theirs)
-    if box.numel:  # where nothing lies does not matter
+    if box.numel:  # the offset of an empty box does not matter
         assert box.offset == tuple(offset)
 
 
 @given(spreads(), st.integers(0, 1 << 32))
-def test_what_the_ranks_find_adds_up_to_the_whole(
+def test_changes_and_digests_of_ranks_add_up_to_the_whole(
     spread: tuple[list[tuple[int, ...]], list[list[Box]]], seed: int
 ) -> None:
     shapes, held = spread
@@ -153,13 +153,13 @@ def test_what_the_ranks_find_adds_up_to_the_whole(
     assert (before, after) == (_digest(old), _digest(new))
 
 
-def test_ranks_that_do_not_hold_the_whole_are_refused() -> None:
+def test_ranks_that_do_not_hold_the_whole_tensor_are_refused() -> None:
     half = Box((0, 0), (2, 3))
     with pytest.raises(ConfigError, match=r"do not hold w \[4, 3\] exactly once, but \[2, 3\] at \[0, 0\]"):
         divide(["w"], [(4, 3)], [[half], [half]])
 
 
-def test_a_parameter_that_is_not_sharded_as_it_was_is_refused() -> None:
+def test_a_parameter_sharded_differently_than_before_is_refused() -> None:
     live = {"w": torch.zeros(2, 3)}
     own = [Shard((4, 3), Box((0, 0), (2, 3)), 0, 6)]
     snapshot = Snapshot(live, TensorTable([TensorSpec("w", (4, 3), "F32")]), shards=own)

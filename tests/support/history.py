@@ -1,4 +1,4 @@
-"""A run with real parts and a small model, in which anything may happen; and readers that must come out right."""
+"""A run with real parts and a small random view, and readers whose replayed views are checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ View = dict[str, torch.Tensor]
 
 
 class History:
-    """Publishes random changes of `rows x 64` and 64 elements, and remembers every view that it committed."""
+    """Publishes random changes of `rows x 64` and 64 elements, and keeps every committed view."""
 
     def __init__(self, bucket: Bucket, rows: int = 16, fraction: float = 0.05, public_key: str | None = None):
         self.bucket = bucket
@@ -50,7 +50,7 @@ class History:
         return self.views[self.writer.position]
 
     def publish(self, *, compact: bool = False, serve: bool = True, expires: float | None = None) -> Manifest:
-        """A version in which some elements have moved by a step or two."""
+        """Publish a version in which some elements have changed by one or two steps."""
         new = {name: tensor.clone() for name, tensor in self.view.items()}
         for tensor in new.values():
             bits = bits_of(tensor)
@@ -91,7 +91,7 @@ class History:
         return ChainReader(self.bucket, cache)
 
     def go(self, reader: ChainReader, have: Position | None, to: int | None = None, base: bool = True) -> Plan:
-        """Rebuild a view as a replica does, from what was committed at `have`; every digest is checked on the way."""
+        """Replay from the view at `have` as a replica does, and check every digest and the result."""
 
         def along(plan: Plan) -> Plan:
             view = replay(reader, plan, self.views[plan.start] if plan.start is not None else self.base)

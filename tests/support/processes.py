@@ -1,6 +1,6 @@
-"""Publishers and followers as real processes, which stop dead at a given place and wait to be killed or woken.
+"""Publishers and followers as real processes that stop at a given call and wait to be killed or resumed.
 
-What is trained is a function of the step alone, so everybody can tell which weights belong to which step.
+The weights depend only on the step, so each process knows the weights of every step.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from hubsync.publish import engine as engine_module
 
 from .faults import FaultyBucket
 
-_PATIENCE = 120.0  # seconds that a loaded machine may need for a step that takes a fraction of one
+_PATIENCE = 120.0  # seconds for a step on a loaded machine; it takes a fraction of one
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.processes"])
 
 
 class Model(torch.nn.Module):
-    """Two tensors whose values depend on the step alone."""
+    """A model whose weights depend only on the step."""
 
     def __init__(self, step: int = 0):
         super().__init__()
@@ -62,20 +62,20 @@ def weights(step: int) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Child:
-    """A running process and the messages that it sends."""
+    """A running process and its messages."""
 
     process: BaseProcess
     messages: Connection
 
     def expect(self, kind: str) -> Any:
-        """The content of its next message, which must be of this kind."""
+        """The content of the next message, which must have this kind."""
         assert self.messages.poll(_PATIENCE), f"no {kind} after {_PATIENCE} seconds"
         got, content = self.messages.recv()
         assert got == kind, (got, content)
         return content
 
     def expect_stop(self) -> None:
-        """Wait until it has stopped dead where it was told to."""
+        """Wait until the process has stopped at the given call."""
         self.expect("stopping")
         while _state(self.process.pid) != "T":
             time.sleep(0.001)
@@ -93,12 +93,12 @@ class Child:
 def publisher(
     address: Path, *, first: int, last: int, stop: tuple[str, str] | None = None, **config: Any
 ) -> Iterator[Child]:
-    """Publishes steps `first + 1` to `last` with the weights of step `first` to begin with.
+    """A process that publishes steps `first + 1` to `last`, starting with the weights of step `first`.
 
-    Sends ("published", (step, version)) for each, or ("error", its class name); ("closed", None) at the end.
+    It sends ("published", (step, version)) for each step, ("closed", None) at the end, or ("error", class name).
 
     Args:
-        stop: (verb, part of a path): stop dead right before this call to the bucket, the first time.
+        stop: (verb, part of a path): stop right before the first such call to the bucket.
     """
     with _started(_publish, str(address), first, last, stop, config) as child:
         yield child
@@ -106,7 +106,7 @@ def publisher(
 
 @contextmanager
 def follower(address: Path, cache: Path, *, until: int) -> Iterator[Child]:
-    """Follows the run from the weights of step 0; sends ("at", (version, digest)) when it has reached a version."""
+    """A process that follows the run from the weights of step 0. It sends ("at", (version, digest)) at the end."""
     with _started(_follow, str(address), str(cache), until) as child:
         yield child
 
@@ -151,7 +151,7 @@ class _StoppingBucket(FaultyBucket):
             if self._stop[1] in path:
                 self._stop = None
                 self._messages.send(("stopping", path))
-                # To this very thread: sent to the process, another one may take it, and this one run on meanwhile.
+                # To this thread: a signal to the process may be taken by another thread, while this one continues.
                 signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return super()._call(verb, *args, **kwargs)
 

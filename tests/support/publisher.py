@@ -1,4 +1,4 @@
-"""A run whose versions change a hundredth of all elements, without training anything."""
+"""A run whose versions change a hundredth of all elements, without a training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Publisher:
     def publish(
         self, version: int, change: Callable[[np.ndarray, np.ndarray], np.ndarray], *, compact: bool = False
     ) -> Position:
-        """`change(bits, random 16-bit patterns) -> new bits` of the elements chosen."""
+        """Publish a version. `change(bits, random 16-bit patterns)` returns new bits of the chosen elements."""
         generator = np.random.default_rng(version)
         new = {name: tensor.clone() for name, tensor in self.views[-1].items()}
         for tensor in new.values():
@@ -82,5 +82,5 @@ def small_steps(bits: np.ndarray, _random: np.ndarray) -> np.ndarray:
 
 
 def any_bits(_bits: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """NaN payloads, infinities and both zeros: what no model survives, and every byte must."""
+    """Random bits with NaN payloads, infinities and both zeros: no model works with it, but each byte must arrive."""
     return random

@@ -1,4 +1,4 @@
-"""An engine of two ranks without vLLM: a model sharded in every way that real ones are, and threads that meet."""
+"""Two worker ranks without vLLM: a model sharded like real ones, and a group whose ranks are threads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TABLE = TensorTable(
 
 
 class Shard(nn.Module):
-    """Row and column slices, a replicated key-value head and norm, a bias that only rank 0 adds, experts of its own,
-    experts that are split once more, and a layer that only the last rank has."""
+    """One rank's part of a model: row and column slices, a replicated key-value head and norm, a bias that only rank 0
+    adds, experts that are split, and a layer that only the last rank has."""
 
     def __init__(self, rank: int):
         super().__init__()
@@ -68,7 +68,7 @@ class Shard(nn.Module):
 
 
 class Meeting:
-    """Where the threads of an engine gather."""
+    """Barrier and mailbox of the rank threads."""
 
     def __init__(self, size: int = SIZE):
         self.size = size

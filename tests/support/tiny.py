@@ -10,7 +10,8 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.kernels.bits import bits_of
-from hubsync.publish.view.live import published_tensors
+from hubsync.publish.detect.sliced import Sliced
+from hubsync.publish.view.live import published_tensors, table_of
 
 
 class Tiny(torch.nn.Module):
@@ -58,3 +59,9 @@ def patterns(tensor: torch.Tensor) -> list[int]:
 def follow(address: str, tmp_path: Path, to: int | None = None, base: dict[str, torch.Tensor] | None = None) -> View:
     reader = ChainReader(LocalBucket(address), tmp_path / "cache")
     return replay(reader, reader.plan(None, to, base_available=base is not None), base)
+
+
+def sliced(model: torch.nn.Module, optimizer: torch.optim.Optimizer, view: torch.dtype = torch.bfloat16) -> Sliced:
+    """A detector with buckets so small that every step needs several."""
+    tensors = published_tensors(model)
+    return Sliced(tensors, table_of(tensors, view), optimizer, bucket=40)

@@ -1,4 +1,4 @@
-"""A hand-made model with the layouts that real ones have, and views of it with random bits."""
+"""A small model with the layouts of real models, and views of it with random bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Model(nn.Module):
-    """Fused, padded, transposed, permuted, tied; 8, 16 and 32 bits wide."""
+    """A model with fused, padded, transposed, permuted and tied parameters of 8, 16 and 32 bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Model(nn.Module):
 
 
 def view(seed: int) -> Tensors:
-    """Random bits in checkpoint coordinates: NaN payloads, infinities and both zeros included."""
+    """A view with random bits in checkpoint coordinates, including NaN payloads, infinities and both zeros."""
     generator = np.random.default_rng(seed)
     tensors = {}
     for spec in TABLE:
@@ -77,7 +77,7 @@ def view(seed: int) -> Tensors:
 
 
 def nudged(tensors: Tensors, seed: int, fraction: float = 0.2) -> Tensors:
-    """A copy in which a fraction of the elements of every tensor has other bits."""
+    """A copy with changed bits in a fraction of the elements of every tensor."""
     generator = np.random.default_rng(seed)
     out = {name: tensor.clone() for name, tensor in tensors.items()}
     for tensor in out.values():

@@ -1,8 +1,8 @@
-"""Ranks of one training as real processes, each with a model of its own and an engine.
+"""Ranks of one training as real processes, each with a model and an engine.
 
-Each has a GPU and speaks NCCL where there are enough of them; else they speak gloo, on the CPU.
+With enough GPUs each rank has one and uses NCCL. Otherwise the ranks use gloo on the CPU.
 
-What a rank does is a function `scenario(rank, address) -> value`; a test gets the values of all ranks.
+A test passes a function `scenario(rank, address) -> value` that each rank runs, and gets the values of all ranks.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from hubsync.publish.publisher import Publisher
 
 from .faults import FaultyBucket
 
-_PATIENCE = 300.0  # seconds that a loaded machine may need; far less than the half hour after which gloo gives up
+_PATIENCE = 300.0  # seconds for a loaded machine; far below gloo's timeout of half an hour
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.training"])
 
 
 class Net(torch.nn.Module):
-    """Tied, with a buffer, and with sizes that neither 2 nor 3 ranks divide evenly."""
+    """A model with tied weights, a buffer, and sizes that neither 2 nor 3 ranks divide evenly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def device_of(ranks: int) -> str:
 
 
 def spread(how: str) -> torch.nn.Module:
-    """A `Net` on this rank, spread over all of them."""
+    """A `Net`, sharded or replicated over all ranks. Returns this rank's part."""
     ranks = dist.get_world_size()
     device = device_of(ranks)
     model = Net().to(device)
@@ -92,7 +92,7 @@ def spread(how: str) -> torch.nn.Module:
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """One optimizer step; each rank has data of its own."""
+    """One optimizer step, with different data on each rank."""
     if isinstance(next(model.parameters()), DTensor) and not hasattr(model, "unshard"):
         _train_plain_dtensors(model, optimizer, seed)
         return
@@ -104,10 +104,10 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -
 
 
 def whole_view(model: torch.nn.Module, tied: str = "head.weight") -> dict[str, torch.Tensor]:
-    """The published view as it should be, gathered with torch's own means. A collective."""
+    """The expected published view, gathered with torch's methods. A collective."""
     found = {}
     for name, tensor in model.state_dict().items():
-        # Offloaded shards are gathered where the ranks can talk.
+        # Offloaded shards are gathered on the device of the process group.
         whole = tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
         if name.removeprefix("module.") != tied:
             found[name.removeprefix("module.")] = whole.to("cpu", torch.bfloat16, copy=True)
@@ -115,10 +115,10 @@ def whole_view(model: torch.nn.Module, tied: str = "head.weight") -> dict[str, t
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation on tensors of a thread.
+    """Records every tensor operation of a thread.
 
     Attributes:
-        largest: elements of the largest tensor that an operation gave.
+        largest: elements of the largest tensor that an operation returned.
         collectives: name of each collective -> elements of the largest tensor in it.
     """
 
@@ -129,7 +129,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
-            return NotImplemented  # what it does with local tensors comes here too
+            return NotImplemented  # its operations on local tensors are recorded
         out = func(*args, **(kwargs or {}))
         self.largest = max(self.largest, _largest(out))
         if "c10d" in func.namespace:
@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Watch this thread, and what publishers do in the background."""
+    """Record operations of this thread, and of publishers in the background."""
     watch, publish = Watch(), Publisher._publish
 
     def watched_publish(self: Publisher, *args: Any) -> Any:
@@ -159,7 +159,7 @@ def watched() -> Iterator[Watch]:
 
 
 def faulty_bucket() -> list[FaultyBucket]:
-    """The buckets that engines of this process open from now on, each able to fail on command."""
+    """The buckets that engines of this process open from now on. Each can fail on command."""
     opened: list[FaultyBucket] = []
 
     def open_faulty(address: str, **_: object) -> FaultyBucket:
@@ -171,9 +171,9 @@ def faulty_bucket() -> list[FaultyBucket]:
 
 
 def run(ranks: int, scenario: Callable[..., Any], address: Path, *args: Any) -> list[Any]:
-    """Run a scenario on so many ranks; what each returned, or the exit code of one that died.
+    """Run a scenario on this many ranks. Returns each rank's value, or the exit code of a rank that died.
 
-    An exception of any rank, or silence of all, ends them all, and fails with what they have said and printed.
+    An exception of any rank, or no message from all for a while, ends all ranks, and fails with their output.
     """
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as directory:
@@ -216,7 +216,7 @@ def _rank(
 
 @dataclass(frozen=True)
 class _Raised:
-    """What a scenario ended with instead of a value."""
+    """The traceback of a scenario that raised."""
 
     trace: str
 
@@ -227,7 +227,7 @@ def _results(pipes: list[Connection], processes: list[Any], directory: Path) -> 
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-        assert ready, f"ranks {list(waiting.values())} say nothing for {_PATIENCE:g} s\n{_all_printed(directory)}"
+        assert ready, f"ranks {list(waiting.values())} sent nothing for {_PATIENCE:g} s\n{_all_printed(directory)}"
         for pipe in ready:
             rank = waiting[pipe]  # type: ignore[index]
             results[rank] = _result(pipe, processes[rank])  # type: ignore[arg-type]
@@ -255,7 +255,7 @@ def _all_printed(directory: Path) -> str:
 
 
 def _train_plain_dtensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Gradients from outside: a forward pass would need every input as a DTensor."""
+    """Set random gradients: a forward pass would need every input as a DTensor."""
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         gradient = torch.randn(parameter.shape, generator=random)

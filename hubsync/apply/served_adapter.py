@@ -240,7 +240,7 @@ class ServedAdapter:
         try:
             self._load(target)
         except Exception as error:
-            failure = f"the adapter of {target} could not be loaded: {type(error).__name__}: {error}"
+            failure = f"could not load the adapter of {target}: {type(error).__name__}: {error}"
         try:
             self._raise_first(failure)
         except ReplicaRefused as refusal:

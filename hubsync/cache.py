@@ -1,4 +1,4 @@
-"""Where a host keeps what it has downloaded and seen of runs. Imports nothing: vLLM's engine core reads it too."""
+"""Default cache directory. Imports only the standard library, because vLLM's engine core imports it too."""
 
 from __future__ import annotations
 

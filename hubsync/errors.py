@@ -1,29 +1,29 @@
-"""Every error a user of hubsync can meet, as one small tree.
+"""Errors of hubsync.
 
-Each message says what happened and what to do next. Transport libraries (`huggingface_hub`, `hf_xet`,
-`requests`) are translated into these classes where they are called, so callers never need to know them.
+Each message says what happened and what to do next. Errors of transport libraries are translated into these classes
+where the libraries are called, so callers need to catch only these.
 """
 
 from __future__ import annotations
 
 
 class HubsyncError(Exception):
-    """Base of everything hubsync raises on purpose."""
+    """Base of all errors of hubsync."""
 
 
 class ConfigError(HubsyncError):
-    """A setting or argument that cannot work, or an optional package that is not installed."""
+    """A setting or argument cannot work, or an optional package is not installed."""
 
 
 class CheckpointFailed(HubsyncError):
-    """A save in the background, or the commit of its step, failed; the step does not become visible."""
+    """A background save or the commit of its step failed. The step does not become visible."""
 
 
 # --- bucket -----------------------------------------------------------------------------------------
 
 
 class BucketError(HubsyncError):
-    """Base of what can go wrong between us and a bucket."""
+    """Base of errors of a bucket."""
 
 
 class BucketMissing(BucketError):
@@ -35,30 +35,30 @@ class BucketDenied(BucketError):
 
 
 class BucketUnavailable(BucketError):
-    """Network failure, 429 or 5xx after all retries. Nothing is known to be wrong; trying later may work."""
+    """Network failure, 429 or 5xx after all retries. Trying later may work."""
 
 
 class ObjectMissing(BucketError):
-    """An object that should be in the bucket is not there (deleted, or never written)."""
+    """An object is missing from the bucket (deleted, or never written)."""
 
 
 class ObjectCorrupt(BucketError):
-    """Bytes that do not have the size or SHA-256 that the manifest states."""
+    """An object does not have the size or SHA-256 of its manifest."""
 
 
 # --- format -----------------------------------------------------------------------------------------
 
 
 class FormatError(HubsyncError):
-    """A file, manifest or message that breaks the format: truncated, hostile, or of an unknown version."""
+    """A file, manifest or message breaks the format: truncated, hostile, or of an unknown version."""
 
 
 class UnknownFormat(FormatError):
-    """A document in a format that this hubsync does not know: a newer one may read it."""
+    """A document has a format that this version of hubsync does not know. A newer version may read it."""
 
 
 class Untrusted(FormatError):
-    """A document that the key of the run has not signed."""
+    """A document is not signed by the key of the run."""
 
 
 # --- chain ------------------------------------------------------------------------------------------
@@ -69,23 +69,23 @@ class ChainError(HubsyncError):
 
 
 class RunMismatch(ChainError):
-    """The run in the bucket belongs to another model: other tensors, other dtypes, or another base."""
+    """The run in the bucket is of another model: other tensors, other dtypes, or another base."""
 
 
 class WrongParent(ChainError):
-    """A delta whose parent (version and digest) is not what we hold."""
+    """The parent (version and digest) of a delta is not the current position."""
 
 
 class NoPath(ChainError):
-    """No chain of deltas and anchors in the bucket leads from what we hold to the version asked for."""
+    """No chain of deltas and anchors in the bucket leads from the current position to the target."""
 
 
 class HeadTooOld(ChainError):
-    """The head was written longer ago than this reader accepts: the trainer stands still, or somebody holds it back."""
+    """The head is older than this reader accepts: the trainer has stopped, or something withholds newer heads."""
 
 
 class Fenced(ChainError):
-    """A newer writer epoch exists: this publisher has been replaced and must stop."""
+    """A newer writer epoch exists. This publisher has been replaced and must stop."""
 
 
 # --- trainer ----------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class RankError(HubsyncError):
 
 
 class ReplicaError(HubsyncError):
-    """Base of what can go wrong between us and an inference server."""
+    """Base of errors of an inference server."""
 
 
 class ReplicaUnreachable(ReplicaError):
@@ -107,17 +107,17 @@ class ReplicaUnreachable(ReplicaError):
 
 
 class ReplicaUnsuitable(ReplicaError):
-    """The server answers but cannot work with hubsync: not in dev mode, no worker extension, too old."""
+    """The server answers but does not support hubsync: not in dev mode, no worker extension, or too old."""
 
 
 class ReplicaRefused(ReplicaError):
-    """A worker refused (wrong model, unsupported layout, wrong parent, not staged); its weights are untouched."""
+    """A worker refused (wrong model, unsupported layout, wrong parent, not staged). Its weights are unchanged."""
 
 
 class ReplicaBehind(ReplicaError):
-    """A server that has not got to a version, for lack of time or because it is wanted elsewhere; the next one takes it
-    along."""
+    """A server did not reach a version, because of a timeout or because another version is wanted. The next commit
+    includes it."""
 
 
 class ReplicaPoisoned(ReplicaError):
-    """A worker's weights are not known to be right; it refuses forward passes until re-anchored."""
+    """A worker's weights may be wrong. It refuses forward passes until it is re-anchored."""

@@ -1,4 +1,4 @@
-"""Whole views of the policy as lazy mappings: a checkpoint directory, and any view with a patch applied to it."""
+"""Whole views as lazy mappings: a checkpoint directory, and a view with a patch applied."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, torch.Tensor]):
-    """The tensors of a table out of a local safetensors checkpoint, in the dtypes of the table, one opened at a time.
+    """The tensors of a table from a local safetensors checkpoint, in the dtypes of the table. Opens one at a time.
 
-    The checkpoint may hold more tensors than the table, and in another dtype: then they are rounded as the published
-    view of version 0 is. Whether they *are* version 0 is for the digest to say; `check` says whether they can be.
+    The checkpoint may hold more tensors than the table. Tensors of another dtype are rounded as the published view of
+    version 0 is. `check` tests names and shapes; only the digest tells whether the tensors are version 0.
 
     ConfigError if the index or a file is damaged.
     """
@@ -39,7 +39,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                 raise ConfigError(f"{path} cannot be read as a safetensors file: {error}") from None
 
     def check(self) -> None:
-        """ConfigError unless every tensor of the table is there, in its shape. Reads headers only."""
+        """Raise ConfigError unless every tensor of the table is present in its shape. Reads headers only."""
         if not self._directory.is_dir():
             raise ConfigError(f"{self._directory} is not a directory: download the checkpoint, as with `hf download`")
         for spec in self._table:
@@ -70,7 +70,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
 
 class Patched(Mapping[str, torch.Tensor]):
-    """A view with a patch applied, tensor by tensor as they are asked for."""
+    """A view with a patch applied, lazily for each tensor."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], table: TensorTable, patch: Patch):
         self._tensors = tensors
@@ -97,12 +97,12 @@ class Patched(Mapping[str, torch.Tensor]):
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Does it hold safetensors weights?"""
+    """Whether the directory holds safetensors weights."""
     return directory.is_dir() and bool(shards_of(directory))
 
 
 def shards_of(directory: Path) -> list[Path]:
-    """The files of the checkpoint. Where an index exists only it counts: some directories hold the weights twice."""
+    """The weight files of the checkpoint: those of its index, if any. Some directories hold the weights twice."""
     index = directory / _INDEX
     if index.is_file():
         try:

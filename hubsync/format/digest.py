@@ -1,18 +1,21 @@
 """The digest of a published view: a 128-bit sum over elements of mix(tensor, flat index, bits).
 
-Two sums modulo 2^64 (lanes A and B) that do not depend on order, so they add up over shards, threads and devices, and
-follow from a delta in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane element i adds
+The digest is two sums modulo 2^64 (lanes A and B). They do not depend on order, so they add up over shards, threads and
+devices. After a delta they follow in O(changes): `digest(new) == digest(old) + digest_change(...)`. In each lane
+element i adds
 
     spread(pattern) * place[i mod 2048] * block(tensor, i div 2048)      modulo 2^64
 
-where `place` is a table of odd pseudo-random numbers and `block` an odd one made of the tensor's seed. `spread` is the
-quadratic permutation y (2 y + 1) with y = pattern + 1: zeros count, and a step from a wrong pattern adds something else
-than the same step from the right one, so a delta that was applied to damaged weights is told by the digest it leads to.
-Permutation and odd factors make the mix injective in the pattern, so one changed element always changes both sums. Any
-other accidental change goes unseen with a chance of about 2^-64 in each lane, as with multilinear hashes (Carter and
-Wegman). It costs one multiplication for each lane and element, and one for both: factors of blocks come once for 2048.
-The sums are no defence against somebody who chooses weights on purpose: that is what the SHA-256 of parts and signed
-manifests are for.
+`place` is a table of odd pseudo-random numbers. `block` is an odd number made from the tensor's seed. `spread` is the
+quadratic permutation y (2 y + 1) with y = pattern + 1. So zeros count. A step from a wrong pattern adds another number
+than the same step from the right one, so a delta applied to damaged weights gives a wrong digest. The permutation and
+the odd factors make the mix injective in the pattern: one changed element always changes both sums. Any other
+accidental change is missed with a probability of about 2^-64 in each lane, as with multilinear hashes (Carter and
+Wegman).
+
+The cost is one multiplication for each lane and element, and one for both lanes: block factors are computed once for
+2048 elements. The sums are no defence against weights chosen by an attacker. The SHA-256 of parts and signed manifests
+are.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from .table import TensorTable
 _MASK = (1 << 64) - 1
 _HEX = re.compile(r"[0-9a-f]{32}")
 
-# splitmix64: a Weyl increment (2^64 / golden ratio) and two rounds; one round more, with a multiplier of murmur3, makes
+# splitmix64: a Weyl increment (2^64 / golden ratio) and two rounds. One more round, with a multiplier of murmur3, makes
 # lane B.
 _STRIDE = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xFF51AFD7ED558CCD)
@@ -47,9 +50,9 @@ _M1, _M2, _M3 = (np.uint64(multiplier) for multiplier in _MULTIPLIERS)
 _1, _27, _30, _31, _33 = (np.uint64(count) for count in (1, 27, 30, 31, 33))
 
 _LOG_BLOCK = 11
-_BLOCK = 1 << _LOG_BLOCK  # elements with one factor of their block: those of places fit a core's nearest cache
+_BLOCK = 1 << _LOG_BLOCK  # elements that share a block factor; the place factors fit the L1 cache
 
-_PIECE = 1 << 21  # elements for which another thread is worth it
+_PIECE = 1 << 21  # elements that are worth another thread
 _TORCH_CHUNK = 1 << 20  # elements; bounds the int64 temporaries of `digest_torch` to a few times 8 MiB
 
 
@@ -104,14 +107,14 @@ def digest_at(seed: int, indices: np.ndarray, bits: np.ndarray) -> Digest:
 
 
 def digest_change(seed: int, indices: np.ndarray, old_bits: np.ndarray, new_bits: np.ndarray) -> Digest:
-    """What the digest of a view grows by when the elements at `indices` go from `old_bits` to `new_bits`."""
+    """Change of a view's digest when the elements at `indices` go from `old_bits` to `new_bits`."""
     return digest_at(seed, indices, new_bits) - digest_at(seed, indices, old_bits)
 
 
 def digest_torch(
     seed: int, tensor_bits: torch.Tensor, start: int = 0, *, indices: torch.Tensor | None = None
 ) -> Digest:
-    """The same values as `digest_range` (or, with `indices`, `digest_at`), computed where the tensor lives.
+    """The same values as `digest_range` (or, with `indices`, `digest_at`), computed on the tensor's device.
 
     Args:
         tensor_bits: integer view (uint8, int16, int32) of the elements, read in row-major order; any device and stride.
@@ -140,7 +143,7 @@ def digest_view(table: TensorTable, tensors: Mapping[str, torch.Tensor]) -> Dige
 
 
 def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor | None) -> Digest:
-    """The loops below in torch operations, a chunk at a time; int64 arithmetic is modulo 2^64 on every device."""
+    """The loops below as torch operations, a chunk at a time. int64 arithmetic is modulo 2^64 on every device."""
     mask = (1 << (8 * flat.element_size())) - 1
     places = _places_on(flat.device)
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
@@ -171,23 +174,23 @@ def _torch_blocks(seed: int, number: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _keys(seed: int) -> tuple[int, ...]:
-    """What block 0 is mixed from, what each further one adds, and the multipliers, as int64."""
+    """The key of block 0, the stride between blocks, and the multipliers, as int64."""
     return _signed(seed + _STRIDE), _signed(_STRIDE), *map(_signed, _MULTIPLIERS)
 
 
 def _signed(value: int) -> int:
-    """The int64 with the low 64 bits of `value`; torch multiplies and adds int64 modulo 2^64."""
+    """The int64 with the low 64 bits of `value`. torch multiplies and adds int64 modulo 2^64."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(z: torch.Tensor, count: int) -> torch.Tensor:
-    """Logical shift; torch's is arithmetic on int64."""
+    """Logical shift. torch shifts int64 arithmetically."""
     return (z >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _place_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The factors of places in lanes A and B, uint64[2048] each: those of the blocks of an imagined tensor."""
+    """The place factors of lanes A and B, uint64[2048] each: the first block factors of seed 0."""
     blocks = [_block(np.uint64(0), np.uint64(number)) for number in range(_BLOCK)]
     a, b = np.array(blocks, np.uint64).T
     return np.ascontiguousarray(a), np.ascontiguousarray(b)
@@ -195,13 +198,13 @@ def _place_tables() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _places_on(device: torch.device) -> torch.Tensor:
-    """The factors of places as int64[2, 2048] on a device."""
+    """The place factors as int64[2, 2048] on a device."""
     return torch.from_numpy(np.stack(_PLACES).view(np.int64)).to(device)
 
 
 @njit(nogil=True, cache=True)
 def _block(seed: np.uint64, number: np.uint64) -> tuple[np.uint64, np.uint64]:
-    """The factors of a block in the two lanes."""
+    """The factors of a block in both lanes."""
     z = seed + (number + _1) * _NP_STRIDE
     z = (z ^ (z >> _30)) * _M1
     z = (z ^ (z >> _27)) * _M2
@@ -240,8 +243,8 @@ def _sum_range(
     return a, b
 
 
-# This loop is the cost of a digest. It stays this plain so that LLVM turns it into vector code; two blocks at a time,
-# because that loads the factors of places half as often.
+# This loop is the cost of a digest. It is this plain so that LLVM turns it into vector code. It takes two blocks at a
+# time to load the place factors half as often.
 @njit(nogil=True, cache=True)
 def _sum_two(
     first: np.ndarray, second: np.ndarray, place_a: np.ndarray, place_b: np.ndarray

@@ -1,7 +1,7 @@
-"""Ed25519 keys of signed runs: made, read from files or the environment, and what they sign.
+"""Ed25519 keys of signed runs: generate, load, sign, check.
 
-The trainer holds a secret key and signs every document that it commits; who has the public key refuses all others.
-Needs the package `cryptography`, and only where a key is used.
+The trainer holds the secret key and signs every document that it commits. Clients with the run's public key reject
+unsigned documents. The package `cryptography` is needed only where a key is used.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from hubsync.errors import ConfigError, Untrusted
 SIGNING_KEY_VARIABLE = "HUBSYNC_SIGNING_KEY"
 PUBLIC_KEY_VARIABLE = "HUBSYNC_PUBLIC_KEY"
 
-_CONTEXT = b"hubsync/1 document\0"  # what this key signs elsewhere is no document of a run
+_CONTEXT = b"hubsync/1 document\0"  # a signature made with this key elsewhere is not valid for a document of a run
 _HEX_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class PublicKey:
-    """Tells documents of a run from others. `hex` is its 64 hex digits, to be given to replicas."""
+    """Checks documents of a run. `hex` holds its 64 hex digits, the form that replicas are given."""
 
     hex: str
 
     @classmethod
     def load(cls, source: str) -> PublicKey:
-        """From 64 hex digits, or a file that holds them. ConfigError for anything else."""
+        """Load from 64 hex digits or a file that holds them. ConfigError for anything else."""
         text = source.strip() if _HEX_KEY.fullmatch(source.strip()) else _read(source, "public key").strip()
         if not _HEX_KEY.fullmatch(text):
             raise ConfigError(
@@ -38,7 +38,7 @@ class PublicKey:
         return cls(text)
 
     def check(self, name: str, content: bytes, signature: object) -> None:
-        """Untrusted unless `signature` (hex) is that of this key for a document of this name and content."""
+        """Raise Untrusted unless `signature` (hex) is this key's for a document of this name and content."""
         try:
             key = _ed25519().Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.hex))
             key.verify(bytes.fromhex(str(signature)), _CONTEXT + name.encode() + b"\0" + content)
@@ -49,7 +49,7 @@ class PublicKey:
 
 @dataclass(frozen=True, repr=False)
 class SigningKey:
-    """Signs documents of a run. Its text never contains the secret."""
+    """Signs documents of a run. Its repr does not contain the secret."""
 
     _secret: bytes
 
@@ -59,14 +59,14 @@ class SigningKey:
 
     @classmethod
     def load(cls, source: str) -> SigningKey:
-        """From a file that `hubsync keygen` wrote, or (for secrets that come by environment) what stands in it."""
+        """Load from a file that `hubsync keygen` wrote, or from its content (secrets in environment variables)."""
         text = source.strip() if _HEX_KEY.fullmatch(source.strip()) else _read(source, "signing key").strip()
         if not _HEX_KEY.fullmatch(text):
             raise ConfigError("the signing key is not one that `hubsync keygen FILE` made: name that file")
         return cls(bytes.fromhex(text))
 
     def save(self, path: Path) -> None:
-        """Write it to a new file that only its owner can read."""
+        """Write it to a new file that only its owner can read. ConfigError if the file exists."""
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:

@@ -1,8 +1,8 @@
 """Delta parts and anchors as safetensors files.
 
 A delta part holds four tensors (docs/FORMAT.md): `tensors`, one record for each changed tensor; `books`, the code
-parameters; `chunks`, a row for each chunk of the coded tensors; `payload`, the bits. An anchor is an ordinary
-checkpoint that `from_pretrained` loads.
+parameters; `chunks`, one row for each chunk of the coded tensors; `payload`, the bits. An anchor is an ordinary
+checkpoint for `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def write_delta(
     encoding: Encoding = Encoding.FAST,
     old: OldBits | None = None,
 ) -> bytes:
-    """The bytes of one delta part that leads from `parent` to `position`; the same arguments give the same bytes.
+    """The bytes of one delta part from `parent` to `position`. The same arguments give the same bytes.
 
     Args:
-        patch: what this rank changes; may be empty. FormatError if it is not a sound patch of views of `table`.
+        patch: the changes of this rank; may be empty. FormatError if it is not a sound patch of views of `table`.
         rank: the publisher rank; information only.
         encoding: fast or compact. A compact part is a third smaller or less; only `old` decodes it.
         old: the view of `parent`, at least all of every tensor that changes. Only read where `encoding.needs_base`.
@@ -66,10 +66,10 @@ def read_delta(
 
     Args:
         source: the file or its bytes.
-        manifest: what the part must belong to (run, table, parent and position); None checks the table only.
-        old: the weights that the delta applies to, which a compact part is coded against (ConfigError without
-            them). Chunks of which it holds nothing are left out. Other weights than the right ones give a patch that
-            is sound but wrong, or a FormatError: compare digests.
+        manifest: the run, table, parent and position of the part must match it; None checks the table only.
+        old: the weights that the delta applies to. Needed for a compact part (ConfigError without them). Chunks of
+            which it holds nothing are left out. Wrong weights give a patch that is sound but wrong, or a FormatError:
+            compare digests.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     arrays, metadata = _parse(data)
@@ -78,8 +78,8 @@ def read_delta(
     classes = CLASSES_OF[encoding]
     if encoding.needs_base and old is None:
         raise ConfigError(
-            "delta part: it is compact, coded against the weights that it applies to: give them as `old` "
-            "(`weights.ViewBits`), or publish with encoding='fast'"
+            "delta part: it is compact, decodable only with the weights that it applies to: give them as `old` "
+            "(`view_bits.ViewBits`), or publish with encoding='fast'"
         )
     if arrays["books"].shape[1] != columns(classes):
         raise FormatError(f"delta part: code books have {columns(classes)} bytes, not {arrays['books'].shape[1]}")
@@ -116,7 +116,7 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
 
 
 def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file. Written here because the library's writer gives other bytes each time (metadata order)."""
+    """A safetensors file. The library's own writer is not deterministic (metadata order)."""
     header: dict[str, object] = {"__metadata__": metadata}
     buffers, end = [], 0
     for name, (code, dtype) in _DTYPES.items():
@@ -159,11 +159,10 @@ def write_anchor(
     max_shard_bytes: int = 5 << 30,
     stem: str = "model",
 ) -> list[Path]:
-    """Write a full published view as safetensors shards into an existing directory.
+    """Write a full published view as safetensors shards into an existing directory. Returns the files written.
 
-    One `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json` when the view is
-    larger than `max_shard_bytes`; `stem` stands for `model`. Returns the files written. FormatError if `tensors` is not
-    a view of `table`.
+    Writes one `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json` if the view
+    is larger than `max_shard_bytes`. `stem` replaces `model`. FormatError if `tensors` is not a view of `table`.
     """
     for name in tensors.keys() - {spec.name for spec in table}:
         raise FormatError(f"anchor: {name} is not in the tensor table")
@@ -183,7 +182,7 @@ def write_anchor(
 
 
 def write_adapter(directory: Path, run: Run, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a view of a run of adapters into an existing directory, as PEFT and vLLM load it."""
+    """Write a view of an adapter run into an existing directory, in the layout that PEFT and vLLM load."""
     assert run.adapter is not None
     write_anchor(directory, run.table, tensors, stem=run.stem)
     write_adapter_config(directory, run.adapter)
@@ -194,7 +193,7 @@ def write_adapter_config(directory: Path, adapter: Adapter) -> None:
 
 
 def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30, stem: str = "model") -> dict[str, list[str]]:
-    """File name -> names of the tensors in it, in table order: what `write_anchor` writes beside the index."""
+    """File name -> names of its tensors, in table order: the files of `write_anchor` without the index."""
     shards = _shards(table, max_shard_bytes)
     if len(shards) == 1:
         return {f"{stem}.safetensors": shards[0]}
@@ -207,7 +206,7 @@ def write_anchor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_anchor_index(directory: Path, table: TensorTable, files: Mapping[str, Sequence[str]]) -> list[Path]:
-    """`model.safetensors.index.json`, if there are several shards; returns what was written."""
+    """Write `model.safetensors.index.json` if there are several shards. Returns the files written."""
     if len(files) == 1:
         return []
     weight_map = {name: file for file, names in files.items() for name in names}
@@ -218,9 +217,10 @@ def write_anchor_index(directory: Path, table: TensorTable, files: Mapping[str, 
 
 
 def open_anchor(paths: Sequence[Path], table: TensorTable) -> Mapping[str, torch.Tensor]:
-    """A full published view, read lazily: indexing reads one tensor. FormatError unless names, shapes and dtypes match.
+    """A full published view, read lazily: indexing reads one tensor.
 
-    Files that are not safetensors files (an index, a tokenizer) are ignored.
+    FormatError unless names, shapes and dtypes match the table. Files that are not safetensors files (an index, a
+    tokenizer) are ignored.
     """
     return _Anchor([path for path in paths if path.suffix == ".safetensors"], table)
 
@@ -262,7 +262,7 @@ class _Anchor(Mapping[str, torch.Tensor]):
 
 
 def _shards(table: TensorTable, max_shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each shard, in table order; a tensor larger than the limit has a shard of its own."""
+    """Names of the tensors of each shard, in table order. A tensor larger than the limit gets its own shard."""
     shards: list[list[str]] = [[]]
     size = 0
     for spec in table:
@@ -275,7 +275,7 @@ def _shards(table: TensorTable, max_shard_bytes: int) -> list[list[str]]:
 
 
 def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors that share no memory: safetensors refuses tensors that do (ties, slices of one buffer)."""
+    """Contiguous CPU tensors that share no memory: safetensors rejects shared memory (ties, slices of one buffer)."""
     out: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, held in tensors.items():

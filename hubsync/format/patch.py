@@ -1,6 +1,7 @@
-"""Deltas in memory: which elements of which tensors change, and by how many steps.
+"""Deltas in memory: changed elements, and by how many steps each changes.
 
-Changes are signed steps modulo 2^width (`bits.difference`), so patches form a group: `compose` adds, `invert` negates.
+Changes are signed steps modulo 2^width (`kernels.bits.difference`). So patches form a group: `compose` adds, `invert`
+negates.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class TensorDelta:
 
 
 Patch = dict[int, TensorDelta]
-"""Table index -> the tensor's changes. A tensor without changes has no entry."""
+"""Table index -> changes of the tensor. A tensor without changes has no entry."""
 
 
 def compose(first: Patch, second: Patch) -> Patch:
-    """The patch that does what `first` and then `second` do. Elements that come back to where they were disappear."""
+    """The patch equal to `first`, then `second`. Elements that return to their old value are dropped."""
     out = {}
     for index in sorted(first.keys() | second.keys()):
         if index in first and index in second:
@@ -69,7 +70,7 @@ def changed(patch: Patch) -> int:
 
 
 def check(table: TensorTable, patch: Patch) -> None:
-    """FormatError unless `patch` is a well-formed patch of views of this table."""
+    """Raise FormatError unless `patch` is a well-formed patch of views of this table."""
     for index, delta in patch.items():
         if not 0 <= index < len(table):
             raise FormatError(f"patch: tensor {index} is not in a table of {len(table)}")
@@ -106,7 +107,7 @@ def _merge(
     indices: np.ndarray,
     diffs: np.ndarray,
 ) -> int:
-    """Merge two ascending lists, adding where they meet. Returns how many elements were written."""
+    """Merge two ascending lists, adding the differences of common elements. Returns the number written."""
     a, b, n = 0, 0, 0
     while a < len(indices_a) or b < len(indices_b):
         if b == len(indices_b) or (a < len(indices_a) and indices_a[a] < indices_b[b]):

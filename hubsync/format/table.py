@@ -1,8 +1,7 @@
-"""The tensor table: which tensors a policy's published view has, in which order, shape and dtype.
+"""The tensor table: names, shapes and dtypes of the published view, in order.
 
-A run fixes its table once, in `run.json`. Everything else names tensors by their *index* in it, so a
-hostile manifest or part can never introduce a name, and two sides that agree on the table's hash agree
-on every coordinate: (tensor index, flat row-major element index).
+`run.json` fixes the table of a run. Deltas name tensors by their *index* in it, so a hostile part cannot introduce a
+name. Two sides with the same table hash agree on every coordinate: (tensor index, flat row-major element index).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import overload
 
 from hubsync.errors import FormatError
 
-# safetensors dtype code -> bits per element. Elements are only ever treated as bits of this width.
+# safetensors dtype code -> bits per element. Elements are bit patterns of this width, never numbers.
 WIDTHS = {"BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "F8_E5M2": 8}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
@@ -33,7 +32,7 @@ class TensorSpec:
     Attributes:
         name: checkpoint name, for example `model.layers.0.mlp.up_proj.weight`.
         shape: checkpoint shape; `()` is a scalar.
-        dtype: safetensors code of the *served* dtype, one of `WIDTHS`.
+        dtype: safetensors code of the served dtype, one of `WIDTHS`.
     """
 
     name: str
@@ -55,14 +54,14 @@ class TensorSpec:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the tensor seen as 2-D: first dimension by the product of the rest; 1-D is one row."""
+        """(rows, columns) of the tensor as a matrix: first dimension by the product of the rest; 1-D is one row."""
         if len(self.shape) < 2:
             return 1, self.numel
         return self.shape[0], math.prod(self.shape[1:])
 
 
 class TensorTable(Sequence[TensorSpec]):
-    """An ordered, hashable list of `TensorSpec`s with unique names."""
+    """An ordered, hashable list of `TensorSpec`s with unique names. FormatError for an invalid one."""
 
     def __init__(self, specs: Sequence[TensorSpec]):
         self._specs = tuple(specs)
@@ -129,7 +128,7 @@ class TensorTable(Sequence[TensorSpec]):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON form; two equal hashes mean equal coordinates."""
+        """SHA-256 (hex) of the canonical JSON form. Equal hashes mean equal coordinates."""
         canonical = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Old weights for the decoder of compact deltas: a whole view by name, and any weights with a patch applied to them."""
+"""Old weights for encoding and decoding compact deltas: a whole view, and weights with a patch applied."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 class ViewBits:
     """`OldBits` of a whole view: name -> contiguous tensor in its served dtype, on the CPU or a GPU.
 
-    The mapping may be lazy (a checkpoint, an anchor): the tensor asked for last is kept.
+    The mapping may be lazy (a checkpoint, an anchor): the last tensor used is kept.
     """
 
     def __init__(self, table: TensorTable, tensors: Mapping[str, torch.Tensor]):
         self._table = table
         self._tensors = tensors
         self._last: tuple[int, torch.Tensor] | None = None
-        self._opening = threading.Lock()  # several chunks are decoded side by side
+        self._opening = threading.Lock()  # several chunks are decoded in parallel
 
     def rectangle(self, index: int, rows: slice, cols: slice) -> Bits:
         spec, tensor = self._table[index], self._tensor(index)
@@ -45,9 +45,9 @@ class ViewBits:
 
 
 class Advanced:
-    """`OldBits` after a patch: what the next delta of a chain is decoded against. Holds O(changes).
+    """`OldBits` after a patch, to decode the next delta of a chain. Holds O(changes).
 
-    The patch must have been decoded against `old`, so that both know the same rectangles.
+    The patch must have been decoded against `old`, so that both hold the same rectangles.
     """
 
     def __init__(self, table: TensorTable, old: OldBits, patch: Patch):
@@ -74,7 +74,12 @@ class Advanced:
 
 
 def digest_after(table: TensorTable, tensors: Mapping[str, torch.Tensor], digest: Digest, patch: Patch) -> Digest:
-    """Digest of a view that has `digest`, with a patch applied. In O(changes); the tensors stay as they are."""
+    """Digest of a view after a patch. Costs O(changes); the tensors are not changed.
+
+    Args:
+        tensors: the view before the patch.
+        digest: its digest.
+    """
     for index, delta in patch.items():
         spec = table[index]
         old = bits_of(tensors[spec.name].detach().to("cpu"))[delta.indices]
@@ -83,7 +88,7 @@ def digest_after(table: TensorTable, tensors: Mapping[str, torch.Tensor], digest
 
 
 def _inside(delta: TensorDelta, width: int, rows: slice, cols: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows and columns, counted from the rectangle's corner, of the changes inside it; and their differences."""
+    """Rows and columns of the changes inside a rectangle, counted from its corner, and their differences."""
     first, last = np.searchsorted(delta.indices, [rows.start * width, rows.stop * width])
     row, col = np.divmod(delta.indices[first:last], width)
     chosen = (col >= cols.start) & (col < cols.stop)

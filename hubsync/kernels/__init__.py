@@ -1,6 +1,6 @@
-"""The passes over whole weights, each where the weights are: numba (`cpu`) in main memory, Triton (`triton`) on a GPU.
+"""Passes over whole weights, on the device of the weights: numba (`cpu`) in main memory, Triton (`triton`) on a GPU.
 
-Weights never leave their device for these: only what concerns single changes does. Both give the same values.
+Weights never leave their device; results have the size of the changes. Both backends give the same values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Bits = np.ndarray | torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """How many elements of each class a rectangle has. Good until the same thread counts or ranks another one.
+    """Number of elements of each class in a rectangle. Valid until the same thread counts or ranks another rectangle.
 
     Attributes:
         sizes: int64[CLASSES].
@@ -42,7 +42,7 @@ class Counted:
         Args:
             ranks: int32[n] in class order, ascending in each class and below its size.
             diffs: signed[n].
-            counts: int64[CLASSES], how many of each class.
+            counts: int64[CLASSES], number of elements of each class.
         """
         bounds = np.concatenate([[0], np.cumsum(counts)])
         return _backend(self._bits).place(self._bits, self._blocks, ranks, diffs, bounds, self._classes)
@@ -56,7 +56,7 @@ def count(bits: Bits, classes: ClassMap) -> Counted:
 
 
 def rank(bits: Bits, positions: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the elements at `positions` (int32, ascending) stand among those of their class.
+    """Classes and ranks of the elements at `positions` (int32, ascending). A rank counts elements of the same class.
 
     Returns:
         (sizes, class_of, ranks): int64[CLASSES] elements of each class, uint8[n] and int32[n].
@@ -77,9 +77,9 @@ def gather(bits: Bits, positions: np.ndarray) -> np.ndarray:
 
 
 def _flat(bits: Bits) -> Any:
-    """The elements in row-major order; those of a tile in memory that the next call of this thread uses again.
+    """The elements in row-major order. A tile is copied to a buffer that the next call of this thread overwrites.
 
-    Fresh memory for every tile would cost as much as reading it, and threads would wait for each other to get it.
+    Allocating memory for every tile would cost as much as reading it, and threads would wait for each other.
     """
     if not isinstance(bits, np.ndarray):
         return bits.contiguous().view(-1)
@@ -97,12 +97,12 @@ _scratch = threading.local()
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels are for this tensor."""
+    """Whether the Triton kernels can be used for this tensor."""
     return tensor.device.type == "cuda" and find_spec("triton") is not None
 
 
 def gpu() -> Any:
-    """The module of Triton kernels. Needs a package that only machines with a GPU have."""
+    """The module of Triton kernels. It needs a package that only machines with a GPU have."""
     return import_module("hubsync.kernels.triton")
 
 

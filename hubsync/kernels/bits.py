@@ -1,9 +1,9 @@
 """Tensors as bit patterns, and changes as differences of ordered integers.
 
-A floating point pattern of 8, 16 or 32 bits maps to an unsigned integer in the order of the numbers it stands for
-(`ordered`). A change is the difference of two such integers modulo 2^width, read as signed (`difference`), so that
-changes form a group: they add up, they can be negated, and one step to the next representable number is +1 or -1.
-Nothing here interprets a pattern as a number: NaN payloads and -0 are patterns like any other.
+`ordered` maps a floating point pattern of 8, 16 or 32 bits to an unsigned integer in the order of the numbers. A change
+is the difference of two such integers modulo 2^width, read as signed (`difference`). So changes form a group: they add
+up and can be negated. The step to the next representable number is +1 or -1. Patterns are never interpreted as numbers:
+NaN payloads and -0 are patterns like any other.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SIGNED: dict[int, type[np.signedinteger]] = {8: np.int8, 16: np.int16, 32: np.in
 
 _CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 _TORCH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_COMPARED = 64  # elements compared at once: a bit of a word for each
-_STRETCH = 32 * _COMPARED  # elements read before their changes are listed; they fit the nearest cache
-_AHEAD = 2048  # bytes: what is asked of memory before it is compared, so that it comes while changes are listed
-_LINE = 64  # bytes that come from memory together
-_PIECE = 1 << 21  # elements for which another thread is worth it
-_ROOM = 1 << 14  # changes to begin with
+_COMPARED = 64  # elements compared at once: one bit of a word each
+_BLOCK = 32 * _COMPARED  # elements read before their changes are listed; they fit the L1 cache
+_AHEAD = 2048  # bytes to prefetch ahead of the comparison, so that they arrive while changes are listed
+_LINE = 64  # bytes of a cache line
+_PIECE = 1 << 21  # elements that are worth another thread
+_CAPACITY = 1 << 14  # changes that the first lists hold
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -97,14 +97,14 @@ def find_changes(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray
 def _find(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`find_changes` on one thread."""
     whole = len(old_bits) // _COMPARED * _COMPARED
-    indices = np.empty(_ROOM, np.int64)
-    diffs = np.empty(_ROOM, SIGNED[8 * old_bits.itemsize])
+    indices = np.empty(_CAPACITY, np.int64)
+    diffs = np.empty(_CAPACITY, SIGNED[8 * old_bits.itemsize])
     start, found = 0, 0
     while start < whole:
         start, found = _unequal(old_bits, new_bits, start, whole, indices, diffs, found)
-        if start < whole:  # there may not be room for what comes next
-            likely = int(1.05 * found * whole / max(start, 1)) + _STRETCH
-            capacity = min(max(likely, found + _ROOM), 8 * len(indices))
+        if start < whole:  # the lists may be too short for the next block
+            likely = int(1.05 * found * whole / max(start, 1)) + _BLOCK
+            capacity = min(max(likely, found + _CAPACITY), 8 * len(indices))
             indices, diffs = _resized(indices, found, capacity), _resized(diffs, found, capacity)
     if len(indices) > found + found // 4:
         indices, diffs = _resized(indices, found, found), _resized(diffs, found, found)
@@ -115,7 +115,7 @@ def _find(old_bits: np.ndarray, new_bits: np.ndarray) -> tuple[np.ndarray, np.nd
 def _with_tail(
     old_bits: np.ndarray, new_bits: np.ndarray, start: int, indices: np.ndarray, diffs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Append the changes among the last few elements, which are too few to be compared together."""
+    """Append the changes of the last elements, fewer than `_COMPARED`."""
     old_tail, new_tail = old_bits[start:], new_bits[start:]
     at = np.flatnonzero(old_tail != new_tail)
     if at.size == 0:
@@ -151,12 +151,12 @@ def leading_zeros(typing_context, word):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def unequal_mask(typing_context, old, new, start):  # type: ignore[no-untyped-def]
-    """Which of the 64 elements from `start` on differ, as bits of a uint64; for compiled code only.
+    """Bits of a uint64: which of the 64 elements from `start` on differ. For compiled code only.
+
+    LLVM turns it into a few vector comparisons. It does not do so for a loop, whose results it cannot collect in bits.
 
     Args:
-        old, new: contiguous arrays of one unsigned type; nobody checks that they are long enough.
-
-    LLVM makes a few vector comparisons of it, which no loop in Python becomes: it would not collect their results.
+        old, new: contiguous arrays of one unsigned type. Their length is not checked.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -174,7 +174,7 @@ def unequal_mask(typing_context, old, new, start):  # type: ignore[no-untyped-de
 
 @intrinsic
 def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of an element that is read soon; for compiled code only. Beyond the end is no harm."""
+    """Prefetch the cache line of an element. For compiled code only. An index beyond the end is harmless."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
@@ -203,24 +203,24 @@ def ones(typing_context, word):  # type: ignore[no-untyped-def]
 def _unequal(
     old: np.ndarray, new: np.ndarray, start: int, stop: int, indices: np.ndarray, diffs: np.ndarray, found: int
 ) -> tuple[int, int]:
-    """Append the changes of `start .. stop`, multiples of 64, while there is room for a stretch of changes more.
+    """Append the changes of `start .. stop`, multiples of 64, while the lists have space for another block.
 
-    A stretch is first read, as fast as memory can be; then its changes are listed, while memory brings what is next:
-    left alone it would rest meanwhile, which costs a fifth of the time. Two changes of 64 elements are
-    written down before it is known whether there are any: more are rare, and a branch that cannot be foretold costs
-    more than both (as simdjson flattens its bits).
+    A block is read at memory speed. Then its changes are listed, while the next block is prefetched. Without the
+    prefetch, memory idles meanwhile, which costs a fifth of the time. Two changes of each 64 elements are written
+    unconditionally: more are rare, and an unpredictable branch costs more than both writes (simdjson flattens its bits
+    the same way).
 
     Returns:
-        (start, found): where to go on, and how many there are.
+        (start, found): the next element, and the number of changes.
     """
     width = np.uint64(8 * diffs.itemsize)
     top = width - np.uint64(1)
     sign = np.uint64(1) << top
     mask = sign | (sign - np.uint64(1))
-    unequal = np.empty(_STRETCH // _COMPARED, np.uint64)
+    unequal = np.empty(_BLOCK // _COMPARED, np.uint64)
     ahead, line = _AHEAD // old.itemsize, _LINE // old.itemsize
-    while start < stop and found + _STRETCH <= len(indices):
-        end, first, any_unequal = min(start + _STRETCH, stop), found, np.uint64(0)
+    while start < stop and found + _BLOCK <= len(indices):
+        end, first, any_unequal = min(start + _BLOCK, stop), found, np.uint64(0)
         count = (end - start) // _COMPARED
         for i in range(count):
             for at in range(start + i * _COMPARED + ahead, start + (i + 1) * _COMPARED + ahead, line):
@@ -254,5 +254,5 @@ def _unequal(
 
 @njit(nogil=True, cache=True)
 def _rank(bits: np.uint64, top: np.uint64, sign: np.uint64, mask: np.uint64) -> np.uint64:
-    """Scalar `ordered`, without a branch as signs are unpredictable: xor with `mask` if negative, else with `sign`."""
+    """Scalar `ordered` without a branch, because signs are unpredictable: xor with `mask` if negative, else `sign`."""
     return bits ^ (sign | ((np.uint64(0) - (bits >> top)) & mask))

@@ -1,4 +1,4 @@
-"""Kernels for weights in main memory, compiled by numba. They release the GIL: threads run them side by side."""
+"""Kernels for weights in main memory, compiled by numba. They release the GIL, so threads run them in parallel."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from numba import njit
 from .bits import trailing_zeros
 from .classes import CLASSES, ClassMap
 
-_BLOCK = 64  # elements counted together: their counts fit a byte each, and a search inside is short
-_NEAR = 128  # blocks that fit the nearest cache
-_FLUSH = 512  # blocks after which counts in 16 bits are added up elsewhere
+_BLOCK = 64  # elements counted together: each count fits a byte, and a search inside is short
+_NEAR = 128  # blocks that fit the L1 cache
+_FLUSH = 512  # blocks after which 16-bit counts are added to 64-bit ones
 
 Blocks = np.ndarray
-"""uint64[blocks, 2]: how many elements of each class a block of 64 holds, a byte each; even classes, odd classes."""
+"""uint64[blocks, 2]: elements of each class in a block of 64, a byte each; even classes, odd classes."""
 
-_NEVER = 1 << 40  # elements until the next one to find, where there is none
+_NEVER = 1 << 40  # elements until the next one to find, if there is none
 _U = np.uint64
 _NIBBLES, _BYTES, _TOPS = _U(0x0F0F0F0F0F0F0F0F), _U(0x00FF00FF00FF00FF), _U(0x8000800080008000)
 
 
 def count(bits: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, Blocks]:
-    """How many elements of each class there are: int64[CLASSES], and by blocks, which `place` needs.
+    """Number of elements of each class: int64[CLASSES], and by blocks for `place`.
 
     Args:
         bits: unsigned[n], contiguous.
@@ -33,7 +33,7 @@ def count(bits: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, Blocks]:
 
 
 def rank(bits: np.ndarray, positions: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the elements at `positions` (int32, ascending) stand among those of their class.
+    """Classes and ranks of the elements at `positions` (int32, ascending). A rank counts elements of the same class.
 
     Returns:
         (sizes, class_of, ranks): int64[CLASSES] elements of each class, uint8[n] and int32[n].
@@ -61,7 +61,7 @@ def _words(bits: np.ndarray) -> np.ndarray:
     return bits[:whole].view(np.uint64)
 
 
-# Each pass over a chunk is one call of compiled code: threads that come back to Python often wait for each other.
+# Each pass over a chunk is one call of compiled code: threads that return to Python often wait for each other.
 
 
 @njit(nogil=True, cache=True)
@@ -116,9 +116,9 @@ def _count_any(bits: np.ndarray, first: int, shift: int, mask: int, ones: np.nda
 
 @njit(nogil=True, cache=True)
 def _count_16(words: np.ndarray, shift: int, mask: int, ones: np.ndarray, blocks: np.ndarray) -> None:
-    """The same for whole blocks of 16-bit elements, four to a word: three times as fast, and what most models are."""
+    """The same for whole blocks of 16-bit elements, four to a word. Three times as fast, and most models are 16-bit."""
     s, m = _U(shift), _U(mask)
-    near = np.empty(_NEAR * 16, np.uint64)  # a plain copy reads memory much faster than the loop below would
+    near = np.empty(_NEAR * 16, np.uint64)  # a plain copy reads memory much faster than the loop below
     for first in range(0, len(blocks), _NEAR):
         last = min(first + _NEAR, len(blocks))
         for i in range((last - first) * 16):
@@ -183,7 +183,7 @@ def _rank(
             if position - block * _BLOCK < _BLOCK // 2:
                 for j in range(block * _BLOCK, position):
                     rank += table[(_U(bits[_U(j)]) >> s) & m] == k
-            else:  # less to look at from the other end
+            else:  # fewer elements to visit from the other end
                 rank += np.int64((blocks[block, k & 1] >> (_U(k >> 1) << _U(3))) & _U(0xFF))
                 for j in range(position, min(len(bits), (block + 1) * _BLOCK)):
                     rank -= table[(_U(bits[_U(j)]) >> s) & m] == k
@@ -214,10 +214,10 @@ def _place(
     positions: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Walk the blocks with, for each class, the number of elements until the next one to find: a 16-bit lane each.
+    """Walk the blocks. For each class, a 16-bit lane counts the elements until the next one to find.
 
-    A lane with its top bit set on one side is compared with a count on the other by one subtraction, four lanes at
-    once, without a borrow between lanes. What does not fit 15 bits waits in `beyond`.
+    One subtraction compares four lanes with four counts. The top bit of each lane is set before, so that no lane
+    borrows from another. The part of a gap beyond 15 bits waits in `beyond`.
     """
     s, m = _U(shift), _U(mask)
     following = bounds[:-1].copy()

@@ -18,12 +18,12 @@ R = TypeVar("R")
 
 
 def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`[job(item) for item in items]`, side by side: the compiled loops release the GIL."""
+    """`[job(item) for item in items]` in parallel. Compiled loops release the GIL."""
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1:
         return [job(item) for item in items]
 
-    numbers = itertools.count()  # threads take the next item as they become free: a core may be busy with others
+    numbers = itertools.count()  # a free thread takes the next item: some cores may be busy with other work
     results: dict[int, R] = {}
 
     def work() -> None:
@@ -33,7 +33,7 @@ def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
     others = [_pool().submit(work) for _ in range(threads - 1)]
     try:
         work()
-    finally:  # those that have not begun, because the threads are busy for others, are not missed
+    finally:  # workers that have not started, because the pool is busy, are not needed
         begun = [other for other in others if not other.cancel()]
         wait(begun)
     for other in begun:
@@ -42,7 +42,7 @@ def each(job: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def pieces(size: int, least: int) -> list[slice]:
-    """Equal cuts of a row of `size` things, one for each thread, if all of them have at least `least`."""
+    """Cut `size` items into equal pieces, one for each thread, of at least `least` items."""
     count = max(1, min(torch.get_num_threads(), size // least))
     bounds = [size * number // count for number in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
@@ -51,7 +51,7 @@ def pieces(size: int, least: int) -> list[slice]:
 def add_up(
     job: Callable[[T, tuple[np.ndarray, ...]], None], items: Sequence[T], zeros: Callable[[], tuple[np.ndarray, ...]]
 ) -> tuple[np.ndarray, ...]:
-    """Arrays to which `job` adds what it finds in each item; each thread has a set of its own until the end."""
+    """Sums over items. `job` adds its findings to arrays; each thread has its own arrays until the end."""
     own = threading.local()
     sets: list[tuple[np.ndarray, ...]] = [zeros()]
 
@@ -67,7 +67,7 @@ def add_up(
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads that stay: starting some for every list of jobs took a fifth of the time of encoding."""
+    """A pool that lives as long as the process. Starting threads for every list took a fifth of the encoding time."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hubsync-kernel")
 
 

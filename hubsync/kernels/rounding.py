@@ -1,7 +1,7 @@
-"""float32 weights compared with their bfloat16 view, without ever holding the whole of the new one.
+"""Compare float32 weights with their old bfloat16 view, without holding the whole new view.
 
-Rounding is torch's: to nearest, ties to even. What torch makes of a NaN depends on where in memory it is and on the
-processor, so these kernels do not try: they say that they have seen one, and the caller has torch cast the tensor.
+Rounding is torch's: to nearest, ties to even. The pattern that torch rounds a NaN to depends on its place in memory and
+on the processor. So these kernels only report that a NaN is present, and the caller casts the tensor with torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from numba import njit
 
 from .bits import trailing_zeros
 
-_BLOCK = 1 << 12  # elements that fit the nearest cache with their flags
-_ROOM = 1 << 14  # changes that lists are first made for
+_BLOCK = 1 << 12  # elements that fit the L1 cache with their flags
+_CAPACITY = 1 << 14  # changes that the first lists hold
 
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _HALF, _1, _16, _31 = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.uint32(31)
 
 
 def round_into(out: np.ndarray, values: np.ndarray) -> bool:
-    """Write the bfloat16 patterns of float32 patterns. False, and `out` is of no use, if there is a NaN.
+    """Write the bfloat16 patterns of float32 patterns. If there is a NaN, return False; `out` is then undefined.
 
     Args:
         out: uint16[n].
@@ -29,7 +29,7 @@ def round_into(out: np.ndarray, values: np.ndarray) -> bool:
 
 
 def changes(values: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where float32 patterns round to other bfloat16 patterns than the old ones; None if there is a NaN.
+    """Elements whose float32 pattern rounds to another bfloat16 pattern than the old one; None if there is a NaN.
 
     Args:
         values: uint32[n].
@@ -38,7 +38,7 @@ def changes(values: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Returns:
         (indices, new): int64 ascending, and the new bfloat16 patterns there. Memory is O(changes).
     """
-    indices, new = np.empty(_ROOM, np.int64), np.empty(_ROOM, np.uint16)
+    indices, new = np.empty(_CAPACITY, np.int64), np.empty(_CAPACITY, np.uint16)
     flags = np.empty(_BLOCK, np.uint8)
     start, found = 0, 0
     while start < len(values):
@@ -56,7 +56,7 @@ def _resized(array: np.ndarray, used: int, size: int) -> np.ndarray:
     return out
 
 
-# The loops over elements stay this plain, and apart, so that LLVM turns them into vector code.
+# The loops over elements are this plain, and separate, so that LLVM turns them into vector code.
 
 
 @njit(nogil=True, inline="always")
@@ -94,10 +94,10 @@ def _changes(
     new: np.ndarray,
     found: int,
 ) -> tuple[int, int]:
-    """Go on from element `start` while there is room for the changes of a block.
+    """List changes from element `start` on, while the lists have space for another block.
 
-    Returns where it stopped (-1: a NaN), and how many changes there are. A block is first compared without a branch,
-    into a byte for each element (`flags`, also seen as `flag_words`), of which eight are looked at together.
+    Returns the next element (-1 for a NaN) and the number of changes. A block is first compared without a branch, into
+    a byte for each element (`flags`, also viewed as `flag_words`). Then eight flags are tested at once.
     """
     for first in range(start, len(values), _BLOCK):
         if len(indices) - found < _BLOCK:

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Kernels for weights on a GPU, in Triton. Imported only where a tensor on a GPU is met.
+"""Kernels for weights on a GPU, in Triton. Imported only for a tensor on a GPU.
 
-Weights are flat contiguous integer tensors (uint8, int16, int32). What is returned as an array has the size of the
-changes; the weights stay where they are. Every kernel also runs in Triton's interpreter (`TRITON_INTERPRET=1`, on
-tensors in main memory), which is how its values are tested without a GPU.
+Weights are flat contiguous integer tensors (uint8, int16, int32). They stay on their device; returned arrays have the
+size of the changes. Every kernel also runs in Triton's interpreter (`TRITON_INTERPRET=1`, on tensors in main memory).
+Tests without a GPU use it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _COMPARED = 4096  # elements that one program compares
 _COUNTED = 1024  # elements whose classes are counted together
 
 Blocks = torch.Tensor
-"""int64[blocks, CLASSES]: elements of each class in all blocks before."""
+"""int64[blocks, CLASSES]: elements of each class in all earlier blocks."""
 
 
 def changes(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where two tensors differ: (int64 indices, ascending; their old and their new patterns), on the device."""
+    """Elements that differ: (int64 indices, ascending; old patterns; new patterns), on the device."""
     programs = triton.cdiv(old.numel(), _COMPARED)
     counts = torch.empty(programs, dtype=torch.int64, device=old.device)
     if programs:
@@ -40,12 +40,12 @@ def changes(old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def digest_sums(
     flat: torch.Tensor, places: torch.Tensor, keys: tuple[int, ...], start: int, indices: torch.Tensor | None
 ) -> tuple[int, int]:
-    """The two sums of `hubsync.format.digest` modulo 2^64, as signed integers; numbers are given as signed 64-bit ones.
+    """The two sums of `hubsync.format.digest` modulo 2^64. All 64-bit numbers are passed and returned as signed.
 
     Args:
-        places: int64[2, n], the factors of places.
-        keys: what block 0 is mixed from, what each further block adds, and three multipliers.
-        start: number of the first element, unless `indices` (int64) gives each its own.
+        places: int64[2, n], the place factors.
+        keys: the key of block 0, the stride between blocks, and three multipliers.
+        start: flat index of the first element, unless `indices` (int64) gives one for each element.
     """
     block = places.shape[1]
     before = 0 if indices is not None else start % block  # programs take whole blocks of the tensor
@@ -68,7 +68,7 @@ def scatter(flat: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> 
 
 
 def count(bits: torch.Tensor, classes: ClassMap) -> tuple[np.ndarray, Blocks]:
-    """How many elements of each class there are: int64[CLASSES], and by blocks, which `place` needs."""
+    """Number of elements of each class: int64[CLASSES], and by blocks for `place`."""
     programs = triton.cdiv(bits.numel(), _COUNTED)
     counts = torch.empty((programs, CLASSES), dtype=torch.int64, device=bits.device)
     _count_classes[(programs,)](bits, counts, bits.numel(), classes.low, classes.shift, classes.mask, CLASSES, _COUNTED)
@@ -77,7 +77,7 @@ def count(bits: torch.Tensor, classes: ClassMap) -> tuple[np.ndarray, Blocks]:
 
 
 def rank(bits: torch.Tensor, positions: np.ndarray, classes: ClassMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the elements at `positions` (int32, ascending) stand among those of their class.
+    """Classes and ranks of the elements at `positions` (int32, ascending). A rank counts elements of the same class.
 
     Returns:
         (sizes, class_of, ranks): int64[CLASSES] elements of each class, uint8[n] and int32[n].
@@ -118,7 +118,7 @@ def place(
     return positions.cpu().numpy().astype(np.int32), diffs[order.cpu().numpy()]
 
 
-# Arguments of the kernels are pointers and numbers of the compiled program, not values that Python has types for.
+# Arguments of the kernels are pointers and numbers of the compiled program, which have no Python types.
 
 
 @triton.jit

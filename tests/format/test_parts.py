@@ -121,7 +121,7 @@ def test_a_compact_part_says_so_and_is_not_read_without_the_old_weights():
     old = ViewBits(TABLE, view_of(TABLE))
     data = written(SOME, old)
     assert b'"encoding":"compact"' in data[:600]
-    with pytest.raises(ConfigError, match="coded against the weights that it applies to"):
+    with pytest.raises(ConfigError, match="decodable only with the weights that it applies to"):
         read_delta(data, TABLE, None)
     assert read_delta(data, TABLE, None, old) == SOME
 

@@ -1,4 +1,4 @@
-"""The codec: a patch as records, code books, chunk rows and a payload of bits. docs/FORMAT.md is the specification."""
+"""The codec: a patch as records, code books, chunk rows and payload. docs/FORMAT.md is the specification."""
 
 from .book import CLASSES_OF, columns
 from .decode import decode

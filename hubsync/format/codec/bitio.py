@@ -1,6 +1,7 @@
-"""Reading and writing single numbers in a string of bits; compiled, for the other modules of the codec only.
+"""Read and write single numbers in a string of bits: compiled functions for the other modules of the codec.
 
-Bits are counted from the least significant bit of the first byte, held as uint64 words with one spare word at the end.
+Bits are counted from the least significant bit of the first byte. They are held as uint64 words, with a spare word at
+the end.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
 
 
 def words_of(nbytes: int) -> np.ndarray:
-    """Zeroed words for `nbytes` bytes, and one to spare for reads and writes across the end."""
+    """Zeroed words for `nbytes` bytes, and a spare one for reads and writes across the end."""
     return np.zeros(nbytes // 8 + 2, np.dtype("<u8"))
 
 
@@ -27,7 +28,7 @@ def words_from(data: np.ndarray) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def put(words: np.ndarray, position: int, value: int) -> None:
-    """Or `value` into the zeroed bits from `position` on."""
+    """Set the zeroed bits from `position` on to `value`."""
     word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
     words[word] |= np.uint64(value) << shift
     words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
@@ -35,20 +36,20 @@ def put(words: np.ndarray, position: int, value: int) -> None:
 
 @njit(nogil=True, cache=True)
 def put_unary(words: np.ndarray, position: int, value: int) -> int:
-    """`value` zeros and a one. Returns the position behind it."""
+    """Write `value` zeros and a one. Returns the position behind them."""
     put(words, position + value, 1)
     return position + value + 1
 
 
 @njit(nogil=True, cache=True)
 def get(words: np.ndarray, position: int, count: int) -> int:
-    """`count` < 64 bits from `position` on."""
+    """Read `count` < 64 bits from `position` on."""
     return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
 
 
 @njit(nogil=True, cache=True)
 def next_one(words: np.ndarray, position: int, end: int) -> int:
-    """Position of the first set bit in `position .. end`, -1 if there is none."""
+    """Position of the first set bit in `position .. end`; -1 if all are zero."""
     while position < end:
         window = _window(words, position)
         if window != 0:

@@ -1,7 +1,7 @@
 """Records, code books, chunk rows and payload -> a patch. docs/FORMAT.md is the specification.
 
-Nothing is trusted: every number is bounded before it is used, and memory is O(bytes of the part): each change takes at
-least a bit of payload. Beside that only one chunk of old weights for each thread is held.
+Nothing is trusted: every number is checked against its bound before use. Memory is O(bytes of the part), because each
+change takes at least a bit of payload, plus one chunk of old weights for each thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rows import BYTES, SHIFT, RowReader
 
 @dataclass(frozen=True, eq=False)
 class _ChunkJob:
-    """One chunk to decode: it lies at bytes `start .. start + nbytes` of the payload."""
+    """One chunk to decode. Its payload begins at byte `start`."""
 
     index: int
     spec: TensorSpec
@@ -48,11 +48,12 @@ def decode(
     classes: int,
     old: OldBits | None = None,
 ) -> Patch:
-    """Decode what a delta part holds (`Encoded`); FormatError unless every byte of it makes sense for `table`.
+    """Decode the content of a delta part (`Encoded`). FormatError unless every byte of it is valid for `table`.
 
     Args:
-        old: the weights that the patch applies to, needed where `classes` is not 1. Chunks of which it holds nothing
-            are not decoded.
+        classes: of the code books; 1 for fast.
+        old: the weights that the patch applies to. Needed unless `classes` is 1. Chunks of which it holds nothing are
+            not decoded.
     """
     known = [Book.unpack(row, classes) for row in books]
     reader = RowReader(chunks)
@@ -87,7 +88,7 @@ def decode(
 def _jobs(
     index: int, spec: TensorSpec, book: Book, grid: Grid, reader: RowReader, start: int, available: int
 ) -> list[_ChunkJob]:
-    """The chunks of one tensor that have changes, with every row checked against its chunk and the payload."""
+    """The chunks of one tensor that have changes. Checks every row against its chunk and the payload."""
     numbers, rows = reader.read(book, grid.count)
     jobs = []
     for number, row in zip(numbers.tolist(), rows, strict=True):
@@ -105,7 +106,7 @@ def _jobs(
 
 
 def _decode_chunk(job: _ChunkJob, words: np.ndarray, old: OldBits | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """(flat indices, differences) of a chunk; None if its old weights are not held here."""
+    """(flat indices, differences) of a chunk; None if this process does not hold its old weights."""
     classes = job.book.class_map(job.spec.dtype)
     if classes is None or old is None:
         sizes, counted = one_class(job.book.classes, job.grid.elements(job.number)), None

@@ -1,4 +1,4 @@
-"""How a tensor is cut into chunks: a grid of rectangles over the tensor seen as 2-D (`TensorSpec.matrix`).
+"""Chunks of a tensor: a grid of rectangles over its `TensorSpec.matrix`.
 
 Chunks are numbered row-major over the grid, elements row-major inside a chunk (their *position*).
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-MAX_ELEMENTS = 1 << 24  # of a chunk: bounds what a decoder must hold beside its output
-_USUAL = 1 << 20  # large enough that a chunk's row costs nothing, small enough to decode in cache
+MAX_ELEMENTS = 1 << 24  # of a chunk: bounds the memory of a decoder apart from its output
+_USUAL = 1 << 20  # large enough that the row of a chunk is negligible, small enough to decode in cache
 _SMALL = 1 << 17  # smaller chunks would cost more than they help (benchmarks/README.md)
 _PARTS = (8, 4, 2)
 
@@ -34,10 +34,10 @@ class Grid:
 
     @classmethod
     def tiles(cls, rows: int, cols: int, smallest: int = _SMALL) -> Grid:
-        """Tiles that the row and column slices of 2, 4 or 8 tensor parallel ranks consist of.
+        """Tiles that make up the row and column slices of 2, 4 or 8 tensor parallel ranks.
 
-        Both dimensions are cut, as nobody tells which of them the ranks slice: into 8 where that leaves chunks of at
-        least `smallest` elements, else into 4, 2 or not at all.
+        Both dimensions are cut, because ranks may slice either: into 8 where that leaves chunks of at least `smallest`
+        elements, else into 4, 2 or not at all.
         """
         parts = next((p for p in _PARTS if rows * cols >= smallest * p * p), 1)
         chunk_rows, chunk_cols = _part(rows, parts), _part(cols, parts)
@@ -47,7 +47,7 @@ class Grid:
 
     @property
     def across(self) -> int:
-        """Chunks side by side."""
+        """Chunks in one row of the grid."""
         return -(-self.cols // self.chunk_cols)
 
     @property
@@ -57,7 +57,7 @@ class Grid:
 
     @property
     def ascends(self) -> bool:
-        """Whether elements chunk by chunk are those of the tensor in order."""
+        """Whether the elements, chunk by chunk, are in the order of the tensor."""
         return self.chunk_cols == self.cols or self.chunk_rows == 1
 
     def slices(self, number: int) -> tuple[slice, slice]:
@@ -77,8 +77,9 @@ class Grid:
         """Sort flat indices (int64, ascending) by chunk.
 
         Returns:
-            (numbers, bounds, order, positions): int64[m] the chunks that hold any, ascending; chunk numbers[i] holds
-            `bounds[i] .. bounds[i + 1]` of the other two: int64[n] which of `indices`, int32[n] positions, ascending.
+            (numbers, bounds, order, positions): int64[m] the chunks with any index, ascending. Chunk `numbers[i]` has
+            the elements `bounds[i] .. bounds[i + 1]` of the other two: int64[n] numbers in `indices`, and int32[n]
+            positions, ascending.
         """
         chunk_of, positions = np.empty(len(indices), np.int64), np.empty(len(indices), np.int32)
         _split(indices, self.rows, self.cols, self.chunk_rows, self.chunk_cols, chunk_of, positions)
@@ -96,14 +97,14 @@ class Grid:
 
 
 def _part(size: int, parts: int) -> int:
-    """Size of a part, of the largest number of equal parts that `parts` is a multiple of."""
+    """Size of a part, for the largest number of equal parts that divides `parts`."""
     while size % parts:
         parts //= 2
     return size // parts
 
 
 def _smaller(size: int, limit: int) -> int:
-    """The largest part of `size` within the limit that divides it; the limit if there is none near it."""
+    """The largest divisor of `size` within the limit; the limit itself if no divisor is near it."""
     fewest = -(-size // limit)
     divisor = next((d for d in range(fewest, 4 * fewest + 1) if size % d == 0), None)
     return limit if divisor is None else size // divisor

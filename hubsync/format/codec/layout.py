@@ -1,4 +1,4 @@
-"""What encoder and decoder share: the columns of a record, and how old weights are asked for."""
+"""Shared by encoder and decoder: the columns of a record, and the interface to old weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RECORD_COLUMNS = 4
 
 
 class OldBits(Protocol):
-    """The weights that a delta applies to, as far as this process holds them."""
+    """The weights that a delta applies to. A process may hold a part of them."""
 
     def rectangle(self, index: int, rows: slice, cols: slice) -> Bits | None:
-        """Patterns of a rectangle of tensor `index`, seen as its `TensorSpec.matrix`, [rows, cols].
+        """Patterns [rows, cols] of a rectangle of tensor `index`, seen as its `TensorSpec.matrix`.
 
-        None if this process holds nothing of it. An error (a HubsyncError) if it holds some of it but not all.
+        None if this process holds nothing of it. Raises a HubsyncError if it holds a part of it.
         """

@@ -1,7 +1,7 @@
-"""The chunk table: a row for each chunk, as one string of bits. Specified in docs/FORMAT.md.
+"""Chunk rows: a row for each chunk, as one string of bits. Specified in docs/FORMAT.md.
 
-A chunk without changes is a single 0. Any other is a 1, then the columns of its row as Exp-Golomb numbers of the orders
-that the code book states: for each class how many of its elements changed, then SHIFT and BYTES.
+A chunk without changes is a single 0. Any other chunk is a 1, then the columns of its row as Exp-Golomb numbers with
+the orders of the code book: the number of changes of each class, then SHIFT and BYTES.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class RowWriter:
 
 
 class RowReader:
-    """Reads the rows of one tensor after the other; FormatError for what cannot be a row.
+    """Reads the rows of one tensor after the other. FormatError for an impossible row.
 
-    A row with changes takes more than `classes` bits, so memory stays proportional to the table.
+    A row with changes takes more than `classes` bits, so memory stays proportional to the data.
     """
 
     def __init__(self, data: np.ndarray):
@@ -74,7 +74,7 @@ class RowReader:
         return numbers[:used], rows[:used]
 
     def finish(self) -> None:
-        """FormatError unless everything has been read."""
+        """Raise FormatError unless everything has been read."""
         left = self._end - self._position
         if left >= 8 or (left and get(self._words, self._position, left)):
             raise FormatError(f"{left} bits of chunk rows are left over")

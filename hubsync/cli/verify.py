@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from .access import base_checkpoint, reading, with_merged
 
     with reading(args) as reader:
-        manifests, origin = with_merged(reader), reader.run().origin
+        manifests, origin, model = with_merged(reader), reader.run().origin, reader.run().base.model
         base = base_checkpoint(args, reader)
         left = _replay_all(reader, manifests, None if base is None else View(reader.run().table, base, origin))
         reached = _reached(manifests, origin)
@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"unproven {manifest.kind:6} {manifest.position}: files intact; {why}")
     checked = len(manifests) - len(left)
     print(f"{checked} of {len(manifests)} replayed bit for bit, {len(manifests)} with intact files")
-    return 0 if left == cut else 1
+    if left == cut:
+        return 0
+    print(f"to replay the others, give a local copy of {model or 'the base model'} with --base DIR")
+    return 1
 
 
 def _replay_all(reader: ChainReader, manifests: list[Manifest], view: View | None) -> list[Manifest]:

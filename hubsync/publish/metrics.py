@@ -39,7 +39,7 @@ class Metric(Generic[T]):
 
     Attributes:
         name: name in the log, after `weight_sync/`.
-        unit: "s", "bytes", "bits", "fraction", "count", or "0 or 1".
+        unit: "s", "bytes", "bits", "fraction" or "0 or 1".
         help: one line for documentation.
         value: how it is computed.
     """

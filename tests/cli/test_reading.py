@@ -82,7 +82,9 @@ def test_verify_without_the_base_lists_what_it_could_not_replay(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hubsync("verify", address) == 1
-    assert "replaying it needs --base" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "replaying it needs --base" in output
+    assert "give a local copy of me/base with --base DIR" in output
 
 
 def test_verify_can_start_at_an_anchor(

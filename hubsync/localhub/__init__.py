@@ -1,7 +1,7 @@
 """A Hugging Face Hub with real buckets in one process and one directory, for development and tests.
 
 The unmodified `huggingface_hub` and `hf_xet` clients work against it: point `HF_ENDPOINT` (or `endpoint=`) at it.
-It binds loopback only and is no storage service: content hashes are taken from the client, nothing is collected.
+It binds loopback only, and is not a storage service: it trusts the client's content hashes and never deletes content.
 
     with LocalHub("hub") as hub:
         bucket = open_bucket("hf://buckets/me/demo/run", create=True, endpoint=hub.url)
@@ -25,16 +25,16 @@ from .store import Store
 
 __all__ = ["LocalHub"]
 
-_POLL_SECONDS = 0.02  # how soon the server notices that it should stop
+_POLL_SECONDS = 0.02  # how often the server checks whether to stop
 
 
 class LocalHub:
     """Serves the directory `root` from a background thread between `start` and `stop` (or inside `with`).
 
     Args:
-        root: directory of everything it stores; opening it again continues where it stopped.
+        root: directory of all stored data. Opening it again continues where it stopped.
         port: port on 127.0.0.1; 0 takes a free one.
-        tokens: accepted tokens. None accepts everybody.
+        tokens: accepted tokens. None accepts every client.
         read_only_tokens: accepted tokens that may not write.
         page: entries per page of a listing.
     """
@@ -134,7 +134,7 @@ class LocalHub:
         )
 
     def faults_left(self) -> int:
-        """How many more requests faults are waiting for: 0 once every one has struck."""
+        """Number of faults still to be injected."""
         return sum(fault.times for fault in self._server.faults)
 
     def refuse(self, match: str, *, silently: bool = False) -> None:
@@ -142,7 +142,7 @@ class LocalHub:
         self._buckets.refusals.append(Refusal(re.compile(match), silently))
 
     def reset(self) -> None:
-        """Forget all faults, refusals and counters; what is stored stays."""
+        """Forget all faults, refusals and counters. Stored data stays."""
         self._buckets.refusals.clear()
         self._server.faults.clear()
         self._server.counts.clear()

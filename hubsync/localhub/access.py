@@ -1,4 +1,4 @@
-"""Who may do what: Hugging Face tokens at the door of the Hub, short-lived xet tokens at the door of the storage."""
+"""Access control: Hugging Face tokens for the Hub, short-lived xet tokens for the storage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Access:
     read_only: frozenset[str]
 
     def require_hub(self, request: Request, *, write: bool = False) -> None:
-        """HttpError 401 or 403 as the Hub words them."""
+        """HttpError 401 or 403 with the Hub's texts."""
         token = request.bearer
         if token in self.read_only:
             if write:

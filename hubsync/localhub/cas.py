@@ -60,7 +60,7 @@ class CasApi:
         return Reply({"result": 1})
 
     def reconstruction(self, request: Request, content: str) -> Reply:
-        """How to build (a byte range of) a file: chunks in order, and where to read the xorbs that hold them."""
+        """Reconstruction of a file or a byte range: chunks in order, and URLs of the xorbs that hold them."""
         offset, terms = self._terms(request, content)
         fetch = {
             xorb: [{"url": self._xorb_url(xorb), "ranges": [{"chunks": chunks, "bytes": bytes_}]}]
@@ -85,7 +85,7 @@ class CasApi:
         return Reply({})
 
     def _terms(self, request: Request, content: str) -> tuple[int, list[Term]]:
-        """What to unpack for the requested bytes of a file, and how much of the first chunk to skip."""
+        """The terms to unpack for the requested bytes of a file, and the bytes of the first chunk to skip."""
         self._access.require_xet(request, "read")
         segments = self._store.segments(content)
         if segments is None:

@@ -16,7 +16,7 @@ from .access import Access
 from .server import HttpError, Reply, Request, Route
 from .store import BucketRow, FileRow, ModelFile, Store, timestamp
 
-USER = "me"  # who every accepted token belongs to, and what the client calls the namespace of the current user
+USER = "me"  # owner of every accepted token, and the client's name for the namespace of the current user
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -91,7 +91,7 @@ class BucketApi:
     # --- files --------------------------------------------------------------------------------------
 
     def tree(self, request: Request, namespace: str, name: str, prefix: str = "") -> Reply:
-        """One page. `prefix` matches letters, not directories; folders fold at the first slash behind it."""
+        """One page. `prefix` matches letters, not directories. Folders fold at the first slash after it."""
         bucket = self._bucket(request, namespace, name)
         recursive = request.query.get("recursive", "").lower() == "true"
         after = request.query.get("cursor", "")
@@ -126,7 +126,7 @@ class BucketApi:
         return Reply([_model_entry(files[path]) for path in paths if path in files])
 
     def batch(self, request: Request, namespace: str, name: str) -> Reply:
-        """Operations one by one, each on its own: what fails is listed, what works is done. Not a transaction."""
+        """Run operations one by one, each independently. Failures are listed. Not a transaction."""
         bucket = self._bucket(request, namespace, name, write=True)
         if "ndjson" not in (request.headers.get("Content-Type") or ""):
             raise HttpError(400, "expected application/x-ndjson")

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from .xet import MAX_XORB_BYTES, MalformedError
 
-_REMEMBERED = 256  # answers kept so that a fault can give an old one again
+_REMEMBERED = 256  # answers kept for faults that repeat an old one
 
 _PLACEHOLDERS = {"path": "(.+)", "hash": "([0-9a-f]{64})"}
 
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: `body` is sent as it is, anything but bytes as JSON."""
+    """An answer. A `body` of bytes is sent unchanged, any other as JSON."""
 
     body: Any = b""
     status: int = 200
@@ -61,7 +61,7 @@ class Reply:
 
 
 class HttpError(Exception):
-    """Ends a request with this status. `code` is what huggingface_hub tells its exceptions apart by."""
+    """Ends a request with this status. huggingface_hub chooses its exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, body: Any = None, **headers: str) -> None:
         super().__init__(message)
@@ -88,7 +88,7 @@ class Route:
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests whose "METHOD path" matches. See `LocalHub.fail`."""
+    """A fault for the next `times` requests whose "METHOD path" matches. See `LocalHub.fail`."""
 
     match: re.Pattern[str]
     times: int
@@ -135,12 +135,12 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is not worth a traceback."""
+        """Print no traceback for a client that disconnected."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
     def disconnect_all(self) -> None:
-        """End kept-alive connections: a stopped server must not go on answering on them."""
+        """End kept-alive connections: a stopped server must not answer on them."""
         with self._lock:
             for connection in self._connections:
                 try:
@@ -158,7 +158,7 @@ class Server(ThreadingHTTPServer):
         return None
 
     def remember(self, request: Request, reply: Reply) -> None:
-        """Keep the answer to a question about names: what a stale cache would go on saying."""
+        """Keep the answer to a question about names, as a stale cache would."""
         reads = request.method in ("GET", "HEAD") or request.path.endswith("/paths-info")
         if not reads or (isinstance(reply.body, bytes) and reply.body):
             return
@@ -169,7 +169,7 @@ class Server(ThreadingHTTPServer):
                 self._answers.popitem(last=False)
 
     def recall(self, request: Request) -> Reply | None:
-        """What the same question was last answered."""
+        """The last answer to the same question."""
         with self._lock:
             return self._answers.get(_question(request))
 
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             request = Request(self.command, url.path, query, self.headers, self._read_body())
         except HttpError as error:
-            self.close_connection = True  # what follows on this connection is the rest of that body
+            self.close_connection = True  # the rest of that body follows on this connection
             self._send(error.reply)
             return
         fault = self.server.take_fault(request)
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return error.reply
                 except MalformedError as error:
                     return HttpError(400, str(error)).reply
-                except Exception as error:  # a handler thread must answer, whatever happened
+                except Exception as error:  # a handler thread must always answer
                     traceback.print_exc()
                     return HttpError(500, repr(error)).reply
         self.server.count(f"{request.method} (no route)")

@@ -1,4 +1,4 @@
-"""Everything a local Hub remembers, in one directory: names in SQLite, content in files named by their hash."""
+"""Stored data of a local Hub, in one directory: names in SQLite, content in files named by their hash."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Other threads see all of what happens inside, or nothing yet."""
+        """A transaction: other threads see all changes inside, or none."""
         with self._lock:
             self._db.execute("begin immediate")
             try:
@@ -126,7 +126,7 @@ class Store:
         return FileRow(*rows[0]) if rows else None
 
     def files(self, bucket: str, prefix: str, after: str) -> list[FileRow]:
-        """Files whose path starts with the letters of `prefix` and sorts behind `after`."""
+        """Files whose path starts with the letters of `prefix` and sorts after `after`."""
         rows = self._rows(
             f"select {_FILE} from file where bucket = ? and path > ? and substr(path, 1, ?) = ? order by path",
             bucket,
@@ -153,7 +153,7 @@ class Store:
             return self._db.total_changes > before
 
     def add_model(self, model: str, bucket: str, sha256: Mapping[str, str]) -> None:
-        """A model repository of files of a bucket; KeyError if one is not there."""
+        """Make a model repository of files of a bucket. KeyError if one does not exist."""
         for path, digest in sha256.items():
             file = self.file(bucket, path)
             if file is None:

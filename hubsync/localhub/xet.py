@@ -1,4 +1,4 @@
-"""The two binary formats that hf_xet uploads: xorbs (packed chunks) and shards (what files are made of).
+"""The two binary formats that hf_xet uploads: xorbs (packed chunks) and shards (the chunks of files).
 
 Only what a server must understand is parsed, and every length is checked before use. Content hashes are not
 recomputed: they are keyed BLAKE3 Merkle trees, which the standard library does not have. What can be checked
@@ -25,7 +25,7 @@ _VALID_FOR = 14 * 86400
 
 
 class MalformedError(ValueError):
-    """Bytes that are not what they claim to be."""
+    """Malformed bytes of a xorb or a shard."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class XetShard:
-    """What one upload says: files by hash, the chunk sizes of new xorbs, and chunks that others may look up."""
+    """One uploaded shard: files by hash, chunk sizes of new xorbs, and chunks that other uploads may find."""
 
     files: dict[str, list[Segment]]
     xorbs: dict[str, list[int]]
@@ -118,7 +118,7 @@ def _parse_files(data: bytes, at: int) -> tuple[dict[str, list[Segment]], int]:
 
 
 def _answer(header: bytes, xorb_section: bytes) -> bytes:
-    """A shard without files but with a footer: without one, the client refuses the look-up and the whole upload."""
+    """A shard without files but with a footer: without a footer the client rejects the look-up and the whole upload."""
     body = header + struct.pack("<Q", _FOOTER) + _BOOKEND + bytes(16) + xorb_section
     end, now = len(body), int(time.time())
     footer = struct.pack("<9Q", 1, _RECORD, 2 * _RECORD, end, 0, end, 0, end, 0) + bytes(32)

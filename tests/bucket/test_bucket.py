@@ -1,4 +1,4 @@
-"""What callers may rely on, whatever the bucket: each test runs against a directory and against a Hub."""
+"""Promises of every bucket backend: each test runs against a directory and against a Hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def files_below(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def test_what_is_put_can_be_read_listed_and_fetched(bucket: Bucket, tmp_path: Path) -> None:
+def test_objects_can_be_read_listed_and_fetched(bucket: Bucket, tmp_path: Path) -> None:
     source = tmp_path / "part"
     source.write_bytes(b"from a file")
     bucket.put([Upload("deltas/a.bin", source), Upload("deltas/b.bin", b"from memory"), Upload("empty", b"")])
@@ -41,7 +41,7 @@ def test_put_again_is_a_retry(bucket: Bucket) -> None:
     assert bucket.read(["part", "another"]) == {"part": b"one", "another": b"two"}
 
 
-def test_put_of_nothing_is_nothing(bucket: Bucket) -> None:
+def test_put_without_objects_does_nothing(bucket: Bucket) -> None:
     bucket.put([])
     assert list(bucket.list()) == []
 
@@ -56,7 +56,7 @@ def test_commit_replaces_and_changes_the_etag(bucket: Bucket) -> None:
     assert after.etag != before.etag
 
 
-def test_an_object_has_the_time_when_the_storage_wrote_it(bucket: Bucket) -> None:
+def test_stat_states_when_the_storage_wrote_an_object(bucket: Bucket) -> None:
     bucket.commit("head.json", b"first")
     first = bucket.stat(["head.json"])["head.json"].modified
     bucket.commit("head.json", b"other")
@@ -81,7 +81,7 @@ def test_a_directory_is_not_an_object(bucket: Bucket) -> None:
     assert bucket.read(["epochs", "epochs/one"]) == {}
 
 
-def test_read_refuses_what_is_too_large(bucket: Bucket) -> None:
+def test_read_refuses_objects_over_the_limit(bucket: Bucket) -> None:
     bucket.commit("run.json", b"x" * 11)
     assert bucket.read(["run.json"], max_bytes=11) == {"run.json": b"x" * 11}
     with pytest.raises(FormatError, match=r"run\.json.* larger than 10 bytes"):

@@ -1,4 +1,4 @@
-"""A Hugging Face bucket: few API calls, verified bytes, and every failure as an error that says what to do."""
+"""A Hugging Face bucket: few API calls, verified bytes, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOREVER = 1000
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub waits 23 s in all before it gives up, and has no setting for it."""
+    """Shortens retries: huggingface_hub waits 23 s before it gives up, and has no setting for it."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
     monkeypatch.setattr("hubsync.bucket.hub._OPEN_SECONDS", 1.0)
@@ -74,7 +74,7 @@ def test_each_method_makes_the_stated_number_of_api_calls(
 
 
 def test_the_time_is_the_hubs(hub_bucket: HubBucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine's clock says."""
+    """Not this machine's clock."""
     date = "Thu, 26 Nov 2026 00:00:00 GMT"
     monkeypatch.setattr("http.server.BaseHTTPRequestHandler.date_time_string", lambda *_: date)
     assert hub_bucket.now() == 1795651200.0
@@ -90,7 +90,7 @@ def test_a_publish_makes_at_most_nine_api_calls(hub_bucket: HubBucket, local_hub
     assert calls(local_hub, publish) <= 9
 
 
-def test_fetching_what_is_already_there_asks_nobody(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+def test_fetching_existing_files_makes_no_request(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "part").write_bytes(b"bytes")
     assert calls(local_hub, lambda: hub_bucket.fetch([download("part", b"bytes", tmp_path / "part")])) == 0
 
@@ -154,7 +154,7 @@ def test_a_bucket_is_created_private(
         open_bucket(hub_bucket.address, endpoint=local_hub.url)
 
 
-def test_a_read_only_token_reads_but_is_told_why_it_cannot_write(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+def test_a_read_only_token_reads_and_is_denied_writing(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
     hub_bucket.commit("head.json", b"1")
     reader = open_bucket(hub_bucket.address, token=READ_ONLY_TOKEN, endpoint=local_hub.url)
     assert reader.read(["head.json"]) == {"head.json": b"1"}
@@ -247,7 +247,7 @@ def test_a_failure_without_end_is_unavailable(
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_hub_that_is_not_up_is_named(hub_bucket: HubBucket) -> None:
+def test_an_unreachable_hub_is_named(hub_bucket: HubBucket) -> None:
     with pytest.raises(BucketUnavailable, match=r"no connection to the Hub at http://127.0.0.1:9 "):
         open_bucket(hub_bucket.address, token=TOKEN, endpoint="http://127.0.0.1:9")  # nothing listens there
 
@@ -325,7 +325,7 @@ def test_damaged_bytes_are_refused_and_leave_no_file(
     assert files_below(tmp_path / "cache") == []
 
 
-def test_bytes_damaged_once_on_the_way_are_fetched_again(
+def test_bytes_damaged_once_in_transit_are_fetched_again(
     hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
 ) -> None:
     data = os.urandom(5000)
@@ -364,7 +364,7 @@ def publish_elsewhere(address: str, endpoint: str, writer: int) -> None:
         bucket.commit("head.json", hashlib.shake_128(f"head {writer} {turn}".encode()).digest(1000))
 
 
-def test_what_two_processes_write_a_third_reads_byte_for_byte(
+def test_a_third_process_reads_the_bytes_of_two_writers(
     hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
 ) -> None:
     spawn = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""A directory as a bucket: atomic for every process that shares it, durable, and closed to the outside."""
+"""A directory as a bucket: atomic for every process that shares it, durable, and confined to its root."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_a_directory_that_disappears_is_reported_not_recreated(tmp_path: Path) -
 @pytest.mark.parametrize(
     "address", ["", "  ", "s3://bucket/run", "hf:buckets/a/b", "https://huggingface.co/buckets/a/b"]
 )
-def test_an_address_of_neither_form_is_explained(address: str) -> None:
+def test_a_malformed_address_is_explained(address: str) -> None:
     with pytest.raises(ConfigError, match=r"hf://buckets/<namespace>/<name>/<run> .* directory"):
         open_bucket(address)
 
 
 @pytest.fixture
 def read_only() -> Iterator[LocalBucket]:
-    """A bucket that this process may not write to. Root may write everywhere, so it is somebody else meanwhile."""
+    """A bucket that this process cannot write to. Root can write everywhere, so the process changes its user."""
     with TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
         bucket = LocalBucket(Path(directory) / "run", create=True)
@@ -115,7 +115,7 @@ def test_a_file_is_not_a_bucket(tmp_path: Path, below: str) -> None:
         LocalBucket(tmp_path / "file" / below, create=True)
 
 
-def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
+def test_only_regular_files_are_objects(tmp_path: Path) -> None:
     bucket = LocalBucket(tmp_path, create=True)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "circle").symlink_to("circle")
@@ -123,7 +123,7 @@ def test_what_is_no_regular_file_is_no_object(tmp_path: Path) -> None:
     assert bucket.list() == []
 
 
-def test_names_that_could_not_be_addressed_are_not_listed(tmp_path: Path) -> None:
+def test_files_with_invalid_names_are_not_listed(tmp_path: Path) -> None:
     bucket = LocalBucket(tmp_path, create=True)
     for name in ("with space", ".hidden", "good"):
         (tmp_path / name).write_bytes(b"1")

@@ -1,4 +1,4 @@
-"""The local Hub: real clients work against it, it survives restarts, and refuses what is malformed or not allowed."""
+"""The local Hub: real clients work against it, it survives restarts, and refuses malformed and denied requests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_edited_and_shared_content_comes_back_byte_for_byte(hub_bucket: HubBucke
     assert {name: (tmp_path / name).read_bytes() for name in versions} == versions
 
 
-def test_a_replaced_name_keeps_serving_those_who_listed_it_before(
+def test_a_replaced_file_stays_readable_for_earlier_listings(
     hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
 ) -> None:
     hub_bucket.commit("head.json", b"old")
@@ -109,7 +109,7 @@ def test_a_restarted_hub_has_everything_and_honours_its_tokens(tmp_path: Path, h
         assert [s.path for s in open_bucket(hub_address, token=TOKEN, endpoint=hub.url).list()] == ["another", "part"]
 
 
-def test_a_stopped_hub_answers_nobody(tmp_path: Path) -> None:
+def test_a_stopped_hub_answers_no_request(tmp_path: Path) -> None:
     client = httpx.Client()
     with LocalHub(tmp_path) as hub:
         assert client.get(hub.url + "/api/buckets/me", timeout=60).is_success
@@ -217,9 +217,7 @@ def batch(hub: LocalHub, bucket: HubBucket, *lines: object) -> httpx.Response:
 
 
 @pytest.mark.parametrize("path", ["../up", "a/../b", "/absolute", "a//b", "", ".", "a\nb", "x" * 2000])
-def test_paths_that_climb_or_cannot_be_listed_are_refused(
-    hub_bucket: HubBucket, local_hub: LocalHub, path: str
-) -> None:
+def test_unsafe_and_unlistable_paths_are_refused(hub_bucket: HubBucket, local_hub: LocalHub, path: str) -> None:
     answer = batch(local_hub, hub_bucket, {"type": "addFile", "path": path, "xetHash": "0" * 64})
     assert (answer.status_code, answer.json()["failed"][0]["error"]) == (422, "Invalid path")
 
@@ -235,9 +233,7 @@ def test_names_cannot_point_to_bad_or_unknown_content(
 
 
 @pytest.mark.parametrize("line", [[], "text", {}, {"type": "addFile"}, {"type": "other", "path": "a"}, {"path": "a"}])
-def test_lines_that_are_no_operations_are_refused_as_a_whole(
-    hub_bucket: HubBucket, local_hub: LocalHub, line: object
-) -> None:
+def test_a_batch_with_a_malformed_line_is_refused(hub_bucket: HubBucket, local_hub: LocalHub, line: object) -> None:
     good = {"type": "addFile", "path": "run/good", "xetHash": "0" * 64}
     assert batch(local_hub, hub_bucket, good, line).status_code == 400
     assert hub_bucket.list() == []

@@ -1,4 +1,4 @@
-"""Signed runs: who has the public key refuses every document that the trainer's key has not signed."""
+"""Signed runs: clients with the public key reject every document that the trainer's key has not signed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def named(run: str, name: str) -> Path:
 
 
 def signed(path: Path, run: str, key: SigningKey) -> str:
-    """The document signed anew, as somebody with another key would."""
+    """The document, signed again with another key."""
     bucket = open_bucket(run, key=key)
     name = path.relative_to(run).as_posix()
     document = json.loads(path.read_text())
@@ -96,7 +96,7 @@ def test_another_run_json_is_refused(run: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"garbage", b"[]"])
-def test_a_foreign_head_misleads_nobody(
+def test_a_forged_head_is_ignored(
     run: str, tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     head = named(run, "head")
@@ -133,7 +133,7 @@ def test_readers_cannot_write(run: str) -> None:
         open_bucket(run, key=KEY.public).commit(Layout.HEAD, b"{}")
 
 
-def test_the_secret_stays_where_it_is(run: str, tmp_path: Path, key_file: str) -> None:
+def test_the_secret_key_is_never_shown_or_uploaded(run: str, tmp_path: Path, key_file: str) -> None:
     secret = Path(key_file).read_text().strip()
     assert stat.S_IMODE(Path(key_file).stat().st_mode) == 0o600
     assert secret not in repr(KEY)
@@ -149,7 +149,7 @@ def test_a_key_is_never_overwritten(key_file: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0" * 63, "no/such/file", "G" * 64])
-def test_what_is_no_key_is_refused(text: str, tmp_path: Path) -> None:
+def test_invalid_keys_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="public key"):
         PublicKey.load(text)
     (tmp_path / "file").write_text(text)
@@ -190,7 +190,7 @@ def test_an_empty_key_is_an_error_and_not_none(run: str, monkeypatch: pytest.Mon
         DeltaWeightTransferEngine(torch.nn.Linear(64, 64), None, SyncConfig(bucket=run))
 
 
-def test_a_merged_delta_that_is_not_signed_is_passed_over(
+def test_an_unsigned_merged_delta_is_ignored(
     run: str, key_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["compact", run, "--signing-key", key_file]) == 0

@@ -1,4 +1,4 @@
-"""What is committed, in which order, by whom; and how a reader finds its way.
+"""Writers and readers of a run: commit order, fencing, the head, paths, and the cache.
 
 The chain does not look into parts, so digests and parts are made up here.
 """
@@ -90,7 +90,7 @@ def test_a_run_is_not_created_twice(bucket: FaultyBucket) -> None:
         ChainWriter.create(bucket, dataclasses.replace(RUN, run_id=digest("other")))
 
 
-def test_nothing_to_resume_or_to_read_says_so(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_a_missing_run_is_reported_when_resuming_and_reading(bucket: FaultyBucket, reader: ChainReader) -> None:
     with pytest.raises(ObjectMissing, match=r"no run\.json"):
         ChainWriter.resume(bucket, TABLE)
     with pytest.raises(ObjectMissing, match="start the trainer"):
@@ -188,7 +188,7 @@ def test_an_unknown_manifest_that_was_written_counts(bucket: FaultyBucket, error
     assert writer.settle() is None
 
 
-def test_an_unknown_manifest_that_was_not_written_leaves_its_number_unused(bucket: FaultyBucket) -> None:
+def test_a_manifest_whose_answer_was_lost_leaves_its_number_unused_if_it_was_not_written(bucket: FaultyBucket) -> None:
     writer = ChainWriter.create(bucket, RUN)
     epoch = writer.epoch
     bucket.fail("commit", when="before")
@@ -199,7 +199,7 @@ def test_an_unknown_manifest_that_was_not_written_leaves_its_number_unused(bucke
     assert commit(writer).version > 1  # the lost write of version 1 may still arrive, in the old epoch
 
 
-def test_settling_may_fail_too_and_be_tried_again(bucket: FaultyBucket) -> None:
+def test_settle_can_be_repeated_after_a_failure(bucket: FaultyBucket) -> None:
     writer = ChainWriter.create(bucket, RUN)
     bucket.fail("commit", when="after")
     with pytest.raises(BucketUnavailable):
@@ -244,7 +244,7 @@ def test_a_replaced_writer_is_fenced_and_commits_nothing(bucket: FaultyBucket, r
     assert reader.newest() == second.position
 
 
-def test_an_old_writer_that_wakes_up_between_fence_and_manifest_does_no_harm(
+def test_an_old_writer_that_stalls_between_fence_and_manifest_does_no_harm(
     bucket: FaultyBucket, tmp_path: Path
 ) -> None:
     old = ChainWriter.create(bucket, RUN)
@@ -286,9 +286,7 @@ def test_the_high_water_mark_is_never_undercut(bucket: FaultyBucket, reader: Cha
     assert reader.newest() == second.position
 
 
-def test_a_head_behind_the_mark_is_a_reason_to_look_for_a_newer_epoch(
-    bucket: FaultyBucket, reader: ChainReader
-) -> None:
+def test_a_head_behind_the_mark_triggers_a_listing(bucket: FaultyBucket, reader: ChainReader) -> None:
     old = ChainWriter.create(bucket, RUN)
     first, second = commit(old), commit(old)
     assert reader.newest() == second.position
@@ -297,7 +295,7 @@ def test_a_head_behind_the_mark_is_a_reason_to_look_for_a_newer_epoch(
     assert reader.newest() == third.position
 
 
-def test_a_bad_head_is_looked_into_once_not_at_every_poll(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_a_bad_head_costs_one_listing_not_one_per_poll(bucket: FaultyBucket, reader: ChainReader) -> None:
     old = ChainWriter.create(bucket, RUN)
     stale = Head(commit(old), 1).dumps()
     new = ChainWriter.resume(bucket, TABLE)
@@ -310,7 +308,7 @@ def test_a_bad_head_is_looked_into_once_not_at_every_poll(bucket: FaultyBucket, 
     assert bucket.calls == {"read": 1}
 
 
-def test_resume_repairs_the_head_of_a_writer_that_died_before_it(bucket: FaultyBucket) -> None:
+def test_resume_repairs_the_head_of_a_writer_that_died_before_writing_it(bucket: FaultyBucket) -> None:
     writer = ChainWriter.create(bucket, RUN)
     bucket.fail("commit", 2, when="before")
     first = commit(writer)
@@ -334,7 +332,7 @@ def test_no_two_writers_ever_use_the_same_number(bucket: FaultyBucket) -> None:
     assert len(set(numbers)) == 5
 
 
-def test_unrelated_weights_begin_the_chain_anew_with_an_anchor(
+def test_unrelated_weights_restart_the_chain_with_an_anchor(
     bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
 ) -> None:
     old = ChainWriter.create(bucket, RUN)
@@ -350,7 +348,7 @@ def test_unrelated_weights_begin_the_chain_anew_with_an_anchor(
     assert reader.plan(RUN.origin, to=first.version).deltas == [first]
 
 
-def test_an_anchor_begun_in_vain_leaves_its_number_unused(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_an_uncommitted_anchor_leaves_its_number_unused(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     at = Position(writer.next_version, digest("other weights"))
     bucket.fail("put", when="after", error=BucketError("injected"))
@@ -359,17 +357,17 @@ def test_an_anchor_begun_in_vain_leaves_its_number_unused(bucket: FaultyBucket, 
     assert writer.next_version == at.version + 1
 
 
-def test_an_anchor_elsewhere_on_the_chain_is_refused(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_an_anchor_of_another_version_is_refused(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     commit(writer)
     with pytest.raises(ChainError, match="an anchor is of the current version 1"):
         anchor(writer, tmp_path / "anchor", at=RUN.origin)
 
 
-# --- ways -------------------------------------------------------------------------------------------
+# --- paths ------------------------------------------------------------------------------------------
 
 
-def test_what_is_at_hand_needs_nothing(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_the_plan_to_the_current_position_is_empty(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     assert reader.plan(RUN.origin).deltas == []
     first = commit(writer)
@@ -433,7 +431,7 @@ def test_an_anchor_of_an_older_epochs_version_is_found(
     assert [m.kind for m in fresh.manifests()] == ["delta", "anchor", "delta"]
 
 
-def test_a_position_that_never_was_is_no_start(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_no_path_starts_at_an_unknown_position(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     commit(writer), commit(writer)
     stranger = Position(1, digest("somebody else's version 1"))
@@ -442,13 +440,13 @@ def test_a_position_that_never_was_is_no_start(bucket: FaultyBucket, reader: Cha
     assert reader.plan(stranger, base_available=True).base
 
 
-def test_a_version_that_never_was_is_no_target(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_no_path_leads_to_an_unknown_version(bucket: FaultyBucket, reader: ChainReader) -> None:
     commit(ChainWriter.create(bucket, RUN))
     with pytest.raises(NoPath, match=r"version 9 is not in .*deltas to versions 1\.\.1"):
         reader.plan(None, to=9, base_available=True)
 
 
-def test_way_back_to_version_0(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+def test_deltas_lead_back_to_version_0(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, dataclasses.replace(RUN, base=Base()))
     zero = anchor(writer, tmp_path / "anchor")
     first = commit(writer)
@@ -459,7 +457,7 @@ def test_way_back_to_version_0(bucket: FaultyBucket, reader: ChainReader, tmp_pa
     assert reader.plan(bulky.position, to=0, base_available=True).base
 
 
-def test_the_way_back_undoes_deltas_newest_first(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_the_path_back_undoes_deltas_newest_first(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     manifests = [commit(writer) for _ in range(4)]
     plan = reader.plan(manifests[3].position, to=2)
@@ -480,7 +478,7 @@ def test_compact_deltas_are_not_undone(bucket: FaultyBucket, reader: ChainReader
     assert reader.plan(two.position, to=1, base_available=True).base
 
 
-def test_a_dead_branch_leads_back_to_the_chain(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_a_path_leads_from_a_dead_branch_to_the_chain(bucket: FaultyBucket, reader: ChainReader) -> None:
     old = ChainWriter.create(bucket, RUN)
     first = commit(old)
     replaced = []
@@ -500,7 +498,7 @@ def test_a_dead_branch_leads_back_to_the_chain(bucket: FaultyBucket, reader: Cha
 # --- which version is served ------------------------------------------------------------------------
 
 
-def test_the_newest_version_is_served_unless_told_otherwise(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_the_newest_version_is_served_by_default(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     assert reader.served() == RUN.origin
     first = commit(writer)
@@ -511,7 +509,7 @@ def test_the_newest_version_is_served_unless_told_otherwise(bucket: FaultyBucket
     assert reader.served() == saved.position
 
 
-def test_a_rollback_moves_nothing_but_what_is_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_a_rollback_changes_only_the_served_version(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     first, second = commit(writer), commit(writer)
     assert reader.served() == second.position
@@ -524,7 +522,7 @@ def test_a_rollback_moves_nothing_but_what_is_served(bucket: FaultyBucket, reade
     assert reader.served() == third.position
 
 
-def test_only_what_exists_can_be_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_only_existing_versions_can_be_served(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     assert writer.serve(0) == RUN.origin
     first = commit(writer)
@@ -538,7 +536,7 @@ def test_only_what_exists_can_be_served(bucket: FaultyBucket, reader: ChainReade
         writer.serve(0)
 
 
-def test_following_what_is_served_costs_one_call(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_polling_the_served_version_costs_one_call(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     commit(writer), commit(writer)
     writer.serve(1)
@@ -548,7 +546,7 @@ def test_following_what_is_served_costs_one_call(bucket: FaultyBucket, reader: C
     assert bucket.calls == {"read": 1}
 
 
-def test_the_head_of_a_stalled_writer_does_not_decide_what_is_served(
+def test_the_head_of_a_stalled_writer_does_not_decide_the_served_version(
     bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
 ) -> None:
     old = ChainWriter.create(bucket, RUN)
@@ -568,7 +566,7 @@ def test_the_head_of_a_stalled_writer_does_not_decide_what_is_served(
     assert first.parent == RUN.origin
 
 
-def test_without_a_head_the_newest_manifest_says_what_is_served(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_without_a_head_the_newest_manifest_decides_the_served_version(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     first = commit(writer)
     writer.commit_delta([b"saved"], digest=digest("saved"), changed=1, info=VersionInfo(serve=False))
@@ -577,7 +575,7 @@ def test_without_a_head_the_newest_manifest_says_what_is_served(bucket: FaultyBu
     assert ChainWriter.resume(bucket, TABLE).serving == first.version
 
 
-def test_who_resumes_goes_on_serving_what_was_served(bucket: FaultyBucket, reader: ChainReader) -> None:
+def test_resume_keeps_the_served_version(bucket: FaultyBucket, reader: ChainReader) -> None:
     writer = ChainWriter.create(bucket, RUN)
     first, _ = commit(writer), commit(writer)
     writer.serve(1)
@@ -614,7 +612,9 @@ def test_a_head_that_was_not_written_is_repeated_with_the_next_commit(
 # --- what is gone -----------------------------------------------------------------------------------
 
 
-def test_where_a_part_is_gone_another_way_is_taken(bucket: FaultyBucket, reader: ChainReader, tmp_path: Path) -> None:
+def test_a_missing_part_makes_the_reader_take_another_path(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
     writer = ChainWriter.create(bucket, RUN)
     first, second = commit(writer), commit(writer)
     anchored = anchor(writer, tmp_path / "anchor", size=9000)
@@ -643,7 +643,7 @@ def test_positions_are_found_by_digest(bucket: FaultyBucket, reader: ChainReader
     assert reader.find(digest("never")) is None
 
 
-def test_weights_of_version_0_that_were_published_again_are_found_where_deltas_lead_on(
+def test_republished_weights_of_version_0_are_found_where_deltas_continue(
     bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
 ) -> None:
     commit(ChainWriter.create(bucket, RUN))
@@ -655,7 +655,7 @@ def test_weights_of_version_0_that_were_published_again_are_found_where_deltas_l
     assert reader.plan(have).deltas == [last]
 
 
-def test_a_hub_bucket_holds_a_run_as_a_directory_does(hub_bucket: HubBucket, tmp_path: Path) -> None:
+def test_a_hub_bucket_and_a_directory_hold_the_same_run(hub_bucket: HubBucket, tmp_path: Path) -> None:
     bucket = FaultyBucket(hub_bucket)
     old = ChainWriter.create(bucket, RUN)
     first = commit(old)
@@ -704,7 +704,7 @@ def test_an_unreadable_manifest_is_named(bucket: FaultyBucket, reader: ChainRead
 
 
 @pytest.mark.parametrize("name", ["README", "backup/head.json", "zzz/versions/00000009.json", "00000009/epoch.json"])
-def test_what_is_no_epoch_disturbs_nobody(bucket: FaultyBucket, reader: ChainReader, name: str) -> None:
+def test_other_names_below_epochs_are_ignored(bucket: FaultyBucket, reader: ChainReader, name: str) -> None:
     writer = ChainWriter.create(bucket, RUN)
     bucket.commit(f"{Layout.EPOCHS}/{name}", b"not ours")
     commit(writer)
@@ -712,7 +712,7 @@ def test_what_is_no_epoch_disturbs_nobody(bucket: FaultyBucket, reader: ChainRea
     assert reader.newest() == last.position
 
 
-def test_a_run_without_room_for_another_epoch_is_left_alone(bucket: FaultyBucket) -> None:
+def test_a_run_with_the_last_possible_epoch_cannot_be_resumed(bucket: FaultyBucket) -> None:
     ChainWriter.create(bucket, RUN)
     bucket.commit(Layout.epoch("99999999-00000000"), b"{}")
     before = [stat.path for stat in bucket.list()]
@@ -772,7 +772,7 @@ def test_damaged_parts_are_never_handed_out(bucket: FaultyBucket, reader: ChainR
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_trim_evicts_what_was_unused_for_longest_but_not_what_was_just_fetched(
+def test_trim_evicts_the_least_recently_used_files_but_not_the_last_fetch(
     bucket: FaultyBucket, reader: ChainReader
 ) -> None:
     writer = ChainWriter.create(bucket, RUN)
@@ -799,7 +799,7 @@ def test_a_new_reader_of_a_host_takes_no_older_version_for_the_newest(bucket: Fa
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"garbage"])
-def test_a_damaged_memory_is_forgotten(bucket: FaultyBucket, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_high_water_mark_is_ignored(bucket: FaultyBucket, tmp_path: Path, content: bytes) -> None:
     newest = commit(ChainWriter.create(bucket, RUN))
     ChainReader(bucket, tmp_path / "cache").newest()
     (memory,) = (tmp_path / "cache").glob("*.newest.json")
@@ -807,7 +807,7 @@ def test_a_damaged_memory_is_forgotten(bucket: FaultyBucket, tmp_path: Path, con
     assert ChainReader(bucket, tmp_path / "cache").newest() == newest.position
 
 
-def test_who_joins_can_ask_for_a_fresh_head(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_a_new_reader_can_require_a_fresh_head(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     with pytest.raises(HeadTooOld, match="it does not exist"):
         ChainReader(bucket, tmp_path / "a", max_head_age=60).newest()
@@ -820,7 +820,7 @@ def test_who_joins_can_ask_for_a_fresh_head(bucket: FaultyBucket, tmp_path: Path
     assert ChainReader(bucket, tmp_path / "b", max_head_age=60).newest() == newest.position, "it has joined before"
 
 
-def test_the_age_of_a_head_is_told_by_the_storages_clock(
+def test_the_age_of_a_head_is_measured_by_the_storages_clock(
     bucket: FaultyBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit(ChainWriter.create(bucket, RUN))
@@ -831,7 +831,7 @@ def test_the_age_of_a_head_is_told_by_the_storages_clock(
         ChainReader(bucket, tmp_path / "b", max_head_age=60).newest()
 
 
-def test_a_head_that_was_moved_is_new(bucket: FaultyBucket, tmp_path: Path) -> None:
+def test_a_rewritten_head_is_fresh(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     commit(writer)
     newest = commit(writer)

@@ -1,4 +1,4 @@
-"""Merged deltas: shortcuts that lead to the same bits, made by who is no publisher."""
+"""Merged deltas lead to the same bits as the deltas they merge; compactors never act as publishers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reader(history: History, tmp_path: Path) -> ChainReader:
 
 
 def compacted(history: History, tmp_path: Path, **options: object) -> list[tuple[int, int]]:
-    """Run a compactor of its own once; what it made, as (from, to)."""
+    """Run a new compactor once. Returns its merged deltas as (from, to)."""
     compactor = Compactor(history.bucket, history.reader(tmp_path / "compactor"), **options)
     return [(merged.parent.version, merged.version) for merged in compactor.run()]
 
@@ -92,7 +92,7 @@ def test_far_behind_is_few_objects_and_few_bytes(tmp_path: Path) -> None:
         assert plan.nbytes <= 1.7 * len(best)
 
 
-def test_the_way_back_undoes_merged_deltas(history: History, reader: ChainReader, tmp_path: Path) -> None:
+def test_the_path_back_undoes_merged_deltas(history: History, reader: ChainReader, tmp_path: Path) -> None:
     for _ in range(8):
         history.publish()
     compacted(history, tmp_path)
@@ -100,7 +100,7 @@ def test_the_way_back_undoes_merged_deltas(history: History, reader: ChainReader
     assert [(step.manifest.kind, step.inverse) for step in plan.steps] == [("merged", True)]
 
 
-def test_compact_deltas_are_merged_with_the_base_at_hand_as_fast_ones(
+def test_compact_deltas_are_merged_into_fast_ones_with_the_base(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     for number in range(8):
@@ -116,7 +116,7 @@ def test_compact_deltas_are_merged_with_the_base_at_hand_as_fast_ones(
     history.go(reader, history.writer.position, 0, base=False)
 
 
-def test_spans_that_begin_with_deleted_weights_are_left_out(
+def test_spans_that_begin_with_deleted_weights_are_skipped(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     """Found by benchmarks.chaos, seed 40183: versions before an anchor were deleted, and compaction failed."""
@@ -135,7 +135,7 @@ def test_spans_that_begin_with_deleted_weights_are_left_out(
     history.go(reader, None)
 
 
-def test_versions_that_were_left_out_leave_no_hole(history: History, reader: ChainReader, tmp_path: Path) -> None:
+def test_skipped_version_numbers_leave_no_gap_in_spans(history: History, reader: ChainReader, tmp_path: Path) -> None:
     for number in range(8):
         history.publish()
         if number in (2, 5):
@@ -147,7 +147,7 @@ def test_versions_that_were_left_out_leave_no_hole(history: History, reader: Cha
         history.go(reader, have)
 
 
-def test_a_chain_that_begins_anew_is_not_merged_over(history: History, tmp_path: Path) -> None:
+def test_spans_do_not_cross_a_restart_of_the_chain(history: History, tmp_path: Path) -> None:
     history.publish()
     writer = history.writer
     at = Position(writer.next_version, writer.position.digest)  # the same bits, but no delta leads there
@@ -159,7 +159,7 @@ def test_a_chain_that_begins_anew_is_not_merged_over(history: History, tmp_path:
     assert compacted(history, tmp_path) == [(2, 4)]
 
 
-def test_a_compactor_fences_nobody_and_is_never_the_newest(
+def test_a_compactor_fences_no_writer_and_is_never_the_newest(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     history.publish(), history.publish()
@@ -182,7 +182,7 @@ def test_a_head_never_names_a_merged_delta(history: History, reader: ChainReader
         Head.loads(Head(merged, 2).dumps())
 
 
-def test_a_compactor_that_dies_leaves_nothing_that_anybody_sees(history: History, tmp_path: Path) -> None:
+def test_a_compactor_that_dies_leaves_nothing_visible(history: History, tmp_path: Path) -> None:
     for _ in range(4):
         history.publish()
     run = Compactor(history.bucket, history.reader(tmp_path / "compactor")).run()
@@ -191,7 +191,7 @@ def test_a_compactor_that_dies_leaves_nothing_that_anybody_sees(history: History
     assert compacted(history, tmp_path) == [(2, 4), (0, 4)]
 
 
-def test_a_merged_delta_whose_part_is_gone_is_gone_around(
+def test_the_planner_avoids_a_merged_delta_with_a_missing_part(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     for _ in range(4):
@@ -204,7 +204,7 @@ def test_a_merged_delta_whose_part_is_gone_is_gone_around(
 
 
 @pytest.mark.parametrize("change", ["digest of the parent", "epoch of the parent"])
-def test_a_merged_delta_that_starts_where_the_run_has_never_been_blocks_nobody(
+def test_a_merged_delta_from_an_unknown_position_is_ignored(
     history: History, reader: ChainReader, tmp_path: Path, change: str
 ) -> None:
     for _ in range(5):
@@ -226,7 +226,7 @@ def test_a_merged_delta_that_starts_where_the_run_has_never_been_blocks_nobody(
     history.go(history.reader(tmp_path / "last"), None)
 
 
-def test_two_compactors_do_no_harm(history: History, reader: ChainReader, tmp_path: Path) -> None:
+def test_two_compactors_at_once_do_no_harm(history: History, reader: ChainReader, tmp_path: Path) -> None:
     for _ in range(4):
         history.publish()
     bucket = FaultyBucket(history.bucket)
@@ -261,7 +261,7 @@ def test_a_merged_manifest_with_an_impossible_field_is_refused(
 
 @settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
-def test_whatever_happened_all_ways_lead_to_the_right_bits(
+def test_after_any_history_all_paths_lead_to_the_right_bits(
     tmp_path_factory: pytest.TempPathFactory, data: object
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("history")
@@ -309,7 +309,7 @@ def base(history: History, tmp_path: Path) -> Path:
     return directory
 
 
-def test_the_command_says_what_it_made(history: History, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_the_merged_deltas_it_made(history: History, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(4):
         history.publish()
     address = history.bucket.address
@@ -325,7 +325,7 @@ def test_the_command_says_what_it_made(history: History, capsys: pytest.CaptureF
     assert capsys.readouterr().out == "nothing to merge\n"
 
 
-def test_watching_goes_on_with_each_new_version(
+def test_watch_continues_with_each_new_version(
     history: History, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     history.publish(), history.publish()
@@ -357,7 +357,7 @@ def test_the_command_needs_the_base_for_compact_deltas(
     assert "merged versions 0..2" in capsys.readouterr().out
 
 
-def test_ls_shows_merged_deltas_where_they_lead(history: History, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_lists_merged_deltas_after_their_end(history: History, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(4):
         history.publish()
     hubsync("compact", history.bucket.address)
@@ -383,13 +383,13 @@ def test_verify_replays_merged_deltas_too(history: History, base: Path, capsys: 
     assert "7 of 7 replayed bit for bit" in capsys.readouterr().out
 
 
-def test_a_step_knows_where_it_starts_and_ends(history: History) -> None:
+def test_a_step_has_a_start_and_an_end(history: History) -> None:
     first = history.publish()
     assert (Step(first).start, Step(first).end) == (first.parent, first.position)
     assert (Step(first, inverse=True).start, Step(first, inverse=True).end) == (first.position, first.parent)
 
 
 @pytest.mark.parametrize("options", [["--interval", "nan"], ["--interval", "-1"], ["--max-span", "0"]])
-def test_numbers_that_make_no_sense_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compact", "anywhere", *options]) == 1
     assert f"ConfigError: {options[0]} must be" in capsys.readouterr().err

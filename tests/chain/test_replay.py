@@ -1,4 +1,4 @@
-"""A view in main memory: a step either leads where its manifest says, or changes nothing."""
+"""A view in main memory: a step leads to the digest of its manifest, or changes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def patch(history: History, delta: Manifest, tmp_path: Path) -> Patch:
     return history.reader(tmp_path / "cache").patch(delta)
 
 
-def test_a_step_leads_there_and_back(history: History, delta: Manifest, patch: Patch) -> None:
+def test_a_step_is_applied_and_undone(history: History, delta: Manifest, patch: Patch) -> None:
     view = View(history.table, history.base, history.writer.run.origin)
     view.apply(patch, Step(delta))
     view.verify()
@@ -42,7 +42,7 @@ def test_a_step_leads_there_and_back(history: History, delta: Manifest, patch: P
     assert all(torch.equal(view.tensors[name], tensor) for name, tensor in history.base.items())
 
 
-def test_a_step_that_leads_elsewhere_changes_nothing(history: History, delta: Manifest, patch: Patch) -> None:
+def test_a_step_to_another_digest_changes_nothing(history: History, delta: Manifest, patch: Patch) -> None:
     origin = history.writer.run.origin
     view = View(history.table, history.base, origin)
     first = min(patch)
@@ -55,14 +55,14 @@ def test_a_step_that_leads_elsewhere_changes_nothing(history: History, delta: Ma
     view.verify()
 
 
-def test_a_step_from_elsewhere_is_refused(history: History, patch: Patch) -> None:
+def test_a_step_from_another_position_is_refused(history: History, patch: Patch) -> None:
     view = View(history.table, history.base, history.writer.run.origin)
     later = history.publish()
     with pytest.raises(WrongParent, match="applies to"):
         view.apply(patch, Step(later))
 
 
-def test_weights_that_are_not_those_of_the_position_are_no_view_of_it(history: History) -> None:
+def test_a_view_rejects_weights_with_another_digest(history: History) -> None:
     other = {name: tensor + 1 for name, tensor in history.base.items()}
     with pytest.raises(WrongParent, match="the weights have digest"):
         View(history.table, other, history.writer.run.origin)

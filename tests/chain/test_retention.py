@@ -1,4 +1,4 @@
-"""Deleting what nobody needs: whoever follows, joins, or comes back late ends at the right bits."""
+"""Retention: replicas that follow, join or return late end at the right bits after any deletion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AT_ONCE = Policy(keep_last=2, grace=0)
 
 
 class LaterBucket(FaultyBucket):
-    """A bucket whose clock can be put forward, as nobody wants to wait for an hour."""
+    """A bucket whose clock can be moved forward, so that tests need not wait for an hour."""
 
     ahead = 0.0
 
@@ -72,7 +72,7 @@ def merge(history: History, tmp_path: Path) -> None:
 # --- what is kept -----------------------------------------------------------------------------------
 
 
-def test_without_an_anchor_everything_is_a_way_from_the_base(history: History, tmp_path: Path) -> None:
+def test_without_an_anchor_all_deltas_from_the_base_are_kept(history: History, tmp_path: Path) -> None:
     for _ in range(4):
         history.publish()
     assert collect(history, tmp_path) == []
@@ -112,9 +112,7 @@ def test_the_base_and_merged_deltas_stand_in_for_single_ones(
     assert versions(reader)[-2:] == [15, 16]
 
 
-def test_a_run_with_fewer_versions_than_are_to_be_kept_keeps_all(
-    history: History, reader: ChainReader, tmp_path: Path
-) -> None:
+def test_a_run_shorter_than_keep_last_keeps_all_versions(history: History, reader: ChainReader, tmp_path: Path) -> None:
     for _ in range(4):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -149,7 +147,7 @@ def test_more_versions_than_there_are_may_be_kept(
     assert versions(reader) == [1, 2, 3]
 
 
-def test_what_has_expired_is_not_kept_for_its_number(history: History, reader: ChainReader, tmp_path: Path) -> None:
+def test_expired_versions_are_not_kept_for_their_number(history: History, reader: ChainReader, tmp_path: Path) -> None:
     history.publish()
     history.publish(expires=1.0)
     history.publish(expires=9e9)
@@ -160,7 +158,7 @@ def test_what_has_expired_is_not_kept_for_its_number(history: History, reader: C
     history.go(reader, None, 4)
 
 
-def test_a_time_to_live_is_counted_from_when_the_storage_wrote_the_manifest(
+def test_a_time_to_live_starts_when_the_storage_wrote_the_manifest(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     first, _ = history.publish(), history.publish()
@@ -189,7 +187,9 @@ def test_dead_branches_and_parts_of_no_version_are_deleted(
     history.go(reader, None)
 
 
-def test_a_run_that_nothing_leads_to_is_left_alone(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
+def test_nothing_is_deleted_if_no_path_leads_to_the_newest_version(
+    bucket: LaterBucket, history: History, tmp_path: Path
+) -> None:
     first, _ = history.publish(), history.publish()
     bucket.delete([Layout.manifest(first)])
     before = {stat.path for stat in bucket.list("epochs")}
@@ -198,7 +198,7 @@ def test_a_run_that_nothing_leads_to_is_left_alone(bucket: LaterBucket, history:
     assert {stat.path for stat in bucket.list("epochs")} == before
 
 
-def test_an_anchor_without_its_files_is_counted_on_by_nobody(
+def test_an_anchor_with_missing_files_is_no_start_of_a_path(
     bucket: LaterBucket, history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     history.publish(), history.publish()
@@ -213,7 +213,7 @@ def test_an_anchor_without_its_files_is_counted_on_by_nobody(
 # --- when and in which order ------------------------------------------------------------------------
 
 
-def test_nothing_goes_before_its_grace_is_over(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
+def test_nothing_is_deleted_before_its_grace_period_ends(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
     for _ in range(3):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -230,7 +230,7 @@ def test_nothing_goes_before_its_grace_is_over(bucket: LaterBucket, history: His
     assert [(found.what, found.wait) for found in collect(history, tmp_path, policy)] == [("version 1", 3600)]
 
 
-def test_manifests_go_before_their_parts(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
+def test_manifests_are_deleted_before_their_parts(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
     for _ in range(3):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -247,7 +247,7 @@ def test_manifests_go_before_their_parts(bucket: LaterBucket, history: History, 
 
 
 @pytest.mark.parametrize("deleted", range(8))
-def test_a_collector_that_is_killed_leaves_no_version_that_cannot_be_reached(
+def test_a_killed_collector_leaves_no_version_without_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: int
 ) -> None:
     """Found by benchmarks.chaos, seed 40056."""
@@ -272,7 +272,7 @@ def test_a_collector_that_is_killed_leaves_no_version_that_cannot_be_reached(
         history.go(reader, None, version)
 
 
-def test_a_rollback_while_it_is_being_looked_is_seen(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
+def test_a_rollback_during_the_collection_is_noticed(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
     for _ in range(4):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -288,9 +288,7 @@ def test_a_rollback_while_it_is_being_looked_is_seen(bucket: LaterBucket, histor
     history.go(history.reader(tmp_path / "fresh"), None, 1)
 
 
-def test_a_damaged_memory_only_makes_the_grace_begin_anew(
-    bucket: LaterBucket, history: History, tmp_path: Path
-) -> None:
+def test_a_damaged_gc_json_restarts_grace_periods(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
     for _ in range(3):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -302,7 +300,7 @@ def test_a_damaged_memory_only_makes_the_grace_begin_anew(
 
 
 @pytest.mark.parametrize("mark", [True, "soon", -1e9, 1e300, float("nan"), float("inf"), [0]], ids=str)
-def test_times_that_make_no_sense_neither_delete_nor_keep(
+def test_invalid_times_in_gc_json_are_ignored(
     bucket: LaterBucket, history: History, tmp_path: Path, mark: object
 ) -> None:
     history.publish(), history.publish()
@@ -315,7 +313,7 @@ def test_times_that_make_no_sense_neither_delete_nor_keep(
     assert {found.wait for found in collect(history, tmp_path, policy)} == {0}
 
 
-def test_a_memory_that_the_key_has_not_signed_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsigned_gc_json_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = LocalBucket(tmp_path / "bucket", create=True)
     history = History(SignedBucket(plain, SigningKey.generate()))
     history.publish(), history.publish()
@@ -328,7 +326,7 @@ def test_a_memory_that_the_key_has_not_signed_is_not_used(tmp_path: Path, caplog
     assert "ignoring gc.json" in caplog.text
 
 
-def test_merged_deltas_that_overlap_go_once_they_are_far_behind(
+def test_overlapping_merged_deltas_are_deleted_once_far_behind(
     history: History, reader: ChainReader, tmp_path: Path
 ) -> None:
     def fours() -> list[int]:
@@ -346,7 +344,7 @@ def test_merged_deltas_that_overlap_go_once_they_are_far_behind(
     assert set(fours()) - {0} == {4, 8, 10, 11, 12, 13, 14}
 
 
-def test_a_storage_without_times_deletes_nothing(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
+def test_nothing_is_deleted_on_a_storage_without_times(bucket: LaterBucket, history: History, tmp_path: Path) -> None:
     class Timeless(FaultyBucket):
         def stat(self, paths: Iterable[str]) -> dict[str, Stat]:
             return {path: Stat(path, s.size, s.etag) for path, s in super().stat(list(paths)).items()}
@@ -357,7 +355,7 @@ def test_a_storage_without_times_deletes_nothing(bucket: LaterBucket, history: H
         collector.collect()
 
 
-def test_who_had_a_plan_before_finds_another_way(history: History, reader: ChainReader, tmp_path: Path) -> None:
+def test_a_reader_with_an_older_plan_finds_another_path(history: History, reader: ChainReader, tmp_path: Path) -> None:
     origin = Position(0, reader.run().digest)
     for _ in range(4):
         history.publish()
@@ -379,7 +377,7 @@ def test_who_had_a_plan_before_finds_another_way(history: History, reader: Chain
 
 @settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
-def test_whatever_was_deleted_everybody_ends_at_the_right_bits(
+def test_after_any_deletion_every_reader_ends_at_the_right_bits(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("history")
@@ -430,7 +428,9 @@ def test_retention_in_a_hub_bucket(hub_bucket: HubBucket, tmp_path: Path) -> Non
 # --- the command ------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_and_why(history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_states_what_it_deletes_and_why(
+    history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for _ in range(3):
         history.publish()
     history.anchor(tmp_path / "anchor")
@@ -449,6 +449,6 @@ def test_the_command_says_what_and_why(history: History, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize("words", [["--keep-last", "-1"], ["--keep-last", "1", "--ttl", "soon"], []], ids=str)
-def test_a_wrong_use_is_refused(history: History, words: list[str]) -> None:
+def test_invalid_options_are_refused(history: History, words: list[str]) -> None:
     with pytest.raises(SystemExit):
         hubsync("gc", history.bucket.address, *words)

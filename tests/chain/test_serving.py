@@ -1,4 +1,4 @@
-"""`hubsync serve`: a rollback from the command line, without the trainer; and beside it."""
+"""`hubsync serve`: a rollback from the command line, with and without a running trainer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def served(history: History, cache: Path) -> int:
     return history.reader(cache).served().version
 
 
-def test_a_follower_goes_back_and_forward_as_the_command_says(
+def test_a_follower_goes_back_and_forward_with_the_command(
     local_hub: LocalHub, hub_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", local_hub.url)
@@ -54,7 +54,7 @@ def test_the_trainer_goes_on_and_is_served_again(history: History, tmp_path: Pat
     assert served(history, tmp_path / "cache") == fifth.version == 5
 
 
-def test_what_the_trainer_only_saves_does_not_take_the_word_back(history: History, tmp_path: Path) -> None:
+def test_versions_that_are_only_saved_keep_the_chosen_version(history: History, tmp_path: Path) -> None:
     assert main(["serve", history.bucket.address, "2"]) == 0
     history.publish(serve=False)
     assert served(history, tmp_path / "cache") == 2
@@ -62,7 +62,7 @@ def test_what_the_trainer_only_saves_does_not_take_the_word_back(history: Histor
     assert served(history, tmp_path / "fresh") == 2
 
 
-def test_a_trainer_that_starts_again_does_not_take_the_word_back(history: History, tmp_path: Path) -> None:
+def test_a_restarted_trainer_keeps_the_chosen_version(history: History, tmp_path: Path) -> None:
     assert main(["serve", history.bucket.address, "2"]) == 0
     assert ChainWriter.resume(history.bucket, history.table).serving == 2
     assert served(history, tmp_path / "cache") == 2
@@ -75,7 +75,7 @@ def test_a_fenced_trainer_publishes_nothing_more(history: History, tmp_path: Pat
     assert served(history, tmp_path / "cache") == 2
 
 
-def test_a_version_that_is_not_there_changes_and_fences_nothing(
+def test_an_unknown_version_changes_and_fences_nothing(
     history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", history.bucket.address, "9", "--fence"]) == 1
@@ -93,9 +93,7 @@ def test_a_run_without_versions_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("versions", [1, 100], ids=["one", "one after the other"])
-def test_a_version_that_is_committed_meanwhile_is_taken_into_account(
-    history: History, tmp_path: Path, versions: int
-) -> None:
+def test_a_version_committed_meanwhile_is_handled(history: History, tmp_path: Path, versions: int) -> None:
     bucket = FaultyBucket(history.bucket)
     left = iter(range(versions))
 
@@ -113,7 +111,7 @@ def test_a_version_that_is_committed_meanwhile_is_taken_into_account(
             serve(bucket, reader, 2)
 
 
-def test_a_signed_run_takes_the_word_from_its_key_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_served_version_of_a_signed_run_needs_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = SigningKey.generate()
     key.save(tmp_path / "key")
     plain: Bucket = LocalBucket(tmp_path / "bucket", create=True)

@@ -43,7 +43,7 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.server import checked_seconds
 from hubsync.replicas.vllm_http import VLLMServer
 
-from . import trl_compat
+from . import trl_checks, trl_compat
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class HubWeightTransfer:
     Attributes:
         engine: the publisher, one on every rank; None before training, and after it.
         last: what the last synchronisation delivered; None before the first.
-        calendar: on the main process, which version of the run each version of TRL is.
+        version_map: on the main process, which version of the run each version of TRL is.
 
     Args:
         config: where the bucket is, and the rest of what hubsync needs to know. `servers` are those that generate for
@@ -123,7 +123,7 @@ class HubWeightTransfer:
         self._trainer: Any = None
         self._begun = False
         self._deployment: Deployment | None = None
-        self.calendar = Calendar()
+        self.version_map = VersionMap()
         self._generates_on: str | None = None  # the server to ask whether it states versions
         self._is_adapted = False
         self._rollouts_are_ready = False
@@ -140,7 +140,7 @@ class HubWeightTransfer:
             )
         if self._trainer is trainer:
             raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: once is enough")
-        trl_compat.require_unmoved(type(trainer))
+        trl_checks.require_unmoved(type(trainer))
         self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
         if self._is_adapted:
             trl_compat.keep_adapter_apart(trainer)
@@ -273,7 +273,7 @@ class HubWeightTransfer:
         if not self._rollouts_are_ready:
             self._prepare_rollouts(report)
         # TRL counts after this call, in the same thread that takes samples out of its queue.
-        self.calendar.note(self._trainer.model_version + 1, published.version)
+        self.version_map.note(self._trainer.model_version + 1, published.version)
         self._record(published, report)
 
     def _date(self, sample: Any, oldest: int) -> None:
@@ -281,7 +281,7 @@ class HubWeightTransfer:
 
         TRL's own, the version acknowledged before the first request, stays where it is older.
         """
-        sample.model_version = min(sample.model_version, self.calendar.of(oldest))
+        sample.model_version = min(sample.model_version, self.version_map.of(oldest))
 
     def _prepare_rollouts(self, report: HotloadReport) -> None:
         """Once: the servers serve the first version, and TRL's process of rollouts is about to start."""
@@ -360,7 +360,7 @@ def _missed(report: HotloadReport) -> HubsyncError:
     )
 
 
-class Calendar:
+class VersionMap:
     """Which of TRL's versions a version of the run is. TRL counts synchronisations; a run counts changes."""
 
     def __init__(self) -> None:

@@ -21,10 +21,11 @@ from hubsync.publish import metrics
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Published, Ticket
-from hubsync.replicas.replica import CommitReport, Replica
+from hubsync.replicas.replica import Replica
+from hubsync.replicas.reports import CommitReport
 from hubsync.replicas.vllm_http import LORA_HINT, VLLMServer
 
-from . import trl_compat
+from . import trl_checks, trl_compat
 from .async_trl import HubWeightTransfer
 from .trl_compat import server_url
 
@@ -264,7 +265,7 @@ def _refuse_unsuitable(trainer: Any) -> None:
     args, name = trainer.args, type(trainer).__name__
     if trl_compat.family_of(trainer) is None:
         raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {trl_compat.family_names()}")
-    trl_compat.require_unmoved(type(trainer))
+    trl_checks.require_unmoved(type(trainer))
     if trl_compat.generates_on_server(trainer):
         raise ConfigError(f"this {name} has a HubSyncCallback already: it needs no other one, and none again")
     if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:

@@ -11,7 +11,7 @@ from hubsync.format.manifest import Position
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import ReplicaReport
-    from hubsync.replicas.replica import CommitReport
+    from hubsync.replicas.reports import CommitReport
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnre
 from hubsync.format.manifest import Position
 
 from .engines import connect, schemes
-from .replica import CommitReport, Replica, ReplicaStatus
+from .replica import Replica
+from .reports import CommitReport, ReplicaStatus
 from .server import checked_seconds, checked_urls
 
 logger = logging.getLogger(__name__)

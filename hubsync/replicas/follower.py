@@ -17,7 +17,8 @@ from hubsync.apply.protocol import WorkerState
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
-from .replica import CommitReport, Replica, ReplicaStatus
+from .replica import Replica
+from .reports import CommitReport, ReplicaStatus
 from .server import checked_seconds
 
 logger = logging.getLogger(__name__)

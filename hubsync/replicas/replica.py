@@ -23,10 +23,9 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hubsync.apply.protocol import KV_POLICIES, PROTOCOL, STATES, KvPolicy, WorkerMethod, WorkerState, error_from_json
+from hubsync.apply.protocol import KV_POLICIES, PROTOCOL, KvPolicy, WorkerMethod, WorkerState
 from hubsync.errors import (
     ConfigError,
     HubsyncError,
@@ -39,6 +38,7 @@ from hubsync.errors import (
 )
 from hubsync.format.manifest import Position
 
+from .reports import CommitReport, PauseWindow, ReplicaStatus, commit_report, longest_turn, merged_status, position_of
 from .server import InferenceServer
 
 logger = logging.getLogger(__name__)
@@ -49,84 +49,6 @@ _PAUSE_S = 0.05
 
 # For engines of a data parallel server that did not commit when others did, to stage again.
 _CATCH_UP_S = 60.0
-
-
-@dataclass(frozen=True)
-class PauseWindow:
-    """A commit window that some client opened.
-
-    Attributes:
-        position: where it was going.
-        token: what closes it.
-        abandoned: has it been open for so long that its client must be gone?
-    """
-
-    position: Position
-    token: str
-    abandoned: bool = False
-
-
-@dataclass(frozen=True)
-class ReplicaStatus:
-    """What all ranks of one server say, taken together.
-
-    Attributes:
-        state: of the rank that is furthest from being ready.
-        position: where the live weights are; None while unknown, or when the ranks differ.
-        staged: the position that all ranks have staged; None if there is none.
-        window: a commit window left open, or None.
-        error: the first rank's recorded error, or None.
-        run_id: the run that the server follows, or None.
-        atomic: can it commit without a pause? Not where data parallel engines share forward passes.
-        spans_engines: does a forward pass of one engine wait for another engine?
-        adapter: what requests call the LoRA adapter that the server follows; None if it follows a whole model.
-        adapter_path: the adapter's directory on the server's host.
-        ranks: the untouched answers, in rank order.
-    """
-
-    state: str
-    position: Position | None
-    staged: Position | None
-    window: PauseWindow | None
-    error: HubsyncError | None
-    run_id: str | None
-    atomic: bool
-    spans_engines: bool
-    adapter: str | None
-    adapter_path: str | None
-    ranks: tuple[dict[str, Any], ...]
-
-    def all_at(self, position: Position) -> bool:
-        """Do all ranks serve this position?"""
-        return all(_position(rank) == position for rank in self.ranks)
-
-    def all_ready_for(self, position: Position) -> bool:
-        """Does every rank serve this position, or have it staged?"""
-        return all(position in (_position(rank), _position(rank.get("staged") or {})) for rank in self.ranks)
-
-
-@dataclass(frozen=True)
-class CommitReport:
-    """One commit.
-
-    Attributes:
-        position: where the server is now.
-        pause_s: seconds in which no request could make progress: of the turn in which the slowest engine committed, or
-            from pause to resume where it had to be paused.
-        commit_s: seconds the slowest rank says it needed to apply.
-        stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
-        changed: elements written, over all ranks' shards; None if the workers do not say.
-    """
-
-    position: Position
-    pause_s: float
-    commit_s: float
-    stage_s: float
-    changed: int | None
-
-    @property
-    def version(self) -> int:
-        return self.position.version
 
 
 class Replica:
@@ -172,7 +94,7 @@ class Replica:
                 f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
                 "VLLM_PLUGINS keeps hubsync from being loaded"
             )
-        return self._understood(lambda: _merge(self.server.url, ranks))
+        return self._understood(lambda: merged_status(self.server.url, ranks))
 
     def attach(self, timeout: float = 600.0) -> ReplicaStatus:
         """Have the workers find out where their weights are, and finish what a dead client left open.
@@ -244,7 +166,7 @@ class Replica:
         pause = not status.atomic if self._pause is None else self._pause
         if not pause:
             applied = self._commit(position)
-            return self._understood(lambda: _report(position, applied, pause_s=_longest_turn(applied)))
+            return self._understood(lambda: commit_report(position, applied, pause_s=longest_turn(applied)))
         window = PauseWindow(position, uuid.uuid4().hex)
         self._token = window.token
         self.server.rpc(WorkerMethod.OPEN, position.version, position.digest, window.token)
@@ -256,7 +178,7 @@ class Replica:
         except BaseException:
             self._try_to_recover()
             raise
-        return self._understood(lambda: _report(position, applied, pause_s=resumed - started))
+        return self._understood(lambda: commit_report(position, applied, pause_s=resumed - started))
 
     def recover(self) -> bool:
         """Complete a commit window that a client left open. True if there was one."""
@@ -347,7 +269,7 @@ class Replica:
             return self.server.rpc(*commit)
         except HubsyncError:
             status = self.status()
-            if status.all_at(position) or not any(_position(rank) == position for rank in status.ranks):
+            if status.all_at(position) or not any(position_of(rank) == position for rank in status.ranks):
                 raise
             logger.warning("only some engines of %s are at %s; trying again with the others", self.server.url, position)
         try:
@@ -408,59 +330,3 @@ class Replica:
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
         return status
-
-
-def _merge(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
-    positions = {_position(rank) for rank in ranks}
-    staged = {_position(rank.get("staged") or {}) for rank in ranks}
-    windows = [_window(rank) for rank in ranks if rank.get("window")]
-    failures = [rank["error"] for rank in ranks if rank.get("error")]
-    adapter = ranks[0].get("adapter")
-    return ReplicaStatus(
-        state=min((str(rank.get("state")) for rank in ranks), key=_badness),
-        position=positions.pop() if len(positions) == 1 else None,
-        staged=staged.pop() if len(staged) == 1 else None,
-        window=windows[0] if windows else None,
-        error=error_from_json(failures[0], f"{url}: ") if failures else None,
-        run_id=ranks[0].get("run_id"),
-        atomic=all(rank["engine"]["atomic"] for rank in ranks),
-        spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
-        adapter=None if adapter is None else str(adapter["name"]),
-        adapter_path=None if adapter is None else str(adapter["path"]),
-        ranks=tuple(ranks),
-    )
-
-
-def _report(position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
-    changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
-    return CommitReport(
-        position=position,
-        pause_s=pause_s,
-        commit_s=_slowest(applied, "commit_s"),
-        stage_s=_slowest(applied, "stage_s"),
-        changed=sum(changed) if len(changed) == len(applied) else None,
-    )
-
-
-def _longest_turn(applied: list[dict[str, Any]]) -> float:
-    return max(float(rank["engine"]["turn_s"]) for rank in applied)
-
-
-def _window(rank: dict[str, Any]) -> PauseWindow:
-    window, timeout = rank["window"], float(rank["engine"]["window_timeout_s"])
-    position = Position(int(window["version"]), str(window["digest"]))
-    return PauseWindow(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
-
-
-def _badness(state: str) -> int:
-    """Order of states, worst first: of several ranks, the worst gives the server's state."""
-    return STATES.index(state) if state in STATES else 0
-
-
-def _position(document: dict[str, Any]) -> Position | None:
-    version, digest = document.get("version"), document.get("digest")
-    return None if version is None or digest is None else Position(int(version), str(digest))
-
-
-def _slowest(ranks: list[dict[str, Any]], metric: str) -> float:
-    return max(float((rank.get("metrics") or rank).get(metric) or 0.0) for rank in ranks)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hubsync.errors import ConfigError
-from hubsync.integrations import trl_compat
+from hubsync.integrations import trl_checks
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.integrations.trl_rollouts import DatedRollouts, distill
 from hubsync.publish.config import SyncConfig
@@ -102,7 +102,7 @@ def test_an_adapter_is_refused_where_trl_trains_none(
     transfer = HubWeightTransfer(config)
     trainer = build(weight_transfer=transfer, peft_config=lora())
     monkeypatch.setattr(type(trainer), "_sync_weight_merged", None)
-    monkeypatch.setattr(trl_compat, "require_unmoved", lambda _: None)
+    monkeypatch.setattr(trl_checks, "require_unmoved", lambda _: None)
     with pytest.raises(ConfigError, match=r"install TRL >= 1\.14"):
         transfer.attach(trainer)
 
@@ -121,7 +121,7 @@ def test_a_sample_is_as_old_as_the_oldest_weights_that_made_it_and_never_newer_t
     trainer.rollout_queue = SimpleNamespace(get=lambda: taken)
     transfer.attach(trainer)
     for trl_version, run_version in [(1, 5), (2, 7)]:
-        transfer.calendar.note(trl_version, run_version)
+        transfer.version_map.note(trl_version, run_version)
     assert trainer.rollout_queue.get().model_version == dated
 
 

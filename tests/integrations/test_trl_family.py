@@ -20,7 +20,7 @@ from datasets import Dataset
 from packaging.version import Version
 
 from hubsync.errors import ConfigError
-from hubsync.integrations import trl_compat
+from hubsync.integrations import trl_checks
 from hubsync.integrations.trl import HubSyncCallback
 from hubsync.publish.config import SyncConfig
 from hubsync.replicas.replica import Replica
@@ -199,7 +199,7 @@ def test_every_trainer_of_the_family_attaches_and_generates_on_the_server(
 
 def test_all_of_the_family_is_built_above() -> None:
     """Whoever adds a class to the seam adds it here."""
-    assert {member.name for member in trl_compat.FAMILY} == {
+    assert {member.name for member in trl_checks.FAMILY} == {
         "GRPOTrainer",
         "RLOOTrainer",
         "DistillationTrainer",
@@ -213,12 +213,12 @@ def test_all_of_the_family_is_built_above() -> None:
 def test_the_range_of_trl_is_the_one_that_is_installed_and_written_for() -> None:
     """`make test-trl` runs this at the lower end of the range; the pinned environment has the upper one."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'"{trl_compat.SUPPORTED.replace("TRL ", "trl").replace(", ", ",").replace(" ", "")}"' in project
+    assert f'"{trl_checks.SUPPORTED.replace("TRL ", "trl").replace(", ", ",").replace(" ", "")}"' in project
     assert Version("1.13") <= Version(trl.__version__) < Version("1.17")
 
 
-def test_the_installed_trl_has_not_moved_the_seam() -> None:
-    assert trl_compat.moved() == []
+def test_the_installed_trl_has_everything_that_hubsync_uses() -> None:
+    assert trl_checks.moved() == []
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_installed_trl_has_not_moved_the_seam() -> None:
 )
 def test_what_trl_moves_is_named(owner: str, name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(f"{owner}.{name}")
-    assert any(text.startswith(says) for text in trl_compat.moved()), trl_compat.moved()
+    assert any(text.startswith(says) for text in trl_checks.moved()), trl_checks.moved()
 
 
 def test_a_trainer_is_refused_where_trl_has_moved(

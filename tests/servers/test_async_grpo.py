@@ -175,7 +175,7 @@ def test_async_distillation_takes_the_same_transfer_and_dates_its_samples(
     assert trainer.model_version == 3
     assert transfer.last.position.digest == digest_of(trainer.model)
     Replica(VLLMServer(policy.url)).wait_verified(transfer.last.position)
-    published = transfer.calendar.versions
+    published = transfer.version_map.versions
     assert samples
     for date, oldest, newest in samples:
         assert 0 <= published[date] <= oldest <= newest <= transfer.last.position.version

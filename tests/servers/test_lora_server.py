@@ -234,7 +234,7 @@ def test_asynchronous_grpo_trains_an_adapter_and_its_samples_are_of_the_versions
     assert site.position == transfer.last.position
     assert site.position is not None
     assert site.position.digest == digest_of(trainer.model)
-    published = transfer.calendar.versions
+    published = transfer.version_map.versions
     assert len(published) == 3, "before training, and one for each step"
     for sample in samples:
         oldest, newest = (int(sample.metrics[f"weight_sync/version_{end}"]) for end in ("min", "max"))

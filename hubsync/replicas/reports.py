@@ -1,0 +1,144 @@
+"""Reports of one inference server: its status and its commits, merged from the answers of its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hubsync.apply.protocol import STATES, error_from_json
+from hubsync.errors import HubsyncError
+from hubsync.format.manifest import Position
+
+
+@dataclass(frozen=True)
+class PauseWindow:
+    """A commit window that some client opened.
+
+    Attributes:
+        position: where it was going.
+        token: what closes it.
+        abandoned: has it been open for so long that its client must be gone?
+    """
+
+    position: Position
+    token: str
+    abandoned: bool = False
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """What all ranks of one server say, taken together.
+
+    Attributes:
+        state: of the rank that is furthest from being ready.
+        position: where the live weights are; None while unknown, or when the ranks differ.
+        staged: the position that all ranks have staged; None if there is none.
+        window: a commit window left open, or None.
+        error: the first rank's recorded error, or None.
+        run_id: the run that the server follows, or None.
+        atomic: can it commit without a pause? Not where data parallel engines share forward passes.
+        spans_engines: does a forward pass of one engine wait for another engine?
+        adapter: what requests call the LoRA adapter that the server follows; None if it follows a whole model.
+        adapter_path: the adapter's directory on the server's host.
+        ranks: the untouched answers, in rank order.
+    """
+
+    state: str
+    position: Position | None
+    staged: Position | None
+    window: PauseWindow | None
+    error: HubsyncError | None
+    run_id: str | None
+    atomic: bool
+    spans_engines: bool
+    adapter: str | None
+    adapter_path: str | None
+    ranks: tuple[dict[str, Any], ...]
+
+    def all_at(self, position: Position) -> bool:
+        """Do all ranks serve this position?"""
+        return all(position_of(rank) == position for rank in self.ranks)
+
+    def all_ready_for(self, position: Position) -> bool:
+        """Does every rank serve this position, or have it staged?"""
+        return all(position in (position_of(rank), position_of(rank.get("staged") or {})) for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class CommitReport:
+    """One commit.
+
+    Attributes:
+        position: where the server is now.
+        pause_s: seconds in which no request could make progress: of the turn in which the slowest engine committed, or
+            from pause to resume where it had to be paused.
+        commit_s: seconds the slowest rank says it needed to apply.
+        stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
+        changed: elements written, over all ranks' shards; None if the workers do not say.
+    """
+
+    position: Position
+    pause_s: float
+    commit_s: float
+    stage_s: float
+    changed: int | None
+
+    @property
+    def version(self) -> int:
+        return self.position.version
+
+
+def merged_status(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
+    positions = {position_of(rank) for rank in ranks}
+    staged = {position_of(rank.get("staged") or {}) for rank in ranks}
+    windows = [_window(rank) for rank in ranks if rank.get("window")]
+    failures = [rank["error"] for rank in ranks if rank.get("error")]
+    adapter = ranks[0].get("adapter")
+    return ReplicaStatus(
+        state=min((str(rank.get("state")) for rank in ranks), key=_badness),
+        position=positions.pop() if len(positions) == 1 else None,
+        staged=staged.pop() if len(staged) == 1 else None,
+        window=windows[0] if windows else None,
+        error=error_from_json(failures[0], f"{url}: ") if failures else None,
+        run_id=ranks[0].get("run_id"),
+        atomic=all(rank["engine"]["atomic"] for rank in ranks),
+        spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
+        adapter=None if adapter is None else str(adapter["name"]),
+        adapter_path=None if adapter is None else str(adapter["path"]),
+        ranks=tuple(ranks),
+    )
+
+
+def commit_report(position: Position, applied: list[dict[str, Any]], pause_s: float) -> CommitReport:
+    changed = [int(rank["changed"]) for rank in applied if "changed" in rank]
+    return CommitReport(
+        position=position,
+        pause_s=pause_s,
+        commit_s=_slowest(applied, "commit_s"),
+        stage_s=_slowest(applied, "stage_s"),
+        changed=sum(changed) if len(changed) == len(applied) else None,
+    )
+
+
+def longest_turn(applied: list[dict[str, Any]]) -> float:
+    return max(float(rank["engine"]["turn_s"]) for rank in applied)
+
+
+def _window(rank: dict[str, Any]) -> PauseWindow:
+    window, timeout = rank["window"], float(rank["engine"]["window_timeout_s"])
+    position = Position(int(window["version"]), str(window["digest"]))
+    return PauseWindow(position, str(window["token"]), abandoned=float(window["age_s"]) > timeout)
+
+
+def _badness(state: str) -> int:
+    """Order of states, worst first: of several ranks, the worst gives the server's state."""
+    return STATES.index(state) if state in STATES else 0
+
+
+def position_of(document: dict[str, Any]) -> Position | None:
+    version, digest = document.get("version"), document.get("digest")
+    return None if version is None or digest is None else Position(int(version), str(digest))
+
+
+def _slowest(ranks: list[dict[str, Any]], metric: str) -> float:
+    return max(float((rank.get("metrics") or rank).get(metric) or 0.0) for rank in ranks)

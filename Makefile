@@ -114,9 +114,10 @@ $(EXTRAS_READY): $(READY) requirements/extras.txt
 	$(BIN)/pip install -q --no-deps --upgrade --target $(EXTRAS) -r requirements/extras.txt
 	@touch $@
 
-# Lists what it skips, and fails where there is no GPU. With several GPUs, ranks get one each.
+# Fails where there is no GPU, and lists the tests that it skips. With enough GPUs, each rank has one.
 test-gpu:
-	$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs a GPU: this torch sees none. Set GPU_PYTHON to a Python whose torch does.")'
+	@$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(); print(torch.__version__, *map(torch.cuda.get_device_name, range(torch.cuda.device_count())))' || \
+		{ echo "make test-gpu needs a GPU, and a Python whose torch sees it: make test-gpu GPU_PYTHON=/path/to/python"; exit 1; }
 	HUBSYNC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -rs $(ON_GPU) $(ARGS)
 
 bench: $(READY)

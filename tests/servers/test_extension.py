@@ -154,6 +154,7 @@ def _in_process() -> Iterator[None]:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # workers in processes of their own do not end by themselves
             "OMP_NUM_THREADS": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the functions above travel to workers in other processes
         }.items():

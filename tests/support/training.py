@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -174,7 +175,10 @@ def run(ranks: int, scenario: Callable[..., Any], address: Path, *args: Any) -> 
     """Run a scenario on this many ranks. Returns each rank's value, or the exit code of a rank that died.
 
     An exception of any rank, or no message from all for a while, ends all ranks, and fails with their output.
+    Under `make test-gpu` skips the test if there are fewer GPUs than ranks, instead of running it on CPUs.
     """
+    if os.environ.get("HUBSYNC_TEST_GPU") and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, and there are {torch.cuda.device_count()}")
     pipes, processes = [], []
     with tempfile.TemporaryDirectory() as directory:
         for rank in range(ranks):

@@ -42,7 +42,7 @@ class Anchors:
     Args:
         writer: writes the run.
         detector: holds the view.
-        model: writes the files beside the weights.
+        model: writes the configs and tokenizer of anchors.
         division: rank -> the elements of each tensor that it owns.
         config: its `anchor_every` and `anchor_fraction`.
 

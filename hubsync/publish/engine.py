@@ -59,7 +59,7 @@ class DeltaWeightTransferEngine:
         optimizer: its optimizer; the engine counts its steps, and `publish` records the count by default. None if you
             pass the step yourself. A wrapper of accelerate is unwrapped.
         config: see [`SyncConfig`].
-        processing_class: tokenizer or processor to store beside the weights of anchors.
+        processing_class: tokenizer or processor to store with the weights of anchors.
 
     Raises:
         ConfigError: the model or a setting cannot work.

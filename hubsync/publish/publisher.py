@@ -203,7 +203,7 @@ class Publisher:
         publish = partial(self._publish, detected, info, detect_s)
         self._last = Ticket(self._thread.submit(self._publish_then_merge, publish, detected))
         if self.anchors.are_scheduled:
-            # A job of its own: the version is durable, and its ticket done, before the anchor.
+            # A separate job: the version is durable, and its ticket done, before the anchor.
             self._anchoring = self._thread.submit(self.anchors.commit_if_due, self._background, info)
         return self._last
 

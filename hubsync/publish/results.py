@@ -23,7 +23,7 @@ class RankShare:
         changed: changed elements among those that the rank owns.
         payload_bytes: bytes that it uploaded.
         detect_s, encode_s: seconds, as in `Published`.
-        upload_s: seconds of its own upload, without the wait for other ranks and for the commit.
+        upload_s: seconds of its upload, without the wait for other ranks and for the commit.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""The model in training, as a run describes it: its base checkpoint, its adapter, and the files beside its weights."""
+"""The model in training, as a run describes it: its base checkpoint, its adapter, and the other files of an anchor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainedModel:
     Args:
         module: the model, from `without_wrapper`.
         config: names the base checkpoint and the served dtype.
-        processing_class: tokenizer or processor to store beside the weights of anchors, or None.
+        processing_class: tokenizer or processor to store with the weights of anchors, or None.
 
     Attributes:
         adapter: the adapter of a PEFT model; None for any other model, which publishes all of its weights.
@@ -69,7 +69,7 @@ class TrainedModel:
         return Base()
 
     def write_side_files(self, directory: Path) -> None:
-        """Write the files that an anchor holds beside its weights: configs and tokenizer."""
+        """Write the files that an anchor holds with its weights: configs and tokenizer."""
         if self.adapter is not None:
             write_adapter_config(directory, self.adapter)
             owners = [self._processing_class]

@@ -140,8 +140,8 @@ def test_an_anchor_is_a_checkpoint_that_transformers_loads(address: str) -> None
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         manifest = engine.anchor()
     directory = Path(address, Layout.part(manifest, manifest.parts[0])).parent
-    loaded, said = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not any(said.values())
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values())
     trained = {name: tensor.detach().bfloat16() for name, tensor in model.named_parameters()}
     assert same_bits({name: tensor.detach() for name, tensor in loaded.named_parameters()}, trained)
 

@@ -147,7 +147,7 @@ def test_steps_during_an_upload_belong_to_the_next_version(
 ) -> None:
     stuck = threading.Event()
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
-        faulty[0].before_commit = lambda path: None if stuck.wait(60) else pytest.fail("nobody trained on")
+        faulty[0].before_commit = lambda path: None if stuck.wait(60) else pytest.fail("training did not continue")
         train(model, optimizer)
         published = view_of(model)
         ticket = engine.publish(1)

@@ -24,7 +24,7 @@ class LiveView:
     """The published tensors of a model, and their positions in its parameters and buffers.
 
     Raises:
-        ConfigError: the model has no weights, or its checkpoint holds tensors that are no parts of its own.
+        ConfigError: the model has no weights, or its checkpoint holds tensors that are no parts of its tensors.
     """
 
     def __init__(self, model: torch.nn.Module):

@@ -25,16 +25,6 @@ from tests.support.faults import FaultyBucket
 from tests.support.history import RUN_ID, History
 
 
-@pytest.fixture
-def history(tmp_path: Path) -> History:
-    return History(LocalBucket(tmp_path / "bucket", create=True))
-
-
-@pytest.fixture
-def reader(history: History, tmp_path: Path) -> ChainReader:
-    return history.reader(tmp_path / "cache")
-
-
 def compacted(history: History, tmp_path: Path, **options: object) -> list[tuple[int, int]]:
     """Run a new compactor once. Returns its merged deltas as (from, to)."""
     compactor = Compactor(history.bucket, history.reader(tmp_path / "compactor"), **options)

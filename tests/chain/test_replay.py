@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hubsync.bucket import LocalBucket
 from hubsync.chain import Step
 from hubsync.chain.replay import View
 from hubsync.errors import WrongParent
 from hubsync.format.manifest import Manifest
 from hubsync.format.patch import Patch
 from tests.support.history import History
-
-
-@pytest.fixture
-def history(tmp_path: Path) -> History:
-    return History(LocalBucket(tmp_path / "bucket", create=True))
 
 
 @pytest.fixture

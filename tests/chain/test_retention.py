@@ -47,16 +47,6 @@ def bucket(tmp_path: Path) -> LaterBucket:
     return LaterBucket(LocalBucket(tmp_path / "bucket", create=True))
 
 
-@pytest.fixture
-def history(bucket: LaterBucket) -> History:
-    return History(bucket)
-
-
-@pytest.fixture
-def reader(history: History, tmp_path: Path) -> ChainReader:
-    return history.reader(tmp_path / "cache")
-
-
 def collect(history: History, tmp_path: Path, policy: Policy = AT_ONCE) -> list[Garbage]:
     return Collector(history.bucket, history.reader(tmp_path / "gc"), policy).collect()
 

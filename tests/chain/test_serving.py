@@ -19,8 +19,7 @@ from tests.support.history import History
 
 
 @pytest.fixture
-def history(tmp_path: Path) -> History:
-    history = History(LocalBucket(tmp_path / "bucket", create=True))
+def history(history: History) -> History:
     for _ in range(4):
         history.publish()
     return history

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Asynchronous GRPO whose inference server generates while its weights move through a Hugging Face bucket.
+Asynchronous GRPO. The inference server generates while its weights are updated through a Hugging Face bucket.
 
 In a clone of hubsync (the PyPI package of that name is another project):
 
-pip install '.[trl]' aiohttp kernels math-verify trackio vllm    # on the training host; TRL wants vllm installed there
+pip install '.[trl]' aiohttp kernels math-verify trackio vllm    # on the training host; TRL needs vllm there
 pip install '.[vllm]'                                            # on the inference host
 
 On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
@@ -32,8 +32,8 @@ vllm serve Qwen/Qwen3-0.6B \
     --max-model-len 4096 \
     --host 0.0.0.0 --port 8000
 
-The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: let nobody but
-the training host reach the port.
+The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key protects them. Allow only the
+training host to reach the port.
 
 # Training host
 
@@ -51,7 +51,7 @@ python examples/async_grpo/train.py \
     --max_steps 200 \
     --report_to trackio
 
-With several GPUs: `accelerate launch --num_processes 8 examples/async_grpo/train.py ...`, the rest the same.
+With several GPUs: `accelerate launch --num_processes 8 examples/async_grpo/train.py ...`, with the same arguments.
 """
 
 from dataclasses import dataclass, field
@@ -70,9 +70,6 @@ class Arguments:
     """Arguments of this script."""
 
     model_name_or_path: str = field(metadata={"help": "Model to train; the servers serve the same revision of it."})
-    quorum: int | None = field(
-        default=None, metadata={"help": "How many of `servers` must serve a version before training goes on."}
-    )
 
 
 def main() -> None:
@@ -80,7 +77,7 @@ def main() -> None:
     arguments, script_args, training_args, sync_config = parser.parse_args_and_config()
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    transfer = HubWeightTransfer(sync_config, quorum=arguments.quorum)
+    transfer = HubWeightTransfer(sync_config, quorum=sync_config.quorum or None)
     trainer = AsyncGRPOTrainer(
         model=arguments.model_name_or_path,
         reward_funcs=accuracy_reward,
@@ -88,7 +85,7 @@ def main() -> None:
         train_dataset=dataset[script_args.dataset_train_split],
         weight_transfer=transfer,
     )
-    # TRL does not tell a transfer which policy it is for.
+    # TRL does not pass the policy to the transfer.
     transfer.attach(trainer)
     trainer.train()
     trainer.save_model(training_args.output_dir)

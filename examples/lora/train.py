@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-GRPO of a LoRA adapter: the server has the base model, and every step sends it the adapter.
+GRPO of a LoRA adapter. The server loads the base model; every step publishes the adapter.
 
 In a clone of hubsync (the PyPI package of that name is another project):
 
@@ -31,7 +31,7 @@ vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtensi
 python examples/lora/train.py hf://buckets/<your-name>/rl/lora-1 http://<inference-host>:8000
 """
 
-import sys
+import argparse
 
 from datasets import load_dataset
 from peft import LoraConfig
@@ -42,13 +42,16 @@ from hubsync import SyncConfig
 from hubsync.integrations.trl import HubSyncCallback
 
 if __name__ == "__main__":
-    bucket, server = sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Train a LoRA adapter with GRPO. A vLLM server generates.")
+    parser.add_argument("bucket", help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
+    parser.add_argument("server", help="URL of the vLLM server, such as http://10.0.0.7:8000")
+    args = parser.parse_args()
     trainer = GRPOTrainer(
         model="Qwen/Qwen3-0.6B",
         reward_funcs=accuracy_reward,
-        args=GRPOConfig(output_dir="lora-grpo", vllm_server_base_url=server, learning_rate=1e-5, max_steps=200),
+        args=GRPOConfig(output_dir="lora-grpo", vllm_server_base_url=args.server, learning_rate=1e-5, max_steps=200),
         train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
     )
-    HubSyncCallback(trainer, SyncConfig(bucket=bucket))
+    HubSyncCallback(trainer, SyncConfig(bucket=args.bucket))
     trainer.train()

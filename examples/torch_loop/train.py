@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Reinforcement learning in a plain torch loop: no TRL, no accelerate. A vLLM server makes the completions, with the
-weights of the step before.
+Reinforcement learning in a plain torch loop, without TRL and accelerate. A vLLM server generates the completions with
+the weights of the previous step.
 
 In a clone of hubsync: `pip install . transformers` on the training host, `pip install '.[vllm]'` on the inference host,
 and `hf auth login` on both.
@@ -29,7 +29,7 @@ vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtensi
 python examples/torch_loop/train.py Qwen/Qwen3-0.6B hf://buckets/<your-name>/rl/loop-1 http://<inference-host>:8000 100
 """
 
-import sys
+import argparse
 
 import httpx
 import torch
@@ -37,12 +37,12 @@ from transformers import AutoModelForCausalLM
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 
-# From the whole distribution, as the loss below assumes; all of one length, so that there is nothing to pad.
+# The loss assumes samples of the whole distribution. All have one length, so that no padding is needed.
 SAMPLING = {"n": 8, "max_tokens": 32, "ignore_eos": True, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
 
 
 def rollouts(server: str, prompt: str) -> tuple[torch.Tensor, int]:
-    """Tokens of the prompt and its completions, int64[8, length], and how many of them are the prompt's."""
+    """Tokens of the prompt and its completions, int64[8, length], and the number of prompt tokens."""
     request = {"prompt": prompt, "return_token_ids": True, **SAMPLING}
     choices = httpx.post(f"{server}/v1/completions", json=request, timeout=600).json()["choices"]
     tokens = torch.tensor([choice["prompt_token_ids"] + choice["token_ids"] for choice in choices])
@@ -50,20 +50,25 @@ def rollouts(server: str, prompt: str) -> tuple[torch.Tensor, int]:
 
 
 if __name__ == "__main__":
-    name, bucket, server, steps = sys.argv[1:]
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # published, and served, in bfloat16
+    parser = argparse.ArgumentParser(description="Train a model in a plain torch loop. A vLLM server generates.")
+    parser.add_argument("model", help="model to train; the server serves the same revision of it")
+    parser.add_argument("bucket", help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
+    parser.add_argument("server", help="URL of the vLLM server, such as http://10.0.0.7:8000")
+    parser.add_argument("steps", type=int, help="number of optimizer steps")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # published and served in bfloat16
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=bucket, servers=[server])) as engine:
-        engine.sync(step=0)  # a server that comes from elsewhere finds its place
-        for step in range(1, int(steps) + 1):
-            tokens, start = rollouts(server, "My favourite words are")
-            rewards = torch.tensor([len(row.unique()) / len(row) for row in tokens])  # no word twice: put yours here
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=args.bucket, servers=[args.server])) as engine:
+        engine.sync(step=0)  # the server finds its version, or is brought to this one
+        for step in range(1, args.steps + 1):
+            tokens, start = rollouts(args.server, "My favourite words are")
+            rewards = torch.tensor([len(row.unique()) / len(row) for row in tokens])  # rewards distinct tokens: put your reward here
             logprobs = model(tokens.to(model.device)).logits[:, start - 1 : -1].log_softmax(-1)
             chosen = logprobs.gather(-1, tokens[:, start:, None].to(model.device)).mean((1, 2))
             loss = -((rewards - rewards.mean()).to(model.device) * chosen).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            done = engine.sync(step).published  # the next completions are made with these weights
+            done = engine.sync(step).published  # the next completions come from these weights
             print(f"step {step} reward {rewards.mean():.3f} version {done.version} changed {done.changed}", flush=True)

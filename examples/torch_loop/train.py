@@ -63,7 +63,9 @@ if __name__ == "__main__":
         engine.sync(step=0)  # the server finds its version, or is brought to this one
         for step in range(1, args.steps + 1):
             tokens, start = rollouts(args.server, "My favourite words are")
-            rewards = torch.tensor([len(row.unique()) / len(row) for row in tokens])  # rewards distinct tokens: put your reward here
+            rewards = torch.tensor(
+                [len(row.unique()) / len(row) for row in tokens]
+            )  # rewards distinct tokens: put your reward here
             logprobs = model(tokens.to(model.device)).logits[:, start - 1 : -1].log_softmax(-1)
             chosen = logprobs.gather(-1, tokens[:, start:, None].to(model.device)).mean((1, 2))
             loss = -((rewards - rewards.mean()).to(model.device) * chosen).mean()

@@ -1,8 +1,8 @@
-"""Push: bringing many inference servers to a version side by side, so that a dead or slow one holds up nobody.
+"""Push: bring many inference servers to a version in parallel, so that a dead or slow one does not delay the others.
 
 Each server has one thread, which alone stages and commits there. A hot-load is a job on each of these threads: stage,
-wait until all servers, or a quorum of them, have staged, then commit. A server that comes too late for that goes on by
-itself, and commits when it is ready, unless another version has been asked for meanwhile: then it goes there directly.
+wait until all servers, or a quorum of them, have staged, then commit. A late server commits by itself when it is ready.
+If another version was requested meanwhile, it goes there directly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LOOK_S = 10.0  # for a status: who does not answer in this time is reported as unreachable
+_STATUS_S = 10.0  # a server that does not answer a status in this time is reported as unreachable
 _RETRY_S = 0.5
 
 
@@ -38,10 +38,10 @@ class ReplicaReport:
 
     Attributes:
         url: of the server.
-        state: what its workers say (see `hubsync_status`); "unreachable" or "unsuitable" if they say nothing.
+        state: state of its workers (`WorkerState`); "unreachable" or "unsuitable" if they do not answer.
         position: what it serves; None while unknown.
-        lag: versions from there to the one asked for last, negative on the way back; None while unknown.
-        error: what keeps it from that version, or None.
+        lag: versions from there to the one requested last, negative if that is older; None while unknown.
+        error: why it does not serve that version, or None.
         commit: its commit in this hot-load, or None.
     """
 
@@ -62,9 +62,9 @@ class HotloadReport:
     """One hot-load of a deployment.
 
     Attributes:
-        position: what was asked for.
-        needed: how many servers had to commit it.
-        replicas: a report for each server, in the order of the deployment's.
+        position: the requested position.
+        needed: number of servers that had to commit it.
+        replicas: a report for each server, in the order of the deployment.
         hotload_s: seconds from the call until it returned.
     """
 
@@ -75,7 +75,7 @@ class HotloadReport:
 
     @property
     def commits(self) -> tuple[CommitReport, ...]:
-        """Of the servers that serve the position now, in the deployment's order."""
+        """Commits of the servers that serve the position now, in the deployment's order."""
         return tuple(replica.commit for replica in self.replicas if replica.commit is not None)
 
     def raise_for_quorum(self) -> None:
@@ -87,13 +87,13 @@ class HotloadReport:
 class Deployment:
     """The servers that a publisher pushes to. Nothing is sent before the first call.
 
-    The servers keep all state, so a deployment made anew by a restarted trainer goes on with servers as they are.
+    The servers keep all state, so the deployment of a restarted trainer continues with servers as they are.
 
     Args:
         servers: base URLs, for example `http://10.0.0.7:8000`.
         kv_cache: see [`Replica`].
         api_key: the servers' `--api-key`, if they have one.
-        quorum: how many servers have to have a version staged before it is committed; 0 for all.
+        quorum: number of servers that must have staged a version before it is committed; 0 for all.
         request_timeout: seconds a server may take to answer one request.
     """
 
@@ -116,7 +116,7 @@ class Deployment:
         self._needed(quorum)
 
     def signal(self, position: Position) -> None:
-        """Have all servers stage `position`, and return at once. What fails here is found again by `hotload`."""
+        """Start staging `position` on all servers, and return at once. `hotload` reports what fails."""
         self._require_open()
         self._target = position
         for member in self._members:
@@ -124,13 +124,13 @@ class Deployment:
             member.thread.submit(member.stage, position)
 
     def hotload(self, position: Position, quorum: int | None = None, timeout: float = 600.0) -> HotloadReport:
-        """Commit `position`, newer or older than what is served, once all servers or a quorum have staged it.
+        """Commit `position`, newer or older than the served one, once all servers or a quorum have staged it.
 
         Args:
-            quorum: instead of the deployment's; 0 for all.
-            timeout: seconds that servers have for staging. Those that are ready then commit without the others.
+            quorum: replaces the deployment's; 0 for all.
+            timeout: seconds that servers have for staging. The ready ones then commit without the others.
 
-        Raises nothing for what servers do: see the report, and its `raise_for_quorum`.
+        Errors of servers are in the report and are not raised; see its `raise_for_quorum`.
         """
         self._require_open()
         checked_seconds("timeout", timeout, zero=True)
@@ -142,7 +142,7 @@ class Deployment:
                 member.wanted = position
                 member.thread.submit(member.bring, turn, timeout)
             turn.conduct(needed, timeout, self._request_timeout)
-        finally:  # also when interrupted: nobody may wait for ever
+        finally:  # also when interrupted: no thread may wait for ever
             turn.let_go()
         reports = tuple(self._outcome(member, turn, timeout) for member in self._members)
         for member, report in zip(self._members, reports, strict=True):
@@ -150,12 +150,12 @@ class Deployment:
         return HotloadReport(position, needed, reports, time.perf_counter() - started)
 
     def status(self) -> tuple[ReplicaReport, ...]:
-        """What each server says now."""
+        """The status of each server now."""
         self._require_open()
         return self._each(self._look)
 
     def wait_ready(self, timeout: float = 600.0) -> tuple[ReplicaReport, ...]:
-        """Return once all servers, or a quorum, are up and know where they are in the run.
+        """Return once all servers, or a quorum, are up and know their position in the run.
 
         Raises the first server's error if there are too few after `timeout` seconds, or too many are unsuitable.
         """
@@ -166,16 +166,16 @@ class Deployment:
         return self.status()
 
     def warm_up(self, retries: int = 10) -> None:
-        """Have each server generate one token, so that the first request does not pay for what comes first.
+        """Have each server generate one token, so that the first request does not pay for first-use initialisation.
 
-        Raises the first server's error if all its tries fail and fewer servers than the quorum are warm.
+        Raises the first server's error if all its attempts fail and fewer servers than the quorum are warm.
         """
         self._require_open()
         errors = self._each(lambda member: _error_of(lambda: _retried(member.replica.server.generate_a_token, retries)))
         self._raise_unless_enough(errors)
 
     def close(self, leave_serving: bool = True) -> None:
-        """Let go of the servers. They serve on; with `leave_serving=False` they are paused, until `/resume`."""
+        """Close the deployment. Servers go on serving; with `leave_serving=False` they are paused until resumed."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -192,7 +192,7 @@ class Deployment:
 
     def _require_open(self) -> None:
         if self._is_closed:
-            raise ConfigError("this deployment is closed: make a new one, it finds the servers as they are")
+            raise ConfigError("this deployment is closed: make a new one, it continues with the servers as they are")
 
     def _needed(self, quorum: int) -> int:
         if not isinstance(quorum, int) or not 0 <= quorum <= len(self._members):
@@ -239,7 +239,7 @@ class Deployment:
 
 
 class _Hotload:
-    """One hot-load: servers say that they are ready, are let go together, and say how it ended."""
+    """One hot-load: servers report that they are ready, are released together, and report the outcome."""
 
     def __init__(self, position: Position, members: int):
         self.position = position
@@ -250,21 +250,21 @@ class _Hotload:
         self._changed = threading.Condition()
 
     def conduct(self, needed: int, timeout: float, commit_timeout: float) -> None:
-        """Let the servers go once `needed` are ready, nobody else can be, or the time is up; then wait for these."""
+        """Release the servers once `needed` are ready, no other can be, or time is up; then wait for their outcomes."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_spoken(), timeout)
+            self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_reported(), timeout)
             self.let_go()
             first = set(self._ready)
             self._changed.wait_for(lambda: first <= self.outcomes.keys(), commit_timeout)
 
     def let_go(self) -> None:
-        """Have nobody wait for the others any more."""
+        """Release all servers that wait in `ready`, now and later."""
         with self._changed:
             self._going = True
             self._changed.notify_all()
 
     def ready(self, url: str) -> None:
-        """Say that `url` is ready, and return when it may commit."""
+        """Report that `url` is ready, and return when it may commit."""
         with self._changed:
             self._ready.add(url)
             self._changed.notify_all()
@@ -275,7 +275,7 @@ class _Hotload:
             self.outcomes[url] = outcome
             self._changed.notify_all()
 
-    def _all_have_spoken(self) -> bool:
+    def _all_have_reported(self) -> bool:
         return len(self._ready | self.outcomes.keys()) == self._members
 
 
@@ -284,15 +284,15 @@ class _Member:
 
     Attributes:
         thread: stages and commits, one after the other.
-        wanted: where the server was last asked to go; jobs that lead elsewhere give up.
-        seen: its last status on the way to a version; None if the last try found nobody.
-        watcher: looks at the server beside what `thread` does, and does not wait for long.
+        wanted: position that the server was last asked for; jobs for another one give up.
+        seen: its last status on the way to a version; None if the last attempt did not reach it.
+        watcher: reads the status while `thread` works, with a short timeout.
     """
 
     def __init__(self, url: str, kv_cache: str, api_key: str | None, timeout: float):
         self.url = url
         self.replica = Replica(connect(url, api_key, timeout=timeout), kv_cache)
-        self.watcher = Replica(connect(url, api_key, timeout=min(timeout, _LOOK_S)))
+        self.watcher = Replica(connect(url, api_key, timeout=min(timeout, _STATUS_S)))
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-replica")
         self.wanted: Position | None = None
         self.seen: ReplicaStatus | None = None
@@ -300,7 +300,7 @@ class _Member:
         self._mentioned: type[HubsyncError] | None = None
 
     def mention(self, error: HubsyncError | None) -> None:
-        """Log what keeps the server behind, once: it is asked again for every version, and while someone waits."""
+        """Log why the server is behind, once per kind of error: it is asked again for every version."""
         kind = None if error is None else type(error)
         if kind is self._mentioned:
             return
@@ -322,13 +322,13 @@ class _Member:
             logger.debug("not staged yet: %s", error)
 
     def bring(self, turn: _Hotload, timeout: float) -> None:
-        """Stage and commit; whatever happens is an outcome of the turn."""
+        """Stage and commit; a success or an error is an outcome of the hot-load."""
         self.seen = None
         try:
             outcome: CommitReport | HubsyncError = self._bring(turn, timeout)
         except HubsyncError as error:
             outcome = error
-        except Exception as error:  # what nobody foresaw must not leave the others waiting
+        except Exception as error:  # an unexpected error must not leave the other servers waiting
             outcome = HubsyncError(f"{self.url}: {type(error).__name__}: {error}")
             logger.exception("while bringing %s to %s", self.url, turn.position)
         turn.settle(self.url, outcome)
@@ -343,7 +343,7 @@ class _Member:
         return self.replica.commit(position)
 
     def meet(self, deadline: float) -> None:
-        """Return once the server is up and attached; it is asked again until the deadline while it is unreachable."""
+        """Return once the server is up and attached. While it is unreachable, it is asked again until the deadline."""
         while True:
             try:
                 self._know()

@@ -1,8 +1,8 @@
-"""Pull: one inference server follows a run from beside it, without anybody knowing that it does.
+"""Pull: keep one inference server at the served version of a run. The trainer need not know the server.
 
-A follower polls the head of the run and brings its server to the version that is to be served. It keeps nothing: it may
-be killed at any moment, be one of several, or work beside a publisher that pushes, because all operations on a server
-are idempotent. It needs no more of the network than the Hub and its server.
+A follower polls the head of the run and brings its server to the served version. It keeps no state: it may be killed at
+any moment, run several times, or run while a publisher pushes, because all operations on a server are idempotent. It
+needs network access to the Hub and to its server only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Followed:
     Attributes:
         commit: what was done.
         lag: versions that the server was behind; negative if it went back.
-        nbytes: bytes that its workers downloaded for it; None if they do not say.
+        nbytes: bytes that its workers downloaded for it; None if they do not report it.
     """
 
     commit: CommitReport
@@ -42,17 +42,17 @@ class Followed:
 
 
 class Follower:
-    """Brings one server to the served version of a run, again and again.
+    """Keeps one server at the served version of a run.
 
     Args:
-        open_reader: makes a reader of the run. Called when one is needed, so the run need not exist yet.
+        open_reader: returns a reader of the run. Called when first needed, so the run need not exist yet.
         replica: the server.
-        interval: seconds between two looks at the head. A look costs the Hub two or three requests.
-        stage_timeout: seconds the server may take to find its place in the run, or to stage a version.
+        interval: seconds between two polls of the head. A poll costs two or three requests to the Hub.
+        stage_timeout: seconds the server may take to find its position in the run, or to stage a version.
 
     Attributes:
-        on_commit: called by `run` with every commit. To be replaced by who wants to know.
-        on_error: called by `run` with an error, and the seconds until the next try. As above.
+        on_commit: called by `run` with every commit. Assign your own function to receive them.
+        on_error: called by `run` with an error, and the seconds until the next attempt. Assign your own function.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Follower:
         self.on_error: Callable[[HubsyncError, float], None] = lambda error, retry_s: None
 
     def run(self) -> None:
-        """Follow until `stop` is called. Errors are told and retried, ever more slowly; but a ConfigError is raised."""
+        """Follow until `stop` is called. Errors go to `on_error` and are retried with backoff. Raises ConfigError."""
         failures = 0
         while not self._stop.is_set():
             try:
@@ -94,17 +94,17 @@ class Follower:
             self._stop.wait(pause)
 
     def stop(self) -> None:
-        """Have `run` end; what it stages is given up, a commit is finished. May be called from anywhere."""
+        """End `run`. Staging is abandoned, a commit under way is finished. Any thread may call this."""
         self._stop.set()
 
     def step(self) -> Followed | None:
-        """Look once, and bring the server to the version that is to be served.
+        """Read the head once, and bring the server to the served version.
 
         Returns:
-            what was committed; None if the server is there already, or another client is moving it.
+            what was committed; None if the server serves it already, or another client commits on it.
 
         Raises:
-            ConfigError: waiting does not help: another run is in the bucket now, or the server follows another one.
+            ConfigError: the bucket holds another run now, or the server follows another one. Retrying does not help.
         """
         if self._reader is None:
             self._reader = self._open_reader()
@@ -122,14 +122,14 @@ class Follower:
                 return None
             commit = self._replica.commit(target)
         except ReplicaBehind as behind:
-            logger.debug("looking again: %s", behind)
+            logger.debug("polling again: %s", behind)
             return None
         if status.position is None or status.position == target:
             return None
         return Followed(commit, target.version - status.position.version, _downloaded(self._replica.status()))
 
     def _status(self) -> ReplicaStatus:
-        """The status of a server that is attached and not poisoned: what it takes for that is done."""
+        """The status of the server after attaching it, or healing it, if needed."""
         if not self._is_known:
             self._replica.check()
             self._is_known = True
@@ -146,11 +146,11 @@ class Follower:
         if status.run_id not in (None, ours):
             raise ConfigError(
                 f"{self._replica.server.url} follows the run {status.run_id}, and the bucket given here holds {ours}: "
-                "give both the same bucket (HUBSYNC_BUCKET of the server); restart the server if its run was made anew"
+                "give both the same bucket (HUBSYNC_BUCKET of the server); restart the server if its run was recreated"
             )
 
     def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
-        """Is the server still where it was when we decided where to bring it? If not, somebody may know better."""
+        """Whether the server is still at the position it had before. If not, another client has committed."""
         return now.position == before.position and not self._stop.is_set()
 
 

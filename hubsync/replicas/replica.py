@@ -1,13 +1,13 @@
-"""Bringing one inference server from version to version, whatever dies on the way.
+"""Client side of versions on one inference server: attach, stage, commit, recover. Any process may die at any moment.
 
-Staging happens beside generation. The commit is one request: in one turn of the engine's loop, between two forward
-passes, caches of the old weights are cut off, all ranks vote and write, and responses from there on state the new
-version (`hubsync.apply.engine_commit`). It happens or it does not, so a client can die at any moment.
+Staging runs during generation. The commit is one request: in one turn of the engine's loop, between two forward
+passes, caches of the old weights are invalidated, all ranks vote and write, and later responses state the new version
+(`hubsync.apply.engine_commit`). It is atomic, so a client can die at any moment.
 
 Where data parallel engines share forward passes (experts spread over them), one request does not reach all ranks
-between the same two, so the server must be paused around it, and a client can die in between:
+between the same two passes. The server must be paused around the commit, and a client can die in between:
 
-    open      the workers record that a window opens, for which position and by whom
+    open      the workers record the window: its position and the token of its client
     pause     requests freeze between two forward passes
     commit    as above
     resume    frozen requests go on
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 _PAUSE_S = 0.05
 
-# For engines of a data parallel server that did not commit when others did, to stage again.
+# For engines of a data parallel server that did not commit with the others: time to stage again.
 _CATCH_UP_S = 60.0
 
 
@@ -55,12 +55,12 @@ class Replica:
     """One inference server that follows a run.
 
     Args:
-        server: how to reach it.
-        kv_cache: what happens at a commit to keys and values that old weights have computed. `"recompute"`: none is
-            used again; running requests go on with the tokens that they have, once the new weights have recomputed
-            theirs. `"keep"`: running requests go on at once with those that they have, so they mix; requests that come
-            later never see any of it.
-        pause: pause the server around every commit? None: only if it has to be.
+        server: client of the server.
+        kv_cache: what a commit does with keys and values that the old weights computed; see `KvPolicy`. `"recompute"`:
+            none is used again. Running requests keep their tokens and go on once the new weights have recomputed the
+            keys and values of those. `"keep"`: running requests go on at once with theirs, so they mix both versions;
+            later requests never use any of them.
+        pause: whether to pause the server around every commit. None: only if it must be.
     """
 
     def __init__(self, server: InferenceServer, kv_cache: str = KvPolicy.RECOMPUTE, *, pause: bool | None = None):
@@ -97,10 +97,10 @@ class Replica:
         return self._understood(lambda: merged_status(self.server.url, ranks))
 
     def attach(self, timeout: float = 600.0) -> ReplicaStatus:
-        """Have the workers find out where their weights are, and finish what a dead client left open.
+        """Have the workers find their position in the run, and close a window that a dead client left open.
 
         Raises:
-            RunMismatch, NoPath, ReplicaRefused, ...: whatever the workers say keeps them from following the run.
+            RunMismatch, NoPath, ReplicaRefused, ...: why the workers cannot follow the run.
             ReplicaUnsuitable: see `check`; or still attaching after `timeout` seconds.
         """
         self.check()
@@ -130,10 +130,10 @@ class Replica:
     def wait_staged(
         self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
     ) -> None:
-        """Return once every rank has staged `position`, or already serves it. Starts the staging if nobody has.
+        """Return once every rank has staged `position`, or already serves it. Starts the staging if needed.
 
         Args:
-            wanted: asked with every status on the way; ReplicaBehind once it says no.
+            wanted: called with every status on the way; ReplicaBehind once it returns False.
         """
         self.stage(position)
 
@@ -142,7 +142,7 @@ class Replica:
             if status.all_ready_for(position):
                 return True
             if wanted is not None and not wanted(status):
-                raise ReplicaBehind(f"{self.server.url} is wanted elsewhere: {position} is not committed")
+                raise ReplicaBehind(f"{self.server.url} is to serve another version: {position} is not committed")
             if status.state == WorkerState.STAGING:
                 return False
             if status.error is not None:
@@ -155,9 +155,8 @@ class Replica:
     def commit(self, position: Position) -> CommitReport:
         """Make all ranks serve the staged `position`; see the top of this file.
 
-        An error means that the old weights are still served, or, where the commit had happened before the error, that
-        the new ones are. In both cases the server is running again if it can be reached at all; if it cannot, it ends
-        the window by itself.
+        After an error the server serves the old weights, or the new ones if the commit happened before the error. In
+        both cases it runs again if it can be reached. If it cannot, it ends the window by itself.
         """
         status = self._without_window()
         if status.all_at(position):
@@ -181,21 +180,21 @@ class Replica:
         return self._understood(lambda: commit_report(position, applied, pause_s=resumed - started))
 
     def recover(self) -> bool:
-        """Complete a commit window that a client left open. True if there was one."""
+        """Close a commit window that a client left open. True if there was one."""
         return self._recover(self.status())
 
     def wait_verified(self, position: Position, timeout: float = 600.0) -> None:
-        """Return once every rank has recomputed the digest of its live weights at `position` and found it right.
+        """Return once every rank has verified the digest of its live weights at `position`.
 
         Raises:
-            ReplicaPoisoned: it was wrong.
+            ReplicaPoisoned: a digest was wrong.
             WrongParent: the server serves another position, or was restarted and does not know its own.
         """
 
         def verified(status: ReplicaStatus) -> bool:
             self._raise_if_lost(status)
-            if status.state == WorkerState.DETACHED:  # nothing is verified before somebody attaches it
-                raise WrongParent(f"{self.server.url} was restarted: it does not know yet where its weights are")
+            if status.state == WorkerState.DETACHED:  # nothing is verified before it is attached
+                raise WrongParent(f"{self.server.url} was restarted: attach it first")
             if status.position is not None and status.position != position:
                 raise WrongParent(f"{self.server.url} serves {status.position}, not {position}")
             return status.position == position and status.state != WorkerState.APPLIED
@@ -203,14 +202,16 @@ class Replica:
         self._until(verified, timeout, f"verify {position}")
 
     def heal(self) -> None:
-        """Rebuild poisoned weights from the run; what wrong weights have cached is dropped.
+        """Rebuild poisoned weights from the run, and drop what the wrong weights have cached.
 
-        ReplicaRefused if they are not poisoned; NoPath or a BucketError if it was not possible.
+        Raises:
+            ReplicaRefused: the weights are not poisoned.
+            NoPath, BucketError: it was not possible.
         """
         self.server.rpc(WorkerMethod.HEAL)
 
     def _settled(self, timeout: float) -> ReplicaStatus:
-        """The status once no rank is still finding out where its weights are."""
+        """The status once no rank is still attaching."""
         return self._until(
             lambda status: status.state not in (WorkerState.DETACHED, WorkerState.ATTACHING),
             timeout,
@@ -218,10 +219,10 @@ class Replica:
         )
 
     def _join(self, status: ReplicaStatus) -> None:
-        """Have the ranks, which know what each holds, agree on what they hold together.
+        """Have the ranks, which know what each holds, agree on their common position.
 
-        They wait for each other, so where a forward pass of one engine waits for another engine (experts spread over
-        data parallel engines) the server is paused meanwhile.
+        The ranks wait for each other. Where a forward pass of one engine waits for another engine (experts spread over
+        data parallel engines), the server is paused meanwhile.
         """
         if status.adapter is not None:
             self.server.load_adapter(status.adapter, str(status.adapter_path))
@@ -239,7 +240,7 @@ class Replica:
             self.server.rpc(WorkerMethod.CLOSE, token)
 
     def _without_window(self) -> ReplicaStatus:
-        """The status once no commit window is open: other clients are given time to close theirs."""
+        """The status once no commit window is open. Other clients get time to close theirs."""
         while True:
             status = self.status()
             if status.window is None:
@@ -250,10 +251,10 @@ class Replica:
                 time.sleep(_PAUSE_S)
 
     def _labelled(self, status: ReplicaStatus) -> ReplicaStatus:
-        """Have responses state the version that is served. Returns the status afterwards.
+        """Have responses state the served version. Returns the status afterwards.
 
-        A commit sets the label itself. If another client makes one between our look and our word, ours is wrong: so the
-        last who sets it looks again.
+        A commit sets the label itself. If another client commits between our status and our label, ours is wrong, so
+        the status is read again.
         """
         while status.position is not None:
             self.server.set_weight_version(str(status.position.version))
@@ -263,7 +264,7 @@ class Replica:
         return status
 
     def _commit(self, position: Position) -> list[dict[str, Any]]:
-        """The commit itself. Data parallel engines each vote for themselves; none of them is left behind."""
+        """The commit request. Data parallel engines vote independently; those that did not commit are tried again."""
         commit = WorkerMethod.COMMIT, position.version, position.digest, self.kv_cache
         try:
             return self.server.rpc(*commit)
@@ -282,7 +283,7 @@ class Replica:
             ) from error
 
     def _end(self, window: PauseWindow) -> float:
-        """What comes after the commit, or instead of it. Returns `time.perf_counter()` of when requests went on."""
+        """Resume requests and close the window. Returns `time.perf_counter()` of the moment when requests went on."""
         self.server.resume()
         resumed = time.perf_counter()
         self.server.rpc(WorkerMethod.CLOSE, window.token)
@@ -301,7 +302,7 @@ class Replica:
             logger.warning("a commit window stays open until the server or the next client ends it: %s", error)
 
     def _understood(self, read: Callable[[], T]) -> T:
-        """What `read` makes of the workers' answers."""
+        """`read()`, with errors of unexpected answers as ReplicaUnsuitable."""
         try:
             return read()
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -319,7 +320,7 @@ class Replica:
         raise kind(f"{self.server.url} is {status.state}; see the server's log")
 
     def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
-        """The first status that is `done`, asking at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
+        """The first status that is `done`. Polls at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
         deadline, pause = time.monotonic() + timeout, 0.005
         while not done(status := self.status()):
             if time.monotonic() > deadline:

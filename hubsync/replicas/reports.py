@@ -12,12 +12,12 @@ from hubsync.format.manifest import Position
 
 @dataclass(frozen=True)
 class PauseWindow:
-    """A commit window that some client opened.
+    """A commit window that a client opened, with the server paused.
 
     Attributes:
-        position: where it was going.
-        token: what closes it.
-        abandoned: has it been open for so long that its client must be gone?
+        position: the position to commit.
+        token: closes the window.
+        abandoned: whether it has been open for so long that its client must be gone.
     """
 
     position: Position
@@ -27,18 +27,18 @@ class PauseWindow:
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What all ranks of one server say, taken together.
+    """The status of one server, merged from all of its ranks.
 
     Attributes:
-        state: of the rank that is furthest from being ready.
+        state: state of the rank that is furthest from ready.
         position: where the live weights are; None while unknown, or when the ranks differ.
         staged: the position that all ranks have staged; None if there is none.
         window: a commit window left open, or None.
         error: the first rank's recorded error, or None.
         run_id: the run that the server follows, or None.
-        atomic: can it commit without a pause? Not where data parallel engines share forward passes.
-        spans_engines: does a forward pass of one engine wait for another engine?
-        adapter: what requests call the LoRA adapter that the server follows; None if it follows a whole model.
+        atomic: whether it can commit without a pause. False where data parallel engines share forward passes.
+        spans_engines: whether a forward pass of one engine waits for another engine.
+        adapter: model name that requests use for the LoRA adapter that the server follows; None for a whole model.
         adapter_path: the adapter's directory on the server's host.
         ranks: the untouched answers, in rank order.
     """
@@ -56,11 +56,11 @@ class ReplicaStatus:
     ranks: tuple[dict[str, Any], ...]
 
     def all_at(self, position: Position) -> bool:
-        """Do all ranks serve this position?"""
+        """Whether all ranks serve this position."""
         return all(position_of(rank) == position for rank in self.ranks)
 
     def all_ready_for(self, position: Position) -> bool:
-        """Does every rank serve this position, or have it staged?"""
+        """Whether every rank serves this position, or has staged it."""
         return all(position in (position_of(rank), position_of(rank.get("staged") or {})) for rank in self.ranks)
 
 
@@ -69,12 +69,12 @@ class CommitReport:
     """One commit.
 
     Attributes:
-        position: where the server is now.
-        pause_s: seconds in which no request could make progress: of the turn in which the slowest engine committed, or
-            from pause to resume where it had to be paused.
-        commit_s: seconds the slowest rank says it needed to apply.
-        stage_s: seconds the slowest rank says staging took (fetch, verify, decode, map).
-        changed: elements written, over all ranks' shards; None if the workers do not say.
+        position: what the server serves now.
+        pause_s: seconds in which no request made progress: of the turn in which the slowest engine committed, or from
+            pause to resume if the server was paused.
+        commit_s: seconds of writing, on the slowest rank.
+        stage_s: seconds of staging (fetch, verify, decode, map), on the slowest rank.
+        changed: elements written, over all ranks' shards; None if the workers do not report it.
     """
 
     position: Position

@@ -1,7 +1,7 @@
-"""A thin HTTP client of one vLLM server's control endpoints.
+"""HTTP client of one vLLM server's control endpoints: the [`InferenceServer`] of vLLM.
 
-It only knows URLs and what their failures mean. Every failure becomes a `ReplicaError` that says what to do; the
-order in which the endpoints are called is `hubsync.replicas.replica`'s business.
+Every failure becomes a `ReplicaError` that says what to do. `hubsync.replicas.replica` decides in which order the
+endpoints are called.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VLLMServer:
         url: base URL, for example `http://10.0.0.7:8000`.
         api_key: the server's `--api-key`, if it has one.
         timeout: seconds to wait for any one answer. A paused or busy server answers between two forward passes, so this
-            must be longer than the longest of those.
+            must be longer than the longest forward pass.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
@@ -82,7 +82,7 @@ class VLLMServer:
         return self._read("/get_world_size", lambda answer: int(answer["world_size"]))
 
     def pause(self) -> None:
-        """Freeze all requests between two forward passes; they go on after `resume`."""
+        """Freeze all requests between two forward passes until `resume`. KV caches stay."""
         self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
 
     def resume(self) -> None:
@@ -92,11 +92,11 @@ class VLLMServer:
         return self._read("/is_paused", lambda answer: bool(answer["is_paused"]))
 
     def reset_prefix_cache(self) -> bool:
-        """Drop all cached prefixes. False, and nothing dropped, while a running request holds blocks."""
+        """Drop all cached prefixes. Returns False and drops nothing while a running request holds blocks."""
         return bool(self._post("/reset_prefix_cache")["success"])
 
     def set_weight_version(self, version: str) -> None:
-        """Set what responses state as the weights that made them. vLLM 0.26 states nothing."""
+        """Set the weight version that responses state. Does nothing on vLLM 0.26, whose responses state none."""
         if self._labels:
             self._post("/update_weight_version", json={"new_version": version})
 
@@ -111,7 +111,7 @@ class VLLMServer:
     def load_adapter(self, name: str, path: str) -> None:
         """Have vLLM serve the LoRA adapter in a directory of the server's host, to requests for the model `name`.
 
-        Registered before: it is let go and loaded anew.
+        An adapter of this name that is already loaded is unloaded first.
         """
         adapter = {"lora_name": name, "lora_path": path}
         try:
@@ -139,7 +139,7 @@ class VLLMServer:
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
         for rank, result in enumerate(results):
-            if method != WorkerMethod.STATUS and result.get("error"):  # a status reports an error; it is none
+            if method != WorkerMethod.STATUS and result.get("error"):  # a status reports an earlier error
                 raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
 
@@ -150,7 +150,7 @@ class VLLMServer:
         raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
 
     def _read(self, path: str, read: Callable[[dict[str, Any]], T]) -> T:
-        """What `read` finds in the answer; ReplicaUnsuitable if it does not find it."""
+        """`read(answer)`; ReplicaUnsuitable if the answer lacks what it reads."""
         answer = self._get(path)
         try:
             return read(answer)

@@ -276,9 +276,9 @@ def test_an_answer_that_is_none_is_an_error_in_the_end(
         run(samples_of(server, attempts=2, k=1, prompts=[[1]]))
 
 
-def test_metrics_that_are_garbage_are_told_as_what_is_wrong_with_the_replica(replica: Callable[..., StandIn]) -> None:
+def test_invalid_metrics_are_reported_as_the_error_of_the_replica(replica: Callable[..., StandIn]) -> None:
     server = replica(waiting="many")
-    with pytest.raises(ReplicaUnreachable, match="that is no number: many"):
+    with pytest.raises(ReplicaUnreachable, match="that is not a number: many"):
         run(samples_of(server, patience=0.2))
 
 

@@ -1,7 +1,7 @@
-"""An asynchronous client of one vLLM server's generation endpoints: one continuation, and the versions that made it.
+"""Asynchronous client of one vLLM server's generation endpoints: completions with the versions that made them.
 
-A server that runs with `--enable-scale-out` tells which version sampled which token. Of others, the workers' status is
-read before a request and after it, and the answer is bounded by what they served then.
+A server with `--enable-scale-out` reports which version sampled which token. For other servers the workers' status is
+read before and after a request, and gives bounds.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Completion:
 
     Attributes:
         token_ids: the sampled tokens.
-        text: what they say; None if the prompt was token ids.
+        text: their text; None if the prompt was token ids.
         logprobs: log-probability of each sampled token; None if not asked for.
         finish_reason: "stop", "length", ...
         min_version: no token was sampled under an older version.
         max_version: no token was sampled under a newer version.
-        spans: which tokens under which version, in order; empty where the server does not tell, and the two bounds are
-            what it served before the request and after it.
+        spans: which tokens under which version, in order. Empty if the server does not report it: the two bounds are
+            then what it served before and after the request.
     """
 
     token_ids: tuple[int, ...]
@@ -64,16 +64,18 @@ class GenerationClient:
         api_key: the server's `--api-key`, if it has one.
         timeout: seconds that one continuation may take.
 
-    Every method raises ReplicaUnreachable if there is no usable answer (the server may be gone, restart or be ill),
-    ReplicaUnsuitable if it is one that cannot tell versions, ReplicaRefused if it is the request that is wrong, and
-    ConfigError if the API key is.
+    Raises, from every method:
+        ReplicaUnreachable: no usable answer. The server may be down, restarting or failing.
+        ReplicaUnsuitable: the server cannot report versions.
+        ReplicaRefused: the request is invalid.
+        ConfigError: the API key is wrong.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float):
         self.url = url.rstrip("/")
         self._timeout = timeout
         self._scale_out = True  # until it says otherwise
-        self._tells_spans = False  # until it has
+        self._reports_spans = False  # until it has
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
             limits=LIMITS,
@@ -96,7 +98,7 @@ class GenerationClient:
             ranks = (await self._post("/collective_rpc", body, _PROBE_S)).get("results")
         except _NoSuchPath:
             raise ReplicaUnsuitable(
-                f"{self.url} does not tell versions: start it with --enable-scale-out, or {DEV_MODE_HINT}"
+                f"{self.url} does not report versions: start it with --enable-scale-out, or {DEV_MODE_HINT}"
             ) from None
         try:
             versions = [int(rank["version"]) for rank in ranks or ()]
@@ -106,11 +108,11 @@ class GenerationClient:
 
     async def generate(self, prompt: Prompt, sampling: Mapping[str, Any], *, logprobs: bool) -> Completion:
         """A continuation of `prompt`, text or token ids, with vLLM's sampling parameters."""
-        before = None if self._tells_spans else await self._versions_if_told()
+        before = None if self._reports_spans else await self._versions_if_known()
         choice = await self._choice(prompt, sampling, logprobs)
         if choice.get("finish_reason") == "abort":
             raise ReplicaUnreachable(f"{self.url} aborted the request")
-        self._tells_spans = bool(choice.get("weight_versions"))
+        self._reports_spans = bool(choice.get("weight_versions"))
         try:
             spans = tuple(_span(span) for span in choice.get("weight_versions") or ())
             versions = [span.version for span in spans] or await self._versions_around(before)
@@ -126,17 +128,17 @@ class GenerationClient:
         except (KeyError, TypeError, ValueError) as error:
             raise ReplicaUnsuitable(f"{self.url} does not answer as vLLM does: {error!r} in {choice!r:.200}") from None
 
-    async def _versions_if_told(self) -> tuple[int, int] | None:
+    async def _versions_if_known(self) -> tuple[int, int] | None:
         try:
             return await self.versions()
         except ReplicaUnsuitable:
             return None
 
     async def _versions_around(self, before: tuple[int, int] | None) -> list[int]:
-        """What may have been served since `before` was read: only said of an answer that has just arrived."""
+        """Versions that may have been served since `before` was read. Call it right after an answer."""
         after = await self.versions()
         if before is None:
-            raise ReplicaUnreachable(f"{self.url} did not tell which versions made an answer, and did before")
+            raise ReplicaUnreachable(f"{self.url} no longer reports which versions made an answer")
         return [*before, *after]
 
     async def _choice(self, prompt: Prompt, sampling: Mapping[str, Any], logprobs: bool) -> dict[str, Any]:
@@ -189,7 +191,7 @@ class GenerationClient:
 
 
 class _NoSuchPath(ReplicaUnsuitable):
-    """The server does not have it, or it is switched off."""
+    """The server lacks the endpoint, or it is switched off."""
 
 
 def _only_choice(url: str, answer: dict[str, Any]) -> dict[str, Any]:

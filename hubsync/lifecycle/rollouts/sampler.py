@@ -4,9 +4,9 @@
         async for sample in sampler.sample(prompts, 8, max_tokens=512, temperature=1.0):
             ...
 
-Every sample is one task, which asks one replica after the other until it has one answer, so there is exactly one of
-each, whatever dies: an answer whose request was given up has nobody who waits for it. A replica that failed is asked
-for nothing more until it has shown that it is well; what it was working on is given up when it turns out to be dead.
+Every sample is one task, which asks one replica after the other until it has an answer. So each sample exists exactly
+once, whichever replica dies: late answers to cancelled requests are dropped. A failed replica gets no new requests
+until a health check succeeds. If the check fails, its running requests are cancelled.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Sample:
         prompt: index of its prompt.
         k: which of the prompt's samples, 0 to K - 1.
         token_ids: the sampled tokens.
-        text: what they say; None if the prompt was token ids.
+        text: their text; None if the prompt was token ids.
         logprobs: log-probability of each sampled token; None if not asked for.
         finish_reason: "stop", "length", ...
         min_version: no token was sampled under an older version.
         max_version: no token was sampled under a newer version.
-        spans: which tokens under which version, in order; empty where the replica does not tell.
+        spans: which tokens under which version, in order; empty if the replica does not report it.
         replica: URL of the replica that made it.
         seconds: from the request that was answered to its answer.
     """
@@ -68,10 +68,10 @@ class Sampler:
         replicas: base URLs of the vLLM servers.
         window: requests that a replica works on at once: a number, or how to adapt it to the replica's load.
         api_key: the servers' `--api-key`, if they have one.
-        timeout: seconds that one sample may take; then it is given up, and asked for again.
-        attempts: a sample that has failed so many times is an error.
-        patience: seconds without any usable replica that are an error.
-        poll_s: seconds between two looks at a replica that is well.
+        timeout: seconds that one sample may take. Then it is cancelled and requested again.
+        attempts: number of failures of one sample after which the error is raised.
+        patience: seconds without any usable replica after which an error is raised.
+        poll_s: seconds between two health checks of a usable replica.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Sampler:
         await self.close()
 
     async def close(self) -> None:
-        """Give up what is under way, and close all connections."""
+        """Cancel all running requests, and close all connections."""
         self._open, self._closed = False, True
         await _end(list(self._tasks))
         if self._giving_up is not None:
@@ -190,8 +190,8 @@ class Sampler:
             return Sample(index, k, **vars(completion), replica=replica.url, seconds=time.perf_counter() - started)
 
     async def _acquire(self, *, again: bool) -> _SamplingReplica:
-        """Room at the replica with the smallest share of its window in use, once there is any; first come, first
-        served, but for samples that have waited before."""
+        """The replica with the smallest used share of its window, once one has capacity. Waiting samples are served in
+        order; repeated ones go first."""
         turn: asyncio.Future[_SamplingReplica] = asyncio.get_running_loop().create_future()
         self._waiting.appendleft(turn) if again else self._waiting.append(turn)
         self._assign()
@@ -212,7 +212,7 @@ class Sampler:
             if self._waiting[0].done():  # cancelled
                 self._waiting.popleft()
                 continue
-            free = [replica for replica in self._replicas if replica.has_room]
+            free = [replica for replica in self._replicas if replica.has_capacity]
             if not free:
                 return
             least = min(replica.share for replica in free)
@@ -221,14 +221,14 @@ class Sampler:
             replica.window.use(replica.outstanding)
             self._waiting.popleft().set_result(replica)
 
-    # --- whether replicas are well
+    # --- health of replicas
 
     async def _watch(self, replica: _SamplingReplica) -> None:
-        """Look at a replica from time to time, at once when it is under suspicion, and less often while it is dead."""
+        """Check a replica's health periodically: at once after a failed request, and less often while it is dead."""
         while True:
             try:
-                await replica.look()
-            except Exception as error:  # also what nobody foresaw: who is not watched would never be used again
+                await replica.check()
+            except Exception as error:  # also unexpected ones: a replica whose watch ends would never be used again
                 replica.die(error)
             else:
                 replica.live()
@@ -264,13 +264,13 @@ class Sampler:
 
 
 class _SamplingReplica:
-    """A replica, and what is known of it.
+    """A replica and its health.
 
     Attributes:
-        outstanding: samples that have been asked of it.
-        usable: may it be asked for more?
-        error: what it failed with last.
-        failures: since it last made a sample.
+        outstanding: number of its running requests.
+        usable: whether it may get more requests.
+        error: its last error.
+        failures: failures in a row.
     """
 
     def __init__(self, client: GenerationClient, window: RequestLimit):
@@ -285,7 +285,7 @@ class _SamplingReplica:
         self._due = asyncio.Event()
 
     @property
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
         return self.usable and self.outstanding < self.window.size
 
     @property
@@ -293,7 +293,7 @@ class _SamplingReplica:
         return self.outstanding / self.window.size
 
     async def generate(self, prompt: Prompt, sampling: dict[str, Any], logprobs: bool) -> Completion:
-        """Its answer; ReplicaUnreachable as soon as it is known to be dead."""
+        """Its completion; ReplicaUnreachable as soon as the replica is known to be dead."""
         answer = asyncio.ensure_future(self.client.generate(prompt, sampling, logprobs=logprobs))
         death = asyncio.ensure_future(self._dead.wait())
         try:
@@ -304,21 +304,21 @@ class _SamplingReplica:
         finally:
             await _end([answer, death])
 
-    async def look(self) -> None:
-        """ReplicaUnreachable if it is not well. Where its window adapts, it does so now."""
+    async def check(self) -> None:
+        """Check its health and adapt its window. ReplicaUnreachable if it is not healthy."""
         if self.window.adapts:
             self.window.observe(Load.parse(await self.client.metrics()))
         await self.client.check_health()
 
     def suspect(self, error: Exception) -> None:
-        """It failed once: it gets nothing more to do before it has been looked at."""
+        """Record a failed request: the replica gets no more before a health check succeeds."""
         if self.usable:
             self.usable, self.error = False, error
             self.failures += 1
             self._due.set()
 
     def die(self, error: Exception) -> None:
-        """What it works on is given up."""
+        """Record a failed health check: its running requests are cancelled."""
         self.usable, self.error = False, error
         self.failures += 1
         self._dead.set()
@@ -328,7 +328,7 @@ class _SamplingReplica:
         self._dead.clear()
 
     async def wait(self, poll_s: float) -> None:
-        """Until it should be looked at again: the more often it has failed in a row, the later."""
+        """Wait until the next health check: longer after every failure in a row."""
         if self.usable:
             # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes with the event.
             timer = asyncio.get_running_loop().call_later(poll_s, self._due.set)
@@ -365,7 +365,7 @@ def _is_prompt(prompt: object) -> bool:
 
 
 def _seeded(sampling: dict[str, Any], offset: int) -> dict[str, Any]:
-    """Samples with the same seed would be the same sample."""
+    """Sampling parameters with a seed of its own for each sample; equal seeds give equal samples."""
     return sampling if sampling.get("seed") is None else {**sampling, "seed": sampling["seed"] + offset}
 
 

@@ -1,7 +1,8 @@
-"""How many requests a server is given at once: a fixed number, or as many as its own metrics say that it can take.
+"""Limit of concurrent requests to one server: fixed, or adapted to the server's own metrics.
 
-Additive increase, multiplicative decrease: while the server keeps up and all of its window is in use, the window grows
-by a constant; when requests pile up in the server's queue, or are late with their first token, it shrinks by a factor.
+Additive increase, multiplicative decrease, as in TCP: while the server keeps up and its whole window is in use, the
+window grows by a constant. When requests pile up in the server's queue, or their first token is late, it shrinks by a
+factor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SHRINK = 0.5
 
 @dataclass(frozen=True)
 class AdaptiveWindow:
-    """Settings of a window that follows a server's load.
+    """Settings of a limit that adapts to a server's load.
 
     Attributes:
         initial_window: requests at once to begin with.
@@ -54,7 +55,7 @@ class AdaptiveWindow:
 
 @dataclass(frozen=True)
 class Load:
-    """What a server's metrics say: counts and seconds since it started.
+    """Load of a server from its metrics: counts and seconds since it started.
 
     Attributes:
         waiting: requests in its queue now, over all of its engines.
@@ -68,7 +69,7 @@ class Load:
 
     @classmethod
     def parse(cls, metrics: str) -> Load:
-        """Read the text of vLLM's `/metrics`; ReplicaUnsuitable if it does not tell."""
+        """Parse the text of vLLM's `/metrics`. ReplicaUnsuitable if a metric is missing."""
         waiting = _total(metrics, _WAITING)
         delays = [_total(metrics, f"{name}_sum") for name in _DELAYS]
         finished = _total(metrics, f"{_DELAYS[0]}_count")
@@ -81,7 +82,7 @@ class Load:
 
 
 class RequestLimit:
-    """The window of one server.
+    """Limit of concurrent requests to one server.
 
     Attributes:
         size: requests that may be outstanding now.
@@ -103,13 +104,13 @@ class RequestLimit:
         return self._settings.min_window < self._settings.max_window
 
     def use(self, outstanding: int) -> None:
-        """Note how many requests are outstanding. A window that is never full says nothing about a larger one."""
+        """Record the number of running requests. The window grows only after it was full."""
         self._used = max(self._used, outstanding)
 
     def observe(self, load: Load) -> None:
         """Adapt to the server's load since the last call."""
         last = self._last
-        if last is None or load.finished < last.finished:  # the first look at it, or the first after its restart
+        if last is None or load.finished < last.finished:  # the first observation, or the first after a restart
             last = Load(0.0, load.finished, load.delay_s)
         self._last, used, self._used = load, self._used, 0
         finished = load.finished - last.finished
@@ -117,7 +118,7 @@ class RequestLimit:
         delay = (load.delay_s - last.delay_s) / finished if finished else 0.0
         overloaded = load.waiting > self._settings.queue_target or delay > self._settings.prefill_queue_target
         if overloaded and not self._settling:
-            # What was sent before goes on to report the larger window's delays: they must not shrink it again.
+            # Requests sent before still report the larger window's delays, which must not shrink it again.
             self._settling = float(used)
             self._size = max(float(self._settings.min_window), self._size * _SHRINK)
         elif not overloaded and used >= self.size:
@@ -130,4 +131,4 @@ def _total(metrics: str, name: str) -> float | None:
     try:
         return sum(map(float, found)) if found else None
     except ValueError:
-        raise ReplicaUnsuitable(f"/metrics has a {name} that is no number: {', '.join(found):.100}") from None
+        raise ReplicaUnsuitable(f"/metrics has a {name} that is not a number: {', '.join(found):.100}") from None

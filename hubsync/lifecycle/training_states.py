@@ -1,12 +1,12 @@
-"""The state of a training, model and optimizer, as `torch.distributed.checkpoint` keeps it: all ranks in one directory.
+"""Training states: model and optimizer of all ranks in one directory, as `torch.distributed.checkpoint` writes them.
 
-Every rank writes what it holds, and the directory gets its name once all of them have: a state that can be seen is
-whole. Writing is a thread's work, so that a rank whose disk hangs keeps nobody longer than the timeout.
+Every rank writes what it holds into a hidden directory. The directory gets its name once all parts of the step are
+durable, so a state that can be seen is complete. A thread writes, so that a rank whose disk hangs delays the others no
+longer than the timeout.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 import threading
@@ -20,65 +20,47 @@ from hubsync.errors import CheckpointFailed
 from hubsync.publish.detect.stepping import unwrapped
 from hubsync.publish.ranks import Ranks
 
-logger = logging.getLogger(__name__)
-
 
 class TrainingStates:
     """The saved states of one training. Under torch.distributed every rank makes one, and saves the same names.
 
     Args:
-        directory: where they are; the same for all ranks, on a disk that all of them reach.
+        directory: where the states are; the same for all ranks, on a disk that all of them reach.
         ranks: those of the training thread.
-        timeout: seconds that a rank may take to write.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks, timeout: float):
+    def __init__(self, directory: Path, ranks: Ranks):
         self._directory = directory
         self._ranks = ranks
         self._writing_ranks = ranks.apart()
-        self._timeout = timeout
-        self._last: _Writing | None = None
+        self._last: StateWriting | None = None
 
-    def save(self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        """Write `directory/name`, with the keys `model` and `optimizer` as `get_state_dict` makes them.
+    def begin(self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> StateWriting:
+        """Begin to write the state `directory/name`, which stays hidden until `StateWriting.show`. Collective.
 
-        A state of this name that is there already is replaced once the new one is whole.
+        The state has the keys `model` and `optimizer`, as `get_state_dict` makes them. It is copied to the disk in the
+        background: the model must not change until `StateWriting.wait` has returned.
 
         Raises:
-            CheckpointFailed: on all ranks; nothing can be seen of it then.
+            CheckpointFailed: on all ranks. The previous state is still being written, or the directory is unusable.
         """
         ranks = self._ranks
         ranks.together(self._require_idle)
         state = ranks.together(lambda: state_of(model, optimizer))
-        staging = ranks.first(lambda: self._make_room(name))
-        writing = self._last = _Writing(staging, state, self._writing_ranks.group)
-        try:
-            ranks.together(lambda: writing.wait(self._timeout))
-            ranks.first(lambda: self._show(staging, name))
-        except BaseException:
-            writing.discard()
-            raise
+        hidden = ranks.first(lambda: self._hidden_directory(name))
+        self._last = StateWriting(hidden, self._directory / name, state, self._writing_ranks.group)
+        return self._last
 
     def _require_idle(self) -> None:
         if self._last is not None and not self._last.ended:
-            raise CheckpointFailed("the save before is still being written, although its time is over")
+            raise CheckpointFailed("the previous state is still being written, although its time is over")
 
-    def _make_room(self, name: str) -> Path:
+    def _hidden_directory(self, name: str) -> Path:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(dir=self._directory, prefix=f".{name}-"))
         except OSError as error:
-            raise CheckpointFailed(f"no room for {name} in {self._directory}: {error}") from error
-
-    def _show(self, staging: Path, name: str) -> None:
-        target, old = self._directory / name, staging.with_name(f"{staging.name}.old")
-        try:
-            if target.exists():
-                target.rename(old)
-            staging.rename(target)
-        except OSError as error:
-            raise CheckpointFailed(f"{target} could not be given its name: {error}") from error
-        shutil.rmtree(old, ignore_errors=True)
+            raise CheckpointFailed(f"cannot make a directory for {name} in {self._directory}: {error}") from error
 
 
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -96,19 +78,24 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) ->
 
 
 def _forget_step(optimizer: torch.optim.Optimizer) -> None:
-    """torch gives an optimizer that has no state yet one, by a step with gradients of zero: it must not count."""
+    """Undo the step with zero gradients by which torch creates the state of a new optimizer."""
     for entry in optimizer.state.values():
         if isinstance(entry.get("step"), torch.Tensor):
-            entry["step"].zero_()  # in what is saved, too
+            entry["step"].zero_()  # also in the saved state, which shares the tensor
     optimizer.state.clear()
 
 
-class _Writing:
-    """One rank's part of a state on its way to the disk."""
+class StateWriting:
+    """One rank's part of a state that is being written.
 
-    def __init__(self, directory: Path, state: dict[str, Any], group: ProcessGroup | None):
+    Attributes:
+        ended: whether the writing has ended, with success or failure.
+    """
+
+    def __init__(self, hidden: Path, target: Path, state: dict[str, Any], group: ProcessGroup | None):
         self.ended = False
-        self._directory = directory
+        self._hidden = hidden
+        self._target = target
         self._error: BaseException | None = None
         self._is_unwanted = False
         self._lock = threading.Lock()
@@ -116,37 +103,52 @@ class _Writing:
         self._thread.start()
 
     def wait(self, timeout: float) -> None:
-        """Return once all ranks' parts are on the disk. CheckpointFailed if they are not in time, or never will be."""
+        """Return once the parts of all ranks are on the disk.
+
+        Raises:
+            CheckpointFailed: a rank could not write, or they were not written in `timeout` seconds.
+        """
         self._thread.join(timeout)
         if not self.ended:
             raise CheckpointFailed(f"not written in {timeout:g} s")
         if self._error is not None:
-            raise CheckpointFailed(_words(self._error)) from self._error
+            raise CheckpointFailed(_reason(self._error)) from self._error
+
+    def show(self) -> None:
+        """Give the written directory its name. It replaces an older state of this name. For one rank to call."""
+        old = self._hidden.with_name(f"{self._hidden.name}.old")
+        try:
+            if self._target.exists():
+                self._target.rename(old)
+            self._hidden.rename(self._target)
+        except OSError as error:
+            raise CheckpointFailed(f"{self._target} could not be given its name: {error}") from error
+        shutil.rmtree(old, ignore_errors=True)
 
     def discard(self) -> None:
-        """Delete what is written, once it is."""
+        """Delete what is written, once the writing has ended. Does not touch a state that is shown."""
         with self._lock:
             self._is_unwanted, ended = True, self.ended
         if ended:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _write(self, state: dict[str, Any], group: ProcessGroup | None) -> None:
         import torch.distributed.checkpoint as dcp  # takes a second
 
         try:
-            dcp.save(state, checkpoint_id=self._directory, process_group=group, no_dist=group is None)
+            dcp.save(state, checkpoint_id=self._hidden, process_group=group, no_dist=group is None)
         except BaseException as error:  # torch's CheckpointException is one
             self._error = error
         with self._lock:
             self.ended, unwanted = True, self._is_unwanted
         if unwanted:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self._hidden, ignore_errors=True)
 
 
-def _words(error: BaseException) -> str:
-    """What failed on which rank; torch would add a traceback of each."""
+def _reason(error: BaseException) -> str:
+    """Which rank failed with which error. torch's own text has a traceback of each."""
     failures = getattr(error, "failures", None) or {None: (error,)}
-    said = (f"{type(reason).__name__}: {reason}" for reason, *_ in failures.values())
+    texts = (f"{type(reason).__name__}: {reason}" for reason, *_ in failures.values())
     return "; ".join(
-        what if rank is None else f"rank {rank}: {what}" for rank, what in zip(failures, said, strict=True)
+        text if rank is None else f"rank {rank}: {text}" for rank, text in zip(failures, texts, strict=True)
     )

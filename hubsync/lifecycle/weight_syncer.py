@@ -1,8 +1,8 @@
-"""`WeightSyncer`: the life of named snapshots of a policy, as users of hosted RL services know it.
+"""`WeightSyncer`: named snapshots of a policy, with the interface of hosted RL services.
 
-Saving makes a version of the run, under a name. Hot-loading brings the deployment to one. Both are also to be had by
-themselves. This adds names, the choice between whole models and deltas, checks and retries to what the engine and the
-deployment do.
+Saving publishes a version of the run under a name. Hot-loading brings the deployment to a saved version. A session can
+do both at once, or each alone. `WeightSyncer` adds names, the choice between whole models and deltas, checks and
+retries to the engine and the deployment.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -21,14 +22,16 @@ import torch
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
-from hubsync.errors import ConfigError, HubsyncError, NoPath, RunMismatch
+from hubsync.errors import CheckpointFailed, ConfigError, HubsyncError, NoPath, RunMismatch
 from hubsync.format.manifest import Position
 from hubsync.publish.config import DeltaEncoding, SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
+from hubsync.publish.results import Ticket
 from hubsync.replicas.deployment import Deployment, HotloadReport, ReplicaReport
 from hubsync.replicas.server import checked_seconds
 
-from .training_states import TrainingStates
+from .checkpoint_coordinator import CheckpointCoordinator
+from .training_states import StateWriting, TrainingStates
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 @dataclass(frozen=True)
 class _NamedVersion:
-    """A named position; `expires` is in seconds since 1970, None for never."""
+    """A version saved under a name. `expires` is in seconds since 1970, None for never."""
 
     position: Position
     expires: float | None = None
@@ -48,26 +51,29 @@ class _NamedVersion:
 class WeightSyncer:
     """Saves snapshots of a model to a bucket, and hot-loads them on a deployment.
 
-    A name given by the user is made unique with the session, which is this object: `step-5` becomes `step-5-1a2b3c4d`.
-    The full name stands in the version's manifest, so other sessions can hot-load it too. A further name for a version,
-    where nothing has changed since, is this session's alone.
+    The session makes a user's name unique: `step-5` becomes `step-5-1a2b3c4d`. The full name is recorded in the
+    version's manifest, so other sessions can hot-load it too. A second name for a version, given when nothing has
+    changed since, is known to this session alone.
 
-    Under torch.distributed every rank makes one, and calls the same methods in the same order. They all return or raise
-    the same; rank 0 speaks to the servers.
+    Under torch.distributed every rank makes a `WeightSyncer` and calls the same methods in the same order. All ranks
+    return or raise the same. Rank 0 calls the servers.
 
     Args:
         model: the model being trained; see [`DeltaWeightTransferEngine`].
         optimizer: its optimizer, or None.
-        config: settings of the engine. Its `servers` must be empty: the deployment is what is pushed to.
-        deployment: the servers; None if all of them follow the bucket by themselves (`hubsync follow`). That of rank 0
-            counts.
-        first_checkpoint_type: what the first snapshot of the session is: `"base"`, uploaded whole, or `"delta"`.
-        compression_format: level of the codec, see `SyncConfig.encoding`; default is the config's.
+        config: settings of the engine. Its `servers` must be empty: the deployment holds the servers.
+        deployment: the servers to push to; None if all servers follow the bucket (`hubsync follow`). Only rank 0's
+            deployment is used.
+        first_checkpoint_type: type of the session's first snapshot: `"base"`, uploaded whole, or `"delta"`.
+        compression_format: encoding of the deltas, see `SyncConfig.encoding`; default is the config's.
         hotload_timeout: seconds that servers have for a hot-load.
-        dcp_directory: where `save_dcp` writes; a disk that all ranks reach.
-        dcp_timeout: seconds that a rank may take to write there.
-        warmup_after_hotload: whether to have every server generate a token after a hot-load.
-        warmup_max_retries: how often that is tried again.
+        dcp_directory: directory of `save_dcp`, on a disk that all ranks reach.
+        dcp_timeout: seconds that a rank may take to write there, and to make the version durable.
+        warmup_after_hotload: whether every server generates a token after a hot-load.
+        warmup_max_retries: number of repeated attempts at that.
+
+    Raises:
+        ConfigError: an argument is invalid; the message names it.
 
     Usage:
 
@@ -117,7 +123,10 @@ class WeightSyncer:
         self._warmup = warmup_after_hotload
         self._warmup_max_retries = warmup_max_retries
         self._snapshots: dict[str, _NamedVersion] = {}
-        self._loaded: Position | None = None  # where all servers are known to be
+        self._loaded: Position | None = None  # what all servers are known to serve
+        self._dcp_timeout = dcp_timeout
+        self._saves = 0  # calls of `save_dcp`: the coordinator's steps
+        self._writing: StateWriting | None = None  # of the last of them
         self.engine = DeltaWeightTransferEngine(
             model, optimizer, replace(config, encoding=compression_format or config.encoding)
         )
@@ -125,7 +134,8 @@ class WeightSyncer:
         try:
             self.session = self._ranks.first(lambda: secrets.token_hex(4))
             self._is_pushing = self._ranks.first(lambda: deployment is not None)
-            self._states = TrainingStates(states, self._ranks, dcp_timeout)
+            self._states = TrainingStates(states, self._ranks)
+            self._coordinator = CheckpointCoordinator(self._show_state, alone=self._ranks.size == 1)
             self._cache = tempfile.TemporaryDirectory(prefix="hubsync-syncer-")
             self._reader = ChainReader(open_bucket(config.bucket, token=config.token), self._cache.name)
         except BaseException as error:
@@ -136,31 +146,32 @@ class WeightSyncer:
     # --- saving and hot-loading ---------------------------------------------------------------------
 
     def save_and_hotload(self, name: str, checkpoint_type: str | None = None) -> str:
-        """Save a snapshot, bring the deployment to it, and let followers have it.
+        """Save a snapshot, and serve it on the deployment and on all followers.
 
         Args:
-            checkpoint_type: `"base"` or `"delta"`; default is the session's first type, and deltas from then on.
+            checkpoint_type: `"base"` or `"delta"`; default is the session's first type for the first snapshot, and
+                `"delta"` for later ones.
 
         Returns:
             the snapshot's full name.
 
         Raises:
-            HubsyncError: it could not be saved (the next one will hold its changes), or not hot-loaded (it is saved,
-                and `hotload` can be tried again).
+            HubsyncError: it could not be saved (the next snapshot holds its changes), or not hot-loaded (it is saved:
+                call `hotload` again).
         """
         snapshot = self._save(name, checkpoint_type, ttl=None, serve=True)
         self._hotload(snapshot)
         return snapshot
 
     def save_only(self, name: str, checkpoint_type: str | None = None, ttl: float | None = None) -> str | None:
-        """Save a snapshot that nobody moves to before it is hot-loaded.
+        """Save a snapshot that no server serves before it is hot-loaded.
 
         Args:
             ttl: seconds for which the name can be hot-loaded. Then `hubsync gc` may delete the version, unless it is
-                the newest, is served, or later ones rest on it.
+                the newest, is served, or later versions depend on it.
 
         Returns:
-            the snapshot's full name; None if it could not be saved: the next one will hold its changes.
+            the snapshot's full name; None if it could not be saved: the next snapshot holds its changes.
         """
         try:
             return self._save(name, checkpoint_type, ttl, serve=False)
@@ -171,9 +182,10 @@ class WeightSyncer:
             return None
 
     def hotload(self, snapshot_name: str) -> bool:
-        """Bring the deployment to a snapshot, of this session or another one, newer or older; let followers have it.
+        """Serve a snapshot on the deployment and on all followers. It may be older, or of another session.
 
-        False if it failed: the log says why, and servers that have not got there serve what they did.
+        Returns:
+            False if it failed: the log says why. Servers that did not commit serve what they served before.
         """
         try:
             self._hotload(snapshot_name)
@@ -187,14 +199,21 @@ class WeightSyncer:
     def save_dcp(self, name: str) -> bool:
         """Save model and optimizer with `torch.distributed.checkpoint`, so that training can go on from there.
 
-        The directory `dcp_directory/name` holds the keys `model` and `optimizer`, as `get_state_dict` makes them, of
-        all ranks; it appears once it is complete, and takes the place of an older one of this name. False if it failed
-        or took longer than `dcp_timeout`: the log says why.
+        What has changed since the newest version is published first, as a version that nothing serves yet. The
+        directory `dcp_directory/name` holds the keys `model` and `optimizer` of all ranks, as `get_state_dict` makes
+        them. It appears once the version and the state are durable on all ranks, and replaces an older one of this
+        name.
+
+        Returns:
+            False if a part of it failed on any rank, or took longer than `dcp_timeout`: the log says why, and no
+            directory appears.
         """
         self._ranks.together(lambda: self._require_usable(name))
         steps = self.engine.steps
         try:
-            self._states.save(name, self._model, self._optimizer)
+            ticket = self.engine.publish(name=f"{name}-{self.session}", serve=False)
+            writing = self._states.begin(name, self._model, self._optimizer)
+            self._save_together(ticket, writing)
         except HubsyncError as error:
             logger.warning("%s was not saved: %s", name, error)
             return False
@@ -202,12 +221,36 @@ class WeightSyncer:
             self.engine.steps = steps  # torch may have stepped an optimizer that was new
         return True
 
+    def _save_together(self, ticket: Ticket, writing: StateWriting) -> None:
+        """Wait until version and state are durable on all ranks, and show the state. CheckpointFailed if one is not."""
+        coordinator, timeout = self._coordinator, self._dcp_timeout
+        self._writing, self._saves = writing, self._saves + 1
+        step, failures = self._saves, []
+        for call in (
+            partial(coordinator.register_and_monitor, step, state_dict_thread_count=1, checkpoint_thread_count=1),
+            partial(coordinator.save_async, "version", lambda: ticket.result(timeout), step, is_state_dict=True),
+            partial(coordinator.save_async, "state", lambda: writing.wait(timeout), step),
+            coordinator.wait_all,
+        ):
+            try:
+                call()
+            except CheckpointFailed as failure:  # of an earlier call, which every rank makes in any case
+                failures.append(failure)
+        writing.discard()
+        if failures:
+            raise failures[0]
+
+    def _show_state(self, save: int, is_state_dict: bool) -> None:
+        """Make the state of the last `save_dcp` visible. The coordinator calls this on rank 0."""
+        assert self._writing is not None
+        self._writing.show()
+
     # --- the deployment -----------------------------------------------------------------------------
 
     def check_deployment_state(self) -> str | None:
         """The full name of the snapshot that all servers serve; None if they differ, or it has no name.
 
-        What they serve is taken as what the next delta has to lead on from.
+        The next hot-load must find a path from there.
         """
         return self._ranks.first(self._check_deployment_state)
 
@@ -237,7 +280,7 @@ class WeightSyncer:
                 return True
             except ConfigError:
                 raise
-            except HubsyncError as error:  # also what workers say of the run and the bucket
+            except HubsyncError as error:  # also errors of workers about the run and the bucket
                 remaining = deadline - time.monotonic()
                 logger.info("not ready, %.0f s left: %s", max(0.0, remaining), error)
                 if remaining <= 0:
@@ -245,7 +288,7 @@ class WeightSyncer:
                 time.sleep(min(poll_interval_s, remaining))
 
     def close(self, leave_serving: bool = True) -> None:
-        """End the session. The servers serve on, unless `leave_serving` is False: see `Deployment.close`."""
+        """End the session. Servers go on serving, unless `leave_serving` is False: see `Deployment.close`."""
         self._end(self.engine.close, leave_serving)
 
     def _end(self, close_engine: Callable[[], None], leave_serving: bool) -> None:
@@ -255,6 +298,7 @@ class WeightSyncer:
         try:
             close_engine()
         finally:
+            self._coordinator.close()
             if self.deployment is not None:
                 self.deployment.close(leave_serving=leave_serving)
             self._cache.cleanup()
@@ -265,7 +309,7 @@ class WeightSyncer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The engine knows what of its end still makes sense after an error, which stays the one to see.
+        # After an error the engine skips what makes no sense any more, and the error stays the one that is raised.
         self._end(lambda: self.engine.__exit__(kind, error, trace), leave_serving=True)
 
     # --- saving -------------------------------------------------------------------------------------
@@ -289,18 +333,18 @@ class WeightSyncer:
         return full, kind
 
     def _publish(self, name: str, serve: bool, ttl: float | None) -> Position:
-        """Make what has changed a version. Followers stay where they are unless `serve`."""
+        """Publish what has changed. Followers stay where they are unless `serve`."""
         return self.engine.publish(name=name, serve=serve, ttl=ttl).result().position
 
     def _warn_of_earlier_end(self, name: str, position: Position, expires: float | None) -> None:
-        """A version says itself when it expires; a second name of it, when nothing has changed, does not."""
+        """Warn if this is a second name of a version that expires: the expiry is recorded with the version."""
         for other, snapshot in self._snapshots.items():
             end = snapshot.expires
             if snapshot.position == position and end is not None and (expires is None or expires > end):
                 logger.warning("%s is the same version as %s, and expires with it", name, other)
 
     def _serve(self, position: Position) -> None:
-        """Let followers have this position."""
+        """Have followers serve this position."""
         self.engine.serve(position.version)
 
     # --- hot-loading --------------------------------------------------------------------------------
@@ -325,7 +369,7 @@ class WeightSyncer:
         report = self._bring(position)
         lost = next((replica.error for replica in report.replicas if isinstance(replica.error, NoPath)), None)
         if lost is not None and position == self.engine.position:
-            logger.warning("saving %s whole, because a server has no other way to it: %s", name, lost)
+            logger.warning("uploading %s whole, because a server has no path to it: %s", name, lost)
             self.engine.anchor(name=name)
             report = self._bring(position)
         report.raise_for_quorum()
@@ -335,23 +379,23 @@ class WeightSyncer:
 
     @property
     def _servers(self) -> Deployment:
-        assert self.deployment is not None, "rank 0 has it"
+        assert self.deployment is not None, "rank 0 has one"
         return self.deployment
 
     def _find(self, name: str) -> Position:
-        if not isinstance(name, str):  # else None, for what could not be saved, would be any version without a name
-            raise NoPath(f"{name!r:.80} is not the name of a snapshot: save_only returns None for what was not saved")
+        if not isinstance(name, str):  # None would match any version without a name
+            raise NoPath(f"{name!r:.80} is not the name of a snapshot: save_only returns None if it could not save")
         snapshot = self._snapshots.get(name) or self._find_in_run(name)
         if snapshot is None:
             raise NoPath(
-                f"the run has no snapshot {name!s:.300}: a full name ends with its session, as `hubsync ls` shows it"
+                f"the run has no snapshot {name!s:.300}: give the full name, with its session, as `hubsync ls` shows it"
             )
         if snapshot.expires is not None and time.time() > snapshot.expires:
-            raise NoPath(f"{name} was saved to be hot-loaded for a time that is over")
+            raise NoPath(f"{name} has expired (ttl): hot-load another snapshot, or save it again")
         return snapshot.position
 
     def _find_in_run(self, name: str) -> _NamedVersion | None:
-        """The newest snapshot of this name. A version's delta says when it expires, an anchor of it does not."""
+        """The newest version of this name. Its delta records when it expires, its anchor does not."""
         named = [manifest for manifest in self._reader.manifests() if manifest.name == name]
         if not named:
             return None
@@ -360,11 +404,16 @@ class WeightSyncer:
         return _NamedVersion(position, next((end for end in expires if end is not None), None))
 
     def _require_lineage(self, position: Position) -> None:
-        """The run must hold this very position, and a way to it from the snapshot that was loaded before."""
+        """Require that the run holds exactly this position, and a path to it from the one that was loaded before.
+
+        Raises:
+            RunMismatch: the run has another digest for the version.
+            NoPath: no deltas or anchor lead there.
+        """
         self._reader.newest()
         known = self._reader.run().origin if position.version == 0 else self._reader.manifest(position.version).position
         if known != position:
-            raise RunMismatch(f"the run has {known} where this session saved {position}: another trainer works on it")
+            raise RunMismatch(f"the run has {known}, this session saved {position}: another trainer publishes to it")
         self._reader.plan(self._loaded, position.version, base_available=True)
 
     def _replicas(self) -> tuple[ReplicaReport, ...]:
@@ -393,5 +442,5 @@ def _require_type(checkpoint_type: str) -> str:
 def _require_name(name: str) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r:.300} is not a name: letters, digits, and . _ - after the first of them, at most 200"
+            f"{name!r:.300} is not a name: use letters, digits and . _ - (the first a letter or digit), at most 200"
         )

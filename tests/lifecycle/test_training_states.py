@@ -1,7 +1,8 @@
-"""A training's state across ranks: whole or invisible, restorable, and together with the weights of its step."""
+"""Training states across ranks: complete or invisible, restorable, and visible with their version only."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -16,10 +17,9 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 from hubsync import DeltaWeightTransferEngine, SyncConfig, WeightSyncer
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
-from hubsync.errors import CheckpointFailed, ConfigError
+from hubsync.errors import BucketUnavailable, CheckpointFailed, ConfigError
 from hubsync.lifecycle.checkpoint_coordinator import CheckpointCoordinator
-from hubsync.lifecycle.training_states import TrainingStates, state_of
-from hubsync.publish.ranks import join
+from hubsync.lifecycle.training_states import state_of
 from hubsync.replicas.deployment import Deployment
 from tests.support.standin import StandIn
 from tests.support.training import Net, run, spread, train, whole_view
@@ -69,8 +69,11 @@ def test_ranks_go_on_from_a_saved_state_exactly_and_so_does_one_process(how: str
 
 
 def fails_to_save(rank: int, address: str, how: str) -> list[Any]:
-    states_of_all = TrainingStates(states(address), join(), timeout=60.0 if how != "hangs" else 2.0)
-    model = spread("fsdp2")
+    """What two calls of `save_dcp` return or raise, the reasons in the log, and the version that is served."""
+    model, optimizer, syncer = session("fsdp2", address, dcp_timeout=2.0 if how == "hangs" else 60.0)
+    log = Log()
+    logging.getLogger("hubsync").addHandler(log)
+    train(model, optimizer, 1)
     write, save = FileSystemWriter.write_data, dcp.save
     if rank == 1 and how == "disk":
         FileSystemWriter.write_data = lambda *_: _full_disk()  # type: ignore[method-assign]
@@ -78,42 +81,73 @@ def fails_to_save(rank: int, address: str, how: str) -> list[Any]:
         dcp.save = lambda *args, **options: (time.sleep(6), save(*args, **options))
     if rank == 1 and how == "dies":
         FileSystemWriter.write_data = lambda *_: os._exit(3)  # type: ignore[method-assign]
-    said = []
+    if how == "version" and rank == 1:
+        LocalBucket.put = _full_bucket  # type: ignore[method-assign]
+    saved = []
     for name in ("a", "b"):
-        try:
-            said.append(states_of_all.save(name, model, None))
-        except CheckpointFailed as error:
-            said.append(str(error))
-        except Exception as error:
-            return [*said, type(error).__name__]
-        FileSystemWriter.write_data = write  # type: ignore[method-assign]
-    return said
+        saved.append(syncer.save_dcp(name))
+        FileSystemWriter.write_data, LocalBucket.put = write, put  # type: ignore[method-assign]
+        if how == "dies":
+            break
+    return [saved, log.messages]
+
+
+put = LocalBucket.put
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def _full_disk() -> None:
     raise OSError("disk full")
 
 
-def test_a_state_that_one_rank_cannot_write_is_no_state_and_the_next_one_is(tmp_path: Path) -> None:
-    for said in run(2, fails_to_save, tmp_path / "run", "disk"):
-        assert "disk full" in said[0]
-        assert said[1:] == [None]
+def _full_bucket(*_: Any) -> None:
+    raise BucketUnavailable("bucket full")
+
+
+def shown(address: Path) -> list[str]:
+    return [path.name for path in states(str(address)).iterdir() if not path.name.startswith(".")]
+
+
+def test_a_state_that_one_rank_cannot_write_stays_hidden_and_the_next_one_appears(tmp_path: Path) -> None:
+    for saved, messages in run(2, fails_to_save, tmp_path / "run", "disk"):
+        assert saved == [False, True]
+        assert "disk full" in messages[0]
     assert [path.name for path in states(str(tmp_path / "run")).iterdir()] == ["b"]
 
 
+def test_a_state_stays_hidden_while_one_rank_cannot_publish_its_part_of_the_version(tmp_path: Path) -> None:
+    for saved, messages in run(2, fails_to_save, tmp_path / "run", "version"):
+        assert saved == [False, True]
+        assert any("bucket full" in message for message in messages)
+    assert [path.name for path in states(str(tmp_path / "run")).iterdir()] == ["b"]
+    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
+    assert (reader.newest().version, reader.served().version) == (1, 0)
+
+
 def test_a_rank_that_hangs_holds_up_the_others_no_longer_than_the_timeout(tmp_path: Path) -> None:
-    first, second = run(2, fails_to_save, tmp_path / "run", "hangs")
-    assert (
-        first == second == ["not written in 2 s", "the save before is still being written, although its time is over"]
-    )
-    assert not [path for path in states(str(tmp_path / "run")).iterdir() if not path.name.startswith(".")]
+    for saved, messages in run(2, fails_to_save, tmp_path / "run", "hangs"):
+        assert saved == [False, False]
+        assert "not written in 2 s" in messages[0]
+        assert "the previous state is still being written, although its time is over" in messages[1]
+    assert not shown(tmp_path / "run")
 
 
-def test_a_rank_that_dies_while_it_writes_is_noticed(tmp_path: Path) -> None:
-    said, exit_code = run(2, fails_to_save, tmp_path / "run", "dies")
+def test_a_rank_killed_between_version_and_state_leaves_the_step_invisible(tmp_path: Path) -> None:
+    (saved, messages), exit_code = run(2, fails_to_save, tmp_path / "run", "dies")
     assert exit_code == 3
-    assert said[-1] == "RankError"
-    assert not [path for path in states(str(tmp_path / "run")).iterdir() if not path.name.startswith(".")]
+    assert saved == [False]
+    assert messages
+    assert not shown(tmp_path / "run")
+    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
+    assert reader.served().version == 0
 
 
 def hot_loads(rank: int, address: str, url: str) -> list[Any]:

@@ -510,6 +510,44 @@ def test_a_state_that_takes_too_long_or_fails_never_looks_complete(
         time.sleep(0.01)
 
 
+def test_a_state_appears_with_the_version_of_its_weights_which_nothing_serves_yet(
+    syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    train(model, optimizer)
+    assert syncer.save_dcp("step-1")
+    (version,) = manifests(tmp_path)
+    assert version.name == f"step-1-{syncer.session}"
+    assert syncer.engine.position == version.position
+    assert ChainReader(LocalBucket(tmp_path / "bucket"), tmp_path / "cache").served().version == 0
+    assert syncer.hotload(version.name)
+    assert syncer.save_only("step-1", "delta") == version.name, "nothing has changed: the same version"
+    assert len(manifests(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("part", ["version", "state"])
+def test_a_step_is_invisible_where_one_of_its_parts_fails(
+    part: str,
+    syncer: WeightSyncer,
+    model: Tiny,
+    optimizer: torch.optim.Optimizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BucketUnavailable(f"no {part}")
+
+    train(model, optimizer)
+    with monkeypatch.context() as failing:
+        failing.setattr(*((LocalBucket, "put") if part == "version" else (dcp, "save")), fail)
+        assert not syncer.save_dcp("step-1")
+    assert f"no {part}" in caplog.text
+    assert not [path for path in (tmp_path / "dcp").iterdir() if not path.name.startswith(".")]
+    assert syncer.save_dcp("step-1"), "the next one holds what the failed one did not"
+    assert [path.name for path in (tmp_path / "dcp").iterdir()] == ["step-1"]
+    assert [manifest.version for manifest in manifests(tmp_path)] == [1]
+
+
 # --- examples
 
 

@@ -15,7 +15,6 @@ Written for the releases that `SUPPORTED` names. Two groups of trainers:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.replicas.http_client import trusts_environment
 from hubsync.replicas.vllm_http import VLLMServer
+from hubsync.retry import retry
 
 from .trl_checks import ASYNC, FAMILY, TrainerClass, trainer_class
 
@@ -136,24 +136,14 @@ def _sampling(trainer: Any) -> dict[str, Any]:
 
 
 def _wait_for(server: VLLMServer, timeout: float) -> None:
-    """Return once the server is up; what keeps it from that is said at once, and raised after `timeout` seconds."""
-    deadline, told = time.monotonic() + timeout, False
-    while (trouble := _trouble(server)) is not None:
-        if time.monotonic() > deadline:
-            raise trouble
-        if not told:
-            logger.warning("%s Waiting for it, up to %g s (vllm_server_timeout)", trouble, timeout)
-        told = True
-        time.sleep(1.0)
+    """Return once the server is up. The reason why it is not is logged at once, and raised after `timeout` seconds."""
 
+    def require_health() -> None:
+        if not server.health():
+            raise ReplicaUnreachable(f"{server.url} answers, but is not a running vLLM server (/health): check the URL")
 
-def _trouble(server: VLLMServer) -> ReplicaUnreachable | None:
-    try:
-        if server.health():
-            return None
-    except ReplicaUnreachable as error:
-        return error
-    return ReplicaUnreachable(f"{server.url} answers, but is not a vLLM server that is up (/health): check the URL")
+    what = f"{server.url} (vllm_server_timeout)"
+    retry(require_health, timeout=timeout, on=ReplicaUnreachable, waiting_for=what, longest=1.0)
 
 
 # --- the asynchronous trainers

@@ -18,6 +18,7 @@ from typing import TypeVar
 from hubsync.apply.protocol import KvPolicy, WorkerState
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
 from hubsync.format.manifest import Position
+from hubsync.retry import Deadline, retry
 
 from .engines import connect, schemes
 from .replica import Replica
@@ -160,7 +161,7 @@ class Deployment:
         Raises the first server's error if there are too few after `timeout` seconds, or too many are unsuitable.
         """
         self._require_open()
-        deadline = time.monotonic() + checked_seconds("timeout", timeout, zero=True)
+        deadline = Deadline(checked_seconds("timeout", timeout, zero=True))
         errors = self._each(lambda member: _error_of(lambda: member.meet(deadline)))
         self._raise_unless_enough(errors)
         return self.status()
@@ -342,18 +343,15 @@ class _Member:
         self._require_wanted(position)
         return self.replica.commit(position)
 
-    def meet(self, deadline: float) -> None:
+    def meet(self, deadline: Deadline) -> None:
         """Return once the server is up and attached. While it is unreachable, it is asked again until the deadline."""
-        while True:
-            try:
-                self._know()
-                if self.replica.status().position is None:
-                    self.replica.attach(max(0.0, deadline - time.monotonic()))
-                return
-            except ReplicaUnreachable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_RETRY_S)
+
+        def attach() -> None:
+            self._know()
+            if self.replica.status().position is None:
+                self.replica.attach(deadline.left)
+
+        retry(attach, timeout=deadline, on=ReplicaUnreachable, waiting_for=self.url, longest=_RETRY_S)
 
     def close(self) -> None:
         """Give up what is not begun, and close connections once the thread has ended what is: a commit, for example."""

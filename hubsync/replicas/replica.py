@@ -37,6 +37,7 @@ from hubsync.errors import (
     WrongParent,
 )
 from hubsync.format.manifest import Position
+from hubsync.retry import Deadline, attempts
 
 from .reports import CommitReport, PauseWindow, ReplicaStatus, commit_report, longest_turn, merged_status, position_of
 from .server import InferenceServer
@@ -120,12 +121,12 @@ class Replica:
         self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
     ) -> None:
         """`wait_staged`, from whatever state the server is in: just (re)started, or poisoned."""
-        deadline, status = time.monotonic() + timeout, self.status()
+        deadline, status = Deadline(timeout), self.status()
         if status.state == WorkerState.POISONED:
             self.heal()
         elif status.position is None:
             self.attach(timeout)
-        self.wait_staged(position, max(0.0, deadline - time.monotonic()), wanted)
+        self.wait_staged(position, deadline.left, wanted)
 
     def wait_staged(
         self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
@@ -321,13 +322,10 @@ class Replica:
 
     def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
         """The first status that is `done`. Polls at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
-        deadline, pause = time.monotonic() + timeout, 0.005
-        while not done(status := self.status()):
-            if time.monotonic() > deadline:
-                raise ReplicaUnsuitable(
-                    f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
-                    "see the server's log, or allow more time"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
-        return status
+        for _ in attempts(timeout, waiting_for=f"{self.server.url} to {what}", first=0.01, longest=0.25):
+            if done(status := self.status()):
+                return status
+        raise ReplicaUnsuitable(
+            f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
+            "see the server's log, or allow more time"
+        )

@@ -49,17 +49,17 @@ def test_a_server_that_is_not_up_is_unreachable(checkpoint: Path, tmp_path: Path
         HubSyncCallback(grpo(checkpoint, tmp_path), config)
 
 
-def test_what_answers_but_is_no_server_is_not_waited_for_without_end(
+def test_a_url_without_a_vllm_server_is_waited_for_until_the_timeout(
     checkpoint: Path, tmp_path: Path, config: SyncConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with LocalHub(tmp_path / "hub") as hub:  # something that speaks HTTP, and has no /health
         trainer = grpo(checkpoint, tmp_path, vllm_server_base_url=hub.url, vllm_server_timeout=0.5)
-        with pytest.raises(ReplicaUnreachable, match="answers, but is not a vLLM server"):
+        with pytest.raises(ReplicaUnreachable, match="answers, but is not a running vLLM server"):
             HubSyncCallback(trainer, config)
-    assert [record.getMessage() for record in caplog.records if "Waiting for it, up to 0.5 s" in record.getMessage()]
+    assert [record.getMessage() for record in caplog.records if "(vllm_server_timeout), up to" in record.getMessage()]
 
 
-def test_rloo_generates_through_the_same_door(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
+def test_rloo_generates_on_the_server_too(checkpoint: Path, tmp_path: Path, config: SyncConfig) -> None:
     trainer = RLOOTrainer(
         model=str(checkpoint),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),

@@ -118,7 +118,7 @@ class LiveWeights:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Read on a stream of its own: on a GPU reads do not queue up behind forward passes."""
+        """Read on a separate CUDA stream, so that reads on a GPU do not queue up behind forward passes."""
         if self._stream is None:
             yield
             return

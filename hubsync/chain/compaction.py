@@ -3,7 +3,7 @@
 `hubsync.chain.spans` states which spans are due. Merged deltas are made from the deltas' files alone and are always in
 the *fast* encoding, so they can be merged further, and undone.
 
-A compactor writes to a place of its own, which is not an epoch: it fences no writer and cannot be mistaken for a
+A compactor writes under a separate prefix, which is not an epoch: it fences no writer and cannot be mistaken for a
 publisher. Its merged deltas stay correct however late they are committed, because each one names the digests of both
 its ends. So several compactors may run at once; they only repeat work.
 """

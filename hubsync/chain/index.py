@@ -28,7 +28,7 @@ READ_AHEAD = 256  # manifests of earlier versions, read in one call while walkin
 
 @dataclass(frozen=True)
 class Link:
-    """One position on a chain, and the delta that leads to it. None where the chain begins or is cut off."""
+    """One position on a chain, and the delta that ends there: None where the chain begins or is cut off."""
 
     position: Position
     delta: Manifest | None

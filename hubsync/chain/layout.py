@@ -45,7 +45,7 @@ class Layout:
 
     @staticmethod
     def delta(epoch: str, version: int) -> str:
-        """Manifest of the delta that leads to `version`."""
+        """Path of the manifest of the delta that ends at `version`."""
         return f"epochs/{epoch}/versions/{version:08d}.json"
 
     @staticmethod

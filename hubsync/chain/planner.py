@@ -28,7 +28,7 @@ class Step:
 
     @property
     def end(self) -> Position:
-        """The position that it leads to."""
+        """The position after the step."""
         return self._parent if self.inverse else self.manifest.position
 
     @property
@@ -134,7 +134,7 @@ class Planner:
         return max((version for version in anchored if version <= end.version), default=0)
 
     def _undone(self, have: Position | None, end: Position, floor: int) -> dict[Position, list[Step]]:
-        """Deltas that can be undone on the path down from `have`, by the position that undoing leads to.
+        """Deltas that can be undone on the path down from `have`, by the position that undoing reaches.
 
         Only deltas that their files alone can invert. A compact delta is encoded against weights that are not
         available there.

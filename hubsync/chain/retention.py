@@ -43,7 +43,7 @@ class Policy:
     Attributes:
         keep_last: keep this many of the newest versions.
         keep_every: keep versions whose number is a multiple of this; 0 for none.
-        ttl: seconds after which a version without an expiry of its own expires; None for never. The two rules above do
+        ttl: seconds after which a version without an explicit expiry expires; None for never. The two rules above do
             not keep expired versions.
         grace: seconds that an object must be unneeded before it is deleted.
     """
@@ -197,7 +197,7 @@ class Collector:
     def _path_to(self, planner: Planner, target: Manifest | None) -> list[Manifest]:
         """Manifests on the path to a version: from an anchor, where any replica can start; else from the run's base.
 
-        NoPath if no path leads to the newest version.
+        NoPath: if no path leads to the newest version.
         """
         plan = planner.cheapest(target, None, base_available=False)
         if plan is None and self._reader.run().base.model is not None:

@@ -48,10 +48,10 @@ from . import trl_checks, trl_compat
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_ATTEMPT_S = 5.0  # who is asked with less time than this left may be reported as behind where it is only slow to answer
-_PASSES = (ReplicaUnreachable, ReplicaBehind, NoPath)  # what trying again may help against
+_ATTEMPT_S = 5.0  # with less time than this left, a slow server could be reported as behind
+_PASSES = (ReplicaUnreachable, ReplicaBehind, NoPath)  # errors worth a retry
 
-# TRL's version of a sample that nobody knows the weights of. Older than `max_staleness` allows, whatever that is.
+# TRL version of a sample with unknown weights: older than any `max_staleness` allows.
 _ANCIENT = -(2**31)
 
 

@@ -220,7 +220,9 @@ class HubSyncCallback(TrainerCallback):
         position, self._unverified = self._unverified, None
         try:
             self._replica.wait_verified(position, self.config.stage_timeout)
-        except WrongParent as elsewhere:  # it was restarted, or somebody else moved it; the next sync brings it back
+        except (
+            WrongParent
+        ) as elsewhere:  # the server was restarted, or another client moved it; the next sync repairs it
             logger.warning("not verified: %s", elsewhere)
         except ReplicaPoisoned as poisoned:
             logger.warning("%s. Rebuilding the server's weights", poisoned)

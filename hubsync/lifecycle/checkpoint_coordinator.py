@@ -56,7 +56,7 @@ class CheckpointCoordinator:
     Args:
         commit: called with (step, is_state_dict) to make a step visible, on rank 0 alone, once for each; step after
             step in the order of their registration.
-        alone: coordinate this process only, whatever others torch.distributed knows.
+        alone: coordinate this process only, regardless of torch.distributed.
     """
 
     def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False):
@@ -94,7 +94,7 @@ class CheckpointCoordinator:
         _tell(untold)
 
     def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
-        """Run `work` in this thread, which a save with collectives of its own needs; its error is raised here."""
+        """Run `work` in this thread, as saves with collectives need. Raises the error of `work`."""
         self._require_open()
         self._step(global_step).begun[is_state_dict] += 1
         self._save("", work, global_step, is_state_dict)

@@ -120,7 +120,7 @@ class Replica:
     def prepare(
         self, position: Position, timeout: float = 600.0, wanted: Callable[[ReplicaStatus], bool] | None = None
     ) -> None:
-        """`wait_staged`, from whatever state the server is in: just (re)started, or poisoned."""
+        """`wait_staged` from any server state, also just (re)started or poisoned."""
         deadline, status = Deadline(timeout), self.status()
         if status.state == WorkerState.POISONED:
             self.heal()

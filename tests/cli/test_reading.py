@@ -78,7 +78,7 @@ def test_verify_replays_all_versions(address: str, base: Path, capsys: pytest.Ca
     assert "3 of 3 replayed bit for bit" in capsys.readouterr().out
 
 
-def test_verify_without_the_base_lists_what_it_could_not_replay(
+def test_verify_without_the_base_lists_the_versions_it_could_not_replay(
     address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hubsync("verify", address) == 1

@@ -1,4 +1,4 @@
-"""Whole views as lazy mappings."""
+"""Checkpoint views as lazy mappings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_only_the_files_of_the_index_count(tmp_path: Path) -> None:
         assert np.array_equal(bits_of(checkpoint[name]), bits_of(tensors[name]))
 
 
-def test_tensors_beside_the_table_do_not_exist(tmp_path: Path) -> None:
+def test_tensors_outside_the_table_are_ignored(tmp_path: Path) -> None:
     table = TensorTable([TensorSpec("a", (2,), "F32")])
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path, table)
@@ -41,7 +41,7 @@ def test_tensors_beside_the_table_do_not_exist(tmp_path: Path) -> None:
         checkpoint["b"]
 
 
-def test_a_wider_checkpoint_is_rounded_as_version_0_is(tmp_path: Path) -> None:
+def test_a_wider_checkpoint_is_rounded_like_version_0(tmp_path: Path) -> None:
     values = torch.tensor([1.0, 1.00390625, 1.01171875, 3.4e38])  # the two in the middle are ties between bf16 numbers
     save_file({"a": values}, tmp_path / "model.safetensors")
     rounded = Checkpoint(tmp_path, TensorTable([TensorSpec("a", (4,), "BF16")]))["a"]
@@ -49,7 +49,7 @@ def test_a_wider_checkpoint_is_rounded_as_version_0_is(tmp_path: Path) -> None:
     assert rounded.tolist() == [1.0, 1.0, 1.015625, float("inf")]
 
 
-def test_a_directory_without_weights_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert not is_checkpoint(tmp_path / "missing")
     assert not is_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").touch()
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, file: str, text: st
         Checkpoint(tmp_path, TABLE)
 
 
-def test_a_patched_view_is_the_new_view_and_leaves_the_old_one() -> None:
+def test_patching_a_view_returns_the_new_view_and_keeps_the_old_one() -> None:
     old = view(0)
     new = nudged(old, 1)
     before = {name: tensor.clone() for name, tensor in old.items()}

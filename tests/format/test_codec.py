@@ -1,4 +1,4 @@
-"""The codec: exact at every width, shape, density and level, near the entropy, and deaf to hostile input."""
+"""The codec: exact at every width, shape, density and level, near the entropy, and safe against hostile input."""
 
 import tracemalloc
 
@@ -21,7 +21,7 @@ LEVELS = pytest.mark.parametrize("level", ["fast", "compact"])
 
 
 class Old:
-    """Old weights of one tensor; `held` says which columns this process has."""
+    """Old weights of one tensor; `held` gives the columns that this process holds."""
 
     def __init__(self, spec, bits, held=slice(None)):
         self.bits = bits.reshape(spec.matrix)
@@ -200,8 +200,8 @@ def test_compact_deltas_are_near_their_entropy_given_the_old_exponent():
     assert size < 0.8 * 8 * coded_with(spec, delta).nbytes
 
 
-def test_a_change_that_the_exponent_foretells_costs_little_more_than_its_sign():
-    """As in a first step from a bf16 checkpoint: all small weights move, by as many steps as their octave says."""
+def test_a_change_predicted_by_the_exponent_costs_little_more_than_its_sign():
+    """As in a first step from a bf16 checkpoint: all small weights move, by a number of steps set by their octave."""
     spec = TensorSpec("w", (1024, 1024), "BF16")
     bits = weights(spec, "normal")
     exponents = (bits >> 7 & 0xFF).astype(int)
@@ -414,14 +414,14 @@ def test_memory_is_bounded_by_the_bytes_of_the_part(level):
         pytest.param("payload", slice(None), 255, "left over|padding|does not fit|outside", id="all ones"),
     ],
 )
-def test_what_is_wrong_is_said(array, at, value, message):
+def test_errors_name_the_defect(array, at, value, message):
     coded = example_of("fast")
     getattr(coded, array)[at] = value
     with pytest.raises(FormatError, match=message):
         decoded(SPEC, coded)
 
 
-def test_what_is_left_over_is_refused():
+def test_trailing_data_is_refused():
     coded = example_of("fast")
     for change in ("chunks", "payload"):
         arrays = {n: getattr(coded, n) for n in ("tensors", "books", "chunks", "payload")}

@@ -1,4 +1,4 @@
-"""Digests: a sum that sees every change, adds up over shards, and follows from a delta."""
+"""Digests: a sum that detects every change, adds up over shards, and can be updated from a delta."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def as_torch(bits):
 
 
 def factors(seed, number):
-    """Of a block in the two lanes, in Python integers."""
+    """Sums of a block in the two lanes, in Python integers."""
     z = (seed + (number + 1) * 0x9E3779B97F4A7C15) & MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
@@ -99,7 +99,7 @@ def test_a_single_change_changes_both_lanes(width, data):
 
 @pytest.mark.parametrize("lane", ["a", "b"])
 def test_sums_of_opposite_steps_have_no_pattern(lane):
-    """The commonest wrong delta is one with +1 and -1 in each other's place: its sums must look random."""
+    """The most common wrong delta swaps +1 and -1 steps. Its sums must look random."""
     rng = np.random.default_rng(5)
     tops = []
     for _ in range(4096):
@@ -145,7 +145,7 @@ def test_scattered_elements_add_up_in_any_order(width, data):
 
 @compiling
 @given(widths, st.data())
-def test_a_delta_tells_the_new_digest(width, data):
+def test_the_new_digest_follows_from_the_delta(width, data):
     old = draw_bits(data, width, low=1)
     indices = np.unique(data.draw(hnp.arrays(np.int64, st.integers(0, 20), elements=st.integers(0, len(old) - 1))))
     new = old.copy()
@@ -156,8 +156,8 @@ def test_a_delta_tells_the_new_digest(width, data):
 
 @compiling
 @given(st.integers(0, 1 << 40), st.integers(0, 60_000), st.integers(1, 2000), st.integers(-1000, 1000))
-def test_a_step_from_a_wrong_pattern_leads_to_another_digest(index, pattern, damage, step):
-    """So a delta that is applied to damaged weights is found out before anybody looks at all of them."""
+def test_a_step_from_a_wrong_pattern_gives_another_digest(index, pattern, damage, step):
+    """So applying a delta to damaged weights is detected before a digest of all weights is computed."""
     if step == 0:
         return
     at = np.array([index])

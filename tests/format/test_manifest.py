@@ -1,4 +1,4 @@
-"""The documents of a run are a trust boundary: what they hold round-trips, anything else is refused."""
+"""The documents of a run are a trust boundary: valid ones round-trip, all others are refused."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_a_manifest_round_trips(manifest: Manifest) -> None:
     assert Head.loads(Head(manifest, serve=2).dumps()) == Head(manifest, serve=2)
 
 
-def test_a_manifest_says_what_was_to_be_served() -> None:
+def test_a_manifest_records_the_version_to_serve() -> None:
     assert (DELTA.served, SAVED.served) == (2, 1)
 
 
 @pytest.mark.parametrize("change", [{"serve": 3}, {"serve": -1}, {"serve": "2"}, {"expires": -1}, {"expires": "soon"}])
-def test_what_cannot_be_served_or_expire_is_refused(change: dict) -> None:
+def test_a_version_that_cannot_be_served_or_expire_is_refused(change: dict) -> None:
     with pytest.raises(FormatError):
         Manifest.from_json({**DELTA.to_json(), **change})
 
@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(data: st.DataObject) -> None:
         "table",
     ],
 )
-def test_a_table_that_no_model_has_is_refused(rows: object) -> None:
+def test_an_impossible_table_is_refused(rows: object) -> None:
     with pytest.raises(FormatError):
         TensorTable.from_json(rows)
 

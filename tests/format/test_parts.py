@@ -1,4 +1,4 @@
-"""Parts: what is written is read back, belongs where it says, and nothing hostile gets through."""
+"""Parts: they round-trip, belong to one place in one chain, and hostile ones are refused."""
 
 import json
 import tracemalloc
@@ -99,7 +99,7 @@ def test_a_patch_round_trips_and_the_same_patch_gives_the_same_bytes(patch, comp
     assert written(patch, old) == data
 
 
-def test_a_part_is_a_small_safetensors_file_that_says_what_it_is(tmp_path):
+def test_a_part_is_a_small_safetensors_file_with_metadata(tmp_path):
     path = tmp_path / "part.safetensors"
     path.write_bytes(written(SOME))
     with safe_open(path, "np") as file:
@@ -117,7 +117,7 @@ def test_a_part_is_a_small_safetensors_file_that_says_what_it_is(tmp_path):
     assert len(written({})) < 700
 
 
-def test_a_compact_part_says_so_and_is_not_read_without_the_old_weights():
+def test_a_compact_part_is_marked_and_needs_the_old_weights():
     old = ViewBits(TABLE, view_of(TABLE))
     data = written(SOME, old)
     assert b'"encoding":"compact"' in data[:600]
@@ -152,7 +152,7 @@ def test_a_part_of_another_model_is_refused():
         read_delta(written(SOME), other, None)
 
 
-def test_a_part_is_not_read_for_an_anchor():
+def test_a_part_is_not_accepted_as_an_anchor():
     with pytest.raises(FormatError, match="not one of a delta"):
         read_delta(written(SOME), TABLE, manifest_of(kind="anchor", parent=None, parent_epoch=None))
 
@@ -179,7 +179,7 @@ def test_a_part_is_not_read_for_an_anchor():
         pytest.param({"tensors": np.array([[3, 1, 1, 1]], np.uint32)}, "do not fit", id="empty tensor"),
     ],
 )
-def test_what_is_wrong_with_a_part_is_said(changes, message):
+def test_errors_name_the_defect_of_a_part(changes, message):
     with pytest.raises(FormatError, match=message):
         read_delta(rebuilt(**changes), TABLE, None)
 
@@ -219,7 +219,7 @@ def test_a_damaged_part_is_refused_or_gives_a_sound_patch(patch, compact, data):
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"[" * 100])
-def test_what_is_not_a_safetensors_file_is_refused(data):
+def test_a_file_that_is_not_safetensors_is_refused(data):
     with pytest.raises(FormatError, match="delta part"):
         read_delta(data, TABLE, None)
 
@@ -268,7 +268,7 @@ def test_a_large_anchor_has_shards_and_an_index(tmp_path):
     assert_same(open_anchor(paths, TABLE), tensors)
 
 
-def test_tensors_that_share_memory_or_have_strides_are_written_as_they_are(tmp_path):
+def test_tensors_with_shared_memory_or_strides_are_written_correctly(tmp_path):
     table = TensorTable(
         [TensorSpec("q", (2, 4), "F32"), TensorSpec("k", (2, 4), "F32"), TensorSpec("t", (4, 2), "F32")]
     )

@@ -17,7 +17,7 @@ TABLE = TensorTable([TensorSpec("a", (5, 7), "BF16"), TensorSpec("b", (33,), "F8
 
 @st.composite
 def views(draw):
-    """Patterns of every tensor; few distinct values, so that elements often come back to where they were."""
+    """Patterns of every tensor, with few distinct values, so that elements often return to an earlier value."""
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     return [rng.choice([0, 1, (1 << s.width) - 1], s.numel).astype(UNSIGNED[s.width]) for s in TABLE]
 

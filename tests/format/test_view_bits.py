@@ -1,4 +1,4 @@
-"""Old weights for compact deltas: a chain of them, and a rank that holds a part."""
+"""Old weights for compact deltas: several deltas in sequence, and a rank that holds a slice."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def part_between(old, new, table=TABLE):
     )
 
 
-def test_a_chain_of_compact_deltas_is_decoded_from_its_beginning() -> None:
+def test_compact_deltas_decode_in_sequence_from_the_base() -> None:
     views = [view(0)]
     for seed in range(1, 5):
         views.append(nudged(views[-1], seed))
@@ -52,7 +52,7 @@ def test_an_advanced_rectangle_is_one_of_the_patched_weights() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallel_ranks_decode_what_they_hold_from_what_they_hold(ranks: int, axis: int) -> None:
+def test_tensor_parallel_ranks_decode_their_slices_from_their_slices(ranks: int, axis: int) -> None:
     table = TensorTable([TensorSpec("w", (2048, 1024), "BF16"), TensorSpec("norm", (1024,), "BF16")])
     rng = np.random.default_rng(0)
     old = {spec.name: (torch.from_numpy(rng.standard_normal(spec.shape)) * 0.02).bfloat16() for spec in table}
@@ -104,7 +104,7 @@ def test_lazy_views_are_opened_once_for_each_tensor() -> None:
     assert opened == [spec.name for spec in TABLE]
 
 
-def test_patches_apply_to_what_was_decoded() -> None:
+def test_a_decoded_patch_applies_to_its_old_weights() -> None:
     before, after = view(3), nudged(view(3), 4)
     for index, delta in read_delta(part_between(before, after), TABLE, None, ViewBits(TABLE, before)).items():
         bits = bits_of(before[TABLE[index].name])

@@ -1,4 +1,4 @@
-"""Makes the committed golden files anew: `python -m tests.golden`."""
+"""Regenerate the committed golden files: `python -m tests.golden`."""
 
 from __future__ import annotations
 

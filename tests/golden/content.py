@@ -139,7 +139,7 @@ def patch_of(what: str, dtypes: tuple[str, ...] = tuple(TORCH_DTYPES)) -> Patch:
 
 
 def large_patch() -> Patch:
-    """Of each tensor one stretch changes much, one not at all, and the rest a little."""
+    """In each tensor one region changes much, one not at all, and the rest a little."""
     patch = {}
     for index, spec in enumerate(LARGE):
         share = np.full(spec.matrix, 0.0001)

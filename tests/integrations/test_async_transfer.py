@@ -1,4 +1,4 @@
-"""Which trainers the weight transfer takes, and what it tells the others. That it works is in test_async_grpo.py."""
+"""Which trainers the weight transfer supports, and its errors for others. tests/servers/test_async_grpo.py runs it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> SyncConfig:
     return SyncConfig(bucket=str(tmp_path / "bucket"))
 
 
-def test_samples_of_trls_own_worker_are_dated(build: Callable[..., Any], config: SyncConfig) -> None:
+def test_samples_of_trls_worker_carry_their_versions(build: Callable[..., Any], config: SyncConfig) -> None:
     transfer = HubWeightTransfer(config)
     trainer = build(weight_transfer=transfer)
     transfer.attach(trainer)
@@ -51,7 +51,9 @@ def test_samples_of_trls_own_worker_are_dated(build: Callable[..., Any], config:
     assert transfer.config.servers == [NOBODY]
 
 
-def test_samples_of_distillations_worker_are_dated(policy: Path, config: SyncConfig, tmp_path: Path) -> None:
+def test_samples_of_the_distillation_worker_carry_their_versions(
+    policy: Path, config: SyncConfig, tmp_path: Path
+) -> None:
     transfer = HubWeightTransfer(config)
     with without_gpu():
         trainer = make_distillation_trainer(policy, tmp_path, NOBODY, max_steps=1, weight_transfer=transfer)
@@ -69,7 +71,7 @@ def test_an_error_of_the_main_process_is_raised_on_every_rank(policy: Path, tmp_
     assert first["error"].startswith(f"ReplicaUnreachable: cannot connect to {NOBODY}")
 
 
-def test_a_quorum_needs_samples_that_say_what_made_them(build: Callable[..., Any], config: SyncConfig) -> None:
+def test_a_quorum_needs_samples_with_versions(build: Callable[..., Any], config: SyncConfig) -> None:
     config.servers = [NOBODY, "http://127.0.0.1:19"]
     transfer = HubWeightTransfer(config, quorum=1)
     trainer = build(weight_transfer=transfer, rollout_worker=RandomRollouts())
@@ -78,7 +80,7 @@ def test_a_quorum_needs_samples_that_say_what_made_them(build: Callable[..., Any
 
 
 @pytest.mark.parametrize("make", [make_trainer, make_distillation_trainer])
-def test_an_adapter_is_not_merged_for_a_transfer_and_can_be_at_other_times(
+def test_an_adapter_is_not_merged_during_a_transfer(
     make: Callable[..., Any], policy: Path, config: SyncConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfer, adapter = HubWeightTransfer(config), lora(init_lora_weights=False)
@@ -95,10 +97,10 @@ def test_an_adapter_is_not_merged_for_a_transfer_and_can_be_at_other_times(
     assert not torch.equal(base, before)
 
 
-def test_an_adapter_is_refused_where_trl_trains_none(
+def test_an_adapter_is_refused_when_trl_trains_none(
     build: Callable[..., Any], config: SyncConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the older releases of the supported range do not."""
+    """As in the older releases of the supported range."""
     transfer = HubWeightTransfer(config)
     trainer = build(weight_transfer=transfer, peft_config=lora())
     monkeypatch.setattr(type(trainer), "_sync_weight_merged", None)
@@ -110,9 +112,9 @@ def test_an_adapter_is_refused_where_trl_trains_none(
 @pytest.mark.parametrize(
     ("oldest", "trls_own", "dated"),
     [(7, 2, 2), (6, 2, 1), (5, 2, 1), (9, 2, 2), (9, 1, 1), (4, 2, -(2**31))],
-    ids=["that very version", "between two", "the one before", "later than any", "trl's is older", "of no version"],
+    ids=["same version", "between two", "previous version", "later than any", "older in TRL", "no version"],
 )
-def test_a_sample_is_as_old_as_the_oldest_weights_that_made_it_and_never_newer_than_trl_says(
+def test_a_samples_version_is_its_oldest_weights_and_never_newer_than_trls(
     oldest: int, trls_own: int, dated: int, build: Callable[..., Any], config: SyncConfig
 ) -> None:
     transfer = HubWeightTransfer(config)
@@ -125,7 +127,7 @@ def test_a_sample_is_as_old_as_the_oldest_weights_that_made_it_and_never_newer_t
     assert trainer.rollout_queue.get().model_version == dated
 
 
-def test_a_trainer_is_attached_to_once(build: Callable[..., Any], config: SyncConfig) -> None:
+def test_a_trainer_is_attached_once(build: Callable[..., Any], config: SyncConfig) -> None:
     config.servers = [NOBODY, "http://127.0.0.1:19"]
     transfer = HubWeightTransfer(config, quorum=1)
     trainer = build(weight_transfer=transfer)
@@ -134,20 +136,18 @@ def test_a_trainer_is_attached_to_once(build: Callable[..., Any], config: SyncCo
         transfer.attach(trainer)
 
 
-def test_a_trainer_that_was_built_with_another_transfer_is_refused(
-    build: Callable[..., Any], config: SyncConfig
-) -> None:
+def test_a_trainer_built_with_another_transfer_is_refused(build: Callable[..., Any], config: SyncConfig) -> None:
     with pytest.raises(ConfigError, match="build the trainer with weight_transfer=transfer"):
         HubWeightTransfer(config).attach(build(weight_transfer=HubWeightTransfer(config)))
 
 
-def test_a_trainer_that_takes_no_transfer_is_told_of_the_callback(config: SyncConfig) -> None:
+def test_the_error_for_a_trainer_without_transfers_names_the_callback(config: SyncConfig) -> None:
     with pytest.raises(ConfigError, match="HubSyncCallback"):
         HubWeightTransfer(config).attach(object())
 
 
-def test_the_weights_handed_over_are_drained_whatever_happens(config: SyncConfig) -> None:
-    """Other ranks take part in gathering each of them, and would wait for ever."""
+def test_the_weight_iterator_is_always_drained(config: SyncConfig) -> None:
+    """Gathering each weight is a collective, so other ranks would wait forever."""
     left = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
     with pytest.raises(ConfigError, match="has ended"):
         HubWeightTransfer(config).send_weights(left)

@@ -1,4 +1,4 @@
-"""A LoRA adapter as what a run publishes: as exact, and as continuable, as a whole model; on the local Hub."""
+"""Runs that publish a LoRA adapter: as exact and resumable as runs of a full model, on the local Hub."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].view(torch.int16), b[name].view(torch.int16)) for name in a)
 
 
-def test_every_version_is_the_adapter_as_trained_and_nothing_of_the_base(
+def test_every_version_is_the_trained_adapter_without_the_base(
     base: Path, engine: Engine, reader: Callable[[], ChainReader]
 ) -> None:
     model = adapted(base)
@@ -74,7 +74,7 @@ def test_an_anchor_is_an_adapter_that_peft_loads(base: Path, engine: Engine, rea
         running.publish().result()
         directory = reader().fetch(running.anchor())[0].parent
     assert (directory / "tokenizer.json").exists()
-    assert not (directory / "config.json").exists(), "it would be taken for a whole model"
+    assert not (directory / "config.json").exists(), "it would be mistaken for a full model"
     fresh = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(fresh, directory)
     assert same(published(loaded), published(model))
@@ -92,7 +92,7 @@ def test_a_version_between_anchors_is_pulled_as_an_adapter(
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_a_run_is_continued_by_the_same_adapter_and_by_no_other(base: Path, engine: Engine) -> None:
+def test_a_run_continues_only_with_the_same_adapter(base: Path, engine: Engine) -> None:
     model = adapted(base)
     with engine(model) as running:
         train(model)
@@ -143,14 +143,14 @@ def test_an_adapter_that_vllm_cannot_load_is_refused(
         engine(adapted(base, **settings))
 
 
-def test_what_is_trained_beside_the_adapter_is_refused(base: Path, engine: Engine) -> None:
+def test_trained_weights_outside_the_adapter_are_refused(base: Path, engine: Engine) -> None:
     model = adapted(base)
     model.get_base_model().model.norm.weight.requires_grad_()
     with pytest.raises(ConfigError, match=r"norm\.weight is trained"):
         engine(model)
 
 
-def test_what_a_run_says_of_its_adapter_survives_and_the_rest_is_dropped(base: Path, engine: Engine) -> None:
+def test_known_adapter_settings_of_a_run_survive_and_the_rest_is_dropped(base: Path, engine: Engine) -> None:
     with engine(adapted(base)) as running:
         run = running.run
         stored = open_bucket(running.config.bucket).read([Layout.RUN])[Layout.RUN]

@@ -1,4 +1,4 @@
-"""Which trainers the TRL callback takes, and what it tells the others. That it works is shown in test_end_to_end.py."""
+"""Which trainers the TRL callback supports, and its errors for others. tests/servers/test_end_to_end.py runs it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_server_that_is_not_up_is_unreachable(checkpoint: Path, tmp_path: Path
 def test_a_url_without_a_vllm_server_is_waited_for_until_the_timeout(
     checkpoint: Path, tmp_path: Path, config: SyncConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with LocalHub(tmp_path / "hub") as hub:  # something that speaks HTTP, and has no /health
+    with LocalHub(tmp_path / "hub") as hub:  # speaks HTTP but has no /health
         trainer = grpo(checkpoint, tmp_path, vllm_server_base_url=hub.url, vllm_server_timeout=0.5)
         with pytest.raises(ReplicaUnreachable, match="answers, but is not a running vLLM server"):
             HubSyncCallback(trainer, config)
@@ -66,7 +66,7 @@ def test_rloo_generates_on_the_server_too(checkpoint: Path, tmp_path: Path, conf
         train_dataset=Dataset.from_dict({"prompt": ["one plus two"] * 8}),
         args=RLOOConfig(**settings(tmp_path)),
     )
-    with pytest.raises(ReplicaUnreachable):  # it gets as far as looking for the server
+    with pytest.raises(ReplicaUnreachable):  # it gets as far as connecting to the server
         HubSyncCallback(trainer, config)
 
 
@@ -80,7 +80,7 @@ def test_a_trainer_that_does_not_generate_is_refused(checkpoint: Path, tmp_path:
         HubSyncCallback(trainer, config)
 
 
-def test_a_trainer_with_its_own_vllm_is_told_to_be_built_without(
+def test_the_error_for_a_trainer_with_vllm_says_to_build_it_without(
     checkpoint: Path, tmp_path: Path, config: SyncConfig
 ) -> None:
     trainer = grpo(checkpoint, tmp_path)
@@ -106,14 +106,14 @@ def test_a_loss_that_needs_token_level_correction_keeps_its_check(
         HubSyncCallback(trainer, config)
 
 
-def test_the_server_is_the_one_of_trls_own_arguments(tmp_path: Path) -> None:
+def test_the_server_comes_from_trls_arguments(tmp_path: Path) -> None:
     by_url = GRPOConfig(**settings(tmp_path, vllm_server_base_url="http://inference:8000/"))
     by_host = GRPOConfig(**settings(tmp_path, vllm_server_base_url=None, vllm_server_host="h", vllm_server_port=1))
     assert server_url(by_url) == "http://inference:8000"
     assert server_url(by_host) == "http://h:1"
 
 
-def test_the_settings_can_be_parsed_beside_trls(tmp_path: Path) -> None:
+def test_the_settings_parse_together_with_trls(tmp_path: Path) -> None:
     arguments = ["--output_dir", str(tmp_path), "--bucket", "runs/a", "--anchor_every", "50", "--kv_cache", "keep"]
     training, sync = TrlParser((GRPOConfig, SyncConfig)).parse_args_and_config(
         [*arguments, "--use_cpu", "--bf16", "False"]

@@ -1,4 +1,4 @@
-"""The TRL callback where something went wrong before, or goes wrong beside: what is served is still what is trained.
+"""The TRL callback after and during failures: the served weights are still the trained ones.
 
 The servers are stand-ins that also answer TRL's client, with random tokens; the trainers and the runs are real.
 """
@@ -94,7 +94,7 @@ def test_a_callback_is_attached_once_and_again_after_a_failure(
     assert trainer.callback_handler.callbacks.count(callback) == 1
 
 
-def test_a_training_goes_on_after_one_that_ended_together_with_its_server(
+def test_training_continues_after_an_earlier_run_lost_its_server(
     trainer: Any, server: GeneratingStandIn, config: SyncConfig
 ) -> None:
     HubSyncCallback(trainer, config)
@@ -116,7 +116,7 @@ def test_a_training_goes_on_after_one_that_ended_together_with_its_server(
     assert server.position.version == 3
 
 
-def test_what_ended_a_training_is_not_held_against_the_next(
+def test_an_error_that_ended_a_training_does_not_affect_the_next(
     trainer: Any, server: GeneratingStandIn, config: SyncConfig, tmp_path: Path
 ) -> None:
     callback = HubSyncCallback(trainer, config)
@@ -130,7 +130,7 @@ def test_what_ended_a_training_is_not_held_against_the_next(
     assert callback.engine is None
 
 
-def test_a_quorum_never_leaves_the_server_behind_that_generates(
+def test_a_quorum_always_includes_the_generating_server(
     policy: str, new_server: Callable[[], GeneratingStandIn], config: SyncConfig, tmp_path: Path
 ) -> None:
     own, other = new_server(), new_server()
@@ -144,6 +144,6 @@ def test_a_quorum_never_leaves_the_server_behind_that_generates(
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "600"])
-def test_a_transfers_time_to_wait_must_be_one(config: SyncConfig, timeout: Any) -> None:
+def test_an_invalid_transfer_timeout_is_refused(config: SyncConfig, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="number of seconds"):
         HubWeightTransfer(config, timeout=timeout)

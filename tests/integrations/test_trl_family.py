@@ -166,7 +166,7 @@ def sdft(policy: str, common: dict[str, Any]) -> Any:
 def sdpo(policy: str, common: dict[str, Any]) -> Any:
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    args = SDPOConfig(**common, num_generations=2, success_reward_threshold=0.0)  # of any completion there is to learn
+    args = SDPOConfig(**common, num_generations=2, success_reward_threshold=0.0)  # every completion counts as a success
     return SDPOTrainer(policy, reward, args=args, train_dataset=DEMONSTRATIONS)
 
 
@@ -176,7 +176,7 @@ def tokenizer(policy: str) -> Any:
     return AutoTokenizer.from_pretrained(policy)
 
 
-TAUGHT = (distillation, gold, iw_opd)  # by another model; the others by rewards, or by themselves
+TAUGHT = (distillation, gold, iw_opd)  # by another model; the others learn from rewards or from themselves
 BUILDERS = (grpo, rloo, gmpo, sdft, sdpo, *TAUGHT)
 
 
@@ -184,11 +184,11 @@ BUILDERS = (grpo, rloo, gmpo, sdft, sdpo, *TAUGHT)
 def test_every_trainer_of_the_family_attaches_and_generates_on_the_server(
     build: Callable[..., Any], policy: str, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Replica, "check", lambda self: None)  # the stub is no server that could change its weights
+    monkeypatch.setattr(Replica, "check", lambda self: None)  # the stub cannot change weights
     trainer = build(policy, settings(tmp_path, stub.url))
     callback = HubSyncCallback(trainer, SyncConfig(bucket=str(tmp_path / "bucket")))
     assert callback in trainer.callback_handler.callbacks
-    trainer.remove_callback(callback)  # what it publishes could go nowhere
+    trainer.remove_callback(callback)  # the stub could not receive its versions
     synchronised: list[int] = []
     trainer.vllm_generation._synchronise = lambda: synchronised.append(trainer.state.global_step)
     before = stub.generations
@@ -197,8 +197,8 @@ def test_every_trainer_of_the_family_attaches_and_generates_on_the_server(
     assert stub.generations >= before + 2
 
 
-def test_all_of_the_family_is_built_above() -> None:
-    """Whoever adds a class to the seam adds it here."""
+def test_every_trainer_class_of_trl_is_covered() -> None:
+    """A class added to the supported family is added here too."""
     assert {member.name for member in trl_checks.FAMILY} == {
         "GRPOTrainer",
         "RLOOTrainer",
@@ -210,8 +210,8 @@ def test_all_of_the_family_is_built_above() -> None:
     }
 
 
-def test_the_range_of_trl_is_the_one_that_is_installed_and_written_for() -> None:
-    """`make test-trl` runs this at the lower end of the range; the pinned environment has the upper one."""
+def test_the_supported_trl_range_includes_the_installed_version() -> None:
+    """`make test-trl` runs this at the lower end of the range; the pinned environment has the upper end."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'"{trl_checks.SUPPORTED.replace("TRL ", "trl").replace(", ", ",").replace(" ", "")}"' in project
     assert Version("1.13") <= Version(trl.__version__) < Version("1.17")
@@ -239,12 +239,12 @@ def test_the_installed_trl_has_everything_that_hubsync_uses() -> None:
         ),
     ],
 )
-def test_what_trl_moves_is_named(owner: str, name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_trl_attribute_is_named(owner: str, name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(f"{owner}.{name}")
     assert any(text.startswith(says) for text in trl_checks.moved()), trl_checks.moved()
 
 
-def test_a_trainer_is_refused_where_trl_has_moved(
+def test_attaching_is_refused_when_a_trl_attribute_has_moved(
     policy: str, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = grpo(policy, settings(tmp_path, stub.url))

@@ -1,4 +1,4 @@
-"""Bit patterns: the order of the numbers, the group of differences, and finding what changed."""
+"""Bit patterns: the order of numbers, the group of differences, and finding changes."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_advance_inverts_difference(width, data):
 
 @compiling
 @given(st.sampled_from([8, 16, 32]), st.integers(0, 7), st.data())
-def test_find_changes_lists_exactly_what_differs(width, offset, data):
+def test_find_changes_lists_exactly_the_differing_elements(width, offset, data):
     old = data.draw(patterns(width, st.integers(0, 200)))
     new = old.copy()
     if len(old):
@@ -101,7 +101,7 @@ def test_signed_zero_and_nan_payloads_are_changes():
     assert find_changes(old, new)[0].tolist() == [0, 1]
 
 
-def test_find_changes_refuses_what_cannot_be_compared():
+def test_find_changes_refuses_incompatible_arrays():
     with pytest.raises(ValueError, match="cannot compare"):
         find_changes(np.zeros(3, np.uint16), np.zeros(4, np.uint16))
     with pytest.raises(ValueError, match="cannot compare"):
@@ -119,7 +119,7 @@ def test_bits_are_a_view_of_the_tensor(code):
     assert not tensor.float().any()
 
 
-def test_bits_of_refuses_what_it_would_have_to_copy_or_convert():
+def test_bits_of_refuses_tensors_that_need_a_copy_or_conversion():
     with pytest.raises(ValueError, match="contiguous"):
         bits_of(torch.ones(2, 3).bfloat16().t())
     with pytest.raises(ValueError, match="cannot be synced"):

@@ -1,4 +1,4 @@
-"""The same promises where weights live on a GPU. Collected everywhere, run where there is one."""
+"""The same promises for weights on a GPU. Skipped without one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_training_on_a_gpu_is_replayed_bit_for_bit(
 
 
 @pytest.mark.parametrize("detector", ["snapshot", "sliced"])
-def test_parts_of_a_fused_parameter_are_compared_where_it_is(detector: str) -> None:
+def test_parts_of_a_fused_parameter_are_compared_in_place(detector: str) -> None:
     experts = torch.nn.Parameter(torch.randn(5, 12, 70, device="cuda"))
     live: dict[str, torch.Tensor] = {
         f"{expert}.{name}": StridedView(f"{expert}.{name}", experts, Place((6, 70), (70, 1), 840 * expert + 420 * half))

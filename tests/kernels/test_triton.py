@@ -1,4 +1,4 @@
-"""The Triton kernels give what the ones for CPUs give: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels equal the CPU kernels: on a GPU if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from hubsync.kernels.bits import SIGNED, UNSIGNED
 from hubsync.kernels.classes import ClassMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must stand before Triton is imported
-on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a process of its own")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Triton is imported
+on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a separate process")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 WIDTHS = pytest.mark.parametrize("width", [8, 16, 32])
@@ -45,7 +45,7 @@ def _tensors_count_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patterns(width: int, count: int, seed: int = 0) -> np.ndarray:
-    """Normally distributed numbers, and a few of any pattern."""
+    """Normally distributed numbers, and a few arbitrary patterns."""
     rng = np.random.default_rng(seed)
     normal = (rng.standard_normal(count, np.float32) * 0.02).view(np.uint32) >> (32 - width)
     strange = rng.integers(0, 1 << width, count, dtype=np.uint64)
@@ -123,7 +123,7 @@ def test_ranks_and_places_are_those_of_the_cpu(width: int, count: int) -> None:
 
 
 @on_device
-def test_both_back_ends_give_the_same_part_and_read_each_others() -> None:
+def test_both_backends_write_the_same_part_and_read_each_others() -> None:
     spec = TensorSpec("w", (64, 300), "BF16")
     table = TensorTable([spec])
     bits = patterns(16, spec.numel)

@@ -1,4 +1,4 @@
-"""Background saves, and steps that become visible when all that belongs to them is durable, and never otherwise."""
+"""Background saves. A step becomes visible only when all of its saves are durable."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.coordinated import Rank, commits, job
 
 
 class Commits(list[tuple[int, bool]]):
-    """What has become visible, in order."""
+    """The visible steps, in order."""
 
     def __call__(self, step: int, is_state_dict: bool) -> None:
         self.append((step, is_state_dict))
 
 
 class Held:
-    """Work that waits for its end, and notes that it has begun."""
+    """Work that signals its begin and blocks until `end` is set."""
 
     def __init__(self, error: Exception | None = None):
         self.begun = threading.Event()
@@ -61,7 +61,7 @@ def test_saves_of_different_names_run_side_by_side() -> None:
             work.end.set()
 
 
-def test_saves_of_one_name_follow_one_another() -> None:
+def test_saves_of_one_name_run_in_order() -> None:
     running, most, lock = 0, [0], threading.Lock()
 
     def work() -> None:
@@ -86,7 +86,7 @@ def test_saves_of_one_name_follow_one_another() -> None:
     assert max(most) == 1
 
 
-def test_a_save_in_this_thread_counts_as_one_and_raises_its_own_error() -> None:
+def test_a_synchronous_save_counts_and_raises_its_error() -> None:
     visible = Commits()
     with CheckpointCoordinator(visible) as coordinator:
         coordinator.save_sync(done, 1)
@@ -160,12 +160,12 @@ def test_steps_become_visible_in_their_order() -> None:
 # --- errors
 
 
-def test_the_next_call_tells_an_error_once_and_does_its_own_work() -> None:
+def test_the_next_call_raises_an_error_once_and_still_does_its_work() -> None:
     visible = Commits()
     with CheckpointCoordinator(visible) as coordinator:
         coordinator.save_async("model", failing("disk full"), 1)
         with pytest.raises(CheckpointFailed, match=r"save 'model' of step 1 failed: OSError\('disk full'\)") as caught:
-            coordinator.save_async("model", done, 2)  # waits for the one before it
+            coordinator.save_async("model", done, 2)  # waits for the previous save
         assert isinstance(caught.value.__cause__, OSError)
         coordinator.register_and_monitor(1, checkpoint_thread_count=1)
         coordinator.register_and_monitor(2, checkpoint_thread_count=1)
@@ -173,7 +173,7 @@ def test_the_next_call_tells_an_error_once_and_does_its_own_work() -> None:
     assert visible == [(2, False)]
 
 
-def test_waiting_tells_the_errors_of_all_saves() -> None:
+def test_wait_raises_the_errors_of_all_saves() -> None:
     coordinator = CheckpointCoordinator(Commits())
     held = [Held(OSError(text)) for text in ("one", "two")]
     for number, work in enumerate(held):
@@ -187,7 +187,7 @@ def test_waiting_tells_the_errors_of_all_saves() -> None:
     coordinator.close()
 
 
-def test_a_step_that_failed_stays_invisible_when_its_save_is_made_again() -> None:
+def test_a_failed_step_stays_invisible_after_its_save_is_repeated() -> None:
     visible = Commits()
     with CheckpointCoordinator(visible) as coordinator:
         coordinator.register_and_monitor(1, checkpoint_thread_count=1)
@@ -220,7 +220,7 @@ def test_a_commit_that_fails_is_an_error_of_its_step() -> None:
         ((2, 1), "of its state dict saves 2 were registered, and 1 were made"),
     ],
 )
-def test_other_saves_than_were_registered_are_an_error_of_the_step(counts: tuple[int, int], says: str) -> None:
+def test_unregistered_saves_are_an_error_of_the_step(counts: tuple[int, int], says: str) -> None:
     visible = Commits()
     coordinator = CheckpointCoordinator(visible)
     coordinator.save_async("model", done, 1, is_state_dict=True)
@@ -232,7 +232,7 @@ def test_other_saves_than_were_registered_are_an_error_of_the_step(counts: tuple
     coordinator.close()
 
 
-def test_a_save_under_way_holds_its_step_back_also_if_nobody_registered_it() -> None:
+def test_an_unregistered_save_in_progress_holds_its_step_back() -> None:
     visible, optimizer = Commits(), Held()
     coordinator = CheckpointCoordinator(visible)
     coordinator.save_async("optimizer", optimizer, 1)
@@ -247,17 +247,17 @@ def test_a_save_under_way_holds_its_step_back_also_if_nobody_registered_it() -> 
     assert not visible
 
 
-def test_an_error_of_the_training_loop_is_not_replaced_by_one_of_a_save() -> None:
+def test_an_error_of_the_training_loop_is_not_replaced_by_a_save_error() -> None:
     def train() -> None:
         with CheckpointCoordinator(Commits()) as coordinator:
-            coordinator.register_and_monitor(1, checkpoint_thread_count=1)  # and nobody saves anything
+            coordinator.register_and_monitor(1, checkpoint_thread_count=1)  # no save follows
             raise KeyError("loop")
 
     with pytest.raises(KeyError, match="loop"):
         train()
 
 
-def test_a_commit_that_wants_to_end_the_process_is_an_error_like_any() -> None:
+def test_system_exit_in_a_commit_is_an_ordinary_error() -> None:
     def commit(step: int, is_state_dict: bool) -> None:
         raise SystemExit(3)
 
@@ -268,7 +268,7 @@ def test_a_commit_that_wants_to_end_the_process_is_an_error_like_any() -> None:
     coordinator.close()
 
 
-def test_waiting_and_closing_twice_is_fine_and_a_closed_coordinator_takes_nothing() -> None:
+def test_wait_and_close_are_idempotent_and_a_closed_coordinator_refuses_work() -> None:
     coordinator = CheckpointCoordinator(Commits())
     coordinator.save_async("model", done, 1)
     coordinator.register_and_monitor(1, checkpoint_thread_count=1)
@@ -340,7 +340,7 @@ def test_in_any_interleaving_exactly_the_complete_steps_become_visible(
     complete = [(step, for_inference[step]) for step in order if relevant(step, for_inference[step]) <= durable]
     assert visible == complete
     for number, (_, _, fails) in enumerate(parts):
-        assert sum(text.count(f"save 'part{number}'") for text in told) == fails, "told, and told once"
+        assert sum(text.count(f"save 'part{number}'") for text in told) == fails, "each error is reported exactly once"
 
 
 # --- across ranks
@@ -370,7 +370,7 @@ def test_rank_0_commits_once_when_the_last_rank_is_durable(ranks: list[Rank]) ->
     assert commits(ranks[0].root) == ["0 1 True"]
 
 
-def test_all_ranks_hear_of_a_save_that_failed_on_one(ranks: list[Rank]) -> None:
+def test_a_failed_save_of_one_rank_is_raised_on_all_ranks(ranks: list[Rank]) -> None:
     before = commits(ranks[0].root)
     all_call(ranks, "save", "optimizer", 2)
     all_call(ranks, "register_and_monitor", 2, checkpoint_thread_count=1)
@@ -383,19 +383,19 @@ def test_all_ranks_hear_of_a_save_that_failed_on_one(ranks: list[Rank]) -> None:
     assert commits(ranks[0].root) == before
 
 
-def test_all_ranks_hear_of_a_commit_that_failed(ranks: list[Rank]) -> None:
+def test_a_failed_commit_is_raised_on_all_ranks(ranks: list[Rank]) -> None:
     all_call(ranks, "register_and_monitor", 13)
     errors = all_call(ranks, "wait_all")
     assert all("step 13 is not visible: the commit failed: OSError('the bucket is away')" in str(e) for e in errors)
 
 
-def test_the_next_step_is_as_good_as_any(ranks: list[Rank]) -> None:
+def test_the_step_after_a_failure_succeeds(ranks: list[Rank]) -> None:
     all_call(ranks, "register_and_monitor", 14)
     assert all_call(ranks, "wait_all") == [None, None]
     assert commits(ranks[0].root)[-1] == "0 14 False"
 
 
-def test_ranks_that_register_different_steps_are_told_so(ranks: list[Rank]) -> None:
+def test_registering_different_steps_raises_on_all_ranks(ranks: list[Rank]) -> None:
     before = commits(ranks[0].root)
     for rank in ranks:
         rank.call("register_and_monitor", 20 + rank.number)
@@ -404,7 +404,7 @@ def test_ranks_that_register_different_steps_are_told_so(ranks: list[Rank]) -> N
     assert commits(ranks[0].root) == before
 
 
-def test_the_others_hear_of_a_rank_that_died(tmp_path: Path) -> None:
+def test_a_dead_rank_is_reported_to_the_others(tmp_path: Path) -> None:
     with job(tmp_path) as (first, second):
         all_call([first, second], "register_and_monitor", 1)
         assert all_call([first, second], "wait_all") == [None, None]

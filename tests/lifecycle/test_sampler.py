@@ -1,4 +1,4 @@
-"""The rollout sampler: exactly one sample of each, whatever dies; and windows that follow a server's load."""
+"""The rollout sampler: each sample exactly once despite failures, and windows that follow a server's load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def replica() -> Iterator[Callable[..., StandIn]]:
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` returns; its tasks end with it, or (generators that were left) soon."""
+    """Result of `work`. Its tasks must end with it, except that abandoned generators may take a moment longer."""
 
     async def checked() -> Any:
         result = await work
@@ -61,13 +61,13 @@ async def samples_of(*replicas: StandIn, k: int = 3, prompts: Any = PROMPTS, **o
 def assert_one_of_each(samples: list[Sample], k: int, prompts: int = len(PROMPTS)) -> None:
     assert sorted((sample.prompt, sample.k) for sample in samples) == [(i, j) for i in range(prompts) for j in range(k)]
     for sample in samples:
-        assert sample.token_ids == (SEED + sample.prompt * k + sample.k,), "the answer is that of its own request"
+        assert sample.token_ids == (SEED + sample.prompt * k + sample.k,), "the answer belongs to its request"
 
 
-# --- what a sample says
+# --- the fields of a sample
 
 
-def test_every_prompt_gets_its_samples_with_the_versions_and_the_replica_that_made_them(
+def test_samples_record_their_versions_and_replica(
     replica: Callable[..., StandIn],
 ) -> None:
     server = replica(version=7)
@@ -82,21 +82,21 @@ def test_every_prompt_gets_its_samples_with_the_versions_and_the_replica_that_ma
         assert sample.seconds > 0
 
 
-def test_a_prompt_may_be_text_and_then_the_sample_is_too(replica: Callable[..., StandIn]) -> None:
+def test_a_text_prompt_gives_a_text_sample(replica: Callable[..., StandIn]) -> None:
     for scale_out, text in ((True, f"after {list(b'hello')}"), (False, "after hello")):
         (sample,) = run(samples_of(replica(scale_out=scale_out), k=1, prompts=["hello"]))
         assert sample.text == text
         assert sample.token_ids == (SEED,)
 
 
-def test_ordered_means_the_order_of_prompts_and_numbers(replica: Callable[..., StandIn]) -> None:
+def test_ordered_samples_follow_prompts_and_sample_numbers(replica: Callable[..., StandIn]) -> None:
     servers = [replica(fate=lambda: threading.Event().wait(random.random() / 50) or None) for _ in range(2)]
     samples = run(samples_of(*servers, ordered=True))
     assert [(sample.prompt, sample.k) for sample in samples] == [(i, k) for i in range(4) for k in range(3)]
     assert_one_of_each(samples, 3)
 
 
-def test_where_the_server_does_not_tell_versions_they_are_bounded_by_what_it_serves_before_and_after(
+def test_versions_are_bounded_by_the_served_versions_when_the_server_does_not_report_them(
     replica: Callable[..., StandIn],
 ) -> None:
     def commit_meanwhile() -> None:
@@ -128,11 +128,11 @@ def test_answers_come_as_they_are_completed(replica: Callable[..., StandIn]) -> 
     run(check())
 
 
-# --- whatever dies
+# --- failing replicas
 
 
 class Mortality:
-    """A server that may do anything but answer when it is asked for a sample, and comes back after it was killed."""
+    """A server that fails sample requests at random in several ways, and restarts after it was killed."""
 
     def __init__(self, replica: Callable[..., StandIn], seed: int):
         self._dice = random.Random(seed)
@@ -167,7 +167,7 @@ class Mortality:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_exactly_one_sample_of_each_under_random_deaths(replica: Callable[..., StandIn], seed: int) -> None:
+def test_each_sample_arrives_exactly_once_under_random_deaths(replica: Callable[..., StandIn], seed: int) -> None:
     mortals = [Mortality(replica, seed * 3 + number) for number in range(3)]
     prompts = [[number] for number in range(20)]
     servers = [mortal.server for mortal in mortals]
@@ -178,7 +178,7 @@ def test_exactly_one_sample_of_each_under_random_deaths(replica: Callable[..., S
     assert sum(mortal.deaths for mortal in mortals) > 10
 
 
-def test_what_a_dead_replica_was_working_on_is_asked_elsewhere_and_its_late_answer_dropped(
+def test_requests_of_a_dead_replica_are_resent_and_its_late_answers_dropped(
     replica: Callable[..., StandIn],
 ) -> None:
     held = threading.Event()
@@ -198,7 +198,7 @@ def test_what_a_dead_replica_was_working_on_is_asked_elsewhere_and_its_late_answ
     assert {sample.replica for sample in samples} == {other.url}
 
 
-def test_a_replica_that_hung_up_once_is_asked_again_at_once(replica: Callable[..., StandIn]) -> None:
+def test_a_replica_that_closed_one_connection_is_retried_at_once(replica: Callable[..., StandIn]) -> None:
     fates = iter([Hangup(), Hangup(after=30)])
 
     def fate() -> None:
@@ -224,7 +224,7 @@ def test_a_dead_replica_is_probed_until_it_is_back(replica: Callable[..., StandI
     doctor.join()
 
 
-def test_no_usable_replica_is_an_error_that_says_what_is_wrong_with_each(replica: Callable[..., StandIn]) -> None:
+def test_the_error_without_a_usable_replica_names_the_fault_of_each(replica: Callable[..., StandIn]) -> None:
     ill, gone = replica(ill=True), replica()
     gone.kill()
     with pytest.raises(ReplicaUnreachable, match="no replica has been usable") as caught:
@@ -234,13 +234,13 @@ def test_no_usable_replica_is_an_error_that_says_what_is_wrong_with_each(replica
     gone.start()  # for the fixture to kill
 
 
-def test_a_sample_that_fails_everywhere_is_an_error_in_the_end(replica: Callable[..., StandIn]) -> None:
+def test_a_sample_that_fails_everywhere_raises(replica: Callable[..., StandIn]) -> None:
     with pytest.raises(ReplicaUnreachable, match=r"sample 0 of prompt 0 failed 3 times.*answered 500: .*as the test"):
         run(samples_of(replica(fate=lambda: 500), replica(fate=lambda: 500), attempts=3, k=1, prompts=[[1]]))
 
 
 @pytest.mark.parametrize(("status", "error"), [(400, ReplicaRefused), (401, ConfigError)])
-def test_a_request_that_is_wrong_is_not_asked_again(
+def test_an_invalid_request_is_not_retried(
     replica: Callable[..., StandIn], status: int, error: type[HubsyncError]
 ) -> None:
     server = replica(fate=lambda: status)
@@ -249,7 +249,7 @@ def test_a_request_that_is_wrong_is_not_asked_again(
     assert server.samples_asked == 1
 
 
-def test_a_server_without_metrics_is_told_to_have_them_or_a_fixed_window() -> None:
+def test_the_error_without_metrics_offers_metrics_or_a_fixed_window() -> None:
     with pytest.raises(ReplicaUnsuitable, match="--disable-log-stats, or sample with a fixed window"):
         Load.parse("python_info 1.0\n")
 
@@ -267,7 +267,7 @@ def test_a_server_without_metrics_is_told_to_have_them_or_a_fixed_window() -> No
         '{"choices": [{"token_ids": ["a"]}]}',
     ],
 )
-def test_an_answer_that_is_none_is_an_error_in_the_end(
+def test_an_invalid_answer_raises_after_the_retries(
     replica: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     server = replica()
@@ -290,26 +290,26 @@ def test_no_replica_has_more_than_its_window(replica: Callable[..., StandIn]) ->
     servers = [replica(fate=lambda: held.wait(60) and None) for _ in range(3)]
     most = []
 
-    def look() -> None:
+    def watch() -> None:
         while sum(server.samples_asked for server in servers) < 12:
             threading.Event().wait(0.002)
         most.extend(server.samples_asked for server in servers)
         held.set()
 
-    looker = threading.Thread(target=look)
-    looker.start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     assert_one_of_each(run(samples_of(*servers, k=5, window=4)), 5)
-    looker.join()
+    watcher.join()
     assert most == [4, 4, 4]
 
 
-def test_replicas_with_room_get_the_same_share(replica: Callable[..., StandIn]) -> None:
+def test_replicas_with_free_capacity_get_equal_shares(replica: Callable[..., StandIn]) -> None:
     held = threading.Event()
     servers = [replica(fate=lambda: held.wait(60) and None) for _ in range(3)]
 
     async def check() -> list[int]:
         async with Sampler([server.url for server in servers], window=12, poll_s=0.01) as sampler:
-            for server in servers:  # looked at more than once: it is known to be well
+            for server in servers:  # probed more than once: known to be healthy
                 await asyncio.to_thread(server.asked, "/health", 2)
             samples = [asyncio.ensure_future(anext(sampler.sample([[1]], 1, seed=SEED))) for _ in range(12)]
             while sum(server.samples_asked for server in servers) < 12:
@@ -347,16 +347,16 @@ def test_metrics_of_several_engines_add_up_and_similar_names_are_not_mixed() -> 
 
 
 SETTINGS = AdaptiveWindow(initial_window=8, min_window=2, max_window=32, queue_target=3, prefill_queue_target=1.0)
-looks = st.tuples(
+observations = st.tuples(
     st.integers(0, 10),  # waiting
-    st.integers(-3, 40),  # finished since the last look; the server restarts below 0
-    st.floats(0, 5),  # seconds to the end of the prefill, of each of them
+    st.integers(-3, 40),  # finished since the last poll; the server restarts below 0
+    st.floats(0, 5),  # seconds to the end of the prefill, for each request
     st.integers(0, 40),  # outstanding meanwhile
 )
 
 
-@given(st.lists(looks, max_size=60))
-def test_a_window_stays_within_its_bounds_and_moves_as_it_should(steps: list[tuple[int, int, float, int]]) -> None:
+@given(st.lists(observations, max_size=60))
+def test_a_window_follows_the_load_within_its_bounds(steps: list[tuple[int, int, float, int]]) -> None:
     window = RequestLimit(SETTINGS)
     finished, delay_s = 100.0, 0.0
     window.observe(Load(0, finished, delay_s))
@@ -372,7 +372,7 @@ def test_a_window_stays_within_its_bounds_and_moves_as_it_should(steps: list[tup
         if overloaded or late:
             assert window.size <= before
         if window.size > before:
-            assert outstanding >= before, "it was all in use"
+            assert outstanding >= before, "the whole window was in use"
         if not overloaded and not (more > 0 and delay > 0.99) and outstanding >= before:
             assert window.size == min(32, before + 1)
 
@@ -383,7 +383,7 @@ def test_a_window_shrinks_once_for_what_was_sent_before() -> None:
     window.use(8)
     window.observe(Load(20, 0, 0))
     assert window.size == 4
-    window.observe(Load(12, 5, 50.0))  # 5 of the 8 have finished: late, as was to be expected
+    window.observe(Load(12, 5, 50.0))  # 5 of the 8 have finished late, as expected
     assert window.size == 4
     window.observe(Load(12, 9, 90.0))  # others are late too
     assert window.size == 2
@@ -398,7 +398,7 @@ def test_bounds_that_contradict_each_other_are_refused(sizes: tuple[int, int, in
 # --- leaving
 
 
-def test_leaving_the_loop_gives_up_what_is_under_way(replica: Callable[..., StandIn]) -> None:
+def test_leaving_the_loop_cancels_requests_in_progress(replica: Callable[..., StandIn]) -> None:
     server = replica()
 
     async def first() -> Sample:
@@ -411,7 +411,7 @@ def test_leaving_the_loop_gives_up_what_is_under_way(replica: Callable[..., Stan
     assert server.samples_asked < 1000
 
 
-def test_a_cancelled_consumer_leaves_room_for_others(replica: Callable[..., StandIn]) -> None:
+def test_a_cancelled_consumer_frees_its_capacity(replica: Callable[..., StandIn]) -> None:
     held = threading.Event()
     server = replica(fate=lambda: held.wait(60) and None)
 
@@ -426,7 +426,7 @@ def test_a_cancelled_consumer_leaves_room_for_others(replica: Callable[..., Stan
     assert_one_of_each(run(check()), 3)
 
 
-def test_closing_ends_who_still_waits_with_an_error(replica: Callable[..., StandIn]) -> None:
+def test_closing_raises_in_waiting_consumers(replica: Callable[..., StandIn]) -> None:
     held = threading.Event()
     server = replica(fate=lambda: held.wait(60) and None)
 
@@ -464,7 +464,7 @@ def test_a_closed_sampler_is_not_opened_again(replica: Callable[..., StandIn]) -
         (["http://a", "http://a/"], "named twice"),
     ],
 )
-def test_replicas_are_urls_each_once(replicas: Any, says: str) -> None:
+def test_replicas_must_be_distinct_urls(replicas: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Sampler(replicas)
 
@@ -481,7 +481,7 @@ def test_replicas_are_urls_each_once(replicas: Any, says: str) -> None:
         {"poll_s": 0},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="|".join(options)):
         Sampler(["http://a"], **options)
 
@@ -498,7 +498,7 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> Non
         ([[1]], 1, {"seed": "one"}, "seed must be"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_refused_before_it_is_sent(
+def test_an_impossible_request_is_refused_before_it_is_sent(
     replica: Callable[..., StandIn], prompts: Any, k: Any, sampling: dict[str, Any], says: str
 ) -> None:
     server = replica()

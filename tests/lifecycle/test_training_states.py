@@ -59,7 +59,7 @@ def saves_and_restores(rank: int, address: str, how: str) -> list[dict[str, torc
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_ranks_go_on_from_a_saved_state_exactly_and_so_does_one_process(how: str, tmp_path: Path) -> None:
+def test_training_resumes_exactly_with_several_ranks_or_one(how: str, tmp_path: Path) -> None:
     (saved, trained, restored), _ = run(2, saves_and_restores, tmp_path / "run", how)
     assert all(torch.equal(restored[name], tensor) for name, tensor in trained.items())
     assert [path.name for path in states(str(tmp_path / "run")).iterdir()] == ["step-1"]
@@ -132,7 +132,7 @@ def test_a_state_stays_hidden_while_one_rank_cannot_publish_its_part_of_the_vers
     assert (reader.newest().version, reader.served().version) == (1, 0)
 
 
-def test_a_rank_that_hangs_holds_up_the_others_no_longer_than_the_timeout(tmp_path: Path) -> None:
+def test_a_hanging_rank_delays_the_others_at_most_by_the_timeout(tmp_path: Path) -> None:
     for saved, messages in run(2, fails_to_save, tmp_path / "run", "hangs"):
         assert saved == [False, False]
         assert "not written in 2 s" in messages[0]
@@ -167,7 +167,7 @@ def hot_loads(rank: int, address: str, url: str) -> list[Any]:
         return said
 
 
-def test_all_ranks_share_a_session_and_one_of_them_speaks_to_the_servers(tmp_path: Path) -> None:
+def test_all_ranks_share_a_session_and_one_rank_contacts_the_servers(tmp_path: Path) -> None:
     with StandIn() as server:
         first, second = run(2, hot_loads, tmp_path / "run", server.url)
         assert first == second
@@ -180,11 +180,11 @@ def test_all_ranks_share_a_session_and_one_of_them_speaks_to_the_servers(tmp_pat
         assert server.attached == 1
 
 
-# --- weights and state of a step, together
+# --- weights and state of a step
 
 
 def together(rank: int, address: str, fails: bool) -> tuple[list[str], str | None]:
-    """What docs/sampler.md shows. What a commit does is rank 0's alone: here, a file that names the latest step."""
+    """The example of docs/sampler.md. Rank 0 alone runs the commit, which writes the latest step into a file."""
     model = spread("fsdp2")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     latest, said = Path(f"{address}-latest"), []
@@ -224,7 +224,7 @@ def require(saved: bool) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_weights_and_state_of_a_step_become_visible_together_or_not_at_all(fails: bool, tmp_path: Path) -> None:
+def test_weights_and_state_of_a_step_become_visible_together(fails: bool, tmp_path: Path) -> None:
     first, second = run(2, together, tmp_path / "run", fails)
     assert first == second == (["step-1", "step-1" if fails else "step-2"], None)
     reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")

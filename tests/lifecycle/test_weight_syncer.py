@@ -1,4 +1,4 @@
-"""Named snapshots: saved, hot-loaded, found again. The servers are stand-ins; the runs are real."""
+"""Named snapshots: saving, hot-loading, lookup. The servers are stand-ins; the runs are real."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Syncers = Callable[..., WeightSyncer]
 def new_syncer(
     model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
 ) -> Iterator[Syncers]:
-    """`new_syncer(**options)`: a session of one and the same run, on the two servers."""
+    """`new_syncer(**options)`: a session of the same run, on the two servers."""
     with ExitStack() as stack:
 
         def make(**options: Any) -> WeightSyncer:
@@ -66,7 +66,7 @@ def new_syncer(
 
 @pytest.fixture
 def syncer(new_syncer: Syncers, servers: list[StandIn]) -> WeightSyncer:
-    """A session whose servers have been started with version 0."""
+    """A session whose servers were started with version 0."""
     made = new_syncer()
     for server in servers:
         server.base = made.engine.position
@@ -85,7 +85,7 @@ def positions(servers: list[StandIn]) -> list[Position]:
 # --- saving and hot-loading
 
 
-def test_the_first_snapshot_of_a_session_is_whole_and_the_next_are_deltas(
+def test_the_first_snapshot_of_a_session_is_full_and_the_next_are_deltas(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
 ) -> None:
     names = []
@@ -108,7 +108,7 @@ def test_the_type_of_a_snapshot_can_be_chosen(
     assert [manifest.kind for manifest in manifests(tmp_path)] == ["delta", "delta", "anchor", "delta"]
 
 
-def test_the_compression_format_is_that_of_the_deltas(
+def test_the_compression_format_sets_the_delta_encoding(
     new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     syncer = new_syncer(first_checkpoint_type="delta", compression_format="compact")
@@ -117,7 +117,7 @@ def test_the_compression_format_is_that_of_the_deltas(
     assert [manifest.encoding for manifest in manifests(tmp_path)] == ["compact"]
 
 
-def test_what_is_only_saved_is_not_pushed_and_can_be_hot_loaded_later(
+def test_save_only_does_not_push_and_can_be_hot_loaded_later(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
 ) -> None:
     before, names, saved = positions(servers), [], []
@@ -126,12 +126,12 @@ def test_what_is_only_saved_is_not_pushed_and_can_be_hot_loaded_later(
         names.append(syncer.save_only(name))
         saved.append(syncer.engine.position)
     assert positions(servers) == before
-    for index in (1, 0, 1):  # there, back, and there again
+    for index in (1, 0, 1):  # forward, back, forward
         assert syncer.hotload(str(names[index]))
         assert positions(servers) == [saved[index]] * 2
 
 
-def test_followers_stay_where_they_are_until_what_was_saved_is_hot_loaded(
+def test_followers_stay_until_the_saved_snapshot_is_hot_loaded(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     reader = ChainReader(LocalBucket(tmp_path / "bucket"), tmp_path / "cache")
@@ -160,7 +160,7 @@ def test_a_snapshot_of_another_session_is_found_by_its_full_name(
     assert positions(servers) == [saved] * 2
 
 
-def test_a_name_is_used_once_in_a_session_and_by_every_session(
+def test_a_name_is_unique_within_a_session_only(
     syncer: WeightSyncer, new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer
 ) -> None:
     syncer.save_only("a")
@@ -176,9 +176,7 @@ def test_a_name_is_used_once_in_a_session_and_by_every_session(
         syncer.save_only("c", "whole")
 
 
-def test_an_unknown_name_and_one_whose_time_is_over_are_not_hot_loaded(
-    syncer: WeightSyncer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_and_expired_names_are_not_hot_loaded(syncer: WeightSyncer, caplog: pytest.LogCaptureFixture) -> None:
     assert not syncer.hotload("nobody-saved-this")
     assert "no snapshot nobody-saved-this" in caplog.text
     name = syncer.save_only("a", ttl=0.0)
@@ -187,7 +185,7 @@ def test_an_unknown_name_and_one_whose_time_is_over_are_not_hot_loaded(
     assert syncer.hotload(str(syncer.save_only("b", ttl=1000.0)))
 
 
-def test_what_was_saved_for_a_time_is_deleted_after_it_unless_others_need_it(
+def test_an_expired_snapshot_is_deleted_unless_others_need_it(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     def gc() -> list[int]:
@@ -218,7 +216,7 @@ def test_every_session_knows_for_how_long_a_name_can_be_hot_loaded(
     assert other.hotload(str(good))
 
 
-def test_a_second_name_of_a_version_that_expires_is_warned_of(
+def test_a_second_name_of_an_expiring_version_gives_a_warning(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(model, optimizer)
@@ -227,15 +225,15 @@ def test_a_second_name_of_a_version_that_expires_is_warned_of(
 
 
 @pytest.mark.parametrize("ttl", [-1.0, float("nan"), float("inf"), "1h", True])
-def test_a_time_to_live_that_is_none_is_refused(syncer: WeightSyncer, ttl: Any) -> None:
+def test_an_invalid_time_to_live_is_refused(syncer: WeightSyncer, ttl: Any) -> None:
     with pytest.raises(ConfigError, match="ttl"):
         syncer.save_only("a", ttl=ttl)
 
 
-# --- what goes wrong
+# --- failures
 
 
-def test_a_snapshot_that_cannot_be_saved_is_none_and_the_next_one_holds_its_changes(
+def test_a_failed_save_returns_none_and_the_next_one_holds_its_changes(
     syncer: WeightSyncer,
     model: Tiny,
     optimizer: torch.optim.Optimizer,
@@ -256,7 +254,7 @@ def test_a_snapshot_that_cannot_be_saved_is_none_and_the_next_one_holds_its_chan
     assert positions(servers) == [syncer.engine.position] * 2
 
 
-def test_a_server_that_fails_is_an_error_and_the_same_snapshot_can_be_tried_again(
+def test_a_failed_hotload_can_be_retried_with_the_same_snapshot(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn]
 ) -> None:
     train(model, optimizer)
@@ -270,7 +268,7 @@ def test_a_server_that_fails_is_an_error_and_the_same_snapshot_can_be_tried_agai
     assert positions(servers) == [syncer.engine.position] * 2
 
 
-def test_a_server_without_a_way_to_a_delta_gets_the_whole_model(
+def test_a_server_without_a_path_to_the_delta_gets_the_full_model(
     new_syncer: Syncers, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], tmp_path: Path
 ) -> None:
     def no_base(call: str, before: bool) -> None:
@@ -285,7 +283,7 @@ def test_a_server_without_a_way_to_a_delta_gets_the_whole_model(
     assert [(manifest.kind, manifest.name) for manifest in manifests(tmp_path)] == [("delta", name), ("anchor", name)]
 
 
-def test_a_snapshot_that_the_run_does_not_hold_is_refused_before_a_server_is_asked(
+def test_a_snapshot_missing_from_the_run_is_refused_before_any_server_request(
     syncer: WeightSyncer,
     model: Tiny,
     optimizer: torch.optim.Optimizer,
@@ -300,7 +298,7 @@ def test_a_snapshot_that_the_run_does_not_hold_is_refused_before_a_server_is_ask
     assert servers[0].calls == []
 
 
-def test_a_hotload_ends_with_a_warm_up_that_is_tried_again(
+def test_a_hotload_ends_with_a_retried_warm_up(
     new_syncer: Syncers, servers: list[StandIn], caplog: pytest.LogCaptureFixture
 ) -> None:
     syncer = new_syncer(warmup_max_retries=1)
@@ -315,10 +313,10 @@ def test_a_hotload_ends_with_a_warm_up_that_is_tried_again(
 
 
 @pytest.mark.parametrize("name", [None, []])
-def test_what_was_not_saved_is_not_hot_loaded(
+def test_an_unsaved_snapshot_is_not_hot_loaded(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], name: Any
 ) -> None:
-    """`save_only` returns None for it; a version that nobody gave a name has none either."""
+    """None is the result of a failed `save_only`, and the name of an unnamed version."""
     before = positions(servers)
     train(model, optimizer)
     syncer.engine.publish(serve=False).result()
@@ -326,7 +324,7 @@ def test_what_was_not_saved_is_not_hot_loaded(
     assert positions(servers) == before
 
 
-def test_a_full_disk_is_no_reason_for_save_only_to_end_the_training(
+def test_a_full_disk_in_save_only_does_not_end_the_training(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(model, optimizer)
@@ -337,7 +335,7 @@ def test_a_full_disk_is_no_reason_for_save_only_to_end_the_training(
     assert [manifest.kind for manifest in manifests(tmp_path)] == ["delta", "anchor"]
 
 
-def test_the_first_error_is_the_one_to_see(syncer: WeightSyncer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_error_is_the_one_raised(syncer: WeightSyncer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise BucketUnavailable("injected")
 
@@ -348,7 +346,7 @@ def test_the_first_error_is_the_one_to_see(syncer: WeightSyncer, monkeypatch: py
         syncer.save_only("a")
 
 
-def test_a_session_that_cannot_begin_leaves_the_optimizer_as_it_was(
+def test_a_session_that_cannot_begin_leaves_the_optimizer_unchanged(
     new_syncer: Syncers, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -363,11 +361,11 @@ def test_a_session_that_cannot_begin_leaves_the_optimizer_as_it_was(
 # --- the deployment
 
 
-def test_the_state_of_the_deployment_is_the_snapshot_that_all_servers_serve(
+def test_deployment_state_is_the_snapshot_served_by_all_servers(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, servers: list[StandIn], new_syncer: Syncers
 ) -> None:
     assert syncer.wait_for_hotload_ready()
-    assert syncer.check_deployment_state() is None  # version 0, which nobody saved
+    assert syncer.check_deployment_state() is None  # version 0 is not a saved snapshot
     train(model, optimizer)
     name = syncer.save_and_hotload("a")
     assert syncer.check_deployment_state() == name
@@ -376,7 +374,7 @@ def test_the_state_of_the_deployment_is_the_snapshot_that_all_servers_serve(
     assert syncer.check_deployment_state() is None
 
 
-def test_waiting_for_the_deployment_says_whether_it_came(syncer: WeightSyncer, servers: list[StandIn]) -> None:
+def test_waiting_for_the_deployment_returns_whether_it_is_ready(syncer: WeightSyncer, servers: list[StandIn]) -> None:
     servers[0].stop()
     assert not syncer.wait_for_hotload_ready(timeout_s=0.1, poll_interval_s=0.05)
     servers[0].start()
@@ -400,7 +398,7 @@ def test_a_session_without_a_deployment_saves_for_followers(
 
 
 @pytest.mark.parametrize("leave_serving", [True, False])
-def test_the_end_of_a_session_leaves_the_servers_serving_unless_told_otherwise(
+def test_the_end_of_a_session_leaves_the_servers_serving_by_default(
     syncer: WeightSyncer, servers: list[StandIn], leave_serving: bool
 ) -> None:
     syncer.hotload(str(syncer.save_only("a")))
@@ -432,20 +430,20 @@ def test_the_end_of_a_session_leaves_the_servers_serving_unless_told_otherwise(
         {"compression_format": "zip"},
     ],
 )
-def test_settings_that_make_no_sense_are_refused(new_syncer: Syncers, options: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(new_syncer: Syncers, options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"timeout|warmup_max_retries|checkpoint_type|encoding"):
         new_syncer(**options)
     assert not (tmp_path / "bucket").exists()
 
 
-def test_a_config_that_is_printed_does_not_tell_the_token() -> None:
+def test_a_printed_config_hides_the_token() -> None:
     assert "hf_secret" not in repr(SyncConfig(bucket="/runs/a", token="hf_secret"))
 
 
 # --- training state
 
 
-def test_saving_a_state_before_the_first_step_changes_nothing_of_the_training(
+def test_saving_a_state_before_the_first_step_does_not_change_the_training(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     untouched = copy.deepcopy(model)
@@ -477,7 +475,7 @@ def test_a_state_is_replaced_by_a_newer_one_of_its_name(
     assert [path.name for path in (tmp_path / "dcp").iterdir()] == ["latest"]
 
 
-def test_training_goes_on_from_a_saved_state_exactly(
+def test_training_resumes_exactly_from_a_saved_state(
     syncer: WeightSyncer, model: Tiny, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     train(model, optimizer, steps=2)
@@ -506,7 +504,7 @@ def test_a_state_that_takes_too_long_or_fails_never_looks_complete(
     assert not new_syncer().save_dcp("broken")
     deadline = time.monotonic() + 60
     while any((tmp_path / "dcp").iterdir()):
-        assert time.monotonic() < deadline, "what is left of it stays"
+        assert time.monotonic() < deadline, "the incomplete state is not deleted"
         time.sleep(0.01)
 
 
@@ -555,10 +553,10 @@ def test_a_step_is_invisible_where_one_of_its_parts_fails(
     ("script", "options", "saved"),
     [("on_policy", [], [1, 2, 3, 4]), ("interval", ["--every", "2"], [1, 2]), ("split", [], [1, 2, 3, 4])],
 )
-def test_the_examples_run_as_they_are(
+def test_the_examples_run_unmodified(
     script: str, options: list[str], saved: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without servers: as if all of them followed by themselves."""
+    """Without servers in the configuration, as when all servers have followers."""
     pytest.importorskip("transformers")
     from tests.support.models import save_checkpoint
 

@@ -1,4 +1,4 @@
-"""Many servers brought to a version side by side. The servers are stand-ins: the worker protocol over real HTTP."""
+"""Deployments: several servers switched to a version together. Stand-in servers speak the protocol over real HTTP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hubsync.replicas.deployment import Deployment
 from tests.replicas.test_replica import BASE, LATER, NEXT
 from tests.support.standin import StandIn
 
-PATIENCE_S = 60.0  # what a loaded machine may need for a few requests
+PATIENCE_S = 60.0  # upper bound for a few requests on a loaded machine
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def deployment(servers: list[StandIn]) -> Iterator[Deployment]:
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.01)
 
 
 def hold(server: StandIn, call: str) -> threading.Event:
-    """Have this call of the server wait for the event."""
+    """Block this call of the server until the returned event is set."""
     go = threading.Event()
     server.fault = lambda name, before: None if name != call or not before else _wait(go)
     return go
@@ -66,20 +66,20 @@ def test_a_hotload_brings_all_servers_to_a_version(servers: list[StandIn], deplo
         server.assert_whole()
 
 
-def test_a_hotload_goes_back_as_well(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_hotload_can_return_to_an_older_version(servers: list[StandIn], deployment: Deployment) -> None:
     for target in (LATER, NEXT):
         deployment.hotload(target).raise_for_quorum()
     assert [server.position for server in servers] == [NEXT] * 3
 
 
-def test_nobody_commits_before_all_have_staged(servers: list[StandIn], deployment: Deployment) -> None:
+def test_no_server_commits_before_all_have_staged(servers: list[StandIn], deployment: Deployment) -> None:
     go, committed = hold(servers[2], "hubsync_stage"), threading.Event()
     for server in servers[:2]:
         server.fault = lambda call, before: committed.set() if call == "hubsync_commit" else None
     hotload = threading.Thread(target=deployment.hotload, args=(NEXT,))
     hotload.start()
     until(lambda: all(server.staged == NEXT for server in servers[:2]))
-    assert not committed.wait(0.5), "they would have by now"
+    assert not committed.wait(0.5), "no commit before the last server has staged"
     go.set()
     hotload.join()
     assert [server.position for server in servers] == [NEXT] * 3
@@ -94,7 +94,7 @@ def test_a_signal_returns_at_once_and_all_servers_stage(servers: list[StandIn], 
     deployment.hotload(NEXT).raise_for_quorum()
 
 
-def test_a_dead_server_keeps_no_other_from_the_version(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_dead_server_does_not_block_the_others(servers: list[StandIn], deployment: Deployment) -> None:
     servers[1].stop()
     report = deployment.hotload(NEXT)
     assert [server.position for server in (servers[0], servers[2])] == [NEXT] * 2
@@ -104,9 +104,7 @@ def test_a_dead_server_keeps_no_other_from_the_version(servers: list[StandIn], d
         report.raise_for_quorum()
 
 
-def test_a_server_that_comes_back_is_taken_along_with_the_next_hotload(
-    servers: list[StandIn], deployment: Deployment
-) -> None:
+def test_a_returning_server_joins_the_next_hotload(servers: list[StandIn], deployment: Deployment) -> None:
     servers[1].stop()
     deployment.hotload(NEXT)
     servers[1].start()
@@ -114,7 +112,7 @@ def test_a_server_that_comes_back_is_taken_along_with_the_next_hotload(
     assert [server.position for server in servers] == [LATER] * 3
 
 
-def test_a_server_that_is_left_behind_is_logged_once_and_again_when_it_follows(
+def test_a_server_left_behind_is_logged_once_and_again_when_it_catches_up(
     servers: list[StandIn], deployment: Deployment, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="hubsync.replicas.deployment")
@@ -130,7 +128,9 @@ def test_a_server_that_is_left_behind_is_logged_once_and_again_when_it_follows(
     ]
 
 
-def test_a_server_that_hangs_delays_nobody_beyond_the_timeout(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_hanging_server_delays_the_others_at_most_by_the_timeout(
+    servers: list[StandIn], deployment: Deployment
+) -> None:
     deployment.hotload(NEXT)
     servers[1].stuck.clear()
     report = deployment.hotload(LATER, timeout=1)
@@ -142,7 +142,9 @@ def test_a_server_that_hangs_delays_nobody_beyond_the_timeout(servers: list[Stan
     until(lambda: servers[1].position == LATER)
 
 
-def test_a_quorum_goes_on_and_the_slow_one_follows_by_itself(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_quorum_commits_and_the_slow_server_catches_up_by_itself(
+    servers: list[StandIn], deployment: Deployment
+) -> None:
     go = hold(servers[0], "hubsync_stage")
     report = deployment.hotload(NEXT, quorum=2)
     report.raise_for_quorum()
@@ -172,9 +174,7 @@ def test_an_interrupted_hotload_leaves_no_server_waiting(
     assert [server.position for server in servers] == [LATER] * 3
 
 
-def test_a_slow_server_skips_a_version_that_is_not_wanted_any_more(
-    servers: list[StandIn], deployment: Deployment
-) -> None:
+def test_a_slow_server_skips_a_superseded_version(servers: list[StandIn], deployment: Deployment) -> None:
     staged: list[Position] = []
 
     def take_long(call: str, before: bool) -> None:
@@ -193,10 +193,10 @@ def test_a_slow_server_skips_a_version_that_is_not_wanted_any_more(
     assert servers[0].calls.count("hubsync_commit") == 1
 
 
-def test_a_refusal_is_that_servers_alone_and_named(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_refusal_affects_only_its_server_and_names_it(servers: list[StandIn], deployment: Deployment) -> None:
     def no_path(call: str, before: bool) -> None:
         if call == "hubsync_stage":
-            raise NoPath("no way to version 1")
+            raise NoPath("no path to version 1")
 
     servers[2].fault = no_path
     report = deployment.hotload(NEXT)
@@ -223,7 +223,7 @@ def test_a_restarted_server_is_attached_again(servers: list[StandIn], deployment
     assert (servers[0].attached, servers[0].position) == (2, NEXT)
 
 
-def test_a_poisoned_server_is_healed_on_the_way(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_hotload_heals_a_poisoned_server(servers: list[StandIn], deployment: Deployment) -> None:
     deployment.hotload(NEXT)
     servers[0].state = "poisoned"
     deployment.hotload(LATER).raise_for_quorum()
@@ -231,7 +231,7 @@ def test_a_poisoned_server_is_healed_on_the_way(servers: list[StandIn], deployme
     assert servers[0].position == LATER
 
 
-def test_another_client_that_stages_something_else_meanwhile_does_not_stop_it(
+def test_a_hotload_completes_although_another_client_stages_another_version(
     servers: list[StandIn], deployment: Deployment
 ) -> None:
     others = [LATER]
@@ -245,10 +245,10 @@ def test_another_client_that_stages_something_else_meanwhile_does_not_stop_it(
     assert servers[0].position == NEXT
 
 
-# --- the rest of a deployment's life
+# --- attaching, status, closing
 
 
-def test_a_restarted_trainer_finds_the_servers_as_they_are(servers: list[StandIn], deployment: Deployment) -> None:
+def test_a_restarted_trainer_finds_the_positions_of_the_servers(servers: list[StandIn], deployment: Deployment) -> None:
     deployment.hotload(NEXT)
     deployment.close()
     again = Deployment([server.url for server in servers])
@@ -258,7 +258,7 @@ def test_a_restarted_trainer_finds_the_servers_as_they_are(servers: list[StandIn
     again.close()
 
 
-def test_the_status_tells_who_is_where_and_how_far_behind(servers: list[StandIn], deployment: Deployment) -> None:
+def test_status_reports_each_servers_version_and_lag(servers: list[StandIn], deployment: Deployment) -> None:
     deployment.hotload(LATER)
     servers[0].stop()
     servers[0].start()
@@ -302,7 +302,7 @@ def test_warming_up_generates_on_every_server_and_tries_again(servers: list[Stan
 
 
 @pytest.mark.parametrize("leave_serving", [True, False])
-def test_closing_leaves_the_servers_serving_unless_told_otherwise(
+def test_closing_leaves_the_servers_serving_by_default(
     servers: list[StandIn], deployment: Deployment, leave_serving: bool
 ) -> None:
     deployment.hotload(NEXT)
@@ -326,7 +326,7 @@ def test_closing_leaves_the_servers_serving_unless_told_otherwise(
         (["http://one"], {"kv_cache": "drop"}, "kv_cache"),
     ],
 )
-def test_a_deployment_needs_servers_each_once_and_settings_that_make_sense(
+def test_a_deployment_needs_distinct_servers_and_valid_settings(
     servers: Any, options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -334,7 +334,7 @@ def test_a_deployment_needs_servers_each_once_and_settings_that_make_sense(
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "1m", None])
-def test_a_time_to_wait_must_be_one(servers: list[StandIn], deployment: Deployment, timeout: Any) -> None:
+def test_an_invalid_timeout_is_refused(servers: list[StandIn], deployment: Deployment, timeout: Any) -> None:
     with pytest.raises(ConfigError, match="number of seconds"):
         deployment.hotload(NEXT, timeout=timeout)
     with pytest.raises(ConfigError, match="number of seconds"):
@@ -342,7 +342,7 @@ def test_a_time_to_wait_must_be_one(servers: list[StandIn], deployment: Deployme
     assert [server.calls for server in servers] == [[]] * 3
 
 
-def test_without_time_to_wait_nobody_is_waited_for(deployment: Deployment) -> None:
+def test_a_zero_timeout_does_not_wait(deployment: Deployment) -> None:
     report = deployment.hotload(NEXT, timeout=0)
     assert all(replica.commit is not None or replica.error is not None for replica in report.replicas)
 
@@ -354,7 +354,7 @@ def test_a_url_may_end_with_a_slash(servers: list[StandIn]) -> None:
     made.close()
 
 
-def test_a_closed_deployment_says_so(deployment: Deployment) -> None:
+def test_a_closed_deployment_raises(deployment: Deployment) -> None:
     deployment.close()
     deployment.close()
     for call in (lambda: deployment.hotload(NEXT), lambda: deployment.signal(NEXT), deployment.status):
@@ -362,7 +362,9 @@ def test_a_closed_deployment_says_so(deployment: Deployment) -> None:
             call()
 
 
-def test_a_server_without_a_model_is_no_bare_error(servers: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_a_model_raises_a_hubsync_error(
+    servers: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = StandIn.answer
     empty = lambda self, path, body: (200, {"data": []}) if path == "/v1/models" else answer(self, path, body)  # noqa: E731
     monkeypatch.setattr(StandIn, "answer", empty)

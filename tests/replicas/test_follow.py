@@ -1,4 +1,4 @@
-"""A follower beside a server that nobody else knows. The server is a stand-in, the runs and the processes are real."""
+"""Followers. The server is a stand-in; the runs and the processes are real."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def publish(publisher: Publisher) -> None:
 
 @pytest.fixture
 def server(publisher: Publisher) -> Iterator[StandIn]:
-    """A stand-in for a server of version 0."""
+    """A stand-in server at version 0."""
     with StandIn(publisher.positions[0]) as server:
         yield server
 
@@ -81,13 +81,13 @@ def running(follower: Follower) -> Iterator[None]:
 
 
 def serve(publisher: Publisher, version: int) -> None:
-    """Have the run's head tell replicas to serve this version."""
+    """Set the version to serve in the run's head."""
     newest = publisher.writer.newest
     assert newest is not None
     open_bucket(publisher.address).commit(Layout.HEAD, Head(newest, serve=version).dumps())
 
 
-# --- one look
+# --- one poll
 
 
 def test_a_server_that_was_just_started_is_attached_and_brought_to_the_newest_version(
@@ -100,14 +100,14 @@ def test_a_server_that_was_just_started_is_attached_and_brought_to_the_newest_ve
     assert server.position == publisher.positions[2]
 
 
-def test_a_look_that_finds_nothing_new_disturbs_nobody(follower: Follower, server: StandIn) -> None:
+def test_a_poll_without_news_leaves_the_server_alone(follower: Follower, server: StandIn) -> None:
     follower.step()
     server.calls.clear()
     assert follower.step() is None
     assert server.calls == ["hubsync_status"]
 
 
-def test_the_version_to_be_served_is_followed_and_not_the_newest(
+def test_the_follower_follows_the_version_to_serve_not_the_newest(
     follower: Follower, server: StandIn, publisher: Publisher
 ) -> None:
     serve(publisher, 1)
@@ -118,7 +118,9 @@ def test_the_version_to_be_served_is_followed_and_not_the_newest(
     assert server.position == publisher.positions[2]
 
 
-def test_a_server_goes_back_where_the_run_does(follower: Follower, server: StandIn, publisher: Publisher) -> None:
+def test_the_server_follows_the_run_to_an_older_version(
+    follower: Follower, server: StandIn, publisher: Publisher
+) -> None:
     follower.step()
     for version in (1, 0):
         serve(publisher, version)
@@ -128,7 +130,7 @@ def test_a_server_goes_back_where_the_run_does(follower: Follower, server: Stand
         assert server.position == publisher.positions[version]
 
 
-def test_a_damaged_head_does_not_stop_it(follower: Follower, server: StandIn, publisher: Publisher) -> None:
+def test_a_damaged_head_does_not_stop_the_follower(follower: Follower, server: StandIn, publisher: Publisher) -> None:
     open_bucket(publisher.address).commit(Layout.HEAD, b"{}")
     follower.step()
     assert server.position == publisher.positions[2]
@@ -152,7 +154,7 @@ def test_a_poisoned_server_is_healed(follower: Follower, server: StandIn) -> Non
     assert server.calls.count("hubsync_heal") == 1
 
 
-def test_a_window_that_a_dead_client_left_open_is_ended(follower: Follower, server: StandIn) -> None:
+def test_a_window_left_open_by_a_dead_client_is_ended(follower: Follower, server: StandIn) -> None:
     follower.step()
     server.pause()
     server.window = {"version": 2, "digest": server.position.digest, "token": "of a dead client"}
@@ -160,10 +162,10 @@ def test_a_window_that_a_dead_client_left_open_is_ended(follower: Follower, serv
     server.assert_whole()
 
 
-def test_a_server_that_somebody_else_moves_meanwhile_is_left_to_them(
+def test_a_server_moved_by_another_client_is_left_to_it(
     follower: Follower, server: StandIn, publisher: Publisher
 ) -> None:
-    """A publisher that pushes knows of its newest version before the head tells anybody."""
+    """A pushing publisher commits its newest version on the server before the head names it."""
 
     def push(call: str, before: bool) -> None:
         if call == "hubsync_stage" and not before:
@@ -175,10 +177,10 @@ def test_a_server_that_somebody_else_moves_meanwhile_is_left_to_them(
     assert "hubsync_commit" not in server.calls
 
 
-# --- going on whatever happens
+# --- polling in a loop
 
 
-def test_it_follows_every_version_until_it_is_stopped(
+def test_the_follower_follows_every_version_until_stopped(
     follower: Follower, server: StandIn, publisher: Publisher
 ) -> None:
     seen: list[Followed] = []
@@ -190,7 +192,7 @@ def test_it_follows_every_version_until_it_is_stopped(
     assert [followed.commit.version for followed in seen] == [2, 3]
 
 
-def test_errors_are_told_and_tried_again_ever_more_slowly(
+def test_errors_are_logged_and_retried_with_backoff(
     follower: Follower, bucket: FaultyBucket, server: StandIn, publisher: Publisher
 ) -> None:
     told: list[tuple[HubsyncError, float]] = []
@@ -204,7 +206,9 @@ def test_errors_are_told_and_tried_again_ever_more_slowly(
         assert 0.5 <= retry_s / (0.01 * 2**tries) <= 1
 
 
-def test_a_run_that_does_not_exist_yet_is_waited_for(server: StandIn, publisher: Publisher, tmp_path: Path) -> None:
+def test_the_follower_waits_for_a_run_that_does_not_exist_yet(
+    server: StandIn, publisher: Publisher, tmp_path: Path
+) -> None:
     address = tmp_path / "later"
     follower = Follower(
         lambda: ChainReader(open_bucket(str(address)), tmp_path / "cache"),
@@ -219,10 +223,10 @@ def test_a_run_that_does_not_exist_yet_is_waited_for(server: StandIn, publisher:
         until(lambda: server.position == publisher.positions[2])
 
 
-def test_a_run_that_was_made_anew_in_the_same_place_is_noticed(
+def test_a_run_recreated_in_the_same_place_is_noticed(
     follower: Follower, server: StandIn, publisher: Publisher, tmp_path: Path
 ) -> None:
-    """Servers are pinned to the run that they were started with, so nobody can go on: a person has to be told."""
+    """Servers are pinned to the run that they were started with, so the follower cannot continue and must report it."""
     follower.step()
     shutil.rmtree(publisher.address)
     with pytest.raises(HubsyncError):
@@ -242,7 +246,7 @@ def test_a_server_of_another_run_is_left_alone(follower: Follower, server: Stand
     assert server.calls[-1] == "hubsync_status"
 
 
-def test_a_server_of_another_model_is_asked_again_since_it_may_be_restarted(
+def test_a_server_of_another_model_is_retried_because_it_may_be_restarted(
     follower: Follower, server: StandIn, publisher: Publisher
 ) -> None:
     told: list[HubsyncError] = []
@@ -255,7 +259,7 @@ def test_a_server_of_another_model_is_asked_again_since_it_may_be_restarted(
     assert {type(error) for error in told} == {RunMismatch}
 
 
-def test_a_hub_that_was_away_is_caught_up_with(
+def test_the_follower_catches_up_after_a_hub_outage(
     hub_address: str, server: StandIn, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
@@ -288,7 +292,7 @@ def copy_run(address: str, endpoint: str, to: str) -> None:
         target.commit(path, data)
 
 
-def test_a_setting_that_cannot_work_is_not_tried_again(server: StandIn, tmp_path: Path) -> None:
+def test_a_setting_that_cannot_work_is_not_retried(server: StandIn, tmp_path: Path) -> None:
     follower = Follower(lambda: ChainReader(open_bucket("s3://x"), tmp_path), Replica(VLLMServer(server.url)))
     with pytest.raises(ConfigError):
         follower.run()
@@ -296,8 +300,8 @@ def test_a_setting_that_cannot_work_is_not_tried_again(server: StandIn, tmp_path
         Follower(lambda: ChainReader(open_bucket("x"), tmp_path), Replica(server), interval=0)
 
 
-def test_followers_and_a_pusher_of_one_server_do_not_disturb_each_other(publisher: Publisher, tmp_path: Path) -> None:
-    """On a server that has to be paused for commits, where there is most to disturb."""
+def test_followers_and_a_pusher_share_a_server(publisher: Publisher, tmp_path: Path) -> None:
+    """The server must be paused for commits, so clients have the most chances to interfere."""
     with StandIn(publisher.positions[0], atomic=False) as server, Pushing(server, publisher):
         followers = [
             Follower(
@@ -307,7 +311,7 @@ def test_followers_and_a_pusher_of_one_server_do_not_disturb_each_other(publishe
             )
             for _ in range(2)
         ]
-        server.window_age_s = 0.0  # a window is somebody's who lives
+        server.window_age_s = 0.0  # every window belongs to a live client
         with running(followers[0]), running(followers[1]):
             for _ in range(10):
                 publish(publisher)
@@ -317,7 +321,7 @@ def test_followers_and_a_pusher_of_one_server_do_not_disturb_each_other(publishe
 
 
 class Pushing:
-    """A publisher's other half, which pushes the newest version again and again."""
+    """The pushing half of a publisher: hot-loads the newest version in a loop."""
 
     def __init__(self, server: StandIn, publisher: Publisher):
         self._deployment = Deployment([server.url])
@@ -338,10 +342,10 @@ class Pushing:
         self._deployment.close()
 
 
-def test_an_idle_look_costs_the_hub_few_requests(
+def test_an_idle_poll_costs_few_hub_requests(
     hub_bucket: HubBucket, local_hub: LocalHub, publisher: Publisher, tmp_path: Path
 ) -> None:
-    """The free tier allows 1000 calls in five minutes, in which a follower looks 60 times."""
+    """The free tier allows 1000 calls in five minutes, in which a follower polls 60 times."""
     run, head = (open_bucket(publisher.address).read([path])[path] for path in (Layout.RUN, Layout.HEAD))
     hub_bucket.commit(Layout.RUN, run)
     hub_bucket.commit(Layout.HEAD, head)

@@ -1,4 +1,4 @@
-"""HTTP to inference servers: proxies of the environment, connection reuse, and what each failure is reported as."""
+"""HTTP to inference servers: environment proxies, connection reuse, and the error for each failure."""
 
 from __future__ import annotations
 

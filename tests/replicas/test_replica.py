@@ -1,4 +1,4 @@
-"""The commit window as a state machine: whoever dies, and wherever, the next client brings the server back whole."""
+"""The commit window as a state machine: after any client crash, the next client completes the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE, NEXT, LATER = (Position(version, f"{version:032x}") for version in (0, 1, 
 
 
 class Killed(BaseException):
-    """The client process is gone."""
+    """The client process was killed."""
 
 
 class ModelServer(VLLMServer):
@@ -43,12 +43,12 @@ class ModelServer(VLLMServer):
         self.staged: Position | None = None
         self.window: dict[str, Any] | None = None
         self.window_age_s = 3600.0
-        self.watched: str | None = None  # token of the window that the server will end by itself
+        self.watched: str | None = None  # token of the window that the server's watchdog would end
         self.state = "ready"
         self.paused = False
         self.labels = ["default"] * engines
-        self.caches = [BASE] * engines  # whose keys and values a request could hit
-        self.refusing: list[int] = []  # an engine that refuses its next commit, for each time
+        self.caches = [BASE] * engines  # position whose keys and values a request could hit
+        self.refusing: list[int] = []  # engines that refuse their next commit, one entry per refusal
         self.calls: list[str] = []
         self.fault: Callable[[str, bool], None] = lambda call, before: None
 
@@ -145,7 +145,7 @@ class ModelServer(VLLMServer):
         return [{} for _ in self.positions[engine]]
 
     def assert_whole(self) -> None:
-        """Running, one version, labelled with it, nothing cached by another, no window."""
+        """Assert: running, one version, labelled with it, no cache entries of another version, no window."""
         assert not self.paused
         assert self.window is None
         assert self.watched is None
@@ -162,7 +162,7 @@ def staged_server(ranks: int = 1, **options: Any) -> ModelServer:
     return server
 
 
-# What a commit does where the server must be paused, after a look at the status.
+# The requests of a commit on a server that must be paused, after the status request.
 WINDOW = ["hubsync_open", "pause", "hubsync_commit", "resume", "hubsync_close"]
 
 
@@ -176,7 +176,7 @@ def test_a_commit_is_one_request(kv_cache: str) -> None:
 
 
 @pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
-def test_where_one_request_is_not_atomic_it_goes_through_the_documented_steps_in_order(kv_cache: str) -> None:
+def test_a_commit_without_an_atomic_request_follows_the_documented_steps_in_order(kv_cache: str) -> None:
     server = staged_server(ranks=2, atomic=False)
     report = Replica(server, kv_cache).commit(NEXT)
     assert server.calls == ["hubsync_status", *WINDOW]
@@ -184,14 +184,14 @@ def test_where_one_request_is_not_atomic_it_goes_through_the_documented_steps_in
     server.assert_whole()
 
 
-def test_a_pause_can_be_asked_for() -> None:
+def test_a_commit_can_pause_the_server() -> None:
     server = staged_server()
     Replica(server, pause=True).commit(NEXT)
     assert server.calls == ["hubsync_status", *WINDOW]
 
 
 @pytest.mark.parametrize("spans_engines", [False, True])
-def test_ranks_join_once_all_have_mapped_what_they_hold(spans_engines: bool) -> None:
+def test_ranks_join_once_all_have_mapped_their_weights(spans_engines: bool) -> None:
     server = ModelServer(ranks=2, engines=2)
     server.state, server.spans_engines = "mapped", spans_engines
     watched: list[str | None] = []
@@ -199,21 +199,21 @@ def test_ranks_join_once_all_have_mapped_what_they_hold(spans_engines: bool) -> 
     Replica(server).attach()
     assert server.calls.count("hubsync_join") == 1
     assert ("pause" in server.calls) == spans_engines
-    assert all(watched), "a client that dies here leaves no server paused"
+    assert all(watched), "the server ends the pause if the client dies here"
     assert (server.paused, server.watched) == (False, None)
 
 
-def test_committing_the_position_that_is_served_disturbs_nobody() -> None:
+def test_committing_the_served_position_is_a_no_op() -> None:
     server = staged_server(atomic=False)
     assert Replica(server).commit(BASE).pause_s == 0
     assert server.calls == ["hubsync_status", "label", "hubsync_status"]
 
 
 @pytest.mark.parametrize("look", [lambda replica: replica.attach(), lambda replica: replica.commit(BASE)])
-def test_a_label_that_is_set_too_late_does_not_hide_the_commit_of_another_client(
+def test_a_late_label_does_not_hide_the_commit_of_another_client(
     look: Callable[[Replica], object],
 ) -> None:
-    """A follower beside a publisher that pushes."""
+    """As when a follower and a pushing publisher share a server."""
     server = staged_server()
 
     def commit_in_between(call: str, before: bool) -> None:
@@ -229,7 +229,7 @@ def test_a_label_that_is_set_too_late_does_not_hide_the_commit_of_another_client
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("step", WINDOW)
-def test_a_client_killed_at_any_step_leaves_a_server_that_the_next_one_completes(step: str, before: bool) -> None:
+def test_the_next_client_completes_a_commit_killed_at_any_step(step: str, before: bool) -> None:
     server = staged_server(atomic=False)
     dead = False
 
@@ -243,7 +243,7 @@ def test_a_client_killed_at_any_step_leaves_a_server_that_the_next_one_completes
     with pytest.raises(Killed):
         Replica(server).commit(NEXT)
     server.fault = lambda call, is_before: None
-    assert server.watched or not server.paused, "the server would end it by itself"
+    assert server.watched or not server.paused, "the server's watchdog would end the pause"
 
     Replica(server).attach()
     server.assert_whole()
@@ -268,13 +268,13 @@ def test_a_connection_lost_at_any_step_never_leaves_the_server_paused(step: str,
     with pytest.raises(ReplicaUnreachable):
         client.commit(NEXT)
     assert not server.paused
-    client.recover()  # only an answer lost before `pause` leaves anything to do
+    client.recover()  # has work to do only if an answer was lost before `pause`
     client.commit(NEXT)
     server.assert_whole()
     assert server.positions == [[NEXT]]
 
 
-def test_a_server_that_was_unreachable_for_the_rest_of_a_window_is_completed_by_the_next_commit() -> None:
+def test_the_next_commit_completes_a_server_lost_during_a_window() -> None:
     server = staged_server(atomic=False)
 
     def cut(call: str, before: bool) -> None:
@@ -301,14 +301,14 @@ def test_an_engine_that_does_not_commit_when_others_do_is_not_left_behind() -> N
     server.assert_whole()
 
 
-def test_engines_that_stay_at_different_versions_are_reported_and_join_the_next_commit() -> None:
+def test_engines_at_different_versions_are_reported_and_join_the_next_commit() -> None:
     server = staged_server(engines=3)
     server.refusing = [1, 1]
     client = Replica(server)
     with pytest.raises(ReplicaRefused, match=r"some engines of .* commit again"):
         client.commit(NEXT)
     assert server.positions == [[NEXT], [BASE], [NEXT]]
-    assert server.labels[:2] == ["1", "0"], "each engine says which version it serves"
+    assert server.labels[:2] == ["1", "0"], "each engine is labelled with the version it serves"
     assert client.status().position is None
     client.wait_staged(LATER)
     client.commit(LATER)
@@ -318,14 +318,14 @@ def test_engines_that_stay_at_different_versions_are_reported_and_join_the_next_
 def test_a_window_of_another_client_is_waited_for() -> None:
     server = staged_server()
     server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
-    looks = []
+    calls: list[str] = []
 
-    def close_after_some_looks(call: str, before: bool) -> None:
-        looks.append(call)
-        if len(looks) == 5:
+    def close_after_five_calls(call: str, before: bool) -> None:
+        calls.append(call)
+        if len(calls) == 5:
             server.window = None
 
-    server.fault = close_after_some_looks
+    server.fault = close_after_five_calls
     Replica(server).commit(NEXT)
     assert "resume" not in server.calls
     server.assert_whole()
@@ -334,7 +334,7 @@ def test_a_window_of_another_client_is_waited_for() -> None:
 def test_two_clients_never_share_a_window() -> None:
     server = staged_server(atomic=False)
     late = Replica(server)
-    late._without_window = lambda: Replica(server).status()  # type: ignore[method-assign]  # looked just before
+    late._without_window = lambda: Replica(server).status()  # type: ignore[method-assign]  # had checked just before
     server.window, server.window_age_s = {"version": 1, "digest": NEXT.digest, "token": "of a living client"}, 0.1
     with pytest.raises(ReplicaRefused, match="living client"):
         late.commit(NEXT)
@@ -361,7 +361,7 @@ def test_verifying_another_position_than_the_served_one_is_refused() -> None:
         Replica(staged_server()).wait_verified(NEXT)
 
 
-def test_a_server_that_was_restarted_is_not_waited_for_to_verify() -> None:
+def test_verification_does_not_wait_for_a_restarted_server() -> None:
     server = staged_server()
     server.state = "detached"
     with pytest.raises(WrongParent, match="was restarted"):
@@ -388,7 +388,7 @@ def test_workers_of_another_hubsync_are_unsuitable(strange: dict[str, Any], monk
         Replica(server).status()
 
 
-def test_waiting_ends_with_the_state_that_it_waited_in() -> None:
+def test_a_wait_that_times_out_reports_the_last_state() -> None:
     server = staged_server()
     server.state = "attaching"
     with pytest.raises(ReplicaUnsuitable, match="attaching"):
@@ -421,7 +421,7 @@ def test_an_unknown_cache_policy_is_a_config_error() -> None:
         Replica(ModelServer(), kv_cache="maybe")
 
 
-def test_a_worker_error_becomes_the_class_it_names_and_nothing_else_can_be_named() -> None:
+def test_a_worker_error_is_raised_as_the_hubsync_class_it_names() -> None:
     named = error_from_json({"type": "NoPath", "message": "why"}, "rank 0: ")
     assert type(named) is NoPath
     assert "why" in str(named)
@@ -429,7 +429,7 @@ def test_a_worker_error_becomes_the_class_it_names_and_nothing_else_can_be_named
         assert type(error_from_json({"type": kind, "message": ""}, "rank 0: ")) is ReplicaRefused
 
 
-def test_nobody_listening_is_unreachable() -> None:
+def test_a_closed_port_is_unreachable() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound but not listening
         server = VLLMServer(f"http://127.0.0.1:{probe.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""What the client of a server makes of answers over real HTTP, of servers that are not as they should be."""
+"""The vLLM client's errors for unsuitable and failing servers, over real HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Answers = dict[str, tuple[int, Any]]  # path -> status, JSON document or text
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answers], VLLMServer]]:
-    """A server with these answers, and 404 for everything else."""
+    """Start a server that gives these answers, and 404 for everything else."""
     running: list[ThreadingHTTPServer] = []
 
     def start(answers: Answers) -> VLLMServer:
@@ -48,13 +48,13 @@ def serve() -> Iterator[Callable[[Answers], VLLMServer]]:
 
 
 @pytest.mark.parametrize("version", ["0.8.5", "0.25.4"])
-def test_a_server_that_is_too_old_is_to_be_upgraded(serve: Callable[[Answers], VLLMServer], version: str) -> None:
+def test_the_error_for_an_old_server_says_to_upgrade_it(serve: Callable[[Answers], VLLMServer], version: str) -> None:
     with pytest.raises(ReplicaUnsuitable, match=rf"runs vLLM {version}; hubsync needs vLLM >= 0.26: upgrade"):
         serve({"/version": (200, {"version": version})}).version()
 
 
 @pytest.mark.parametrize("version", ["0.27.0", "0.32.0+cpu", "1.0.0", "0.1.dev12345+gabc"])
-def test_newer_and_untagged_servers_are_taken(serve: Callable[[Answers], VLLMServer], version: str) -> None:
+def test_newer_and_untagged_servers_are_accepted(serve: Callable[[Answers], VLLMServer], version: str) -> None:
     assert serve({"/version": (200, {"version": version})}).version() == version
 
 
@@ -96,6 +96,6 @@ def test_every_failure_of_a_request_says_what_to_do(
 @pytest.mark.parametrize(
     "url", ["", "localhost", "localhost:8000", "ftp://x", "http://", "http://[::1", "http://x:port", "http://x\n"]
 )
-def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+def test_an_invalid_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="is not the URL of a server"):
         VLLMServer(url)

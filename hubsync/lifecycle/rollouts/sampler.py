@@ -352,7 +352,7 @@ def _require_request(prompts: Sequence[Prompt], k: int, sampling: dict[str, Any]
     ours = {"n", "stream"} & sampling.keys()
     if ours:
         raise ConfigError(
-            f"{' and '.join(sorted(ours))} cannot be chosen: every sample is a request of its own, k of them"
+            f"{' and '.join(sorted(ours))} cannot be chosen: each sample is one request, k for each prompt"
         )
     if not isinstance(sampling.get("seed"), (int, NoneType)):
         raise ConfigError(f"seed must be a whole number, not {sampling['seed']!r:.80}")
@@ -365,7 +365,7 @@ def _is_prompt(prompt: object) -> bool:
 
 
 def _seeded(sampling: dict[str, Any], offset: int) -> dict[str, Any]:
-    """Sampling parameters with a seed of its own for each sample; equal seeds give equal samples."""
+    """Sampling parameters with a distinct seed for each sample. Equal seeds give equal samples."""
     return sampling if sampling.get("seed") is None else {**sampling, "seed": sampling["seed"] + offset}
 
 

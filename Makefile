@@ -30,14 +30,15 @@ ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py tests/s
 ON_GPU     := tests/kernels tests/apply/test_applier.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
 GPU_PYTHON ?= python3
 
-.PHONY: help setup docs demo test test-fast test-all test-long test-matrix test-versions test-trl test-extras \
+.PHONY: help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \
 	test-gpu lint bench chaos clean
 help:
 	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test           linters, types and tests of every promise, with real vLLM servers (20 minutes on 2 cores)"
 	@echo "make test-fast      linters, types and the tests that start no vLLM and no ranks (2 minutes)"
-	@echo "make test-all       all targets below but test-gpu: what make test leaves out (hours)"
+	@echo "make test-all       everything but test-gpu (hours)"
 	@echo "make test-long      random histories, the full demo and a soak test"
+	@echo "make test-mutations breaks every promise, and requires its test to fail"
 	@echo "make test-matrix    every architecture in every layout (20 minutes)"
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
@@ -81,9 +82,13 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 test-fast: lint
-	$(PYTEST) -m "not server and not slow and not matrix and not long and not extras" $(ARGS)
+	$(PYTEST) -m "not server and not slow and not matrix and not long and not mutations and not extras" $(ARGS)
 
-test-all: test-long test-matrix test-versions test-trl test-extras
+test-all: test test-long test-mutations test-matrix test-versions test-trl test-extras
+
+# Breaks each promise by a patch of tests/mutations, and requires the test that the patch names to fail.
+test-mutations: $(READY)
+	$(PYTEST) -m mutations $(ARGS)
 
 # More histories, more steps, more commits than `make test` has time for.
 test-long: $(READY)

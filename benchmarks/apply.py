@@ -31,7 +31,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
 from hubsync.format.manifest import Position, Run
-from hubsync.format.parts import write_delta
+from hubsync.format.parts import Transition, write_delta
 from hubsync.format.patch import Patch, TensorDelta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of, dtype_code
@@ -354,7 +354,7 @@ def under_load(repeats: int) -> dict[str, float]:
                     bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
                 parent, digest = Position(version - 1, digest.hex), digest + change
                 position = Position(version, digest.hex)
-                part = write_delta(table, patch, run_id=RUN_ID, parent=parent, position=position)
+                part = write_delta(table, patch, Transition(RUN_ID, parent, position))
                 writer.commit_delta([part], digest=position.digest, changed=sum(map(len, patch.values())))
                 kind, replica = list(clients.items())[version % len(clients)]
                 replica.wait_staged(position)

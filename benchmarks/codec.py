@@ -25,7 +25,7 @@ from rich.table import Table
 from hubsync.format.digest import digest_change, digest_range
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
-from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.patch import Patch, TensorDelta
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import advance, difference, find_changes
@@ -126,9 +126,7 @@ class Hubsync(Format):
         return write_delta(
             pair.table,
             patch_of(pair),
-            run_id="0" * 32,
-            parent=parent,
-            position=position,
+            Transition("0" * 32, parent, position),
             encoding=self._encoding,
             old=bits_view(pair, pair.old),
         )

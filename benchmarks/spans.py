@@ -25,7 +25,7 @@ from hubsync.chain.compaction import MAX_SPAN
 from hubsync.chain.spans import due
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Position
-from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.patch import Patch, compose
 from hubsync.format.view_bits import Advanced
 from hubsync.kernels.bits import bits_of
@@ -73,9 +73,7 @@ def _part(pair: Pair, encoding: Encoding) -> bytes:
     return write_delta(
         pair.table,
         patch_of(pair),
-        run_id="0" * 32,
-        parent=Position(0, "0" * 32),
-        position=Position(1, "1" * 32),
+        Transition("0" * 32, Position(0, "0" * 32), Position(1, "1" * 32)),
         encoding=encoding,
         old=bits_view(pair, pair.old),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +112,51 @@ from hubsync.integrations.trl import HubSyncCallback
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- sizes and names ---------------------------------------------------------------------------------
+
+
+def definitions(*kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, kinds):
+                yield path, node
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(
+        "jit" in ast.unparse(decorator) or "intrinsic" in ast.unparse(decorator)
+        for decorator in function.decorator_list
+    )
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Names of the parameters; keyword-only ones of constructors do not count."""
+    arguments = function.args
+    keywords = [] if function.name == "__init__" else arguments.kwonlyargs
+    names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *keywords)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def test_no_product_file_is_above_the_limit_of_450_lines() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
+    assert {path: size for path, size in sizes.items() if size > 450} == {}
+
+
+def test_no_function_is_above_the_limit_of_60_lines_or_7_parameters() -> None:
+    excess = {}
+    for path, function in definitions(ast.FunctionDef, ast.AsyncFunctionDef):
+        assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if is_kernel(function):
+            continue
+        lines = function.end_lineno - function.lineno + 1
+        count = len(parameters(function))
+        if lines > 60 or count > 7:
+            excess[f"{path.relative_to(ROOT)}:{function.name}"] = (lines, count)
+    assert excess == {}
+
+
+def test_no_two_classes_are_named_alike() -> None:
+    names = Counter(node.name for _, node in definitions(ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -24,7 +24,7 @@ from hubsync.apply.applier import Applier
 from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
-from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.config import VIEW_DTYPES
@@ -271,15 +271,7 @@ def prepare() -> None:
         target = Position(1, digest_view(table, policy.view(dtype)).hex)
         view = ViewBits(table, old)
         for encoding in (Encoding.FAST, Encoding.COMPACT):
-            part = write_delta(
-                table,
-                detected.patch,
-                run_id="0" * 32,
-                parent=start,
-                position=target,
-                encoding=encoding,
-                old=view,
-            )
+            part = write_delta(table, detected.patch, Transition("0" * 32, start, target), encoding=encoding, old=view)
             with tempfile.NamedTemporaryFile() as file:
                 Path(file.name).write_bytes(part)
                 read_delta(Path(file.name), table, None, applier.old_bits())

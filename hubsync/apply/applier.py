@@ -36,7 +36,7 @@ from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
 from .memory import Edit, EditCollector
 from .protocol import error_to_json
-from .staging import Staged, Sums
+from .staging import Staged, Sums, Undo
 from .vote import Inventory, PrepareVote, SingleWorker, WorkerGroup, decide, join
 
 
@@ -85,7 +85,7 @@ class Applier:
         self._dense = DenseTensors(table, masters_of(table, loadable, masters or {}), self._seeds, self._models, device)
         self._sums = Sums()
         self._fingerprint = Digest()
-        self._undo: Staged | None = None
+        self._undo: Undo | None = None
         self._writes = 0
         self._lock = threading.RLock()
 
@@ -175,7 +175,8 @@ class Applier:
                     positions, offsets = part.region.locate(delta.indices)
                     if len(positions) == 0:
                         continue
-                    places, old = live.read(part.region, offsets)
+                    places = live.memory.places(part.region.storage, offsets)
+                    old = live.memory.read(part.region.storage, places)
                     before = _unsigned(old)
                     after = advance(before, delta.diffs[positions])
                     change = digest_change(self._seeds[index], delta.indices[positions], before, after)
@@ -250,10 +251,10 @@ class Applier:
                 return 0
             staged = self.staged
             assert staged is not None
-            undo = staged.inverted(self._sums, {index: self._dense.masters[index] for index in staged.dense})
+            before = self._sums, {index: self._dense.masters[index] for index in staged.dense}
             self._arrive(target, staged.sums)
             self._write(staged)
-            self._undo = undo
+            self._undo = None if staged.start is None else Undo(staged, *before)
             return staged.changed
 
     def undo(self) -> Position:
@@ -267,7 +268,7 @@ class Applier:
             ReplicaPoisoned: the weights are wrong, before or after the write.
         """
         with self._lock:
-            undo = self._undo
+            undo = self._undo.change if self._undo else None
             decide(self._group.gather(self._vote(self._check_undo, undo.target if undo else None)))
             assert undo is not None
             self._arrive(undo.target, undo.sums)
@@ -373,7 +374,7 @@ class Applier:
     def _check_undo(self) -> Digest:
         """Digest of what this rank owns after the undo; raises why it cannot be made. O(changes)."""
         self._refuse_if_poisoned()
-        undo = self._undo
+        undo = self._undo.change if self._undo else None
         if undo is None or undo.start != self.position:
             raise ReplicaRefused("there is no commit to undo")
         self._check_memory(undo.edits)

@@ -120,10 +120,7 @@ class LiveStorage:
 
     def offsets(self, region: Region, ranks: np.ndarray) -> np.ndarray:
         """Live offsets of the region's `ranks`-th elements in block order, int64."""
-        return self.live(region.offsets(ranks))
-
-    def live(self, offsets: np.ndarray) -> np.ndarray:
-        """Offsets as the loader sees them -> offsets in `bits`."""
+        offsets = region.offsets(ranks)
         return offsets if self.relayout is None else self.relayout.live(offsets)
 
     def gather(self, region: Region) -> torch.Tensor:

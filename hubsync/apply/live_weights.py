@@ -91,11 +91,6 @@ class LiveWeights:
                     names.append(spec.name)
         return names
 
-    def read(self, region: Region, offsets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """(places, patterns there) for offsets in the region's storage as the loader sees them, both on the device."""
-        places = self.memory.places(region.storage, self._storages[region.storage].live(offsets))
-        return places, self.memory.read(self.memory.key(region.storage), places)
-
     def compare(
         self, index: int, flat: torch.Tensor
     ) -> Iterator[tuple[Region, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -106,8 +101,8 @@ class LiveWeights:
                 new = piece.gather_source(flat).to(self._device)
                 ranks = (storage.gather(piece) != new).nonzero().squeeze(1)
                 if len(ranks):
-                    places, old = self.read(piece, piece.offsets(ranks.cpu().numpy()))
-                    yield piece, places, old, new[ranks]
+                    places = self.memory.places(piece.storage, piece.offsets(ranks.cpu().numpy()))
+                    yield piece, places, self.memory.read(piece.storage, places), new[ranks]
 
     def digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
         """Digest of a region's elements, taken from a flat checkpoint tensor instead of from live memory."""

@@ -49,11 +49,11 @@ class Memory(Protocol):
         ...
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
-        """Offsets in a storage (int64) -> places for `read` and `Edit`, on the device."""
+        """Offsets in a storage as the loader sees them (int64) -> places for `read` and `Edit`, on the device."""
         ...
 
-    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
-        """The patterns at these places."""
+    def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
+        """The patterns at these places of a storage."""
         ...
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
@@ -91,11 +91,12 @@ class HostMemory:
         return self._storages[storage].bits.element_size()
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(offsets + self._starts[storage])
+        return torch.from_numpy(_in_memory(self._storages[storage], offsets) + self._starts[storage])
 
-    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
-        out = np.empty(len(places), self._arrays[key].dtype)
-        _gather(self._arrays[key], places.numpy(), out)
+    def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
+        memory = self._arrays[self.key(storage)]
+        out = np.empty(len(places), memory.dtype)
+        _gather(memory, places.numpy(), out)
         return torch.from_numpy(out)
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
@@ -118,10 +119,10 @@ class DeviceMemory:
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
         width = torch.int32 if len(self._storages[storage].bits) < 1 << 31 else torch.int64
-        return torch.from_numpy(offsets).to(width).to(self._device)
+        return torch.from_numpy(_in_memory(self._storages[storage], offsets)).to(width).to(self._device)
 
-    def read(self, key: int, places: torch.Tensor) -> torch.Tensor:
-        return self._storages[key].bits.index_select(0, places)
+    def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
+        return self._storages[storage].bits.index_select(0, places)
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
         return self._hold((key, edit.places, edit.old) for key, edit in edits.items())
@@ -164,6 +165,11 @@ def _merged(parts: Iterable[Edit]) -> Edit:
     """One edit of several of the same key."""
     columns = zip(*((part.places, part.old, part.new) for part in parts), strict=True)
     return Edit(*(torch.cat(column) for column in columns))
+
+
+def _in_memory(storage: LiveStorage, offsets: np.ndarray) -> np.ndarray:
+    """Offsets as the loader sees them -> offsets in the storage's bits."""
+    return offsets if storage.relayout is None else storage.relayout.live(offsets)
 
 
 def _span(bits: torch.Tensor) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Staged changes: the edits that a commit writes, their inverse, and the digests afterwards."""
+"""Staged changes: the edits that a commit writes, the digests afterwards, and the way back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -45,14 +46,25 @@ class Staged:
     changed: int
     dense: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def inverted(self, sums: Sums, dense: dict[int, torch.Tensor]) -> Staged | None:
-        """The change that takes this one back; None if it started at no position.
 
-        Args:
-            sums: this rank's digests before.
-            dense: values before of the tensors that are loaded whole.
-        """
-        if self.start is None:
-            return None
-        edits = {key: edit.inverted() for key, edit in self.edits.items()}
-        return Staged(self.target, self.start, edits, self.touched, sums, self.changed, dense)
+@dataclass(frozen=True)
+class Undo:
+    """The last commit, and what it replaced.
+
+    Attributes:
+        staged: the change that was written, from a known position.
+        sums: this rank's digests before.
+        dense: values before of the tensors that are loaded whole.
+    """
+
+    staged: Staged
+    sums: Sums
+    dense: dict[int, torch.Tensor]
+
+    @cached_property
+    def change(self) -> Staged:
+        """The change that takes the commit back."""
+        staged = self.staged
+        assert staged.start is not None
+        edits = {key: edit.inverted() for key, edit in staged.edits.items()}
+        return Staged(staged.target, staged.start, edits, staged.touched, self.sums, staged.changed, self.dense)

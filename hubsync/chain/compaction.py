@@ -21,7 +21,7 @@ import torch
 from hubsync.bucket.base import Bucket, Upload
 from hubsync.errors import NoPath
 from hubsync.format.manifest import Manifest, Part, Position
-from hubsync.format.parts import write_delta
+from hubsync.format.parts import Transition, write_delta
 from hubsync.format.patch import Patch, changed, compose
 
 from .layout import Layout
@@ -146,7 +146,7 @@ class Compactor:
 
     def _commit(self, span: Span, patch: Patch) -> Manifest:
         run = self._reader.run()
-        data = write_delta(run.table, patch, run_id=run.run_id, parent=start_of(span), position=span[-1].position)
+        data = write_delta(run.table, patch, Transition(run.run_id, start_of(span), span[-1].position))
         manifest = self._manifest(span, (Part(len(data), hashlib.sha256(data).hexdigest()),), changed(patch))
         document = manifest.dumps()
         Manifest.loads(document)  # raises if readers would reject it

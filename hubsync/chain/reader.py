@@ -261,7 +261,7 @@ class ChainReader:
 
         table = self.run().table
         parts = [read_delta(path, table, manifest, old) for path in self.fetch(manifest)]
-        return reduce(compose, parts, {})
+        return reduce(compose, parts) if parts else {}
 
     def merged(self, steps: Sequence[Step], old: OldBits | None = None) -> Patch:
         """Consecutive steps of a plan as one patch of `old`.
@@ -275,7 +275,8 @@ class ChainReader:
         patch: Patch = {}
         for step in steps:
             delta = self.patch(step.manifest, None if old is None else Advanced(table, old, patch))
-            patch = compose(patch, invert(delta) if step.inverse else delta)
+            delta = invert(delta) if step.inverse else delta
+            patch = compose(patch, delta) if patch else delta
         return patch
 
     def trim(self, keep_bytes: int) -> None:

@@ -19,7 +19,7 @@ from hubsync.errors import ConfigError
 from hubsync.format.checkpoint import Checkpoint, Patched, is_checkpoint
 from hubsync.format.digest import digest_view
 from hubsync.format.manifest import Position, Run
-from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.parts import Transition, write_anchor, write_delta
 from hubsync.format.patch import Patch, TensorDelta
 from hubsync.format.table import WIDTHS, TensorSpec, TensorTable
 from hubsync.kernels.bits import advance, bits_of, difference
@@ -63,7 +63,7 @@ def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
     writer = ChainWriter.create(
         open_bucket(address, create=True), Run(run_id, table, start.digest, created=time.time())
     )
-    part = write_delta(table, patch, run_id=run_id, parent=start, position=target)
+    part = write_delta(table, patch, Transition(run_id, start, target))
     writer.commit_delta([part], digest=target.digest, changed=changed)
 
     directory = workdir / "patched"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +32,34 @@ _DTYPES = {"tensors": ("U32", "<u4"), "books": ("U8", "u1"), "chunks": ("U8", "u
 _DIMENSIONS = {"tensors": 2, "books": 2, "chunks": 1, "payload": 1}
 
 
+@dataclass(frozen=True)
+class Transition:
+    """The run of a delta, and the positions before and after it."""
+
+    run_id: str
+    parent: Position
+    position: Position
+
+
 def write_delta(
     table: TensorTable,
     patch: Patch,
+    transition: Transition,
     *,
-    run_id: str,
-    parent: Position,
-    position: Position,
     rank: int = 0,
     encoding: Encoding = Encoding.FAST,
     old: OldBits | None = None,
 ) -> bytes:
-    """The bytes of one delta part from `parent` to `position`. The same arguments give the same bytes.
+    """The bytes of one part of a delta. The same arguments give the same bytes.
 
     Args:
         patch: the changes of this rank; may be empty. FormatError if it is not a sound patch of views of `table`.
         rank: the publisher rank; information only.
         encoding: fast or compact. A compact part is a third smaller or less; only `old` decodes it.
-        old: the view of `parent`, at least all of every tensor that changes. Only read where `encoding.needs_base`.
+        old: the view of the parent, at least all of every tensor that changes. Only read where `encoding.needs_base`.
     """
     check(table, patch)
-    metadata = {**_identity(run_id, table, parent, position), "encoding": encoding.value, "rank": str(rank)}
+    metadata = {**_identity(table, transition), "encoding": encoding.value, "rank": str(rank)}
     if not encoding.needs_base:
         return _serialize(encode(table, patch), metadata)
     if old is None:
@@ -89,10 +97,11 @@ def read_delta(
         raise FormatError(f"delta part: {error}") from None
 
 
-def _identity(run_id: str, table: TensorTable, parent: Position, position: Position) -> dict[str, str]:
+def _identity(table: TensorTable, transition: Transition) -> dict[str, str]:
+    parent, position = transition.parent, transition.position
     return {
         "format": FORMAT,
-        "run_id": run_id,
+        "run_id": transition.run_id,
         "table_hash": table.hash,
         "from": f"{parent.version}:{parent.digest}",
         "to": f"{position.version}:{position.digest}",
@@ -109,7 +118,7 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
     if manifest is not None:
         if manifest.parent is None:
             raise FormatError(f"delta part: the manifest of version {manifest.version} is not one of a delta")
-        expected = _identity(manifest.run_id, table, manifest.parent, manifest.position)
+        expected = _identity(table, Transition(manifest.run_id, manifest.parent, manifest.position))
     for key, value in expected.items():
         if metadata.get(key) != value:
             raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from hubsync.errors import ConfigError
 
@@ -104,34 +105,13 @@ class LocalHub:
         """
         self._store.add_model(repo, bucket, sha256)
 
-    def fail(
-        self,
-        match: str,
-        *,
-        times: int = 1,
-        status: int | None = None,
-        headers: Mapping[str, str] | None = None,
-        delay: float = 0.0,
-        drop: bool = False,
-        lose_answer: bool = False,
-        corrupt: bool = False,
-        truncate: bool = False,
-        stale: bool = False,
-    ) -> None:
-        """Break the next `times` requests whose "METHOD /path" contains the regular expression `match`.
+    def fail(self, match: str, **effects: Any) -> None:
+        """Break the next requests whose "METHOD /path" contains the regular expression `match`.
 
         Args:
-            status, headers: answer with this error instead.
-            delay: seconds to wait first.
-            drop: end the connection without doing or answering anything.
-            lose_answer: do what is asked, then end the connection without an answer.
-            corrupt: flip one bit in the middle of the answer's body.
-            truncate: end the connection in the middle of the answer's body.
-            stale: answer a question about names (listing, sizes, metadata) as the same one was answered last.
+            effects: attributes of `server.Fault`, for example `times=2, status=503`.
         """
-        self._server.faults.append(
-            Fault(re.compile(match), times, status, headers or {}, delay, drop, lose_answer, corrupt, truncate, stale)
-        )
+        self._server.faults.append(Fault(re.compile(match), **effects))
 
     def faults_left(self) -> int:
         """Number of faults still to be injected."""

@@ -88,18 +88,30 @@ class Route:
 
 @dataclass
 class Fault:
-    """A fault for the next `times` requests whose "METHOD path" matches. See `LocalHub.fail`."""
+    """A fault for the next `times` requests whose "METHOD /path" matches.
+
+    Attributes:
+        match: of "METHOD /path".
+        times: requests still to be broken.
+        status, headers: answer with this error instead.
+        delay: seconds to wait first.
+        drop: end the connection without doing or answering anything.
+        lose_answer: do what is asked, then end the connection without an answer.
+        corrupt: flip one bit in the middle of the answer's body.
+        truncate: end the connection in the middle of the answer's body.
+        stale: answer a question about names (listing, sizes, metadata) as the same one was answered last.
+    """
 
     match: re.Pattern[str]
-    times: int
-    status: int | None
-    headers: Mapping[str, str]
-    delay: float
-    drop: bool
-    lose_answer: bool
-    corrupt: bool
-    truncate: bool
-    stale: bool
+    times: int = 1
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    delay: float = 0.0
+    drop: bool = False
+    lose_answer: bool = False
+    corrupt: bool = False
+    truncate: bool = False
+    stale: bool = False
 
 
 class Server(ThreadingHTTPServer):

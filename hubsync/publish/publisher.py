@@ -23,7 +23,7 @@ from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
-from hubsync.format.parts import write_delta
+from hubsync.format.parts import Transition, write_delta
 from hubsync.format.patch import Patch, changed
 from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
@@ -288,9 +288,7 @@ class Publisher:
         return write_delta(
             table,
             patch,
-            run_id=draft.run_id,
-            parent=draft.parent,
-            position=draft.position,
+            Transition(draft.run_id, draft.parent, draft.position),
             rank=self.ranks.rank,
             encoding=draft.encoding,
             old=ViewBits(table, self.detector.tensors()) if draft.encoding.needs_base else None,

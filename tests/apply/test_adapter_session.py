@@ -20,7 +20,7 @@ from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.format.manifest import Adapter, Base, Position, Run
-from hubsync.format.parts import write_adapter, write_delta
+from hubsync.format.parts import Transition, write_adapter, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
 from tests.support.sharded import Meeting
 from tests.support.toy import Tensors, nudged, patch_between, position_of
@@ -111,7 +111,7 @@ def address(tmp_path: Path) -> str:
     writer.commit_anchor(anchor, at=POSITIONS[0])
     for version in range(1, 4):
         patch = patch_between(VIEWS[version - 1], VIEWS[version], TABLE)
-        data = write_delta(TABLE, patch, run_id=RUN.run_id, parent=POSITIONS[version - 1], position=POSITIONS[version])
+        data = write_delta(TABLE, patch, Transition(RUN.run_id, POSITIONS[version - 1], POSITIONS[version]))
         writer.commit_delta([data], digest=POSITIONS[version].digest, changed=sum(map(len, patch.values())))
     writer.serve(1)
     return place

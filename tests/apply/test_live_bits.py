@@ -12,7 +12,7 @@ from hubsync.errors import ReplicaRefused
 from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
-from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of
@@ -84,9 +84,7 @@ def test_each_of_two_ranks_decodes_its_own_part() -> None:
     part = write_delta(
         LARGE,
         patch_between(before, after, LARGE),
-        run_id="0" * 32,
-        parent=start,
-        position=target,
+        Transition("0" * 32, start, target),
         encoding=Encoding.COMPACT,
         old=ViewBits(LARGE, before),
     )

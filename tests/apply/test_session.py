@@ -22,7 +22,7 @@ from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongP
 from hubsync.format.encoding import Encoding
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import Position, Run
-from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.parts import Transition, write_anchor, write_delta
 from hubsync.format.view_bits import ViewBits
 from tests.support.sharded import SIZE, Meeting, Shard, random_view
 from tests.support.sharded import TABLE as SHARDED
@@ -59,7 +59,7 @@ class Trainer:
         patch = patch_between(VIEWS[parent.version], VIEWS[version])
         old = ViewBits(TABLE, VIEWS[parent.version]) if compact else None
         encoding = Encoding.COMPACT if compact else Encoding.FAST
-        part = write_delta(TABLE, patch, run_id=RUN_ID, parent=parent, position=position, encoding=encoding, old=old)
+        part = write_delta(TABLE, patch, Transition(RUN_ID, parent, position), encoding=encoding, old=old)
         changed = sum(map(len, patch.values()))
         self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)
         self.positions.append(position)
@@ -481,7 +481,7 @@ class RankPair:
         run = Run(RUN_ID, SHARDED, self.positions[0].digest, created=time.time())
         writer = ChainWriter.create(open_bucket(self.address, create=True), run)
         patch = patch_between(self.views[0], self.views[1], SHARDED)
-        part = write_delta(SHARDED, patch, run_id=RUN_ID, parent=self.positions[0], position=self.positions[1])
+        part = write_delta(SHARDED, patch, Transition(RUN_ID, self.positions[0], self.positions[1]))
         writer.commit_delta([part], digest=self.positions[1].digest, changed=1)
         self.models = self.serving(self.views[0])
         self.hosts = [

@@ -19,7 +19,7 @@ from hubsync.cli import compact
 from hubsync.cli.main import main
 from hubsync.errors import FormatError
 from hubsync.format.manifest import Head, Manifest, Position
-from hubsync.format.parts import write_delta
+from hubsync.format.parts import Transition, write_delta
 from tests.support.commands import hubsync
 from tests.support.faults import FaultyBucket
 from tests.support.history import RUN_ID, History
@@ -78,7 +78,7 @@ def test_far_behind_is_few_objects_and_few_bytes(tmp_path: Path) -> None:
         behind = target.version - have.version
         plan = reader.plan(have)
         assert len(plan.deltas) <= 2 * math.log2(behind)
-        best = write_delta(history.table, reader.merged(plan.steps), run_id=RUN_ID, parent=have, position=target)
+        best = write_delta(history.table, reader.merged(plan.steps), Transition(RUN_ID, have, target))
         assert plan.nbytes <= 1.7 * len(best)
 
 

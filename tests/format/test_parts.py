@@ -15,7 +15,7 @@ from safetensors import safe_open
 from hubsync.errors import ConfigError, FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
-from hubsync.format.parts import open_anchor, read_delta, write_anchor, write_delta
+from hubsync.format.parts import Transition, open_anchor, read_delta, write_anchor, write_delta
 from hubsync.format.patch import TensorDelta, check
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
@@ -52,7 +52,7 @@ patches = st.builds(lambda seed: patch_of(np.random.default_rng(seed)), st.integ
 
 def written(patch, old=None):
     encoding = Encoding.FAST if old is None else Encoding.COMPACT
-    return write_delta(TABLE, patch, run_id=RUN, parent=PARENT, position=POSITION, encoding=encoding, old=old)
+    return write_delta(TABLE, patch, Transition(RUN, PARENT, POSITION), encoding=encoding, old=old)
 
 
 def manifest_of(**changes):

@@ -8,7 +8,7 @@ import torch
 
 from hubsync.format.codec import Grid
 from hubsync.format.encoding import Encoding
-from hubsync.format.parts import read_delta, write_delta
+from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.patch import TensorDelta, compose
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import Advanced, ViewBits
@@ -20,9 +20,7 @@ def part_between(old, new, table=TABLE):
     return write_delta(
         table,
         patch_between(old, new, table),
-        run_id="0" * 32,
-        parent=position_of(1, old, table),
-        position=position_of(2, new, table),
+        Transition("0" * 32, position_of(1, old, table), position_of(2, new, table)),
         encoding=Encoding.COMPACT,
         old=ViewBits(table, old),
     )

@@ -20,6 +20,7 @@ from tests.golden.names import (
     Position,
     Run,
     SignedBucket,
+    Transition,
     VersionInfo,
     ViewBits,
     changed,
@@ -53,9 +54,7 @@ def _make_parts(folder: Path) -> None:
         data = write_delta(
             part.table,
             part.patch,
-            run_id=content.RUN_ID,
-            parent=part.parent,
-            position=part.position,
+            Transition(content.RUN_ID, part.parent, part.position),
             rank=part.rank,
             encoding=Encoding.COMPACT if part.compact else Encoding.FAST,
             old=part.old,
@@ -112,14 +111,7 @@ def _commit(
     old = ViewBits(TABLE, before) if compact else None
     files = [
         write_delta(
-            TABLE,
-            share,
-            run_id=content.RUN_ID,
-            parent=writer.position,
-            position=position,
-            rank=rank,
-            encoding=encoding,
-            old=old,
+            TABLE, share, Transition(content.RUN_ID, writer.position, position), rank=rank, encoding=encoding, old=old
         )
         for rank, share in enumerate(content.split(patch) if ranks == 2 else [patch])
     ]
@@ -149,5 +141,5 @@ def _make_adapter_run(folder: Path) -> None:
         write_adapter(Path(name), run, view)
         writer.commit_anchor(Path(name), at=run.origin)
     position = Position(1, digest_view(LORA, content.advanced(LORA, view, patch)).hex)
-    file = write_delta(LORA, patch, run_id=run.run_id, parent=run.origin, position=position)
+    file = write_delta(LORA, patch, Transition(run.run_id, run.origin, position))
     writer.commit_delta([file], digest=position.digest, changed=changed(patch))

@@ -8,7 +8,7 @@ from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.keys import PublicKey, SigningKey
 from hubsync.format.manifest import Adapter, Base, Head, Manifest, Part, Position, Run
-from hubsync.format.parts import open_anchor, read_delta, write_adapter, write_anchor, write_delta
+from hubsync.format.parts import Transition, open_anchor, read_delta, write_adapter, write_anchor, write_delta
 from hubsync.format.patch import Patch, TensorDelta, changed, compose, invert
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
@@ -37,6 +37,7 @@ __all__ = [
     "TensorDelta",
     "TensorSpec",
     "TensorTable",
+    "Transition",
     "VersionInfo",
     "ViewBits",
     "advance",

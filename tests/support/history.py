@@ -13,7 +13,7 @@ from hubsync.chain.replay import replay
 from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Base, Manifest, Position, Run
-from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.parts import Transition, write_anchor, write_delta
 from hubsync.format.patch import changed
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
@@ -66,9 +66,7 @@ class History:
         position = Position(writer.next_version, digest_view(self.table, new).hex)
         old = ViewBits(self.table, self.view) if compact else None
         encoding = Encoding.COMPACT if compact else Encoding.FAST
-        part = write_delta(
-            self.table, patch, run_id=RUN_ID, parent=writer.position, position=position, encoding=encoding, old=old
-        )
+        part = write_delta(self.table, patch, Transition(RUN_ID, writer.position, position), encoding=encoding, old=old)
         manifest = writer.commit_delta(
             [part],
             digest=position.digest,

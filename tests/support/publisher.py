@@ -14,7 +14,7 @@ from hubsync.chain import ChainWriter
 from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position, Run
-from hubsync.format.parts import write_anchor, write_delta
+from hubsync.format.parts import Transition, write_anchor, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of, dtype_code
@@ -55,13 +55,7 @@ class Publisher:
         old = ViewBits(self.table, self.views[-1]) if compact else None
         encoding = Encoding.COMPACT if compact else Encoding.FAST
         part = write_delta(
-            self.table,
-            patch,
-            run_id=self.run_id,
-            parent=self.positions[-1],
-            position=position,
-            encoding=encoding,
-            old=old,
+            self.table, patch, Transition(self.run_id, self.positions[-1], position), encoding=encoding, old=old
         )
         changed = sum(map(len, patch.values()))
         self.writer.commit_delta([part], digest=position.digest, changed=changed, encoding=encoding)

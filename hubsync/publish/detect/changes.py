@@ -89,6 +89,8 @@ class Detected:
 
 def split_by_tensor(run: ElementRun, change: Change) -> dict[int, Change]:
     """A change of a run of elements as changes of the tensors in the run; no empty ones."""
+    if len(change.indices) and run.is_one_tensor(change.indices[-1]):
+        return {run.indices[0]: change}
     return {
         index: Change(
             change.indices[part] - start if start else change.indices[part], change.old[part], change.new[part]

@@ -145,6 +145,10 @@ class ElementRun:
         indices, starts, stops = zip(*parts, strict=True)
         return cls(indices, np.array(starts, np.int64), np.array(stops, np.int64))
 
+    def is_one_tensor(self, last: int) -> bool:
+        """Whether elements up to `last` all belong to one tensor, which starts with the run."""
+        return int(self.starts[0]) == 0 and last < int(self.stops[0])
+
     def split(self, elements: np.ndarray) -> Iterator[tuple[int, slice, int]]:
         """For each tensor with some of these elements (int64, ascending): its index, their slice, its start."""
         firsts, lasts = np.searchsorted(elements, self.starts), np.searchsorted(elements, self.stops)

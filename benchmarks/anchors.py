@@ -1,9 +1,9 @@
-"""What compression saves of a whole checkpoint, and what the Hub's own storage (Xet) already does on the way.
+"""Savings of compressing whole checkpoints, compared with the Hub's storage (Xet), which already compresses.
 
     python -m benchmarks.anchors --trace DIR       base.safetensors, and the snapshot after its last step
-    python -m benchmarks.anchors                   a synthetic pair, made here
+    python -m benchmarks.anchors                   a generated synthetic pair
 
-hf_xet uploads to an embedded Hub; its chunks are measured as they arrive, compressed as they are on the real one.
+hf_xet uploads to an embedded Hub. The chunks are measured as they arrive, compressed as on the real Hub.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def _exponents(data: bytes) -> bytes:
     return rest.tobytes() + (bits >> 7 & 0xFF).astype(np.uint8).tobytes()
 
 
-WAYS: dict[str, Callable[[bytes], bytes]] = {
-    "as it is": bytes,
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "uncompressed": bytes,
     "zstd-1": _zstd(1),
     "zstd-9": _zstd(9),
     "byte planes + zstd-1": lambda data: _zstd(1)(_byte_planes(data)),
     "byte planes + zstd-9": lambda data: _zstd(9)(_byte_planes(data)),
-    "exponents apart + zstd-1": lambda data: _zstd(1)(_exponents(data)),
+    "separate exponents + zstd-1": lambda data: _zstd(1)(_exponents(data)),
 }
 
 
@@ -62,7 +62,7 @@ def _anchor(pair: Pair, weights: np.ndarray, directory: Path) -> Path:
 
 
 def _uploaded(files: Sequence[Path], root: Path) -> list[int]:
-    """Bytes that each file adds to the storage of a Hub, uploaded one after the other."""
+    """Bytes that each file adds to a Hub's storage when the files are uploaded in this order."""
     os.environ.update(HF_XET_CACHE=str(root / "xet"), HF_HOME=str(root / "hf"), HF_XET_TELEMETRY_ENABLED="false")
     from hubsync.bucket.base import Upload
     from hubsync.bucket.hub import HubBucket  # hf_xet reads its settings when it is imported
@@ -90,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(f"anchor of {size / 1e6:.1f} MB of bf16")
     for heading in ("MB", "of plain", "CPU s"):
         table.add_column(heading, justify="right")
-    for name, way in WAYS.items():
-        data, seconds = timed(way, first.old.tobytes())
+    for name, compress in COMPRESSIONS.items():
+        data, seconds = timed(compress, first.old.tobytes())
         table.add_row(name, f"{len(data) / 1e6:.2f}", f"{len(data) / size:.3f}", f"{seconds:.2f}")
     with tempfile.TemporaryDirectory(prefix="hubsync-benchmark-") as name:
         root = Path(name)
         files = [_anchor(first, first.old, root / "a"), _anchor(last, last.new, root / "b")]
         stored = _uploaded(files, root)
-    names = ("plain safetensors, as Xet stores it", f"the same after {len(pairs)} steps, with the first one there")
+    names = ("plain safetensors, as Xet stores it", f"the same after {len(pairs)} steps, with the first one stored")
     for name, nbytes in zip(names, stored, strict=True):
         table.add_row(name, f"{nbytes / 1e6:.2f}", f"{nbytes / size:.3f}", "")
     Console(width=120).print(table)

@@ -1,9 +1,9 @@
-"""How long weights take to change in place, ours beside vLLM's own sparse path. benchmarks/README.md explains the rows.
+"""Time to change weights in place, compared with vLLM's own sparse path. benchmarks/README.md explains the rows.
 
     python -m benchmarks.apply                     one model, one process, one thread; then a server under load
     python -m benchmarks.apply --no-server --json
 
-Where vLLM is not installed, or on a GPU, plain modules stand for the model, and there is no peer.
+Without vLLM, or on a GPU, plain modules replace the model and there is no peer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Times:
-    """Repeats of one measurement, in seconds."""
+    """Seconds of repeated measurements."""
 
     values: tuple[float, ...]
 
@@ -64,11 +64,11 @@ class Row:
     Attributes:
         density: share of all elements that change.
         changed: elements that change.
-        stage_s: from a decoded patch to what only has to be written, with its digest; beside serving.
-        commit_s: what serving waits for.
-        native_s: vLLM's `load_checkpoint_weight_patches` of the same change; serving waits for all of it.
-        commit_peak_bytes: by how much the process's memory grew at most in the commit; None where that is not known.
-        scatter_gb_s: bytes read and written by the commit over its time (offset, old, new, and the element thrice).
+        stage_s: from a decoded patch to the staged writes and the target's digest; runs during serving.
+        commit_s: the time that serving waits.
+        native_s: vLLM's `load_checkpoint_weight_patches` with the same change; serving waits for all of it.
+        commit_peak_bytes: peak growth of the process's memory in the commit; None if unknown.
+        scatter_gb_s: bytes read and written by the commit (offset, old, new, three times the element) per second.
     """
 
     density: float
@@ -126,7 +126,7 @@ def table_of(tensors: Tensors) -> TensorTable:
 
 
 def step(table: TensorTable, tensors: Tensors, density: float, seed: int) -> tuple[Patch, Digest]:
-    """A patch of +-1 steps at random places, and what the digest changes by."""
+    """A patch of +-1 steps at random places, and the change of the digest."""
     rng = np.random.default_rng(seed)
     patch: Patch = {}
     change = Digest()
@@ -147,7 +147,7 @@ def step(table: TensorTable, tensors: Tensors, density: float, seed: int) -> tup
 def measure(
     model: torch.nn.Module, tensors: Tensors, device: torch.device, native: Callable[[Patch], None] | None, repeats: int
 ) -> list[Row]:
-    """Stage, commit and undo at each density, and the same change through the peer; live weights are compared."""
+    """Stage, commit and undo at each density, then make the same change with the peer. Live weights are compared."""
     table = table_of(tensors)
     applier = Applier(model, table, device)
     digest = applier.join([applier.inventory()])
@@ -180,7 +180,7 @@ def measure(
                 natives.append(time.perf_counter() - began)
                 assert applier.live_digest().hex == target.digest, "the peer wrote the same"
                 applier.heal(tensors, start)
-        stage, commit = Times(tuple(stages[1:])), Times(tuple(commits[1:]))  # the first compiles
+        stage, commit = Times(tuple(stages[1:])), Times(tuple(commits[1:]))  # the first run compiles
         peer = Times(tuple(natives[1:])) if natives else None
         rows.append(
             Row(
@@ -205,7 +205,7 @@ def _wait(device: torch.device) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory of this process now."""
+    """Current resident memory of this process, in bytes."""
     return _status("VmRSS")
 
 
@@ -214,7 +214,7 @@ def reset_peak() -> None:
 
 
 def peak() -> int:
-    """Most bytes of memory since `reset_peak`."""
+    """Peak resident memory since `reset_peak`, in bytes."""
     return _status("VmHWM")
 
 
@@ -226,9 +226,9 @@ def _status(key: str) -> int:
 
 
 def in_vllm(directory: Path, repeats: int) -> list[Row]:
-    """The model in an in-process vLLM engine, and vLLM's own sparse path as a peer."""
+    """Measure in an in-process vLLM engine, with vLLM's own sparse path as the peer."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    # vLLM for CPUs asks every object of every module for its `__dict__`, also numba's handle of its library.
+    # vLLM for CPUs reads `__dict__` of every object of every module, including numba's library handle.
     from llvmlite.binding import ffi
     from safetensors.torch import load_file
 
@@ -273,7 +273,7 @@ def in_vllm(directory: Path, repeats: int) -> list[Row]:
 
 
 def in_plain_modules(repeats: int) -> list[Row]:
-    """Plain modules of the same size, on the GPU if there is one."""
+    """Measure plain modules of the same size, on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
     shapes = [(48000, 768), *[(9216, 1024)] * 13]
@@ -285,7 +285,7 @@ def in_plain_modules(repeats: int) -> list[Row]:
 
 
 class Stream(threading.Thread):
-    """One streamed request after the other; remembers when tokens came."""
+    """Sends streamed requests one by one and records when tokens arrive."""
 
     def __init__(self, url: str, model: str):
         super().__init__(daemon=True)
@@ -304,14 +304,17 @@ class Stream(threading.Thread):
                         return
 
     def longest_gap(self, start: float, end: float) -> float:
-        """Longest time without a token that overlaps the interval, in seconds."""
+        """Longest time between two tokens that overlaps the interval, in seconds."""
         pairs = zip(self.times, self.times[1:], strict=False)
         return max((after - before for before, after in pairs if after > start and before < end), default=0.0)
 
 
 def under_load(repeats: int) -> dict[str, float]:
-    """Longest gap between tokens of two streams: without commits, with commits that keep caches, with ones after which
-    running requests recompute theirs, and with such ones between vLLM's pause and resume."""
+    """Median of the longest gap between tokens of two streams, in milliseconds.
+
+    Measured without commits, with commits that keep caches, with commits after which running requests recompute theirs,
+    and with the latter between vLLM's pause and resume.
+    """
     from safetensors.torch import load_file
 
     from hubsync.demo.serving import ServerProcess
@@ -395,7 +398,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
-    parser.add_argument("--plain", action="store_true", help="plain modules, also where vLLM is installed")
+    parser.add_argument("--plain", action="store_true", help="use plain modules even if vLLM is installed")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""What cutting tensors into chunks costs a compact delta: bits per change for several smallest chunks.
+"""Cost of cutting tensors into chunks in a compact delta: bits per change for several minimum chunk sizes.
 
 python -m benchmarks.chunks --trace DIR --steps 10-18
-python -m benchmarks.chunks                     a synthetic pair, made here
+python -m benchmarks.chunks                     a generated synthetic pair
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     table = Table("cut")
-    for heading in ("chunks", "bits/change", "of that rows", "x floor", "encode s"):
+    for heading in ("chunks", "bits/change", "rows' share", "x floor", "encode s"):
         table.add_column(heading, justify="right")
     pairs = list(chosen(parser, options))
     changes = sum(int(np.count_nonzero(pair.old != pair.new)) for pair in pairs)

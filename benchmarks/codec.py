@@ -1,10 +1,10 @@
-"""Size and speed of delta formats on pairs of bf16 snapshots; benchmarks/README.md says what each row is.
+"""Size and speed of delta formats on pairs of bf16 snapshots; benchmarks/README.md explains each row.
 
-    python -m benchmarks.codec                                   a synthetic pair, made here
+    python -m benchmarks.codec                                   a generated synthetic pair
     python -m benchmarks.codec --old A --new B                   two checkpoints: safetensors files or directories
     python -m benchmarks.codec --trace DIR --steps 10-18         base.safetensors and step-NN.safetensors
 
-One thread, thread CPU time (wall time with --threads); every row is decoded and compared before it is printed.
+One thread, thread CPU time (wall time with --threads). Every row is decoded and compared before it is printed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Raw(Format):
 
 
 class Gaps(Format):
-    """Gaps in a byte (255: it stands in a list of uint32), then something for each change; all through zstd level 1."""
+    """Gaps in one byte (255: listed as uint32), then one value per change; all through zstd level 1."""
 
     name = "PULSE-like"
 
@@ -158,7 +158,7 @@ def bits_view(pair: Pair, weights: np.ndarray) -> ViewBits:
 
 
 def tensors_of(pair: Pair, weights: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of a snapshot in their shapes; they share its memory."""
+    """The tensors of a snapshot, shaped. They share its memory."""
     flat = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
     return {spec.name: flat[at].view(spec.shape) for spec, at in zip(pair.table, pair.slices, strict=True)}
 
@@ -168,10 +168,10 @@ def tensors_of(pair: Pair, weights: np.ndarray) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Row:
-    """One format on one pair. Speeds are GB of one dense bf16 snapshot per second: the best, and beside it the spread.
+    """One format on one pair. Speeds are GB of one dense bf16 snapshot per second: the best run, and the spread.
 
-    The floors are bits per changed element (`benchmarks.floors`); `ratio` is that of `bits_per_change` to the floor
-    that the format could reach: given the old exponent for hubsync-compact, else without it.
+    The floors are bits per changed element (`benchmarks.floors`); `ratio` is `bits_per_change`
+    divided by the floor that the format could reach: the conditional one for hubsync-compact, else the unconditional.
     """
 
     pair: str
@@ -191,7 +191,7 @@ class Row:
 
 
 def measure(pair: Pair, repeats: int) -> list[Row]:
-    """Every format on one pair, with the speed of a plain copy of the snapshot measured beside them."""
+    """Measure every format on one pair, and a plain copy of the snapshot."""
     changed, gigabytes = int(np.count_nonzero(pair.old != pair.new)), pair.old.nbytes / 1e9
     if not changed:
         raise SystemExit(f"{pair.name}: nothing changed, so there are no bits per change")
@@ -256,7 +256,7 @@ def _show(rows: Sequence[Row]) -> None:
 
 
 def _show_passes(pair: Pair, repeats: int) -> None:
-    """Finding changes and digests: the passes beside the codec."""
+    """Measure finding changes and digests, the passes outside of the codec."""
     gigabytes = pair.old.nbytes / 1e9
     weights = np.empty_like(pair.old)
     _, copying = repeated(repeats, np.copyto, weights, pair.old)
@@ -283,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codec", description=__doc__.split("\n")[0])
     add_arguments(parser)
     parser.add_argument("--first-step", action="store_true", help="also the first step from each old snapshot")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of which the best counts, default 5")
-    parser.add_argument("--threads", type=int, default=1, help="threads that may be used, default 1")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs; the best counts, default 5")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads, default 1")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 1:

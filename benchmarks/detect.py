@@ -1,11 +1,11 @@
-"""What it costs to know exactly which weights a step has changed. benchmarks/README.md explains the rows.
+"""Cost of detecting exactly which weights a step has changed. benchmarks/README.md explains the rows.
 
     python -m benchmarks.detect                          104 M parameters in float32, one thread
     python -m benchmarks.detect --parameters 20000000 --json
-    python -m benchmarks.detect --dtype bfloat16         parameters as they are served
+    python -m benchmarks.detect --dtype bfloat16         parameters in the served dtype
 
-Every round makes one optimizer step of each row's own model, one after the other in changing order, so that a noisy
-machine is equally noisy for all; rows report medians. All models start equal and get equal gradients.
+Each row has a separate model. Every round makes one optimizer step of each model in rotating order, so that noise of
+the machine affects all rows equally. Rows report medians. All models start equal and get equal gradients.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Row:
     """One detector.
 
     Attributes:
-        seconds: median of an optimizer step with everything that detection needs.
-        overhead_fraction: how much longer than the bare step, as a median over rounds.
-        persistent_bytes_per_param: what is held between steps, beside the changes themselves.
-        peak_extra_bytes: by how much the process's memory grew at most in a step; the changes are in it.
-        recall: found changes over all changes; None where nothing is looked for.
-        precision: true changes over found ones.
+        seconds: median of an optimizer step including detection.
+        overhead_fraction: extra time relative to the bare step, median over rounds.
+        persistent_bytes_per_param: memory held between steps, without the changes themselves.
+        peak_extra_bytes: peak growth of the process's memory in a step, including the changes.
+        recall: detected true changes over all changes; None without detection.
+        precision: true changes over detected ones; None without detection.
     """
 
     detector: str
@@ -60,7 +60,7 @@ class Row:
 
 
 class Contender:
-    """A model of its own, trained with fused AdamW. The view is bfloat16."""
+    """A separate model trained with fused AdamW, without detection. The view is bfloat16."""
 
     name = "none"
     persistent_bytes = 0
@@ -88,12 +88,12 @@ class InSlices(Contender):
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
         super().__init__(shapes, dtype)
         self._detector = Sliced(self.live, self.table, self.optimizer)
-        self._detector.detect()  # the first one recomputes the digest of all weights
+        self._detector.detect()  # the first call computes the digest of all weights
 
     def step(self) -> Changed:
         self.optimizer.step()
         detected = self._detector.detect()
-        self._detector._submitted = {}  # as `advance` does, whose digest is computed beside training
+        self._detector._submitted = {}  # as `advance` does; the digest is not part of a step
         return {index: change.indices for index, change in detected.changes.items()}
 
 
@@ -113,7 +113,7 @@ class FromSnapshot(Contender):
 
 
 class FullClone(Contender):
-    """As in drafts for TRL: a clone in the served dtype before the step, one after it, compared as tensors."""
+    """As in drafts for TRL: clone the view in the served dtype before and after the step, and compare the clones."""
 
     name = "full-clone"
 
@@ -136,7 +136,7 @@ CONTENDERS: list[Callable[[list[tuple[int, ...]], torch.dtype], Contender]] = [
 
 
 def shapes_of(parameters: int) -> list[tuple[int, ...]]:
-    """Layers of a small language model, as many as it takes, and its embedding."""
+    """Shapes of a small language model: an embedding, and as many layers as reach the number of parameters."""
     layer: list[tuple[int, ...]] = [(1024, 1024)] * 2 + [(512, 1024)] * 2 + [(3072, 1024)] * 3 + [(1024,)] * 2
     embedding = (max(1024, parameters // 8192), 1024)
     rest = parameters - embedding[0] * embedding[1]
@@ -159,9 +159,9 @@ def measure(parameters: int, rounds: int, dtype: torch.dtype) -> list[Row]:
             gradient.mul_(-1) if number % 3 == 0 else gradient.mul_(1.1)
         turn = number % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
-            checked = number == rounds - 1  # a dense comparison, outside of the clock
+            checked = number == rounds - 1  # a dense comparison, not timed
             before = contender.view() if checked else []
-            _LIBC.malloc_trim(0)  # memory that the last step has freed would not show again
+            _LIBC.malloc_trim(0)  # otherwise memory freed by the last step would hide new growth
             reset_peak()
             memory = resident()
             found, seconds = timed(contender.step)
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=104_000_000)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the parameters")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""What a delta must cost: the length of an ideal code for its positions and values, parameters included.
+"""Lower bounds for the size of a delta: the length of an ideal code for its positions and values, parameters included.
 
-Positions: the Krichevsky-Trofimov code of which elements of a group change (it learns the density as it goes). Values,
-as differences of ordered integers: the entropy of those seen, half a logarithm for each kind of value, and 16 bits more
-for those beyond +-300. A better model of the weights' history could go lower; nothing here knows any.
+Positions: the adaptive Krichevsky-Trofimov code of the changed elements in each group. Values, as differences of
+ordered integers: their entropy, half a logarithm for each distinct value, and 16 bits more for those beyond +-300. A
+model of the weights' history could go lower; these floors use none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ _RARE = 300
 
 
 class Floors(NamedTuple):
-    """Bits per changed element. Positions are grouped by tensor, values not at all; or both by the old exponent."""
+    """Bits per changed element.
+
+    Attributes:
+        unconditional: positions grouped by tensor, values not grouped.
+        conditional: both grouped by the old exponent.
+    """
 
     unconditional: float
     conditional: float

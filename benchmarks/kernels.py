@@ -1,4 +1,4 @@
-"""Passes over whole weights on a GPU (Triton) or a CPU (numba), beside a copy on the same device; and whole parts.
+"""Speed of passes over whole weights on a GPU (Triton) or a CPU (numba), and of whole parts, relative to a copy.
 
 python -m benchmarks.kernels                 # the GPU if there is one, else the CPU
 python -m benchmarks.kernels --device cpu --threads 2
@@ -29,7 +29,7 @@ from hubsync.kernels.bits import bits_of, find_changes
 from hubsync.kernels.classes import CLASSES, ClassMap
 
 _SIDE = 2048
-_LOWEST = 107  # exponent of the lowest class: weights of about 0.02 lie in the 16 classes above
+_LOWEST = 107  # exponent of the lowest class: weights of about 0.02 lie in the 16 classes from it upwards
 _SHARE = 0.012
 
 
@@ -38,8 +38,8 @@ class Row:
     """One pass.
 
     Attributes:
-        gbps: dense bf16 bytes of one snapshot per second, in 1e9; the median run.
-        of_copy: the same over that of a copy on the device.
+        gbps: dense bf16 bytes of one snapshot per second, in 1e9; median over runs.
+       of_copy: `gbps` divided by that of a copy on the device.
     """
 
     name: str
@@ -71,11 +71,11 @@ class Weights:
 
 
 def measure(weights: Weights, device: torch.device, repeats: int) -> list[Row]:
-    """All passes over one tensor after the other, as trainer and server make them."""
+    """Time each pass over all tensors one by one, as trainer and server run them."""
     table, classes = weights.table, ClassMap.of("BF16", _LOWEST)
     olds = [weights.old[spec.name].view(torch.int16).view(-1) for spec in table]
     news = [weights.new[spec.name].view(torch.int16).view(-1) for spec in table]
-    spare = [torch.empty_like(old) for old in olds]  # one for all would stay in a cache
+    spare = [torch.empty_like(old) for old in olds]  # one shared buffer would stay in a cache
     bits: list[kernels.Bits] = [old if device.type == "cuda" else old.numpy().view(np.uint16) for old in olds]
     positions = [delta.indices.astype(np.int32) for delta in weights.patch.values()]
     ranked = [kernels.rank(b, p, classes) for b, p in zip(bits, positions, strict=True)]
@@ -149,8 +149,10 @@ def _finish(device: torch.device) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tensors", type=int, default=16, help=f"of {_SIDE} x {_SIDE} elements, default 16")
-    parser.add_argument("--threads", type=int, default=1, help="threads that may be used, default 1")
+    parser.add_argument(
+        "--tensors", type=int, default=16, help=f"number of tensors of {_SIDE} x {_SIDE} elements, default 16"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads, default 1")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     options = parser.parse_args(arguments)

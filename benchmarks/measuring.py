@@ -1,4 +1,4 @@
-"""Timing beside a plain copy: speeds on a shared machine mean something only as a ratio to what it does meanwhile."""
+"""Timing. On a shared machine a speed is meaningful only relative to a plain copy measured in the same run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Spread:
 
 
 def timed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-    """The result and its seconds: CPU time of this thread, or wall time where torch is given several threads."""
+    """The result and its seconds: CPU time of this thread, or wall time if torch has several threads."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     result = work(*args, **kwargs)
@@ -39,7 +39,7 @@ def timed(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, f
 
 
 def repeated(repeats: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, list[float]]:
-    """The result and the seconds of `repeats` calls, after one that compiles and warms up."""
+    """The result and the seconds of `repeats` calls, after one call for compilation and warm-up."""
     work(*args, **kwargs)
     runs = [timed(work, *args, **kwargs) for _ in range(repeats)]
     return runs[-1][0], [seconds for _, seconds in runs]

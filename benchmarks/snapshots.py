@@ -1,4 +1,4 @@
-"""Pairs of bf16 snapshots to measure on: made here, from two checkpoints, or from a trace of sparse steps."""
+"""Pairs of bf16 snapshots to measure: synthetic, from two checkpoints, or from a trace of sparse steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hubsync.kernels.bits import bits_of
 
 @dataclass(frozen=True)
 class Pair:
-    """Two snapshots: every tensor of `table`, one after the other, as flat uint16 patterns."""
+    """Two snapshots: all tensors of `table` concatenated, as flat uint16 patterns."""
 
     name: str
     table: TensorTable
@@ -49,7 +49,7 @@ def synthetic_pair(layers: int = 4, width: int = 1024, update: float = 3e-7) -> 
 
 
 def first_step_pair(pair: Pair, learning_rate: float = 1e-6) -> Pair:
-    """The first step of Adam from a bf16 checkpoint: fp32 masters made from `pair.old`, moved by the learning rate.
+    """Adam's first step from a bf16 checkpoint: fp32 masters made from `pair.old`, moved by the learning rate.
 
     Adam's first update is the learning rate times the sign of the gradient, up to its epsilon.
     """
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[Pair]:
-    """The pairs that the arguments name."""
+    """The pairs selected by the arguments."""
     if (options.old is None) != (options.new is None):
         parser.error("--old and --new go together")
     if options.trace and options.old:

@@ -1,11 +1,12 @@
-"""Bytes and seconds to bring a replica several versions ahead: one merged delta, the single ones in a row, or the
-cheapest way through the merged deltas that a compactor makes.
+"""Bytes and seconds to bring a replica several versions ahead.
+
+Compares one merged delta, the chain of single deltas, and the cheapest path through the compactor's merged deltas.
 
     python -m benchmarks.spans --trace DIR
-    python -m benchmarks.spans                     a synthetic run, made here
+    python -m benchmarks.spans                     a generated synthetic run
 
-A trace that is shorter than a span is followed by synthetic steps: fp32 masters inside the rounding of its last
-snapshot, moved by momentum-like updates of about the density of the trace's last steps.
+Synthetic steps extend a trace that is shorter than a span: fp32 masters within the rounding of its last snapshot,
+moved by momentum-like updates of about the density of the trace's last steps.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Span = tuple[int, int]  # versions: from, to
 
 
 def _steps(trace: Path | None, count: int) -> Iterator[Pair]:
-    """`count` pairs, each of which starts where the one before ends."""
+    """`count` pairs, each starting at the end of the previous one."""
     last = 0
     if trace is None:
         pair = synthetic_pair()
@@ -80,7 +81,7 @@ def _part(pair: Pair, encoding: Encoding) -> bytes:
 
 
 def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, encoding: Encoding) -> None:
-    """Decode all parts, compose them and apply the whole once, as a replica does."""
+    """Decode all parts, compose them and apply the result once, as a replica does."""
     old = bits_view(pair, weights)
     if encoding.needs_base:
         patch: Patch = {}
@@ -92,7 +93,7 @@ def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, encoding: E
 
 
 class Bytes:
-    """Size of the merged delta (fast encoding) from any version to any later one, measured when first asked for."""
+    """Size of the merged delta (fast encoding) from any version to any later one, measured on first use."""
 
     def __init__(self, pairs: Sequence[Pair]):
         self._table = pairs[0].table
@@ -111,20 +112,20 @@ class Bytes:
 
 
 def _spans(newest: int, overlapping: bool) -> list[Span]:
-    """Merged deltas that are kept while a version is the newest."""
+    """Merged deltas kept while `newest` is the newest version."""
     made = [(span[0].version - 1, span[-1].version) for span in due(_chain(newest), MAX_SPAN)]
     return [(first, last) for first, last in made if overlapping or first % (last - first) == 0]
 
 
 def _chain(newest: int) -> list[Manifest]:
-    """Manifests as far as a compactor looks at them: which version leads to which."""
+    """Manifests with the fields that a compactor reads: versions and their parents."""
     blank = Manifest("delta", "", "", "", Position(0, ""), None, None, (), 0, 0.0)
     versions = range(1, newest + 1)
     return [replace(blank, position=Position(v, ""), parent=Position(v - 1, "")) for v in versions]
 
 
 def _paths(newest: int, spans: Sequence[Span], nbytes: Bytes) -> list[tuple[int, int]]:
-    """Bytes and objects of the cheapest way to the newest version, from each version before it."""
+    """Bytes and objects of the cheapest path to the newest version, from each version before it."""
     paths = [(0, 0)] * (newest + 1)
     for first in range(newest - 1, -1, -1):
         ends = [first + 1, *(last for start, last in spans if start == first)]
@@ -133,17 +134,17 @@ def _paths(newest: int, spans: Sequence[Span], nbytes: Bytes) -> list[tuple[int,
 
 
 def _policies(pairs: Sequence[Pair]) -> Table:
-    """What merged deltas cost and save, over all k up to the number of steps, with each version as the newest."""
+    """Cost and savings of merged deltas, for all k up to the number of steps, with each version as the newest."""
     nbytes, count = Bytes(pairs), len(pairs)
     singles = nbytes.of((first, first + 1) for first in range(count))
-    title = f"k versions behind, k = 2 to {count}: bytes over those of the single best merged delta"
+    title = f"k versions behind, k = 2 to {count}: bytes relative to the best single merged delta"
     table = Table(title=title)
     for heading in ("merged deltas", "worst", "at", "mean", "most objects", "k with > 2 log2 k", "kept", "uploaded"):
         table.add_column(heading, justify="right")
     policies: dict[str, Callable[[int], list[Span]]] = {
         "none": lambda newest: [],
         "aligned": lambda newest: _spans(newest, overlapping=False),
-        "as made": lambda newest: _spans(newest, overlapping=True),
+        "default": lambda newest: _spans(newest, overlapping=True),
     }
     for name, spans in policies.items():
         ratios: list[tuple[float, int, int]] = []
@@ -163,15 +164,14 @@ def _policies(pairs: Sequence[Pair]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.spans", description=__doc__.split("\n\n")[0])
     parser.add_argument("--trace", type=Path, help="directory with base.safetensors and step-NN.safetensors")
-    parser.add_argument("--spans", type=int, nargs="+", default=SPANS, help="versions to go ahead, default 1 4 16 64")
-    parser.add_argument("--behind", type=int, default=18, help="all numbers of versions behind up to this, default 18")
+    parser.add_argument(
+        "--spans", type=int, nargs="+", default=SPANS, help="numbers of versions to merge, default 1 4 16 64"
+    )
+    parser.add_argument("--behind", type=int, default=18, help="largest number of versions behind, default 18")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     Console(width=120).print(_policies(list(_steps(options.trace, options.behind))))
-    print(
-        "'kept' and 'uploaded': bytes of merged deltas over those of all single deltas; kept in the end, if retention "
-        "runs.\n"
-    )
+    print("'kept' and 'uploaded': bytes of merged deltas relative to all single deltas; 'kept' if retention runs.\n")
     Console(width=120).print(_single_and_merged(options.trace, options.spans))
     print(
         "Spans begin at the first step. 'merged s' and 'chain s': CPU seconds of one core to decode, compose and "

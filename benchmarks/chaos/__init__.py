@@ -1,1 +1,1 @@
-"""Random histories of publishers and replicas that die, stall, lag and meet faults: exact, or loud."""
+"""Random histories of publishers and replicas with crashes, stalls, lag and faults: exact, or reported."""

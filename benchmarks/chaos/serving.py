@@ -49,7 +49,7 @@ class Engine:
     """The loop of an engine core: a request, a forward pass, and again. Implements `hubsync.apply.engine.EngineCore`.
 
     Attributes:
-        mixed: what a forward pass met that none must: ranks at different versions, or a label of another one.
+        mixed: violation seen by a forward pass: ranks at different versions, or a label of another version.
     """
 
     index = 0

@@ -243,7 +243,7 @@ class Applier:
         Raises:
             ReplicaRefused: `target` is not staged, or the current weights are not verified yet. Nothing was written.
             WrongParent: staged from another position than the current one. Nothing was written.
-            ReplicaPoisoned: the weights are not what they should be, before or after the write.
+            ReplicaPoisoned: the weights are wrong before or after the write.
         """
         with self._lock:
             decide(self._group.gather(self._vote(lambda: self._check_commit(target), target)))

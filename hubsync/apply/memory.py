@@ -198,7 +198,7 @@ def _equal(memory: np.ndarray, places: np.ndarray, expected: np.ndarray) -> bool
 
 @njit(nogil=True, cache=True)
 def _scatter(memory: np.ndarray, places: np.ndarray, new: np.ndarray) -> bool:
-    """Write, and read back what was written while it is in the cache."""
+    """Write, and read the values back while they are in the cache."""
     different = False
     for first in range(0, len(places), _BLOCK):
         last = min(first + _BLOCK, len(places))

@@ -52,7 +52,7 @@ class WorkerState:
         REFUSED: attaching failed; the status has the error. Attaching again retries.
         DETACHED: nothing has been asked yet.
         ATTACHING: reading the run and mapping the live weights.
-        MAPPED: this rank knows what it holds; the ranks have not joined. Of adapters: the engine has not loaded the
+        MAPPED: this rank has mapped its weights; the ranks have not joined. Of adapters: the engine has not loaded the
             adapter yet.
         STAGING: downloading and preparing a version.
         APPLIED: committed; the digest of the live weights is being recomputed.

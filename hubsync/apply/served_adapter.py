@@ -53,7 +53,7 @@ class ServedAdapter:
         self.metrics: dict[str, float] = {}
         self.position: Position | None = None
         self.staged: Position | None = None
-        self.poisoned: str | None = None  # why what is loaded is not known to be `position`
+        self.poisoned: str | None = None  # why the loaded adapter may differ from `position`
         self._find_host = find_host
         self._group = group or SingleWorker()
         self._host: AdapterHost | None = None
@@ -162,7 +162,7 @@ class ServedAdapter:
         self.staged = None
 
     def _materialise(self, target: Position) -> Plan:
-        """Write the directory of a version. Its digest is recomputed from what is written."""
+        """Write the directory of a version. Its digest is recomputed from the written files."""
         host, reader = self._attached()
 
         def find() -> Plan:
@@ -269,7 +269,7 @@ class ServedAdapter:
     # --- details ------------------------------------------------------------------------------------
 
     def _delete(self, target: Position) -> None:
-        """Delete what was staged and could not be loaded. Staging it again writes it again."""
+        """Delete a staged version that could not be loaded. Staging it again writes it again."""
         host, _ = self._attached()
         if target != self.position:
             self.staged = None
@@ -278,7 +278,7 @@ class ServedAdapter:
     def _clean(self) -> None:
         """Delete directories of versions that no request can load without staging them again."""
         host, _ = self._attached()
-        # Another worker may have written already what is being staged here. Read in this order, because the other
+        # Another worker may already have written the version staged here. Read in this order, because the other
         # thread moves a position from `_expected` to `staged`.
         positions = self.position, self._before, self._expected, self.staged
         kept = {_directory(host, position) for position in positions if position}

@@ -70,7 +70,7 @@ class _Mapped:
             try:
                 plan = self.reader.plan(have, to=target.version)
             except NoPath:
-                pass  # go on with the checkpoint: the error about its digest says what is wrong
+                pass  # continue with the checkpoint: the error about its digest names the problem
         return exactly(plan, target)
 
     def view(self, plan: Plan) -> Mapping[str, torch.Tensor]:
@@ -107,7 +107,7 @@ class ServedModel:
         self.metrics: dict[str, float] = {}
         self._find_host = find_host
         self._group = group or SingleWorker()
-        self._mapped: _Mapped | None = None  # this rank knows what it holds
+        self._mapped: _Mapped | None = None  # set once this rank has mapped its weights
         self._joined: Digest | None = None  # all ranks know what all hold: the digest of the whole view
         self._layout: dict[str, Any] | None = None
 

@@ -83,7 +83,7 @@ class Served(Protocol):
         ...
 
     def join(self, obstacle: HubsyncError | None) -> HubsyncError | None:
-        """Agree with all ranks on what they hold together. A collective.
+        """Combine the inventories of all ranks. A collective.
 
         Args:
             obstacle: why this rank cannot join.
@@ -234,7 +234,7 @@ class Session:
         self._background.submit(self._attach)
 
     def join(self) -> None:
-        """Have all ranks, each of which has mapped what it holds, find their common position. A collective.
+        """Find the common position of all ranks, after each has mapped its weights. A collective.
 
         ReplicaRefused, on all ranks, if one has not mapped its part, or if the parts are no whole.
         """

@@ -1,4 +1,4 @@
-"""`hubsync gc`: delete what a run no longer needs."""
+"""`hubsync gc`: delete objects that a run no longer needs."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def _missed(report: HotloadReport) -> HubsyncError:
     why = "; ".join(f"{replica.url}: {replica.error}" for replica in missing)
     served = f"{len(report.commits)} of {len(report.replicas)} servers serve {report.position}"
     return ReplicaError(
-        f"{served}, and {report.needed} must. {why}. Restart what is missing, or set a quorum that does without it"
+        f"{served}, and {report.needed} must. {why}. Restart the missing servers, or set a smaller quorum"
     )
 
 

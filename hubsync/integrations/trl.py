@@ -214,7 +214,7 @@ class HubSyncCallback(TrainerCallback):
             self.engine.ranks.first(self._check_digest)
 
     def _check_digest(self) -> None:
-        """Wait for the digest of the live weights, which the workers recompute beside generation after a commit."""
+        """Wait for the digest of the live weights, which the workers recompute during generation after a commit."""
         if self._unverified is None:
             return
         position, self._unverified = self._unverified, None
@@ -239,7 +239,7 @@ class HubSyncCallback(TrainerCallback):
         trl_compat.record(self.trainer, values)
 
     def _ask_for_adapter(self) -> None:
-        """Have a PEFT policy's completions come from its adapter, and not from the base model beside it."""
+        """Make a PEFT policy generate with its adapter instead of the base model."""
         if not is_peft_model(self.trainer.model):
             return
         adapter = self._replica.status().adapter

@@ -1,15 +1,15 @@
-"""TRL's seam: everything of TRL that hubsync uses and that TRL does not promise to keep.
+"""TRL internals: everything that hubsync uses and that TRL does not promise to keep.
 
 Written for the releases that `SUPPORTED` names. Two groups of trainers:
 
-* The family of `VLLMGeneration` (`FAMILY`) asks one object to synchronise and to generate. `generate_on_server` gives
-  a built trainer such an object. `HubSyncCallback` drives it.
-* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public. Not public are that
-  all ranks take part in it (`join_transfer`), that adapters are not merged for it (`keep_adapter_apart`) but asked for
-  by name (`roll_out_with`), and that samples say which weights made them: `date_samples` sees to that, with the loops
-  of `rollouts`, which run in TRL's process of rollouts. `HubWeightTransfer` drives them.
+* Trainers of the `VLLMGeneration` family (`FAMILY`) use one object to synchronise and to generate.
+  `generate_on_server` replaces it in a built trainer. `HubSyncCallback` drives it.
+* The asynchronous trainers (`ASYNC`) take a weight transfer in their constructor, which is public. Four changes are
+  not: all ranks take part in the transfer (`join_transfer`), adapters are not merged for it (`keep_adapter_apart`) but
+  requested by name (`roll_out_with`), and samples record the weights that made them (`date_samples`, with the loops of
+  `trl_rollouts`, which run in TRL's rollout process). `HubWeightTransfer` drives them.
 
-`moved` compares what is used here with the TRL that is installed, and says in words what is different.
+`trl_checks.moved` compares the used attributes with the installed TRL and describes the differences.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def family_of(trainer: Any) -> TrainerClass | None:
-    """Which of the family a trainer is, or descends from."""
+    """The supported class that a trainer is an instance of."""
     return trainer_class(type(trainer), FAMILY)
 
 
@@ -213,7 +213,7 @@ def roll_out_with(trainer: Any, model: str) -> bool:
 
 
 def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
-    """Have every sample bear the versions that the server says made it, and dated before the trainer looks at its age.
+    """Record in every sample the server's versions of its weights, and date it before the trainer checks its age.
 
     Possible with TRL's own workers. Main process only, between construction and training.
 

@@ -104,7 +104,7 @@ def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:
 
 
 def versions_of(choice: dict[str, Any]) -> list[int]:
-    """The versions of the weights that made a choice's tokens; `UNKNOWN` for what is not one of a run's."""
+    """Versions of the weights that made a choice's tokens. `UNKNOWN` for weights of no version of the run."""
     if not choice["token_ids"]:
         return []
     labels = [str(span["version"]) for span in choice.get("weight_versions") or []]

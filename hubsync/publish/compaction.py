@@ -64,7 +64,7 @@ class BackgroundCompactor:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop. The next trainer or `hubsync compact` merges what is left."""
+        """Stop. The next trainer or `hubsync compact` merges the remaining deltas."""
         self._stopped = True
         self._due.set()
         self._idle.set()

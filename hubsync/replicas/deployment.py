@@ -354,7 +354,7 @@ class _Member:
         retry(attach, timeout=deadline, on=ReplicaUnreachable, waiting_for=self.url, longest=_RETRY_S)
 
     def close(self) -> None:
-        """Give up what is not begun, and close connections once the thread has ended what is: a commit, for example."""
+        """Cancel queued work. Close connections once the thread has finished work in progress, for example a commit."""
         self.thread.submit(self.replica.server.close)
         self.thread.shutdown(wait=False)
         self.watcher.server.close()

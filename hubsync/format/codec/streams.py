@@ -200,7 +200,7 @@ def read(
     ranks: np.ndarray,
     diffs: np.ndarray,
 ) -> int:
-    """Decode the chunk in the bytes `start .. start + nbytes` of `words`. Returns FINE or what is wrong with it.
+    """Decode the chunk in the bytes `start .. start + nbytes` of `words`. Returns FINE or an error code.
 
     Args:
         counts, sizes: int64[classes], changes and elements of each class. The counts add up to len(ranks).

@@ -181,7 +181,7 @@ class GenerationClient:
             raise ReplicaUnreachable(f"cannot reach {self.url}{path}: {error or type(error).__name__}") from None
         if answer.status_code == 401:
             raise ConfigError(f"{self.url} wants another API key: give the sampler its --api-key as api_key")
-        if answer.status_code in (403, 404):  # what was not switched on is forbidden in newer versions
+        if answer.status_code in (403, 404):  # newer versions forbid endpoints that were not enabled
             raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {answer.text:.200})")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {answer.text:.200}")

@@ -250,8 +250,8 @@ def _show(rows: Sequence[Row]) -> None:
         )
         console.print(table)
     console.print(
-        "Speeds: GB of dense bf16 weights per second, slowest/median/best run; ratios are of the best ones. "
-        "hubsync-compact is compared with the floor given the old exponent, the others with the other one."
+        "Speeds: GB of dense bf16 weights per second, slowest/median/best run; ratios are of the best runs. "
+        "hubsync-compact is compared with the conditional floor (old exponent), the others with the unconditional one."
     )
 
 

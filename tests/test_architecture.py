@@ -101,7 +101,7 @@ def test_what_is_light_stays_light(statement: str) -> None:
 
 
 def test_the_trainer_side_works_where_vllm_is_not_installed() -> None:
-    """TRL looks for vllm with `find_spec`; an environment without it is one in which nobody finds it."""
+    """TRL detects vllm with `find_spec`, so hiding it from `find_spec` simulates an environment without it."""
     code = """
 import importlib.util, sys
 

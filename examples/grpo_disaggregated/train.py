@@ -31,8 +31,8 @@ vllm serve Qwen/Qwen3-0.6B \
     --max-model-len 4096 \
     --host 0.0.0.0 --port 8000
 
-The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: let nobody but
-the training host reach the port.
+The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: allow only
+the training host to reach the port.
 
 # Training host
 

@@ -79,7 +79,7 @@ class Served(Protocol):
         ...
 
     def attach(self) -> None:
-        """Find out what this rank holds and, once the ranks have joined or there is only one, its position."""
+        """Map this rank's weights and, once the ranks have joined or there is only one, find its position."""
         ...
 
     def join(self, obstacle: HubsyncError | None) -> HubsyncError | None:
@@ -89,7 +89,7 @@ class Served(Protocol):
             obstacle: why this rank cannot join.
 
         Returns:
-            why the parts are no whole; None if they are.
+            why the parts do not form a whole; None if they do.
 
         Raises:
             the first rank's obstacle, on all ranks.
@@ -236,7 +236,7 @@ class Session:
     def join(self) -> None:
         """Find the common position of all ranks, after each has mapped its weights. A collective.
 
-        ReplicaRefused, on all ranks, if one has not mapped its part, or if the parts are no whole.
+        ReplicaRefused, on all ranks, if one has not mapped its part, or if the parts do not form a whole.
         """
         served, attaching = self.served, self._attaching
         if served.joined:

@@ -1,9 +1,9 @@
-"""hubsync in TRL's asynchronous trainers: the weight transfer that they take in their constructor.
+"""Weight transfer for TRL's asynchronous trainers, passed to their constructor.
 
-TRL calls it between two optimizer steps, on the main process, and moves its policy version when it has returned. So
-`send_weights` returns when the servers serve the new weights, and not before. They generate all the while: their
-commits need no pause, and `pause` and `resume` do nothing. Meanwhile the other processes are where TRL would gather
-weights; there they publish what they own, and learn what came of it.
+TRL calls the transfer between two optimizer steps on the main process, and advances its policy version when the call
+returns. So `send_weights` returns only when the servers serve the new weights. The servers keep generating: their
+commits need no pause, and `pause` and `resume` do nothing. The other processes take part where TRL would gather
+weights: they publish their shards and receive the outcome.
 """
 
 from __future__ import annotations
@@ -58,38 +58,37 @@ _ANCIENT = -(2**31)
 class HubWeightTransfer:
     """The weight transfer of [`AsyncGRPOTrainer`] and [`AsyncDistillationTrainer`] through a bucket.
 
-    Servers generate while changes are found, encoded, uploaded, downloaded and staged, and while they are committed;
-    the training loop waits meanwhile, and TRL's policy version moves when a quorum of the servers serves the new
-    weights.
+    The training loop waits while changes are found, encoded, uploaded, downloaded, staged and committed. The servers
+    generate during all of it. TRL's policy version advances when a quorum of the servers serves the new weights.
 
-    Every rank publishes what it owns: its shards under FSDP2, an equal piece under DDP. No weights are gathered, and
-    what one rank raises all raise. Of a PEFT policy the adapter is published, and never merged into the base; samples
-    are made by the adapter of the servers, by the name that they call it.
+    Every rank publishes its own weights: its shards under FSDP2, an equal piece under DDP. No weights are gathered. An
+    error of one rank is raised on all ranks. For a PEFT policy, the adapter is published and never merged into the
+    base, and samples are requested from the servers' adapter by its name there.
 
-    Samples are dated by what made them. TRL's rollout workers are made to ask for tokens through
-    `/inference/v1/generate`, which states the weights behind every token; a sample's version is that of the oldest of
-    them, or the one that had been acknowledged before its group's first request if that is older. So `max_staleness`
-    never counts too little, whichever server of a quorum answered, and a sample of weights that are of no version of
-    this run (a server that was restarted) is dropped. The range is on the sample, and logged, as
-    `weight_sync/version_min` and `weight_sync/version_max`, in versions of the run.
+    Samples are dated by the weights that made them. TRL's rollout workers request tokens from `/inference/v1/generate`,
+    which states the weights of every token. A sample's version is the oldest of them, or the version acknowledged
+    before its group's first request if that is older. So `max_staleness` never underestimates, whichever server of a
+    quorum answered, and samples of weights that are no version of this run (from a restarted server) are dropped. The
+    range is in the sample's metrics and logged, in versions of the run, as `weight_sync/version_min` and
+    `weight_sync/version_max`.
 
     Other metrics: `weight_sync/version`, `acknowledged` (servers that serve it), `changed_fraction`, `payload_bytes`,
     `bits_per_change`, `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`.
 
     Attributes:
-        engine: the publisher, one on every rank; None before training, and after it.
-        last: what the last synchronisation delivered; None before the first.
-        version_map: on the main process, which version of the run each version of TRL is.
+        engine: the publisher, one on every rank; None before and after training.
+        last: report of the last synchronisation; None before the first.
+        version_map: on the main process, maps versions of the run to versions of TRL.
 
     Args:
-        config: where the bucket is, and the rest of what hubsync needs to know. `servers` are those that generate for
-            the trainer; default is the trainer's `vllm_server_base_url`. Name them all if that is a load balancer.
-        quorum: how many of the servers must serve a version before TRL's moves to it; None is all of them. With fewer,
-            a dead or slow server does not stop training; it catches up with a later version.
-        timeout: seconds that one synchronisation may take, from its begin until the quorum serves it.
+        config: the bucket and all other settings. `servers` generate for the trainer; the default is the trainer's
+            `vllm_server_base_url`. If that is a load balancer, list all servers behind it.
+        quorum: number of servers that must serve a version before TRL's version advances; None for all. With fewer, a
+            dead or slow server does not stop training; it catches up with a later version.
+        timeout: seconds for one synchronisation, from its start until the quorum serves it.
 
     Raises:
-        ConfigError: a quorum or timeout that cannot be.
+        ConfigError: invalid quorum or timeout.
 
     Usage:
 
@@ -124,22 +123,22 @@ class HubWeightTransfer:
         self._begun = False
         self._deployment: Deployment | None = None
         self.version_map = VersionMap()
-        self._generates_on: str | None = None  # the server to ask whether it states versions
+        self._generates_on: str | None = None  # the server to check for stated versions
         self._is_adapted = False
         self._rollouts_are_ready = False
 
     def attach(self, trainer: Any) -> None:
-        """Learn which policy this is about. Call it on all processes, between construction and `train()`.
+        """Attach to the trainer's policy. Call it on all processes, between construction and `train()`.
 
         Raises:
-            ConfigError: for a trainer that cannot be served this way; the message says why, and what to change.
+            ConfigError: the trainer is not supported; the message says why, and what to change.
         """
         if not trl_compat.takes_weight_transfer(trainer):
             raise ConfigError(
                 f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {trl_compat.family_names()}"
             )
         if self._trainer is trainer:
-            raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: once is enough")
+            raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: attach it once")
         trl_checks.require_unmoved(type(trainer))
         self._is_adapted = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
         if self._is_adapted:
@@ -157,30 +156,31 @@ class HubWeightTransfer:
             self._generates_on = url
         elif self.quorum not in (None, len(self.config.servers)):
             raise ConfigError(
-                f"samples of a {type(trainer.rollout_worker).__name__} of this trainer do not say which weights made "
-                "them, and a server outside of the quorum may be behind: leave quorum out (TRL's own workers can be "
-                "made to say it)"
+                f"samples of the {type(trainer.rollout_worker).__name__} of this trainer do not say which weights made "
+                "them, and a server outside of the quorum may be behind: leave quorum out, or use TRL's own workers"
             )
 
-    # --- what TRL calls, on the main process
+    # --- called by TRL, on the main process
 
     def init_weight_transfer(self) -> None:
-        """Nothing yet: the other ranks come to the first synchronisation, and there the run is created or continued."""
+        """Do nothing yet. The first synchronisation, which all ranks join, creates or resumes the run."""
         if self._trainer is None:
-            raise ConfigError("call transfer.attach(trainer) before trainer.train(): it does not know the policy")
+            raise ConfigError(
+                "the transfer is attached to no trainer: call transfer.attach(trainer) before trainer.train()"
+            )
         self._begun = True
 
     def pause(self) -> None:
-        """Nothing: requests go on while weights change. A server that has to be paused for its commit is, by that."""
+        """Do nothing: requests continue while weights change. A commit pauses a server that needs it."""
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Return once a quorum of the servers serves the policy as it is now.
+        """Publish the current policy and return once a quorum of the servers serves it.
 
         Raises:
             BucketUnavailable: the new version was not durable in time.
-            ReplicaError: too few servers serve it, in time or at all; the message names those that do not.
+            ReplicaError: too few servers serve it in time; the message names those that do not.
         """
-        # Empty where `attach` has been; else it gathers shards with the other ranks, which would wait for ever.
+        # Empty after `attach`. Otherwise it gathers shards with the other ranks, which wait forever if not drained.
         for _ in iterator:
             pass
         if not self._begun:
@@ -188,22 +188,22 @@ class HubWeightTransfer:
         self._synchronise()
 
     def resume(self) -> None:
-        """Nothing; see `pause`."""
+        """Do nothing; see `pause`."""
 
     def destroy(self) -> None:
-        """Stop. The servers keep what they serve."""
+        """Stop. The servers keep serving their version."""
         deployment, engine = self._deployment, self.engine
         self._deployment = self.engine = None
         self._begun = False
         if deployment is not None:
             deployment.close()
         if engine is not None:
-            engine.__exit__(*sys.exc_info())  # TRL comes here on its way out of an error, too
+            engine.__exit__(*sys.exc_info())  # TRL calls this after errors, too
 
     # --- on all ranks
 
     def _synchronise(self) -> None:
-        """Bring the policy as it is now to the servers. Collective: what one rank raises all raise."""
+        """Bring the current policy to the servers. A collective: all ranks raise the error of one."""
         deadline = time.monotonic() + self.timeout
         if self.engine is None:
             self.engine = self._new_engine()
@@ -217,7 +217,7 @@ class HubWeightTransfer:
         engine = DeltaWeightTransferEngine(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.optimizer,
-            replace(config, servers=[], quorum=0),  # they are the deployment's, which knows a time for all of it
+            replace(config, servers=[], quorum=0),  # the deployment has them, with one timeout for all
             processing_class=trainer.processing_class,
         )
         if trainer.accelerator.is_main_process:
@@ -236,17 +236,17 @@ class HubWeightTransfer:
                 return engine.ranks.together(partial(ticket.result, _until(deadline)))
             except TimeoutError:
                 raise BucketUnavailable(
-                    f"the new version was not in the bucket after {self.timeout:g} s: set a longer timeout, or see why "
-                    f"{self.config.bucket} is slow"
+                    f"the new version was not in the bucket after {self.timeout:g} s: set a longer timeout, or check "
+                    f"why {self.config.bucket} is slow"
                 ) from None
             except BucketUnavailable as outage:
                 if engine.ranks.first(lambda: _until(deadline) < _RETRY_S):  # one clock decides for all
                     raise
-                logger.warning("trying again: %s", outage)
+                logger.warning("retrying: %s", outage)
                 time.sleep(_RETRY_S)
 
     def _deliver(self, engine: DeltaWeightTransferEngine, position: Position, deadline: float) -> HotloadReport:
-        """Return once a quorum serves `position`. Who cannot be reached is asked again: it may be starting."""
+        """Return once a quorum serves `position`. Retries unreachable servers, which may be starting."""
         while True:
             report = engine.ranks.first(lambda: self._hotload(position, deadline))
             if len(report.commits) >= report.needed:
@@ -257,7 +257,7 @@ class HubWeightTransfer:
     # --- on the main process
 
     def _hotload(self, position: Position, deadline: float) -> HotloadReport:
-        """One attempt. If it failed and another one may not, this returns when it is time for that; else it raises."""
+        """Make one attempt. After a failure, return when a retry is due, or raise if none can help in time."""
         assert self._deployment is not None
         report = self._deployment.hotload(position, timeout=_until(deadline))
         if len(report.commits) >= report.needed:
@@ -277,23 +277,23 @@ class HubWeightTransfer:
         self._record(published, report)
 
     def _date(self, sample: Any, oldest: int) -> None:
-        """Set TRL's version of a sample to that of the oldest weights that had a part in it.
+        """Set TRL's version of a sample to that of its oldest weights.
 
-        TRL's own, the version acknowledged before the first request, stays where it is older.
+        TRL's value, the version acknowledged before the first request, stays if it is older.
         """
         sample.model_version = min(sample.model_version, self.version_map.of(oldest))
 
     def _prepare_rollouts(self, report: HotloadReport) -> None:
-        """Once: the servers serve the first version, and TRL's process of rollouts is about to start."""
+        """Configure rollouts, once: the servers serve the first version, and TRL's rollout process has not started."""
         adapter = self._name_of_adapter(report) if self._is_adapted else None
         if adapter is not None and not trl_compat.roll_out_with(self._trainer, adapter):
-            logger.warning("the servers call the adapter %r: have your rollout worker name it as its model", adapter)
+            logger.warning("the servers call the adapter %r: make your rollout worker request it as its model", adapter)
         if self._generates_on is not None:
             self._require_stated_versions(self._generates_on, adapter)
         self._rollouts_are_ready = True
 
     def _name_of_adapter(self, report: HotloadReport) -> str:
-        """What requests must name as their model, of all servers that serve the first version."""
+        """The adapter's name on the servers that serve the first version, which requests pass as their model."""
         names = {}
         for replica in report.replicas:
             if replica.commit is not None:
@@ -304,7 +304,7 @@ class HubWeightTransfer:
         return next(iter(names.values()))
 
     def _require_stated_versions(self, url: str, adapter: str | None) -> None:
-        """ReplicaUnsuitable unless the server that generates says which weights made its tokens."""
+        """Raise ReplicaUnsuitable unless the generating server states which weights made its tokens."""
         request = {"model": adapter, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
         with new_client(url) as client:
             answer = client.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
@@ -328,7 +328,7 @@ class HubWeightTransfer:
 
 
 class _Leaving(TrainerCallback):
-    """Ends the transfer on a rank where TRL does not."""
+    """Ends the transfer on ranks where TRL does not."""
 
     def __init__(self, transfer: HubWeightTransfer):
         self._transfer = transfer
@@ -340,7 +340,7 @@ class _Leaving(TrainerCallback):
 
 
 def _until(deadline: float) -> float:
-    """Seconds that are left."""
+    """Remaining seconds."""
     return max(deadline - time.monotonic(), 0.0)
 
 
@@ -349,7 +349,7 @@ def _needs_anchor(report: HotloadReport) -> bool:
 
 
 def _missed(report: HotloadReport) -> HubsyncError:
-    """Names every server that is missing, and why. Of one server, its own error."""
+    """An error that names every missing server and why. For a single server, its own error."""
     missing = [replica for replica in report.replicas if replica.commit is None]
     if len(report.replicas) == 1 and missing[0].error is not None:
         return missing[0].error
@@ -361,7 +361,7 @@ def _missed(report: HotloadReport) -> HubsyncError:
 
 
 class VersionMap:
-    """Which of TRL's versions a version of the run is. TRL counts synchronisations; a run counts changes."""
+    """Maps versions of the run to TRL's versions. TRL counts synchronisations; a run counts changes."""
 
     def __init__(self) -> None:
         self._run: list[int] = []

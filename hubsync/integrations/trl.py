@@ -1,9 +1,9 @@
-"""hubsync in TRL: a callback that makes a built trainer generate on a vLLM server which follows its weights.
+"""TRL callback: makes a built trainer generate on a vLLM server that follows its weights.
 
-The trainer is built with `use_vllm=False`, because TRL's own server mode opens an NCCL group to the server while the
-trainer is built. The callback then gives it a generation backend that speaks nothing but HTTP. TRL asks that backend
-to synchronise before a generation whenever an optimizer step lies behind it; publishing has started right after the
-step by then, in the background, so the request to synchronise only waits for the rest and commits.
+The trainer is built with `use_vllm=False`, because TRL's own server mode opens an NCCL group to the server during
+construction. The callback then installs a generation backend that uses only HTTP. TRL asks that backend to synchronise
+before a generation if an optimizer step was made since the previous one. Publishing starts in the background right
+after the step, so synchronising only waits for the rest and commits.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ class HubSyncCallback(TrainerCallback):
     """Serves a trainer's policy on a vLLM server, in step with every optimizer step, through a bucket.
 
     For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration` (they are
-    listed in `hubsync.integrations.trl_compat`). After construction the trainer behaves as if it had been built with
-    `use_vllm=True, vllm_mode="server"`, importance sampling correction included; where the server is and how it samples
-    is taken from the trainer's own arguments (`vllm_server_base_url`, `temperature`, ...). Neither NCCL nor the `vllm`
-    package is needed where the trainer runs. The callback adds itself to the trainer.
+    listed in `hubsync.integrations.trl_checks`). After construction the trainer behaves as if it had been built with
+    `use_vllm=True, vllm_mode="server"`, importance sampling correction included. The server's URL and the sampling
+    settings come from the trainer's own arguments (`vllm_server_base_url`, `temperature`, ...). The trainer needs
+    neither NCCL nor the `vllm` package. The callback adds itself to the trainer.
 
-    Metrics, beside the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`, `bits_per_change`,
-    `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`; of several ranks also
-    `rank_payload_bytes_max`, `rank_detect_s_max`, `rank_encode_s_max`, `rank_upload_s_max`.
+    Metrics, in addition to the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`,
+    `bits_per_change`, `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`;
+    with several ranks also `rank_payload_bytes_max`, `rank_detect_s_max`, `rank_encode_s_max`, `rank_upload_s_max`.
 
     Attributes:
-        engine: the publisher, one on every rank; None before training, and after it.
-        commits: how often the server was brought to other weights.
-        digest_matches: how many of those commits the digest of the server's live weights has confirmed.
+        engine: the publisher, one on every rank; None before and after training.
+        commits: number of commits that changed the server's weights.
+        digest_matches: number of those commits confirmed by the digest of the server's live weights.
 
     Args:
         trainer: a trainer that was built with `use_vllm=False`, before `train()`.
-        config: where the bucket is, and the rest of what hubsync needs to know.
+        config: the bucket and all other settings.
 
     Raises:
-        ConfigError: for a trainer that cannot be served this way; the message says why, and what to change.
-        ReplicaError: if the server does not answer, or lacks what hubsync needs.
+        ConfigError: the trainer is not supported; the message says why, and what to change.
+        ReplicaError: the server does not answer, or lacks a feature that hubsync needs.
 
     Usage:
 
@@ -87,7 +87,7 @@ class HubSyncCallback(TrainerCallback):
         self.commits = 0
         self.digest_matches = 0
         self._is_main = bool(trainer.accelerator.is_main_process)
-        self._tickets: list[Ticket | None] = []  # since the last synchronisation; None could not begin
+        self._tickets: list[Ticket | None] = []  # since the last synchronisation; None if publishing could not start
         self._training = False
         self._published_step: int | None = None
         self._unverified: Position | None = None
@@ -99,7 +99,7 @@ class HubSyncCallback(TrainerCallback):
                 self._replica.check()
                 self._ask_for_adapter()
                 self._warn_of_biased_logprobs()
-        except BaseException:  # so that it can be tried again, once the server is as it must be
+        except BaseException:  # the callback can be attached again once the server is suitable
             trl_compat.generate_without_server(trainer)
             raise
         trainer.add_callback(self)
@@ -135,7 +135,7 @@ class HubSyncCallback(TrainerCallback):
             self.engine = None
 
     def _forget(self, failure: Exception) -> None:
-        """What ended a training is not held against the next one."""
+        """Discard the state of a training that ended with an error, so that the next one can start."""
         engine, self.engine = self.engine, None
         self._failure = self._published_step = self._unverified = None
         self._tickets = []
@@ -160,13 +160,13 @@ class HubSyncCallback(TrainerCallback):
         except BucketUnavailable as outage:  # of an earlier step
             logger.warning("step %d will be published with a later one: %s", step, outage)
             self._tickets.append(None)
-        except Exception as failure:  # raised at the next synchronisation, which is for TRL to begin
+        except Exception as failure:  # raised at the next synchronisation, which TRL starts
             self._failure = failure
 
     def _synchronise(self, verify: bool = False) -> None:
         """Return once the server serves the weights of the last optimizer step.
 
-        Called on every rank: each publishes its part, the main process talks to the server, what one raises all raise.
+        Called on every rank. Each publishes its part; the main process talks to the server. An error is raised on all.
         """
         if self._failure is None:
             try:
@@ -188,7 +188,7 @@ class HubSyncCallback(TrainerCallback):
         self._check_digest_together()
         step = self.trainer.state.global_step
         report = self.engine.sync(step) if current is None else self.engine.deliver(current)
-        own = report.replicas[0]  # the one that the trainer generates on
+        own = report.replicas[0]  # the server that the trainer generates on
         commit = own.commit or self.engine.ranks.first(lambda: self._bring(report.published.position))
         self._record(version=commit.version, **metrics.of_commits([commit]), **metrics.of_packages(report))
         if commit.changed or own.commit is None:
@@ -196,7 +196,7 @@ class HubSyncCallback(TrainerCallback):
             self.commits += 1
 
     def _bring(self, position: Position) -> CommitReport:
-        """To the server that the trainer generates on, where a quorum has gone on without it."""
+        """Bring `position` to the server that the trainer generates on, if a quorum committed without it."""
         self._replica.prepare(position, self.config.stage_timeout)
         return self._replica.commit(position)
 
@@ -204,12 +204,12 @@ class HubSyncCallback(TrainerCallback):
         try:
             self._record_published(ticket.result())
         except BucketUnavailable as outage:
-            logger.warning("the next publish will hold this one's changes too: %s", outage)
+            logger.warning("the next publish will include this one's changes: %s", outage)
             return False
         return True
 
     def _check_digest_together(self) -> None:
-        """On the main process; the others wait for the outcome."""
+        """Check on the main process; the others wait for the outcome."""
         if self.engine is not None:
             self.engine.ranks.first(self._check_digest)
 
@@ -220,9 +220,7 @@ class HubSyncCallback(TrainerCallback):
         position, self._unverified = self._unverified, None
         try:
             self._replica.wait_verified(position, self.config.stage_timeout)
-        except (
-            WrongParent
-        ) as elsewhere:  # the server was restarted, or another client moved it; the next sync repairs it
+        except WrongParent as elsewhere:  # restarted, or moved by another client; the next sync repairs it
             logger.warning("not verified: %s", elsewhere)
         except ReplicaPoisoned as poisoned:
             logger.warning("%s. Rebuilding the server's weights", poisoned)
@@ -269,7 +267,7 @@ def _refuse_unsuitable(trainer: Any) -> None:
         raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {trl_compat.family_names()}")
     trl_checks.require_unmoved(type(trainer))
     if trl_compat.generates_on_server(trainer):
-        raise ConfigError(f"this {name} has a HubSyncCallback already: it needs no other one, and none again")
+        raise ConfigError(f"this {name} has a HubSyncCallback already: attach one only")
     if getattr(trainer, "vllm_generation", None) is not None or args.use_vllm:
         raise ConfigError(
             f"{name} was built with use_vllm=True, which sends weights by NCCL: build it with use_vllm=False (and keep "

@@ -1,6 +1,6 @@
 """Checks of the installed TRL: which of its classes and attributes hubsync relies on, and whether they still exist.
 
-TRL promises to keep few of them. `require_unmoved` checks one trainer class before it is used, and `moved` everything.
+Few of them are stable. `require_unmoved` checks one trainer class before it is used, and `moved` checks everything.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class TrainerClass:
     """One trainer class.
 
     Attributes:
-        module: where it is defined.
-        name: of the class.
-        uses: attributes of the trainer that it reads or writes itself, and that hubsync relies on.
+        module: module of the class.
+        name: name of the class.
+        uses: attributes that the trainer itself reads or writes and that hubsync relies on.
     """
 
     module: str
@@ -75,7 +75,7 @@ TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "r
 
 
 def require_unmoved(kind: type) -> None:
-    """ConfigError if the installed TRL has moved what hubsync uses of a trainer class."""
+    """Raise ConfigError if the installed TRL has moved attributes of a trainer class that hubsync uses."""
     asynchronous = trainer_class(kind, ASYNC)
     member = asynchronous or trainer_class(kind, FAMILY)
     assert member is not None, kind

@@ -46,7 +46,7 @@ def family_names() -> str:
 
 
 def server_url(args: Any) -> str:
-    """The vLLM server that a TRL configuration names."""
+    """URL of the vLLM server in a TRL configuration."""
     host = getattr(args, "vllm_server_host", None)
     return (args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}").rstrip("/")
 
@@ -55,19 +55,19 @@ def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) 
     """Make a trainer that was built with `use_vllm=False` generate on the server at `url`.
 
     Args:
-        synchronise: called on all ranks before a generation, whenever an optimizer step lies behind the one before.
+        synchronise: called on all ranks before a generation if an optimizer step was made since the previous one.
     """
     trainer.vllm_generation = _HTTPGeneration(trainer, url, synchronise)
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     frequency = getattr(trainer.args, "vllm_sync_frequency", None)
     if frequency is None:
-        trainer._last_loaded_step = -1  # no step's weights were loaded yet
+        trainer._last_loaded_step = -1  # no step's weights are loaded yet
     else:
         trainer.vllm_sync_frequency, trainer._last_vllm_sync_step = frequency, -frequency
 
 
 def generates_on_server(trainer: Any) -> bool:
-    """Was `generate_on_server` called for this trainer?"""
+    """Whether `generate_on_server` was called for this trainer."""
     return isinstance(getattr(trainer, "vllm_generation", None), _HTTPGeneration)
 
 
@@ -77,7 +77,7 @@ def generate_without_server(trainer: Any) -> None:
 
 
 def request_model(trainer: Any, name: str) -> None:
-    """Have the trainer's completions made by this model of its server. Main process only."""
+    """Request the trainer's completions from this model of its server. Main process only."""
     trainer.vllm_generation.vllm_client.model = name
 
 
@@ -96,7 +96,7 @@ class _HTTPGeneration(VLLMGeneration):
             structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
             server_base_url=url,
             server_timeout=args.vllm_server_timeout,
-            # Of the sampled tokens, for the importance sampling correction; IWOPD has an objective that wants none.
+            # Logprobs of the sampled tokens, for the importance sampling correction. One objective of IWOPD needs none.
             logprobs=0 if getattr(args, "distillation_objective", "iw_opd") == "iw_opd" else None,
             generation_kwargs=getattr(args, "generation_kwargs", None),
             **_sampling(trainer),
@@ -113,7 +113,7 @@ class _HTTPGeneration(VLLMGeneration):
 
 
 class _HTTPClient(VLLMClient):
-    """The part of TRL's client that generates. It never opens a communicator."""
+    """The generating part of TRL's client. It never opens a communicator."""
 
     def __init__(self, url: str, timeout: float):
         self.base_url = url
@@ -123,20 +123,20 @@ class _HTTPClient(VLLMClient):
         self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
 
     def logprobs_mode(self) -> str:
-        """Which log-probabilities the server reports. TRL asks for it since 1.16."""
+        """The server's `--logprobs-mode`. TRL calls this since 1.16."""
         info = self._get(f"{self.base_url}/server_info?config_format=json")
         return str(info["vllm_config"]["model_config"]["logprobs_mode"])
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:
-    """How the trainer samples. A setting is the trainer's own, or only in its arguments, or in neither."""
+    """The trainer's sampling settings. A setting is an attribute of the trainer, only of its arguments, or missing."""
     names = ("repetition_penalty", "temperature", "top_p", "top_k", "min_p", "max_completion_length")
     found = {name: getattr(trainer, name, getattr(trainer.args, name, None)) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _wait_for(server: VLLMServer, timeout: float) -> None:
-    """Return once the server is up. The reason why it is not is logged at once, and raised after `timeout` seconds."""
+    """Wait until the server is up. Logs why it is not at once, and raises it after `timeout` seconds."""
 
     def require_health() -> None:
         if not server.health():
@@ -154,10 +154,10 @@ def takes_weight_transfer(trainer: Any) -> bool:
 
 
 def join_transfer(trainer: Any, take_part: Callable[[], None]) -> None:
-    """Have no weights gathered for a transfer, and let the other ranks take part in it. On every rank.
+    """Replace TRL's gathering of weights by a call of `take_part` on the other ranks. Call it on every rank.
 
-    TRL gathers each weight on all ranks and streams it to the main one's `send_weights`. Now nothing is streamed, and
-    `take_part` is called on the other ranks meanwhile.
+    TRL gathers each weight on all ranks and streams it to `send_weights` on the main rank. After this call nothing is
+    streamed, and the other ranks call `take_part` instead.
     """
 
     def stream() -> Iterator[tuple[str, Any]]:
@@ -169,9 +169,9 @@ def join_transfer(trainer: Any, take_part: Callable[[], None]) -> None:
 
 
 def keep_adapter_apart(trainer: Any) -> None:
-    """Have an adapter not merged into its base for a transfer, and taken out of it again. On every rank.
+    """Stop TRL from merging an adapter into its base around each transfer. Call it on every rank.
 
-    TRL does so around each: adding and subtracting rounds, so the base would drift away from the servers'.
+    Merging and unmerging round, so the base would drift away from the servers' base.
 
     Raises:
         ConfigError: this TRL does not train adapters asynchronously.
@@ -189,7 +189,7 @@ def keep_adapter_apart(trainer: Any) -> None:
 
 @contextmanager
 def _doing_nothing(owner: Any, *methods: str) -> Iterator[None]:
-    """Meanwhile these methods of an object, which it has from its class or elsewhere, return without doing anything."""
+    """Replace these inherited methods of an object by no-ops during the context."""
     for name in methods:
         setattr(owner, name, lambda *_, **__: None)
     try:
@@ -200,10 +200,10 @@ def _doing_nothing(owner: Any, *methods: str) -> Iterator[None]:
 
 
 def roll_out_with(trainer: Any, model: str) -> bool:
-    """Have samples made by this model of the servers. Main process only, before TRL's process of rollouts starts.
+    """Request samples from this model of the servers. Main process only, before TRL's rollout process starts.
 
     Returns:
-        False, and nothing was done, with a rollout worker that is not TRL's.
+        False, with no effect, if the rollout worker is not TRL's.
     """
     settings = getattr(trainer.rollout_worker, "_loop_kwargs", {})
     if "model_name" not in settings:
@@ -215,15 +215,14 @@ def roll_out_with(trainer: Any, model: str) -> bool:
 def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
     """Record in every sample the server's versions of its weights, and date it before the trainer checks its age.
 
-    Possible with TRL's own workers. Main process only, between construction and training.
+    Works with TRL's own workers only. Main process only, between construction and training.
 
     Args:
-        date: called with every sample and the oldest version that had a part in it (`trl_rollouts.UNKNOWN` if it is
-            none of a run's). The range is among the sample's metrics, as
-            `trl_rollouts.OLDEST` and `trl_rollouts.NEWEST`.
+        date: called with every sample and its oldest version (`trl_rollouts.UNKNOWN` for weights of no version of the
+            run). The sample's metrics hold the range as `trl_rollouts.OLDEST` and `trl_rollouts.NEWEST`.
 
     Returns:
-        False, and nothing was done, with any other worker.
+        False, with no effect, for other workers.
     """
     from . import trl_rollouts  # heavy, and experimental in TRL
 
@@ -239,7 +238,7 @@ def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
 
 
 class _Processes:
-    """A multiprocessing context whose processes run another main function, with the arguments of TRL's."""
+    """A multiprocessing context whose processes run another main function with the arguments of TRL's."""
 
     def __init__(self, context: Any, main: Callable[..., None]):
         self._context = context
@@ -253,7 +252,7 @@ class _Processes:
 
 
 class _DatedQueue:
-    """TRL's queue of samples; each is dated as it is taken out."""
+    """TRL's queue of samples. Dates each sample as it is taken out."""
 
     def __init__(self, queue: Any, oldest: str, date: Callable[[Any, int], None]):
         self._queue = queue

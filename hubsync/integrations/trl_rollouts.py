@@ -1,8 +1,8 @@
-"""What runs in the process that TRL's asynchronous trainers generate in.
+"""Rollout loops for the generating process of TRL's asynchronous trainers.
 
 TRL dates a sample by the version that was current when its first request was sent. A server that was restarted, or is
-slower than the others of a quorum, may have answered with older weights. These loops ask vLLM for the same tokens by
-the endpoint that also states which weights made which tokens, and write the oldest and the newest on every sample.
+slower than the others of a quorum, may have answered with older weights. These loops request the same tokens from the
+vLLM endpoint that also states which weights made which tokens, and record the oldest and newest in every sample.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from trl.experimental.async_grpo import async_rollout_worker as grpo
 
 GENERATE = "/inference/v1/generate"
 OLDEST, NEWEST = "weight_sync/version_min", "weight_sync/version_max"  # on samples, and among the trainer's metrics
-UNKNOWN = -1  # the server did not say which weights, or they are of no version
+UNKNOWN = -1  # the server did not state the weights, or they are of no version
 
 _ATTEMPTS = 30  # as TRL's own request
 
-# What the requests of the task that runs have learnt: versions, in any order.
+# Versions stated by the current task's requests, in any order.
 _made_by: ContextVar[list[int]] = ContextVar("made_by")
 
 
 class DatedRollouts(grpo._AsyncRolloutLoop):
-    """The loop of [`AsyncGRPOTrainer`]; samples bear the versions of their group, which their advantages rest on."""
+    """Loop of [`AsyncGRPOTrainer`]. Samples carry the versions of their group, which advantages depend on."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         self._versions: defaultdict[int, list[int]] = defaultdict(list)
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> Any:
-        _made_by.set(self._versions[group_id])  # of this task alone: each conversation is one
+        _made_by.set(self._versions[group_id])  # per task: each conversation runs in one
         return await super()._generate_one(prompt, tool_dict=tool_dict, tools=tools, group_id=group_id)
 
     async def _generate_one_turn(self, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
@@ -54,11 +54,11 @@ class DatedRollouts(grpo._AsyncRolloutLoop):
 
 
 class DatedDistillation(distillation._AsyncRolloutLoop):
-    """The loop of [`AsyncDistillationTrainer`]; samples bear the versions of the student that made them."""
+    """Loop of [`AsyncDistillationTrainer`]. Samples carry the versions of the student that made them."""
 
     async def _generate_and_score_one(self, prompt_id: int, row: dict[str, Any]) -> Any:
         versions: list[int] = []
-        _made_by.set(versions)  # of this task alone: each sample is one
+        _made_by.set(versions)  # per task: each sample runs in one
         sample = await super()._generate_and_score_one(prompt_id, row)
         _stamp(sample, versions or [UNKNOWN])
         return sample
@@ -77,7 +77,7 @@ class DatedDistillation(distillation._AsyncRolloutLoop):
 
 
 def distill(*arguments: Any) -> None:
-    """The main function of the process that [`AsyncDistillationTrainer`] generates in, with the loop above."""
+    """Main function of the generating process of [`AsyncDistillationTrainer`], with the loop above."""
     distillation._AsyncRolloutLoop = DatedDistillation  # type: ignore[misc]
     distillation._child_main(*arguments)
 
@@ -88,7 +88,7 @@ def _stamp(sample: Any, versions: list[int]) -> None:
 
 
 def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:
-    """What TRL asks of `/v1/completions`, in the words of `/inference/v1/generate`."""
+    """TRL's request to `/v1/completions`, converted for `/inference/v1/generate`."""
     sampling = {
         "max_tokens": loop.max_tokens,
         "temperature": loop.temperature,
@@ -96,7 +96,7 @@ def generate_request(loop: Any, prompt_ids: list[int]) -> dict[str, Any]:
         "top_k": loop.top_k,
         "repetition_penalty": loop.repetition_penalty,
         "logprobs": 0,
-        "seed": getrandbits(63),  # data parallel engines would else sample the same text
+        "seed": getrandbits(63),  # otherwise data parallel engines would sample the same text
     }
     if loop.min_p is not None:
         sampling["min_p"] = loop.min_p

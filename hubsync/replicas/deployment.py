@@ -286,7 +286,7 @@ class _Member:
     Attributes:
         thread: stages and commits, one after the other.
         wanted: position that the server was last asked for; jobs for another one give up.
-        seen: its last status on the way to a version; None if the last attempt did not reach it.
+        seen: its last status before a version is reached; None if the last attempt did not reach it.
         watcher: reads the status while `thread` works, with a short timeout.
     """
 

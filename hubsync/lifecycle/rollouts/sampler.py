@@ -141,7 +141,7 @@ class Sampler:
             ordered: in the order of prompts and k, instead of as they are completed.
             logprobs: also the log-probability of every sampled token.
             sampling: vLLM's sampling parameters, `max_tokens`, `temperature`, `stop`, ... With a `seed`, every sample
-                has a seed of its own, which follows from it.
+                has a distinct seed, derived from it.
 
         Raises:
             ReplicaUnreachable: there was no usable replica for `patience` seconds (it says what is wrong with each), or

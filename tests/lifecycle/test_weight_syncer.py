@@ -181,7 +181,7 @@ def test_unknown_and_expired_names_are_not_hot_loaded(syncer: WeightSyncer, capl
     assert "no snapshot nobody-saved-this" in caplog.text
     name = syncer.save_only("a", ttl=0.0)
     assert not syncer.hotload(str(name))
-    assert "time that is over" in caplog.text
+    assert f"{name} has expired" in caplog.text
     assert syncer.hotload(str(syncer.save_only("b", ttl=1000.0)))
 
 

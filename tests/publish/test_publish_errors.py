@@ -11,7 +11,8 @@ import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
-from hubsync.chain import ChainReader, ChainWriter
+from hubsync.chain import ChainReader
+from hubsync.chain.head import HeadWriter
 from hubsync.errors import (
     BucketError,
     BucketUnavailable,
@@ -50,6 +51,8 @@ def test_the_version_after_a_failure_holds_every_change(
     followed = follow(address, tmp_path, base=base)
     assert same_bits(followed.tensors, view_of(model))
     assert followed.position == published.position
+    manifests = ChainReader(LocalBucket(address), tmp_path / "cache").manifests()
+    assert {manifest.kind for manifest in manifests} == {"delta"}
 
 
 def test_a_background_error_is_raised_once(
@@ -100,14 +103,14 @@ def test_the_next_publish_waits_for_one_whose_ticket_an_interrupt_lost(
 def test_a_version_whose_head_was_interrupted_is_the_parent_of_the_next(
     model: Tiny, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(writer: ChainWriter) -> None:
+    def interrupted(writer: HeadWriter) -> None:
         raise KeyboardInterrupt
 
     base = view_of(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
         train(model, optimizer)
-        monkeypatch.setattr(ChainWriter, "_write_head", interrupted)
+        monkeypatch.setattr(HeadWriter, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.publish(1).result()
         monkeypatch.undo()

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-GRPO with the trainer and the inference server on different hosts, which share nothing but a Hugging Face bucket.
+GRPO with trainer and inference server on different hosts, which share only a Hugging Face bucket.
 
 In a clone of hubsync (the PyPI package of that name is another project):
 

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Interval: the servers get new weights every N steps; rollouts between are up to N steps off policy.
+"""Interval: the servers get new weights every N steps. Rollouts in between are up to N steps off policy.
 
-A snapshot holds all that has changed since the one before, so skipping steps makes the sum of deltas smaller.
+A snapshot has all changes since the previous one, so skipping steps makes the sum of the deltas smaller.
 
 python examples/weight_syncer/interval.py --every 4 --model MODEL --bucket hf://buckets/ME/rl/run \
     --servers http://localhost:8000

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Split: every step is saved, and loaded when it suits: here when an evaluation of it, beside the servers, went well.
+"""Split: every step is saved. A step is hot-loaded later, here after an evaluation of it that the servers do not see.
 
-What was only saved costs the servers nothing. Any saved snapshot can be loaded later, also an older one.
+A snapshot that is only saved costs the servers nothing. Any saved snapshot can be loaded later, also an older one.
 
 python examples/weight_syncer/split.py --model MODEL --bucket hf://buckets/ME/rl/run --servers http://localhost:8000
 """
@@ -22,7 +22,7 @@ python examples/weight_syncer/split.py --model MODEL --bucket hf://buckets/ME/rl
 from training import make_syncer, parser, start
 
 if __name__ == "__main__":
-    args = parser("Save every step, hot-load the good ones, and go back in the end to the first of them.").parse_args()
+    args = parser("Save every step, hot-load the good ones, and return to the first of them at the end.").parse_args()
     training = start(args.model)
     good = []
     with make_syncer(args, training) as syncer:

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the three loops beside this file have in common: their arguments, and something small to train.
+"""Common part of the three loops in this directory: arguments, and a small training.
 
-A stand-in for your own training: next-token prediction of random text. What matters is when weights are saved and when
+It stands for your own training: next-token prediction of random text. The examples show when weights are saved and when
 they are loaded.
 """
 
@@ -34,7 +34,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", required=True, help="checkpoint that the servers were started with")
     made.add_argument("--bucket", required=True, help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
-    made.add_argument("--servers", nargs="*", default=[], help="URLs to push to; servers may also follow by themselves")
+    made.add_argument("--servers", nargs="*", default=[], help="URLs to push to; servers may also follow the bucket")
     made.add_argument("--steps", type=int, default=8)
     return made
 

@@ -240,7 +240,7 @@ class HubWeightTransfer:
                     f"why {self.config.bucket} is slow"
                 ) from None
             except BucketUnavailable as outage:
-                if engine.ranks.first(lambda: _until(deadline) < _RETRY_S):  # one clock decides for all
+                if engine.ranks.first(lambda: _until(deadline) < _RETRY_S):  # rank 0's clock decides for all
                     raise
                 logger.warning("retrying: %s", outage)
                 time.sleep(_RETRY_S)
@@ -309,10 +309,10 @@ class HubWeightTransfer:
         with new_client(url) as client:
             answer = client.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
         if answer.status_code == 404:
-            raise ReplicaUnsuitable(f"{url} does not say which weights made a sample: start it with --enable-scale-out")
+            raise ReplicaUnsuitable(f"{url} reports no weight versions of samples: start it with --enable-scale-out")
         if answer.is_error or not answer.json()["choices"][0].get("weight_versions"):
             raise ReplicaUnsuitable(
-                f"{url} does not say which weights made a sample: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
+                f"{url} reports no weight versions of samples: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
             )
 
     def _record(self, published: Published, report: HotloadReport) -> None:
@@ -370,7 +370,7 @@ class VersionMap:
     def note(self, trl_version: int, run_version: int) -> None:
         """The policy of TRL's version, the newest so far, is published as `run_version`."""
         if self._run and self._run[-1] == run_version:
-            self._trl[-1] = trl_version  # nothing had changed
+            self._trl[-1] = trl_version  # nothing changed since
         else:
             self._run.append(run_version)
             self._trl.append(trl_version)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class HubSyncCallback(TrainerCallback):
-    """Serves a trainer's policy on a vLLM server, in step with every optimizer step, through a bucket.
+    """Serves a trainer's policy on a vLLM server after every optimizer step, through a bucket.
 
     For [`GRPOTrainer`], [`RLOOTrainer`] and the other trainers that generate through TRL's `VLLMGeneration` (they are
     listed in `hubsync.integrations.trl_checks`). After construction the trainer behaves as if it had been built with
@@ -116,7 +116,7 @@ class HubSyncCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find what the step changed, and start to encode and upload it."""
+        """Detect what the step changed, and start to encode and upload it."""
         step = state.global_step + 1  # it is counted after this event
         if step != self._published_step:  # the callback may have been added twice
             self._publish(step)

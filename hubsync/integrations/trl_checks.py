@@ -43,7 +43,7 @@ _GENERATES = ("use_vllm", "vllm_generation", "sync_weights", "generate", "_metri
 _BY_STEP = (*_GENERATES, "_last_loaded_step")
 _BY_FREQUENCY = (*_GENERATES, "_last_vllm_sync_step", "vllm_sync_frequency")
 
-# Subclasses (GMPO of GRPO, ServerDistillation of Distillation) belong to it too.
+# Subclasses (GMPO of GRPO, ServerDistillation of Distillation) belong to the family too.
 FAMILY = (
     TrainerClass("trl.trainer.grpo_trainer", "GRPOTrainer", _BY_STEP),
     TrainerClass("trl.trainer.rloo_trainer", "RLOOTrainer", _BY_STEP),
@@ -81,13 +81,11 @@ def require_unmoved(kind: type) -> None:
     assert member is not None, kind
     found = [*_unused(member), *(_moved_rollouts() if asynchronous else _moved_generation())]
     if found:
-        raise ConfigError(
-            f"TRL {trl.__version__} is not the one that this hubsync was written for ({SUPPORTED}): {'; '.join(found)}"
-        )
+        raise ConfigError(f"this hubsync supports {SUPPORTED}, not the installed {trl.__version__}: {'; '.join(found)}")
 
 
 def moved() -> list[str]:
-    """Everything that the installed TRL has moved, one sentence each."""
+    """Everything that hubsync uses and the installed TRL lacks, one sentence each."""
     unused = [text for member in (*FAMILY, *ASYNC) for text in _unused(member)]
     return [*_moved_generation(), *unused, *_moved_rollouts()]
 
@@ -159,7 +157,7 @@ def _moved_merging(member: TrainerClass) -> Iterator[str]:
 
 
 def _unused(member: TrainerClass) -> Iterator[str]:
-    """What a trainer class no longer touches."""
+    """Attributes that a trainer class no longer uses."""
     try:
         kind = member.load()
     except (ImportError, AttributeError) as error:

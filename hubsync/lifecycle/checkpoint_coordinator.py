@@ -1,12 +1,12 @@
-"""Saves in the background, and steps that become visible only when all that belongs to them is durable.
+"""Background saves, and steps that become visible only when all of their saves are durable.
 
-A save is work under a name: saves of one name follow one another, those of different names run side by side. A step is
-made of the saves that all ranks register for it. Once the last of them is durable, rank 0 makes the step visible by
-one call of `commit`, which writes a manifest, moves a "latest" file, or tells servers. If any of them fails, on any
-rank, the step never becomes visible, and every rank hears why.
+A save is work under a name: saves of one name run one after the other, saves of different names concurrently. A step
+consists of the saves that all ranks register for it. Once the last of them is durable, rank 0 makes the step visible by
+one call of `commit`, which writes a manifest, moves a "latest" file, or notifies servers. If one of them fails on any
+rank, the step never becomes visible, and every rank gets the reason.
 
     coordinator = CheckpointCoordinator(commit)
-    ticket = engine.publish(step, serve=False)  # finds the changes now, uploads in the background
+    ticket = engine.publish(step, serve=False)  # detects the changes now, uploads in the background
     coordinator.save_async("weights", ticket.result, step, is_state_dict=True)
     coordinator.save_async("optimizer", lambda: torch.save(optimizer_state, path), step)
     coordinator.register_and_monitor(step, state_dict_thread_count=1, checkpoint_thread_count=1)
@@ -28,13 +28,13 @@ from hubsync.publish.ranks import Ranks, SingleRank, join
 
 @dataclass
 class _SavedStep:
-    """What is known in this process of one step; counts and errors by `is_state_dict`."""
+    """State of one step in this process: counts and errors by `is_state_dict`."""
 
     registered: Counter[bool] = field(default_factory=Counter)
     begun: Counter[bool] = field(default_factory=Counter)
     durable: Counter[bool] = field(default_factory=Counter)
     errors: dict[bool, str] = field(default_factory=dict)
-    awaited: Counter[bool] = field(default_factory=Counter)  # decisions that are still to be made
+    awaited: Counter[bool] = field(default_factory=Counter)  # decisions that are pending
     visible: set[bool] = field(default_factory=set)
 
     def error(self, is_state_dict: bool) -> str | None:
@@ -50,8 +50,8 @@ class CheckpointCoordinator:
     Under torch.distributed every rank makes one, at the same place of the program, and calls `register_and_monitor` for
     the same steps in the same order.
 
-    An error in the background is raised once, as CheckpointFailed: by the next call of any method, or by `wait_all`.
-    That call has done its own work then, so a caller may note the error and go on.
+    A background error is raised once, as CheckpointFailed: by the next call of any method, or by `wait_all`. That call
+    has completed its own work first, so a caller may handle the error and go on.
 
     Args:
         commit: called with (step, is_state_dict) to make a step visible, on rank 0 alone, once for each; step after
@@ -65,20 +65,20 @@ class CheckpointCoordinator:
         self._closed = False
         self._changed = threading.Condition()  # guards all below
         self._steps: dict[int, _SavedStep] = {}
-        self._untold: list[CheckpointFailed] = []
+        self._unraised: list[CheckpointFailed] = []
         self._lanes: dict[str, ThreadPoolExecutor] = {}
         self._saves: dict[str, Future[None]] = {}  # the last one of every name
         self._monitor = ThreadPoolExecutor(1, thread_name_prefix="hubsync-checkpoint-monitor")
         self._decisions: list[Future[None]] = []
 
     def save_async(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
-        """Run `work` in the background, once the save before it under this name has ended (that is waited for).
+        """Run `work` in the background. First waits for the previous save of this name.
 
         Args:
-            name: of the destination, such as "model" or "optimizer".
+            name: name of the destination, such as "model" or "optimizer".
             work: returns when what it saves is durable. What it saves must not change meanwhile.
             global_step: the step that it is a part of.
-            is_state_dict: is it a part of what inference loads (weight sync), or of a full checkpoint alone?
+            is_state_dict: whether it is a part of what inference loads, or only of a full checkpoint.
         """
         self._require_open()
         with self._changed:
@@ -88,17 +88,17 @@ class CheckpointCoordinator:
         with self._changed:
             if name not in self._lanes:
                 self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
-            untold = self._take_untold()
+            unraised = self._take_unraised()
             self._step(global_step).begun[is_state_dict] += 1
             self._saves[name] = self._lanes[name].submit(self._save_or_note, name, work, global_step, is_state_dict)
-        _tell(untold)
+        _raise_if_any(unraised)
 
     def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in this thread, as saves with collectives need. Raises the error of `work`."""
         self._require_open()
         self._step(global_step).begun[is_state_dict] += 1
         self._save("", work, global_step, is_state_dict)
-        _tell(self._take_untold())
+        _raise_if_any(self._take_unraised())
 
     def register_and_monitor(
         self,
@@ -107,34 +107,33 @@ class CheckpointCoordinator:
         state_dict_thread_count: int = 0,
         checkpoint_thread_count: int = 0,
     ) -> None:
-        """Make a step visible, in the background, when all that is registered for it is durable on all ranks.
+        """Make a step visible, in the background, when all saves registered for it are durable on all ranks.
 
         Args:
             is_state_dict: the step becomes visible to inference as soon as its state dict saves are durable. Otherwise
                 it is a full checkpoint, and becomes visible when all of its saves are.
-            state_dict_thread_count: how many state dict saves this rank makes for it; added to those registered before.
-            checkpoint_thread_count: how many others this rank makes for it; added to those registered before.
+            state_dict_thread_count: number of state dict saves that this rank makes; added to those registered before.
+            checkpoint_thread_count: number of other saves that this rank makes; added to those registered before.
         """
         self._require_open()
         if state_dict_thread_count < 0 or checkpoint_thread_count < 0:
-            raise ConfigError(f"{state_dict_thread_count} and {checkpoint_thread_count} are no numbers of saves")
+            raise ConfigError(f"{state_dict_thread_count} and {checkpoint_thread_count} are not numbers of saves")
         with self._changed:
             step = self._step(global_step)
             step.registered[True] += state_dict_thread_count
             step.registered[False] += checkpoint_thread_count
             step.awaited[is_state_dict] += 1
-            untold = self._take_untold()
+            unraised = self._take_unraised()
             self._decisions = [decision for decision in self._decisions if not decision.done()]
             self._decisions.append(self._monitor.submit(self._decide, global_step, is_state_dict))
-        _tell(untold)
+        _raise_if_any(unraised)
 
     def wait_all(self, timeout: float | None = None) -> None:
         """Wait until all saves have ended, and every registered step is visible or has failed.
 
         Raises:
-            TimeoutError: that takes longer than `timeout` seconds. They go on.
-            CheckpointFailed: a save, another rank or a commit failed. Also of a step that has other saves than were
-                registered: its rest will not come.
+            TimeoutError: it takes longer than `timeout` seconds. The saves go on.
+            CheckpointFailed: a save, another rank or a commit failed, or a step has other saves than were registered.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -144,10 +143,10 @@ class CheckpointCoordinator:
             decisions = list(self._decisions)
             self._expect_no_more()
         _wait(decisions, deadline)
-        _tell(self._take_untold())
+        _raise_if_any(self._take_unraised())
 
     def close(self) -> None:
-        """Wait for all, as `wait_all`, and end the threads; closing twice is fine."""
+        """`wait_all`, then end the threads. Closing twice is allowed."""
         self._closed = True
         try:
             self.wait_all()
@@ -193,7 +192,7 @@ class CheckpointCoordinator:
     # --- steps
 
     def _decide(self, global_step: int, is_state_dict: bool) -> None:
-        """Wait for this rank's part of a step, hear the others, and have rank 0 commit it."""
+        """Wait for this rank's part of a step, gather the others' results, and have rank 0 commit it."""
         with self._changed:
             step = self._step(global_step)
             self._changed.wait_for(lambda: step.error(is_state_dict) is not None or step.complete(is_state_dict))
@@ -201,21 +200,21 @@ class CheckpointCoordinator:
         try:
             error = self._agree(global_step, is_state_dict, own)
         except RankError as failure:
-            error = f"its ranks cannot be heard: {failure}"
+            error = f"its other ranks do not answer: {failure}"
         with self._changed:
             step.awaited[is_state_dict] -= 1
             if error is None:
                 step.visible.add(is_state_dict)
                 return
             step.errors.setdefault(is_state_dict, error)
-        if own is None:  # else the caller hears of it as the error of the save
+        if own is None:  # else the caller gets the error of the save
             self._note(CheckpointFailed(f"step {global_step} is not visible: {error}"))
 
     def _agree(self, global_step: int, is_state_dict: bool, own: str | None) -> str | None:
         """Why the step is not visible, the same on all ranks; None if it is."""
         reports = self._ranks.gather(lambda: (global_step, is_state_dict, own))
         if len({(step, kind) for step, kind, _ in reports}) > 1:
-            return f"ranks registered other steps than each other, or in another order: {reports}"
+            return f"the ranks registered different steps, or in a different order: {reports}"
         errors = [f"rank {rank}: {error}" for rank, (_, _, error) in enumerate(reports) if error is not None]
         if errors:
             return "; ".join(errors)
@@ -226,18 +225,18 @@ class CheckpointCoordinator:
             return None
         try:
             self._commit(global_step, is_state_dict)
-        except BaseException as error:  # also SystemExit: here it would only end a thread that others wait for
+        except BaseException as error:  # also SystemExit, which would only end this thread
             return f"the commit failed: {error!r}"
         return None
 
     def _expect_no_more(self) -> None:
-        """Fail the steps that wait for other saves than were made: no more will come."""
+        """Fail the steps that have other saves than were registered."""
         for number, step in self._steps.items():
             for kind in {kind for awaited in +step.awaited for kind in _kinds(awaited)}:
                 if step.registered[kind] != step.durable[kind] and kind not in step.errors:
-                    counts = f"{step.registered[kind]} were registered, and {step.durable[kind]} were made"
+                    counts = f"{step.registered[kind]} were registered and {step.durable[kind]} were made"
                     step.errors[kind] = f"of its {'state dict' if kind else 'checkpoint'} saves {counts}"
-                    self._untold.append(CheckpointFailed(f"step {number} is not visible: {step.errors[kind]}"))
+                    self._unraised.append(CheckpointFailed(f"step {number} is not visible: {step.errors[kind]}"))
         self._changed.notify_all()
 
     def _step(self, global_step: int) -> _SavedStep:
@@ -252,13 +251,13 @@ class CheckpointCoordinator:
 
     def _note(self, failure: CheckpointFailed) -> None:
         with self._changed:
-            self._untold.append(failure)
+            self._unraised.append(failure)
 
-    def _take_untold(self) -> list[CheckpointFailed]:
-        """What the caller is to be told. Taken before new work begins: the error of that is for the next call."""
+    def _take_unraised(self) -> list[CheckpointFailed]:
+        """Errors to raise now. Taken before new work begins: errors of new work are for the next call."""
         with self._changed:
-            untold, self._untold = self._untold, []
-        return untold
+            unraised, self._unraised = self._unraised, []
+        return unraised
 
 
 def _kinds(is_state_dict: bool) -> tuple[bool, ...]:
@@ -266,9 +265,9 @@ def _kinds(is_state_dict: bool) -> tuple[bool, ...]:
     return (True,) if is_state_dict else (True, False)
 
 
-def _tell(untold: list[CheckpointFailed]) -> None:
-    if untold:
-        raise CheckpointFailed("; ".join(map(str, untold))) from untold[0].__cause__
+def _raise_if_any(unraised: list[CheckpointFailed]) -> None:
+    if unraised:
+        raise CheckpointFailed("; ".join(map(str, unraised))) from unraised[0].__cause__
 
 
 def _wait(futures: list[Future[None]], deadline: float | None) -> None:

@@ -250,6 +250,6 @@ def test_attaching_is_refused_when_a_trl_attribute_has_moved(
     trainer = grpo(policy, settings(tmp_path, stub.url))
     monkeypatch.delattr("trl.GRPOTrainer._generate_single_turn")
     with pytest.raises(
-        ConfigError, match=r"written for \(TRL >= 1\.13, < 1\.17\): GRPOTrainer no longer uses generate"
+        ConfigError, match=r"supports TRL >= 1\.13, < 1\.17, not the installed .*: GRPOTrainer no longer uses generate"
     ):
         HubSyncCallback(trainer, SyncConfig(bucket=str(tmp_path / "bucket")))

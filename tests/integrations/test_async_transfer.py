@@ -75,7 +75,7 @@ def test_a_quorum_needs_samples_with_versions(build: Callable[..., Any], config:
     config.servers = [NOBODY, "http://127.0.0.1:19"]
     transfer = HubWeightTransfer(config, quorum=1)
     trainer = build(weight_transfer=transfer, rollout_worker=RandomRollouts())
-    with pytest.raises(ConfigError, match="RandomRollouts do not say which weights made them"):
+    with pytest.raises(ConfigError, match="RandomRollouts of this trainer do not say which weights made them"):
         transfer.attach(trainer)
 
 

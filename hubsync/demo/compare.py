@@ -28,6 +28,7 @@ class Greedy:
 def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
     """Greedy continuation of each prompt. Requests are sequential, because batching may change results."""
     with new_client(url) as client:
+        client.headers["Connection"] = "close"  # a starved server may close a kept connection under a request
         model = client.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         return [_greedy(client, url, model, prompt) for prompt in prompts]
 

@@ -31,7 +31,12 @@ def followed(start_server: Callable[..., str], tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    "how", ["ddp", "fsdp2", *(pytest.param(how, marks=pytest.mark.extras) for how in ("zero1", "zero2", "zero3"))]
+    "how",
+    [
+        pytest.param("ddp", marks=pytest.mark.long),
+        "fsdp2",
+        *(pytest.param(how, marks=pytest.mark.extras) for how in ("zero1", "zero2", "zero3")),
+    ],
 )
 def test_two_ranks_train_with_trl_and_the_server_follows_both(
     how: str, followed: tuple[Path, str, Path], tmp_path: Path

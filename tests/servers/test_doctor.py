@@ -205,6 +205,7 @@ def test_latent_attention_is_exact(diagnosed: Callable[..., dict[str, Any]]) -> 
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_a_config_is_enough_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     EXPERTS["gpt_oss"]().save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0

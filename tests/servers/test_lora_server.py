@@ -205,6 +205,7 @@ def test_grpo_trains_an_adapter_and_generates_with_it(site: Site, tmp_path: Path
     assert distance(site.logprobs(), expected(site.base, out)) < distance(site.logprobs(), computed) / 5
 
 
+@pytest.mark.long  # minutes, while two workers spin on both cores
 def test_asynchronous_grpo_trains_an_adapter_and_its_samples_are_of_the_versions_that_they_say(
     site: Site, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ def two_stages(start_server: Callable[..., str], tmp_path_factory: pytest.TempPa
     return site
 
 
-@pytest.mark.parametrize("kv_cache", ["recompute", "keep"])
+@pytest.mark.parametrize("kv_cache", ["recompute", pytest.param("keep", marks=pytest.mark.long)])
 def test_a_commit_waits_for_batches_between_pipeline_stages(two_stages: Site, kv_cache: str) -> None:
     with Load(two_stages.url) as load:
         for _ in range(5):

@@ -66,13 +66,16 @@ def test_samples_report_which_version_made_which_tokens_across_a_commit(site: Si
 
 @pytest.mark.skipif(not REPORTS_VERSIONS, reason="only token ids, before vLLM 0.32")
 def test_a_text_prompt_is_answered_with_text(site: Site) -> None:
-    async def check() -> Sample:
-        async with Sampler([site.url], window=1) as sampler:
-            return await anext(sampler.sample(["the lazy dog"], 1, max_tokens=8))
+    async def check() -> list[Sample]:
+        async with Sampler([site.url], window=4) as sampler:
+            drawn = sampler.sample(["the lazy dog"], 16, max_tokens=8, temperature=2.0)
+            return [sample async for sample in drawn]
 
-    sample = asyncio.run(check())
-    assert sample.text
-    assert sample.min_version == sample.max_version == site.position.version
+    samples = asyncio.run(check())
+    assert any(
+        sample.text for sample in samples
+    )  # the tokenizer knows only some of the tokens that random weights draw
+    assert {(sample.min_version, sample.max_version) for sample in samples} == {(site.position.version,) * 2}
 
 
 @pytest.mark.long

@@ -42,7 +42,7 @@ class Compactor:
         base: the tensors of version 0, name -> tensor in checkpoint shape. With them, *compact* deltas are merged too.
             These are encoded against the weights before them, so a view of the whole model is held and moved along.
         max_span: the most versions that one merged delta spans. Memory is O(changes) of that many versions.
-        patches: patches of single deltas that the caller made itself, by the position that they lead to. Read in each
+        patches: patches of single deltas that the caller made itself, by the position after them. Read in each
             `run`. With them, compact deltas are merged without weights.
 
     Attributes:

@@ -266,7 +266,7 @@ class ChainReader:
     def merged(self, steps: Sequence[Step], old: OldBits | None = None) -> Patch:
         """Consecutive steps of a plan as one patch of `old`.
 
-        Each step is decoded against the weights that the steps before it lead to. Memory is O(changes).
+        Each step is decoded against the weights after the steps before it. Memory is O(changes).
         """
         from hubsync.format.patch import compose, invert  # imports numba
         from hubsync.format.view_bits import Advanced

@@ -360,7 +360,7 @@ def test_weights_that_were_replaced_are_rebuilt(publisher: Publisher, start: Sta
 def test_requests_never_raise(publisher: Publisher, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(publisher.base, publisher)
     monkeypatch.delenv("HUBSYNC_BUCKET")
-    assert engine.call("hubsync_status")["state"] == "attaching"
+    engine.call("hubsync_status")  # starts to attach in the background
     status = engine.settled()
     assert (status["state"], status["error"]["type"]) == ("refused", "ConfigError")
     assert "HUBSYNC_BUCKET" in status["error"]["message"]

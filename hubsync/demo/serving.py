@@ -65,13 +65,17 @@ class ServerProcess:
         }
         if bucket is not None:
             command += ["--worker-extension-cls", EXTENSION]
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [*command, *arguments],
+        environ = {key: value for key, value in settings.items() if value}
+        self._process = self._launch([*command, *arguments], environ)
+
+    def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        with self.log.open("wb") as output:
+            return subprocess.Popen(
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={key: value for key, value in settings.items() if value},
+                env=environment,
                 start_new_session=True,  # a process group, so that `stop` ends the engine's processes too
             )
 

@@ -22,6 +22,7 @@ from hubsync.replicas.vllm_http import VLLMServer
 
 from .fixtures_hub import TOKEN
 from .site import SCALE_OUT, Site, make_site
+from .warm import WarmServerProcess
 
 # How long a commit window may stay open. Of `served`: long enough for the next client to come first on a busy machine.
 # Of `site`, where tests wait for the watchdog: as short as a commit on a busy machine allows.
@@ -88,7 +89,7 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     processes: list[ServerProcess] = []
 
     def start(model: Path, **options: object) -> str:
-        process = ServerProcess(model, tmp_path_factory.mktemp("server") / "log", **options)  # type: ignore[arg-type]
+        process = WarmServerProcess(model, tmp_path_factory.mktemp("server") / "log", **options)  # type: ignore[arg-type]
         processes.append(process)
         process.wait_ready()
         return process.url

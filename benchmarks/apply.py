@@ -178,7 +178,7 @@ def measure(
                 began = time.perf_counter()
                 native(patch)
                 natives.append(time.perf_counter() - began)
-                assert applier.live_digest().hex == target.digest, "the peer wrote the same"
+                assert sum(applier._live.digests(), Digest()).hex == target.digest, "the peer wrote the same"
                 applier.heal(tensors, start)
         stage, commit = Times(tuple(stages[1:])), Times(tuple(commits[1:]))  # the first run compiles
         peer = Times(tuple(natives[1:])) if natives else None

@@ -17,9 +17,8 @@ A rank can follow the digest of its own part by itself. That the parts of all ra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
@@ -27,17 +26,17 @@ from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_se
 from hubsync.format.manifest import Position
 from hubsync.format.patch import Patch, check
 from hubsync.format.table import TensorTable
-from hubsync.kernels.bits import TORCH_DTYPES, UNSIGNED, advance
+from hubsync.kernels.bits import TORCH_DTYPES, advance
 
 from .coordinate_map import build_map
 from .dense import DenseTensors, masters_of
 from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
-from .memory import Edit, EditCollector
-from .protocol import error_to_json
+from .memory import Edit, EditCollector, unsigned
 from .staging import Staged, Sums, Undo
-from .vote import Inventory, PrepareVote, SingleWorker, WorkerGroup, decide, join
+from .sweep import Sweep, first_names
+from .vote import Inventory, SingleWorker, WorkerGroup, decide, join, vote
 
 
 class Applier:
@@ -83,8 +82,8 @@ class Applier:
         self._live = LiveWeights(self._map, device, self._seeds)
         loadable = sorted(self._map.refused.keys() - self._map.unloadable) if masters is not None else []
         self._dense = DenseTensors(table, masters_of(table, loadable, masters or {}), self._seeds, self._models, device)
-        self._sums = Sums()
-        self._fingerprint = Digest()
+        self._sums = Sums(Digest(), ())
+        self._fingerprint: dict[str, Digest] = {}
         self._undo: Undo | None = None
         self._writes = 0
         self._lock = threading.RLock()
@@ -122,11 +121,10 @@ class Applier:
         owned, total = join(self.table, inventories)
         mine, inventory = owned[self._group.rank], inventories[self._group.rank]
         self._live = LiveWeights(self._map, self._device, self._seeds, mine)
-        self._sums = Sums()
-        for holding, own in zip(inventory, mine, strict=True):
-            if holding.index in self._dense:
-                self._dense.owned[holding.index] = own
-            self._sums = self._sums.plus(holding.digest, own, held=holding.index not in self._dense)
+        count = len(self._live.parts)  # the tensors that are loaded whole come after them
+        self._sums = Sums(Digest(), [holding.digest for holding in inventory[:count]])
+        self._sums.owned = sum((holding.digest for holding, own in zip(inventory, mine, strict=True) if own), Digest())
+        self._dense.owned = {holding.index: own for holding, own in zip(inventory[count:], mine[count:], strict=True)}
         self._fingerprint = self._dense_fingerprint()
         return total
 
@@ -134,10 +132,6 @@ class Applier:
         """The old patterns that compact deltas from the current position are decoded against."""
         regions = [[part.region for part in held] for held in self._live.held]
         return LiveBits(self.table, self._map.storages, regions, self._dense.masters)
-
-    def live_digest(self) -> Digest:
-        """Digest of everything mapped that is in live memory now, copies included."""
-        return self._live.digest()
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the tensors whose live patterns differ from these, in table order."""
@@ -165,22 +159,22 @@ class Applier:
         if start is None:
             raise ReplicaRefused("a delta cannot be staged before the position of the live weights is known")
         check(self.table, patch)
-        live, sums, edits, dense = self._live, self._sums, EditCollector(self._live.memory), {}
+        live, sums, edits, dense = self._live, self._sums.copy(), EditCollector(self._live.memory), {}
         with live.aside():
             for index, delta in patch.items():
                 if index in self._dense:
                     dense[index], change = self._dense.advanced(index, delta)
-                    sums = sums.plus(change, self._dense.owned[index], held=False)
+                    sums.add_master(change, self._dense.owned[index])
                 for part in live.held[index]:
                     positions, offsets = part.region.locate(delta.indices)
                     if len(positions) == 0:
                         continue
                     places = live.memory.places(part.region.storage, offsets)
                     old = live.memory.read(part.region.storage, places)
-                    before = _unsigned(old)
+                    before = unsigned(old)
                     after = advance(before, delta.diffs[positions])
                     change = digest_change(self._seeds[index], delta.indices[positions], before, after)
-                    sums = sums.plus(change, part.owned)
+                    sums.add(change, part)
                     edits.add(part.region.storage, places, old, torch.from_numpy(after.view(f"i{after.itemsize}")))
             edited = edits.finish()
         if self._group.size == 1 and sums.owned.hex != target.digest:
@@ -203,7 +197,7 @@ class Applier:
         """
         start, writes = self._base()
         live, edits, dense = self._live, EditCollector(self._live.memory), {}
-        total, sums = Digest(), Sums()
+        total, sums = Digest(), Sums(Digest(), [Digest()] * len(live.parts))
         with live.aside():
             for index, spec in enumerate(self.table):
                 flat = view_bits(spec, tensors)
@@ -211,9 +205,9 @@ class Applier:
                 total += whole
                 if index in self._dense:
                     dense[index] = flat.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
-                    sums = sums.plus(whole, self._dense.owned[index], held=False)
+                    sums.add_master(whole, self._dense.owned[index])
                 for part in live.held[index]:
-                    sums = sums.plus(live.digest_of_source(index, part.region, flat), part.owned)
+                    sums.add(live.digest_of_source(index, part.region, flat), part)
                 for region, places, old, new in live.compare(index, flat):
                     edits.add(region.storage, places, old, new)
             edited = edits.finish()
@@ -246,7 +240,7 @@ class Applier:
             ReplicaPoisoned: the weights are wrong before or after the write.
         """
         with self._lock:
-            decide(self._group.gather(self._vote(lambda: self._check_commit(target), target)))
+            decide(self._group.gather(vote(lambda: self._check_commit(target), self.position, target)))
             if self.position == target:
                 return 0
             staged = self.staged
@@ -269,7 +263,7 @@ class Applier:
         """
         with self._lock:
             undo = self._undo.change if self._undo else None
-            decide(self._group.gather(self._vote(self._check_undo, undo.target if undo else None)))
+            decide(self._group.gather(vote(self._check_undo, self.position, undo.target if undo else None)))
             assert undo is not None
             self._arrive(undo.target, undo.sums)
             self._write(undo)
@@ -288,23 +282,34 @@ class Applier:
         """
         with self._lock:
             self._refuse_if_poisoned()
-            position, writes = self.position, self._writes
-            expected, fingerprint = self._sums.held, self._fingerprint
+            position, writes, sums, fingerprint = self.position, self._writes, self._sums, self._fingerprint
         if position is None:
             raise ReplicaRefused("the position of the live weights is not known")
-        moved, digest, dense = self._map.moved(), self.live_digest(), self._dense_fingerprint()
+        moved, wrong = self._map.moved(), self._differing(sums, fingerprint)
         with self._lock:
             if writes != self._writes:
                 return False
             if moved is not None:
                 self._poison(f"{moved} was replaced or moved in memory since hubsync attached")
-            if digest != expected or dense != fingerprint:
-                found = f"the live weights have digest {digest.hex[:12]}"
-                if self._group.size > 1:
-                    found = f"the part of rank {self._group.rank} has digest {digest.hex[:12]} in live memory"
-                self._poison(f"{found}, which is not that of {position}")
+            if wrong:
+                whose = "the live weights" if self._group.size == 1 else f"the live weights of rank {self._group.rank}"
+                self._poison(f"{whose} are not those of {position}: {first_names(wrong)}")
             self.verified = True
             return True
+
+    def sweep(self) -> Sweep | None:
+        """Another look at weights that are verified, a slice at a time. None while `verify` must come first."""
+        with self._lock:
+            return Sweep(self._live, self._sums, self._writes) if self.verified else None
+
+    @property
+    def writes(self) -> int:
+        """How often the position has changed."""
+        return self._writes
+
+    def intact(self) -> bool:
+        """Are all parameters where they were, and those that no region feeds unchanged?"""
+        return self._map.moved() is None and self._dense_fingerprint() == self._fingerprint
 
     def heal(self, tensors: Mapping[str, torch.Tensor], target: Position) -> int:
         """Make the live weights equal to a whole view, whatever they are now, and prove it. Leaves the poisoned state.
@@ -325,11 +330,9 @@ class Applier:
             self._undo = None
             staged = self.stage_view(tensors, target)
             self._write(staged)
-            digest = self.live_digest()
-            if digest != staged.sums.held:
-                self._poison(
-                    f"after rebuilding them the live weights have digest {digest.hex[:12]}, not that of {target}"
-                )
+            wrong = self._differing(staged.sums, self._fingerprint)
+            if wrong:
+                self._poison(f"after rebuilding them the live weights are not those of {target}: {first_names(wrong)}")
             self._arrive(target, staged.sums)
             self.poisoned, self.verified = None, True
             return staged.changed
@@ -347,13 +350,6 @@ class Applier:
             self.staged = self._undo = None
 
     # --- voting -------------------------------------------------------------------------------------
-
-    def _vote(self, find_share: Callable[[], Digest], target: Position | None) -> PrepareVote:
-        """This rank's vote before a write. It never raises: the other ranks wait for it."""
-        try:
-            return PrepareVote(None, self.position, target, find_share())
-        except Exception as error:
-            return PrepareVote(error_to_json(error), self.position, target, Digest())
 
     def _check_commit(self, target: Position) -> Digest:
         """Digest of what this rank owns after the commit; raises why it cannot be made. O(changes)."""
@@ -439,10 +435,13 @@ class Applier:
         if not written:
             self._poison("the weights do not hold what was just written to them")
 
-    def _dense_fingerprint(self) -> Digest:
+    def _differing(self, sums: Sums, fingerprint: Mapping[str, Digest]) -> list[str]:
+        """Names of the tensors, and of the parameters made of them, whose live values do not have these digests."""
+        found = self._live.digests()
+        names = self._live.names(number for number, digest in enumerate(found) if digest != sums.regions[number])
+        now = self._dense_fingerprint()
+        return names + [name for name, digest in now.items() if digest != fingerprint.get(name)]
+
+    def _dense_fingerprint(self) -> dict[str, Digest]:
         fed = {part.region.storage for held in self._live.held for part in held}
         return self._dense.fingerprint(self._map.storages, fed)
-
-
-def _unsigned(bits: torch.Tensor) -> np.ndarray:
-    return bits.cpu().numpy().view(UNSIGNED[8 * bits.element_size()])

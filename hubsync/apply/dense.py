@@ -79,18 +79,19 @@ class DenseTensors:
                 model.load_weights(iter(named))  # type: ignore[operator]
         self.masters |= tensors
 
-    def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int]) -> Digest:
-        """Digest of the parameters that no region feeds: what loaders computed of these tensors.
+    def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int]) -> dict[str, Digest]:
+        """Digests of the parameters that no region feeds, by name: what loaders computed of these tensors.
 
         Args:
             fed: numbers of the storages that regions feed.
         """
-        total = Digest()
-        if self.masters:
-            for number, storage in enumerate(storages):
-                if storage.parameter and number not in fed:
-                    total += digest_torch(number, storage.bits)
-        return total
+        if not self.masters:
+            return {}
+        return {
+            storage.name: digest_torch(number, storage.bits)
+            for number, storage in enumerate(storages)
+            if storage.parameter and number not in fed
+        }
 
 
 def masters_of(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,8 +26,16 @@ _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
 
 @dataclass(frozen=True)
 class HeldRegion:
-    """One region of one tensor in live memory. `owned`: does this rank count it in the digest of the whole view?"""
+    """One region of one tensor in live memory.
 
+    Attributes:
+        number: of this region among all of the rank.
+        index: of the tensor in the run's table.
+        owned: does this rank count it in the digest of the whole view?
+    """
+
+    number: int
+    index: int
     region: Region
     owned: bool
 
@@ -48,12 +57,17 @@ class LiveWeights:
         seeds: Sequence[int],
         owned: Sequence[bool] | None = None,
     ):
-        flags = iter(owned) if owned is not None else None
+        number = itertools.count()
         self.held = [
-            [HeldRegion(region, True if flags is None else next(flags)) for region in regions]
-            for regions in coordinates.regions
+            [
+                HeldRegion(at, index, region, True if owned is None else owned[at])
+                for region, at in zip(regions, number, strict=False)
+            ]
+            for index, regions in enumerate(coordinates.regions)
         ]
         """By table index."""
+        self.parts = [part for held in self.held for part in held]
+        """By number."""
         self.memory = memory_of(coordinates.storages, device)
         self._table = coordinates.table
         self._storages = coordinates.storages
@@ -64,20 +78,16 @@ class LiveWeights:
     def holdings(self) -> list[Holding]:
         """Every region with the digest that it has now."""
         with self.aside():
-            return [
-                Holding(index, part.region, self._digest_of(index, part.region))
-                for index, held in enumerate(self.held)
-                for part in held
-            ]
+            return [Holding(part.index, part.region, self.digest_of(part.index, part.region)) for part in self.parts]
 
-    def digest(self) -> Digest:
-        """Digest of everything mapped as it is now, copies included."""
-        total = Digest()
+    def digests(self) -> list[Digest]:
+        """Digest of each region as it is now, by number."""
         with self.aside():
-            for index, held in enumerate(self.held):
-                for part in held:
-                    total += self._digest_of(index, part.region)
-        return total
+            return [self.digest_of(part.index, part.region) for part in self.parts]
+
+    def names(self, numbers: Iterable[int]) -> list[str]:
+        """Names of the tensors of these regions, each once."""
+        return list(dict.fromkeys(self._table[self.parts[number].index].name for number in numbers))
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the tensors whose live patterns differ from these, in table order."""
@@ -121,7 +131,8 @@ class LiveWeights:
             yield
             self._stream.synchronize()
 
-    def _digest_of(self, index: int, region: Region) -> Digest:
+    def digest_of(self, index: int, region: Region) -> Digest:
+        """Digest of a region of a tensor, or of a piece of one, as it is now. Call it within `aside`."""
         storage, seed = self._storages[region.storage], self._seeds[index]
         if region.contiguous and storage.relayout is None:
             first, last = region.target_extent

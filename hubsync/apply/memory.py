@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from hubsync.kernels.bits import UNSIGNED
+
 from .live import LiveStorage
 
 _BLOCK = 1 << 12  # elements written before they are read back: their cache lines fit the second level
@@ -165,6 +167,11 @@ def _merged(parts: Iterable[Edit]) -> Edit:
     """One edit of several of the same key."""
     columns = zip(*((part.places, part.old, part.new) for part in parts), strict=True)
     return Edit(*(torch.cat(column) for column in columns))
+
+
+def unsigned(bits: torch.Tensor) -> np.ndarray:
+    """Patterns as unsigned integers, on the CPU."""
+    return bits.cpu().numpy().view(UNSIGNED[8 * bits.element_size()])
 
 
 def _in_memory(storage: LiveStorage, offsets: np.ndarray) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,16 +14,35 @@ from hubsync.format.manifest import Position
 
 from .memory import Edit
 
+if TYPE_CHECKING:
+    from .live_weights import HeldRegion
 
-@dataclass(frozen=True)
+
 class Sums:
-    """Digests of this rank's part: of the elements it owns, and of everything that is mapped, copies included."""
+    """Digests of this rank's part at one position.
 
-    owned: Digest = field(default_factory=Digest)
-    held: Digest = field(default_factory=Digest)
+    Attributes:
+        owned: of the elements it owns.
+        regions: of each region in live memory, by `HeldRegion.number`, copies included.
+    """
 
-    def plus(self, change: Digest, owned: bool, held: bool = True) -> Sums:
-        return Sums(self.owned + change if owned else self.owned, self.held + change if held else self.held)
+    def __init__(self, owned: Digest, regions: Sequence[Digest]):
+        self.owned = owned
+        self.regions = list(regions)
+
+    def copy(self) -> Sums:
+        """To be added to. One that belongs to a position is not changed."""
+        return Sums(self.owned, self.regions)
+
+    def add(self, change: Digest, part: HeldRegion) -> None:
+        self.regions[part.number] += change
+        if part.owned:
+            self.owned += change
+
+    def add_master(self, change: Digest, owned: bool) -> None:
+        """Of a tensor that is loaded whole: no region holds it."""
+        if owned:
+            self.owned += change
 
 
 @dataclass(frozen=True)

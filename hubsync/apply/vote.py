@@ -9,7 +9,7 @@ same conclusion, and no rank acts alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from hubsync.format.digest import Digest
 from hubsync.format.manifest import Position
 from hubsync.format.table import TensorTable
 
-from .protocol import error_from_json
+from .protocol import error_from_json, error_to_json
 from .regions import Region, overlap
 
 
@@ -127,6 +127,18 @@ class PrepareVote:
     start: Position | None
     target: Position | None
     share: Digest
+
+
+def vote(find_share: Callable[[], Digest], start: Position | None, target: Position | None) -> PrepareVote:
+    """This rank's vote before a write. It never raises: the other ranks wait for it.
+
+    Args:
+        find_share: returns this rank's share after the write; raises why it cannot be made.
+    """
+    try:
+        return PrepareVote(None, start, target, find_share())
+    except Exception as error:
+        return PrepareVote(error_to_json(error), start, target, Digest())
 
 
 def decide(votes: Sequence[PrepareVote]) -> None:

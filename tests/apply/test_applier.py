@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from hubsync.apply.applier import Applier
 from hubsync.apply.memory import Edit
+from hubsync.apply.sweep import Sweeper
 from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.manifest import Position
 from hubsync.format.patch import TensorDelta, changed, compose
@@ -35,10 +37,6 @@ def applier(model: Model) -> Applier:
     assert applier.join([applier.inventory()]).hex == P0.digest
     applier.adopt(P0)
     return applier
-
-
-def test_the_live_digest_is_that_of_the_view(applier: Applier) -> None:
-    assert applier.live_digest().hex == P0.digest
 
 
 def test_commit_equals_a_fresh_load(model: Model, applier: Applier) -> None:
@@ -197,9 +195,10 @@ def test_a_write_that_does_not_read_back_poisons(applier: Applier) -> None:
         applier.commit(P1)
 
 
-def test_a_wrong_digest_poisons(model: Model, applier: Applier) -> None:
+def test_wrong_weights_poison_and_are_named(model: Model, applier: Applier) -> None:
     model.down.view(torch.int16)[3, 3] ^= 1
-    with pytest.raises(ReplicaPoisoned, match="have digest"):
+    model.qkv.view(torch.int16)[9, 0] ^= 1
+    with pytest.raises(ReplicaPoisoned, match=r"are not those of version 0 \(.*\): k, down differ$"):
         applier.verify()
     assert applier.poisoned
     assert not applier.verified
@@ -233,13 +232,77 @@ def test_heal_rebuilds_damaged_and_moved_parameters(model: Model, applier: Appli
 
 def test_verify_is_inconclusive_if_a_commit_happens_meanwhile(applier: Applier) -> None:
     applier.stage_patch(patch_between(V0, V1), P1)
-    compute = applier.live_digest
+    compute = applier._live.digests
 
     def commits_meanwhile() -> object:
         applier.commit(P1)
         return compute()
 
-    applier.live_digest = commits_meanwhile  # type: ignore[method-assign,assignment]
+    applier._live.digests = commits_meanwhile  # type: ignore[method-assign,assignment]
     assert not applier.verify()
     assert applier.poisoned is None
     assert not applier.verified
+
+
+# --- looking again, a slice at a time
+
+
+def sweep_once(sweeper: Sweeper, elements: int) -> int:
+    """Number of slices until all weights have been looked at."""
+    return next(count for count in itertools.count(1) if sweeper.slice(elements))
+
+
+@pytest.mark.parametrize("elements", [1, 7, 50, 1 << 20])
+def test_a_sweep_finds_a_flipped_bit_and_names_the_tensor(model: Model, applier: Applier, elements: int) -> None:
+    sweeper = Sweeper(applier)
+    assert (sweep_once(sweeper, elements) == 1) == (elements == 1 << 20)
+    sweep_once(sweeper, elements)
+    model.mixed.view(torch.int16)[5, 4] ^= 1
+    with pytest.raises(ReplicaPoisoned, match=r"are not those of version 0 .*: mixed differs$"):
+        sweep_once(sweeper, elements)
+    assert applier.poisoned
+    assert not sweeper.slice(elements), "poisoned weights are healed first"
+
+
+def test_every_element_is_looked_at(model: Model, applier: Applier) -> None:
+    """One flip in each region, at both ends."""
+    for name, index in (("embed", 0), ("embed", 37 * 8 - 1), ("qkv", 64), ("down", 24 * 8 - 1), ("mixed", 29)):
+        bits = getattr(model, name).view(torch.int16).view(-1)
+        bits[index] ^= 1
+        with pytest.raises(ReplicaPoisoned):
+            sweep_once(Sweeper(applier), 20)
+        bits[index] ^= 1
+        applier.heal(V0, P0)
+
+
+def test_a_sweep_begins_again_after_a_commit(model: Model, applier: Applier) -> None:
+    sweeper = Sweeper(applier)
+    applier.stage_patch(patch_between(V0, V1), P1)
+    assert not sweeper.slice(300)
+    applier.commit(P1)
+    assert not sweeper.slice(1 << 20), "not verified yet"
+    applier.verify()
+    assert sweeper.slice(1 << 20)
+    applier.undo()
+    applier.verify()
+    assert sweep_once(sweeper, 100) > 3
+
+
+def test_a_write_during_a_slice_is_no_deviation(applier: Applier) -> None:
+    applier.stage_patch(patch_between(V0, V1), P1)
+    sweeper, digest_of = Sweeper(applier), applier._live.digest_of
+
+    def commits_meanwhile(*args: object) -> object:
+        applier._live.digest_of = digest_of  # type: ignore[method-assign]
+        applier.commit(P1)
+        return digest_of(*args)  # type: ignore[arg-type]
+
+    applier._live.digest_of = commits_meanwhile  # type: ignore[method-assign,assignment]
+    assert sweeper.slice(1 << 20), "all of them were looked at after it"
+    assert (applier.poisoned, applier.position) == (None, P1)
+
+
+def test_a_sweep_notices_a_parameter_that_was_replaced(model: Model, applier: Applier) -> None:
+    model.qkv = nn.Parameter(model.qkv.clone(), requires_grad=False)
+    with pytest.raises(ReplicaPoisoned, match="qkv was replaced"):
+        sweep_once(Sweeper(applier), 100)

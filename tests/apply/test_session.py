@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hubsync.apply.applier import Applier
 from hubsync.apply.engine import ModelHost, RunSource
+from hubsync.apply.live_weights import LiveWeights
 from hubsync.apply.served_model import ServedModel
 from hubsync.apply.session import Session
 from hubsync.bucket import open_bucket
@@ -313,7 +313,7 @@ def test_forward_passes_go_on_while_the_background_attaches_stages_and_verifies(
         replica.settled()
         go_on.clear()
 
-    hold_up(Applier, "live_digest")
+    hold_up(LiveWeights, "digests")
     hold_up(ChainReader, "fetch")
     replica.session.attach()
     assert_stuck_in("attaching", 0)

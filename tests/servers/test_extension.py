@@ -339,7 +339,7 @@ def test_wrong_weights_never_run(publisher: Publisher, start: Start) -> None:
 
     (publisher.base / "model.safetensors").unlink()
     commit_over_a_flipped_bit(2)
-    with pytest.raises(ReplicaPoisoned, match="refusing to run the model: the live weights have digest"):
+    with pytest.raises(ReplicaPoisoned, match=r"refusing to run the model: .* version 2 .*embed_tokens.weight differs"):
         engine.generate()
 
 

@@ -1,0 +1,95 @@
+"""A sweep: all live weights of a rank, looked at a slice at a time, so that nothing waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hubsync.format.digest import Digest
+
+from .live_weights import HeldRegion, LiveWeights
+from .regions import Region
+from .staging import Sums
+
+if TYPE_CHECKING:
+    from .applier import Applier
+
+
+class Sweep:
+    """Compares each region with its digest. Regions may be larger or smaller than a slice.
+
+    Args:
+        live: the weights.
+        sums: their digests.
+        writes: number of writes before it began. After another write it is void: what it reads next may be newer.
+    """
+
+    def __init__(self, live: LiveWeights, sums: Sums, writes: int):
+        self.writes = writes
+        self.ended = False
+        self._live = live
+        self._expected = list(sums.regions)
+        self._regions = iter(live.parts)
+        self._part: HeldRegion | None = None
+        self._pieces: Iterator[Region] = iter(())
+        self._found = Digest()
+
+    def read(self, elements: int) -> bool:
+        """Read the next slice: pieces of at most `elements` elements, until these are `elements` together.
+
+        Returns:
+            False as soon as a region does not have its digest.
+        """
+        left = elements
+        with self._live.aside():
+            while left > 0:
+                piece = next(self._pieces, None)
+                if piece is not None:
+                    assert self._part is not None
+                    self._found += self._live.digest_of(self._part.index, piece)
+                    left -= piece.numel
+                    continue
+                if self._part is not None and self._found != self._expected[self._part.number]:
+                    return False
+                self._part = next(self._regions, None)
+                if self._part is None:
+                    self.ended = True
+                    return True
+                self._pieces, self._found = self._part.region.pieces(elements), Digest()
+        return True
+
+
+class Sweeper:
+    """Sweeps over the weights of an applier, one after the other."""
+
+    def __init__(self, applier: Applier):
+        self._applier = applier
+        self._sweep: Sweep | None = None
+
+    def slice(self, elements: int) -> bool:
+        """Look at the next `elements` or so, to find what has changed weights since they were verified.
+
+        Returns:
+            whether all have been looked at once more, with this slice.
+
+        Raises:
+            ReplicaPoisoned: they are wrong, as in `Applier.verify`.
+        """
+        applier, sweep = self._applier, self._sweep
+        if sweep is None or not applier.verified or sweep.writes != applier.writes:
+            sweep = self._sweep = applier.sweep()
+        if sweep is None:
+            return False
+        right = sweep.read(elements)
+        if right and not sweep.ended:
+            return False
+        self._sweep = None
+        if right and applier.intact():
+            return sweep.writes == applier.writes
+        return applier.verify()  # names all that differ, unless a write came in between
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three of these, and the number of the others."""
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{others} differ" + ("s" if len(names) == 1 else "")

@@ -125,10 +125,8 @@ def definitions(*kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(
-        "jit" in ast.unparse(decorator) or "intrinsic" in ast.unparse(decorator)
-        for decorator in function.decorator_list
-    )
+    compilers = ("jit", "intrinsic", "compiled")
+    return any(compiler in ast.unparse(decorator) for decorator in function.decorator_list for compiler in compilers)
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numba import njit
 
 from hubsync.kernels.bits import UNSIGNED
+from hubsync.kernels.compiled import compiled
 
 from .live import LiveStorage
 
@@ -189,13 +189,13 @@ def _array(base: int, end: int, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memoryview((ctypes.c_uint8 * (end - base)).from_address(base)), dtype)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _gather(memory: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(places)):
         out[i] = memory[places[i]]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _equal(memory: np.ndarray, places: np.ndarray, expected: np.ndarray) -> bool:
     different = False  # no early return: differences are rare, and without a branch the CPU prefetches
     for i in range(len(places)):
@@ -203,7 +203,7 @@ def _equal(memory: np.ndarray, places: np.ndarray, expected: np.ndarray) -> bool
     return not different
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _scatter(memory: np.ndarray, places: np.ndarray, new: np.ndarray) -> bool:
     """Write, and read the values back while they are in the cache."""
     different = False

@@ -61,6 +61,7 @@ class ChainReader:
         self._resolved: tuple[Manifest, int, Position] | None = None  # (newest, served version, position)
         self._lost: set[str] = set()  # names of manifests whose parts are gone
         self._fetched: set[Path] = set()
+        self._can_remember = True
 
     def run(self) -> Run:
         """`run.json`, read once. ObjectMissing if the run does not exist yet."""
@@ -348,10 +349,25 @@ class ChainReader:
         return self._cache / f"{self.run().run_id}.newest.json"
 
     def _remember(self, manifest: Manifest) -> None:
-        self._cache.mkdir(parents=True, exist_ok=True)
+        """Keep the newest version for later readers. It is only a floor: a full or read-only cache is no failure."""
         temporary = self._memory.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}")
-        temporary.write_bytes(manifest.dumps())
-        temporary.replace(self._memory)
+        try:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(manifest.dumps())
+                temporary.replace(self._memory)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            if self._can_remember:
+                logger.warning(
+                    "cannot record the newest version in the cache (%s): until it can be written again, a restarted "
+                    "reader may take an older version for the newest. Free some space, or set HUBSYNC_CACHE",
+                    error,
+                )
+            self._can_remember = False
+        else:
+            self._can_remember = True
 
     def _remembered(self) -> Manifest | None:
         """The newest manifest that a reader with this cache has seen. It is only a floor: a damaged file is ignored."""

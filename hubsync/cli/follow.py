@@ -52,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_max_head_age(parser)
     parser.add_argument(
         "--cache",
-        default=str(default_cache()),
         metavar="DIR",
-        help="directory that records the newest version seen (default: HUBSYNC_CACHE, or %(default)s)",
+        help="directory that records the newest version seen (default: HUBSYNC_CACHE, or ~/.cache/hubsync)",
     )
     parser.add_argument("--once", action="store_true", help="poll once, bring the server to the version, and exit")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
@@ -92,11 +91,9 @@ def _follower(args: argparse.Namespace) -> Follower:
 
     from .access import public_key
 
-    key = public_key(args)
+    key, cache = public_key(args), args.cache or default_cache()
     return Follower(
-        lambda: ChainReader(
-            open_bucket(args.bucket, token=args.token, key=key), args.cache, max_head_age=args.max_head_age
-        ),
+        lambda: ChainReader(open_bucket(args.bucket, token=args.token, key=key), cache, max_head_age=args.max_head_age),
         Replica(connect(args.server, args.api_key), args.kv_cache),
         interval=args.interval,
         stage_timeout=args.stage_timeout,

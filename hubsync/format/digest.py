@@ -28,11 +28,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
 from hubsync import kernels
 from hubsync.errors import FormatError
 from hubsync.kernels.bits import UNSIGNED, bits_of
+from hubsync.kernels.compiled import compiled
 from hubsync.kernels.parallel import each, pieces
 
 from .table import TensorTable
@@ -202,7 +202,7 @@ def _places_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.stack(_PLACES).view(np.int64)).to(device)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _block(seed: np.uint64, number: np.uint64) -> tuple[np.uint64, np.uint64]:
     """The factors of a block in both lanes."""
     z = seed + (number + _1) * _NP_STRIDE
@@ -213,13 +213,13 @@ def _block(seed: np.uint64, number: np.uint64) -> tuple[np.uint64, np.uint64]:
     return a | _1, (z ^ (z >> _33)) | _1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _spread(pattern: np.uint64) -> np.uint64:
     y = pattern + _1
     return y * (y + y + _1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sum_range(
     seed: np.uint64, start: int, bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.uint64, np.uint64]:
@@ -245,7 +245,7 @@ def _sum_range(
 
 # This loop is the cost of a digest. It is this plain so that LLVM turns it into vector code. It takes two blocks at a
 # time to load the place factors half as often.
-@njit(nogil=True, cache=True)
+@compiled
 def _sum_two(
     first: np.ndarray, second: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
@@ -259,7 +259,7 @@ def _sum_two(
     return a0, b0, a1, b1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sum_part(bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray) -> tuple[np.uint64, np.uint64]:
     a, b = np.uint64(0), np.uint64(0)
     for i in range(len(bits)):
@@ -269,7 +269,7 @@ def _sum_part(bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray) -> tup
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sum_at(
     seed: np.uint64, indices: np.ndarray, bits: np.ndarray, place_a: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.uint64, np.uint64]:

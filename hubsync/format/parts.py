@@ -210,8 +210,11 @@ def anchor_files(table: TensorTable, max_shard_bytes: int = 5 << 30, stem: str =
 
 
 def write_anchor_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One shard of an anchor."""
-    safetensors.torch.save_file(_owned(tensors), path, {"format": "pt"})
+    """One shard of an anchor. OSError if it cannot be written."""
+    try:
+        safetensors.torch.save_file(_owned(tensors), path, {"format": "pt"})
+    except safetensors.SafetensorError as error:  # of a full disk too
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_anchor_index(directory: Path, table: TensorTable, files: Mapping[str, Sequence[str]]) -> list[Path]:

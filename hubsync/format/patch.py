@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hubsync.errors import FormatError
 from hubsync.kernels.bits import SIGNED
+from hubsync.kernels.compiled import compiled
 
 from .table import TensorTable
 
@@ -98,7 +98,7 @@ def _add(first: TensorDelta, second: TensorDelta) -> TensorDelta:
     return TensorDelta(indices[:n].copy(), diffs[:n].copy())
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _merge(
     indices_a: np.ndarray,
     diffs_a: np.ndarray,
@@ -124,7 +124,7 @@ def _merge(
     return n
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _is_sound(indices: np.ndarray, diffs: np.ndarray, numel: int) -> bool:
     previous = -1
     for i in range(len(indices)):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from .compiled import compiled
 from .parallel import each, pieces
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -199,7 +200,7 @@ def ones(typing_context, word):  # type: ignore[no-untyped-def]
     return types.uint64(types.uint64), codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _unequal(
     old: np.ndarray, new: np.ndarray, start: int, stop: int, indices: np.ndarray, diffs: np.ndarray, found: int
 ) -> tuple[int, int]:
@@ -252,7 +253,7 @@ def _unequal(
     return start, found
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _rank(bits: np.uint64, top: np.uint64, sign: np.uint64, mask: np.uint64) -> np.uint64:
     """Scalar `ordered` without a branch, because signs are unpredictable: xor with `mask` if negative, else `sign`."""
     return bits ^ (sign | ((np.uint64(0) - (bits >> top)) & mask))

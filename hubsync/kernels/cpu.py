@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .bits import trailing_zeros
 from .classes import CLASSES, ClassMap
+from .compiled import compiled
 
 _BLOCK = 64  # elements counted together: each count fits a byte, and a search inside is short
 _NEAR = 128  # blocks that fit the L1 cache
@@ -64,7 +64,7 @@ def _words(bits: np.ndarray) -> np.ndarray:
 # Each pass over a chunk is one call of compiled code: threads that return to Python often wait for each other.
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count(
     bits: np.ndarray,
     words: np.ndarray,
@@ -80,7 +80,7 @@ def _count(
     _add_up(blocks, sizes)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_and_rank(
     bits: np.ndarray,
     words: np.ndarray,
@@ -98,7 +98,7 @@ def _count_and_rank(
     return sizes, class_of, ranks
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_any(bits: np.ndarray, first: int, shift: int, mask: int, ones: np.ndarray, blocks: np.ndarray) -> None:
     """Count the blocks from `first` on, elements of any width."""
     s, m = _U(shift), _U(mask)
@@ -114,7 +114,7 @@ def _count_any(bits: np.ndarray, first: int, shift: int, mask: int, ones: np.nda
         blocks[b, 0], blocks[b, 1] = even, odd
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_16(words: np.ndarray, shift: int, mask: int, ones: np.ndarray, blocks: np.ndarray) -> None:
     """The same for whole blocks of 16-bit elements, four to a word. Three times as fast, and most models are 16-bit."""
     s, m = _U(shift), _U(mask)
@@ -134,7 +134,7 @@ def _count_16(words: np.ndarray, shift: int, mask: int, ones: np.ndarray, blocks
             blocks[first + b, 0], blocks[first + b, 1] = even, odd
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _add_up(blocks: np.ndarray, sizes: np.ndarray) -> None:
     for first in range(0, len(blocks), _FLUSH):
         a, b, c, d = _U(0), _U(0), _U(0), _U(0)
@@ -147,7 +147,7 @@ def _add_up(blocks: np.ndarray, sizes: np.ndarray) -> None:
         _flush(a, b, c, d, sizes)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _flush(a: np.uint64, b: np.uint64, c: np.uint64, d: np.uint64, sizes: np.ndarray) -> None:
     """Add counts in 16-bit lanes: lane i of word j is class 4 i + j."""
     for i in range(4):
@@ -158,7 +158,7 @@ def _flush(a: np.uint64, b: np.uint64, c: np.uint64, d: np.uint64, sizes: np.nda
         sizes[4 * i + 3] += np.int64((d >> shift) & _U(0xFFFF))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _rank(
     bits: np.ndarray,
     blocks: np.ndarray,
@@ -201,7 +201,7 @@ def _rank(
             a, b, c, d = _U(0), _U(0), _U(0), _U(0)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _place(
     bits: np.ndarray,
     blocks: np.ndarray,
@@ -273,7 +273,7 @@ def _place(
                 _set_lane(near, beyond, k, ahead - inside)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _set_lane(near: np.ndarray, beyond: np.ndarray, k: int, gap: int) -> None:
     lane = _U((k >> 2) << 4)
     low = min(gap, 0x7FFF)

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from .bits import trailing_zeros
+from .compiled import compiled
 
 _BLOCK = 1 << 12  # elements that fit the L1 cache with their flags
 _CAPACITY = 1 << 14  # changes that the first lists hold
@@ -72,7 +73,7 @@ def _has_nan(values: np.ndarray) -> bool:
     return beyond >> _31 != 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _round(values: np.ndarray, out: np.ndarray) -> bool:
     for first in range(0, len(values), _BLOCK):
         a, b = values[first : first + _BLOCK], out[first : first + _BLOCK]
@@ -83,7 +84,7 @@ def _round(values: np.ndarray, out: np.ndarray) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _changes(
     values: np.ndarray,
     old: np.ndarray,

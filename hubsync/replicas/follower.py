@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hubsync.apply.protocol import WorkerState
 from hubsync.chain import ChainReader
-from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, RunMismatch
+from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 
 from .replica import Replica
 from .reports import CommitReport, ReplicaStatus
@@ -84,10 +84,10 @@ class Follower:
                 pause, failures = self._interval * random.uniform(0.75, 1.25), 0
             except ConfigError:
                 raise
-            except HubsyncError as error:
+            except (HubsyncError, OSError) as error:
                 failures += 1
                 pause = min(_LONGEST_PAUSE_S, self._interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
-                self.on_error(error, pause)
+                self.on_error(_explained(error), pause)
             else:
                 if followed is not None:
                     self.on_commit(followed)
@@ -152,6 +152,18 @@ class Follower:
     def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
         """Whether the server is still at the position it had before. If not, another client has committed."""
         return now.position == before.position and not self._stop.is_set()
+
+
+def _explained(error: HubsyncError | OSError) -> HubsyncError:
+    """An error of this machine's disk, which waiting can cure as well, in hubsync's words."""
+    if isinstance(error, HubsyncError):
+        return error
+    explained = BucketUnavailable(
+        f"cannot use a local file or directory: {error}. Free some space on its disk, or point HUBSYNC_CACHE and "
+        "TMPDIR to directories that this user can write"
+    )
+    explained.__cause__ = error
+    return explained
 
 
 def _downloaded(status: ReplicaStatus) -> int | None:

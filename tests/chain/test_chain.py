@@ -807,6 +807,19 @@ def test_a_damaged_high_water_mark_is_ignored(bucket: FaultyBucket, tmp_path: Pa
     assert ChainReader(bucket, tmp_path / "cache").newest() == newest.position
 
 
+def test_a_cache_that_cannot_be_written_is_no_failure_and_said_once(
+    bucket: FaultyBucket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = ChainWriter.create(bucket, RUN)
+    commit(writer)
+    (tmp_path / "a file").write_text("nothing can be written below it, as on a full disk")
+    reader = ChainReader(bucket, tmp_path / "a file" / "cache")
+    assert reader.newest().version == 1
+    commit(writer)
+    assert reader.newest().version == 2
+    assert len([message for message in caplog.messages if "cannot record the newest version" in message]) == 1
+
+
 def test_a_new_reader_can_require_a_fresh_head(bucket: FaultyBucket, tmp_path: Path) -> None:
     writer = ChainWriter.create(bucket, RUN)
     with pytest.raises(HeadTooOld, match="it does not exist"):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from hubsync.errors import ConfigError, FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
-from hubsync.format.parts import Transition, open_anchor, read_delta, write_anchor, write_delta
+from hubsync.format.parts import Transition, open_anchor, read_delta, write_anchor, write_anchor_file, write_delta
 from hubsync.format.patch import TensorDelta, check
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
@@ -314,3 +314,8 @@ def test_a_damaged_anchor_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FormatError, match="damaged"):
         open_anchor([path], TABLE)
+
+
+def test_an_anchor_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
+    with pytest.raises(OSError, match=r"no such directory/model\.safetensors: "):
+        write_anchor_file(tmp_path / "no such directory" / "model.safetensors", {"w": torch.zeros(2)})

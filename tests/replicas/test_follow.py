@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from hubsync.bucket import open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Layout
-from hubsync.cli.main import main
 from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaUnreachable, RunMismatch
 from hubsync.format.manifest import Head
 from hubsync.localhub import LocalHub
@@ -448,19 +447,31 @@ def test_the_command_with_once_polls_once(publisher: Publisher, server: StandIn)
     assert process.returncode == 1
 
 
-def test_an_unexpected_error_ends_the_command_with_exit_code_1(
-    publisher: Publisher, server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_error_of_the_local_disk_is_retried(follower: Follower, server: StandIn, publisher: Publisher) -> None:
+    told: list[HubsyncError] = []
+    follower.on_error = lambda error, retry_s: told.append(error)
+    open_reader, failures = follower._open_reader, [OSError(28, "No space left on device"), OSError(30, "Read-only")]
+
+    def opened() -> ChainReader:
+        if failures:
+            raise failures.pop(0)
+        return open_reader()
+
+    follower._open_reader = opened
+    with running(follower):
+        until(lambda: server.position == publisher.positions[2])
+    assert ["No space" in str(error) or "Read-only" in str(error) for error in told] == [True, True]
+    assert all("Free some space" in str(error) and "HUBSYNC_CACHE" in str(error) for error in told)
+
+
+def test_a_cache_that_cannot_be_written_does_not_end_the_command(
+    publisher: Publisher, server: StandIn, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "file"
-    cache.touch()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ended = main(["follow", "--bucket", publisher.address, "--server", server.url, "--cache", str(cache)])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert ended == 1
-    assert capsys.readouterr().err == f"hubsync: [Errno 17] File exists: '{cache}'\n"
+    (tmp_path / "file").touch()
+    with command(publisher, server, "--cache", str(tmp_path / "file" / "cache")):
+        until(lambda: server.position == publisher.positions[2])
+        publish(publisher)
+        until(lambda: server.position == publisher.positions[3])
 
 
 def test_a_follower_continues_after_a_killed_one(publisher: Publisher, server: StandIn) -> None:

@@ -7,9 +7,9 @@ the end.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hubsync.kernels.bits import leading_zeros, trailing_zeros
+from hubsync.kernels.compiled import compiled
 
 _1, _6, _63 = np.uint64(1), np.uint64(6), np.uint64(63)
 
@@ -26,7 +26,7 @@ def words_from(data: np.ndarray) -> np.ndarray:
     return words
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def put(words: np.ndarray, position: int, value: int) -> None:
     """Set the zeroed bits from `position` on to `value`."""
     word, shift = np.uint64(position) >> _6, np.uint64(position) & _63
@@ -34,20 +34,20 @@ def put(words: np.ndarray, position: int, value: int) -> None:
     words[word + _1] |= (np.uint64(value) >> _1) >> (_63 - shift)  # in two steps: a shift by 64 is undefined
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def put_unary(words: np.ndarray, position: int, value: int) -> int:
     """Write `value` zeros and a one. Returns the position behind them."""
     put(words, position + value, 1)
     return position + value + 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def get(words: np.ndarray, position: int, count: int) -> int:
     """Read `count` < 64 bits from `position` on."""
     return int(np.int64(_window(words, position) & ((_1 << np.uint64(count)) - _1)))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def next_one(words: np.ndarray, position: int, end: int) -> int:
     """Position of the first set bit in `position .. end`; -1 if all are zero."""
     while position < end:
@@ -59,13 +59,13 @@ def next_one(words: np.ndarray, position: int, end: int) -> int:
     return -1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def exponent_of(value: int, k: int) -> int:
     """Exponent of an Exp-Golomb code of order k: position of the leading one of value + 2^k, less k."""
     return 63 - int(np.int64(leading_zeros(np.uint64(value + (1 << k))))) - k
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _window(words: np.ndarray, position: int) -> np.uint64:
     """The 64 bits from `position` on."""
     word, shift = np.uint64(position) >> _6, np.uint64(position) & _63

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hubsync.errors import FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.kernels.classes import CLASSES, ClassMap
+from hubsync.kernels.compiled import compiled
 
 CLASSES_OF = {Encoding.FAST: 1, Encoding.COMPACT: CLASSES}
 
@@ -81,13 +81,13 @@ def one_class(classes: int, elements: int) -> np.ndarray:
     return counts
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def listed_count(count: int, size: int) -> int:
     """Number of listed elements of a class: the changed or the unchanged ones, whichever are fewer."""
     return min(count, size - count)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def gap_k(k: int, shift: int, count: int, size: int) -> int:
     """The Rice parameter of a class in a chunk. The shift is for chunks with more or fewer changes than others."""
     if 2 * count > size:
@@ -95,7 +95,7 @@ def gap_k(k: int, shift: int, count: int, size: int) -> int:
     return int(min(max(int(k) + shift, 0), MAX_K))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def fold(magnitude: int, center: int) -> int:
     """Distance of a magnitude from the usual one: center -> 0, center + 1 -> 1, center - 1 -> 2, ..."""
     if magnitude >= 2 * center:
@@ -103,7 +103,7 @@ def fold(magnitude: int, center: int) -> int:
     return 2 * (magnitude - center) - 1 if magnitude > center else 2 * (center - magnitude)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def unfold(value: int, center: int) -> int:
     """Inverse of `fold`."""
     if value > 2 * center - 2:

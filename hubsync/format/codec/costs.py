@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from hubsync.kernels.compiled import compiled
 
 from .bitio import exponent_of
 from .book import GAP, MAX_K, fold, gap_k, listed_count
@@ -16,7 +17,7 @@ MAGNITUDES = 256  # magnitudes that `magnitude_counts` distinguishes
 DISTANCES = 256  # distances that `distance_counts` distinguishes
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def by_class(
     classes: int, class_of: np.ndarray, ranks: np.ndarray, diffs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,7 +34,7 @@ def by_class(
     return counts, sorted_ranks, sorted_diffs
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def list_gaps(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The gaps to code, and their bits.
 
@@ -45,7 +46,7 @@ def list_gaps(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple
     return listed, gaps, _gap_cost(listed, gaps)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _gaps(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     listed = np.zeros(len(counts), np.int64)
     for c in range(len(counts)):
@@ -76,7 +77,7 @@ def _gaps(counts: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> tuple[np.
     return listed, gaps
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _gap_cost(listed: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     cost = np.zeros((len(listed), MAX_GAP_K), np.int64)
     first = 0
@@ -93,7 +94,7 @@ def _gap_cost(listed: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     return cost
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def best_shift(counts: np.ndarray, sizes: np.ndarray, cost: np.ndarray, codes: np.ndarray) -> int:
     """What to add to the Rice parameters of a chunk whose gaps cost `cost`; 0 unless another shift saves bits."""
     best, fewest = 0, 1 << 62
@@ -108,7 +109,7 @@ def best_shift(counts: np.ndarray, sizes: np.ndarray, cost: np.ndarray, codes: n
     return best
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
     """Bits of non-negative `values` in an Exp-Golomb code, int64[MAX_K + 1], for every order."""
     cost = np.zeros(MAX_K + 1, np.int64)
@@ -118,7 +119,7 @@ def exp_golomb_cost(values: np.ndarray) -> np.ndarray:
     return cost
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def magnitude_counts(counts: np.ndarray, diffs: np.ndarray, found: np.ndarray) -> None:
     """Add the magnitudes of each class to the histogram `found`, int64[classes, MAGNITUDES], but for larger ones."""
     i = 0
@@ -130,7 +131,7 @@ def magnitude_counts(counts: np.ndarray, diffs: np.ndarray, found: np.ndarray) -
             i += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def distance_counts(
     counts: np.ndarray, diffs: np.ndarray, usual: np.ndarray, found: np.ndarray, cost: np.ndarray
 ) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from hubsync.kernels.compiled import compiled
 
 MAX_ELEMENTS = 1 << 24  # of a chunk: bounds the memory of a decoder apart from its output
 _USUAL = 1 << 20  # large enough that the row of a chunk is negligible, small enough to decode in cache
@@ -110,7 +111,7 @@ def _smaller(size: int, limit: int) -> int:
     return limit if divisor is None else size // divisor
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _split(
     indices: np.ndarray,
     rows: int,
@@ -134,7 +135,7 @@ def _split(
         positions[i] = (row - down * chunk_rows) * width + col - left
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _indices(positions: np.ndarray, top: int, left: int, width: int, cols: int) -> np.ndarray:
     out = np.empty(len(positions), np.int64)
     row_start, flat_start = 0, top * cols + left

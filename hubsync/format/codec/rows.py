@@ -7,9 +7,9 @@ the orders of the code book: the number of changes of each class, then SHIFT and
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hubsync.errors import FormatError
+from hubsync.kernels.compiled import compiled
 
 from .bitio import exponent_of, get, next_one, put, put_unary, words_from, words_of
 from .book import FIELDS, Book
@@ -80,7 +80,7 @@ class RowReader:
             raise FormatError(f"{left} bits of chunk rows are left over")
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _row_bits(rows: np.ndarray, orders: np.ndarray, chunks: int) -> int:
     bits = chunks
     for r in range(len(rows)):
@@ -89,7 +89,7 @@ def _row_bits(rows: np.ndarray, orders: np.ndarray, chunks: int) -> int:
     return bits
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _write(words: np.ndarray, orders: np.ndarray, numbers: np.ndarray, rows: np.ndarray, chunks: int) -> None:
     position, r = 0, 0
     for chunk in range(chunks):
@@ -107,13 +107,13 @@ def _write(words: np.ndarray, orders: np.ndarray, numbers: np.ndarray, rows: np.
         r += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _append(out: np.ndarray, position: int, words: np.ndarray, bits: int) -> None:
     for first in range(0, bits, 32):
         put(out, position + first, get(words, first, min(32, bits - first)))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read(
     words: np.ndarray,
     position: int,

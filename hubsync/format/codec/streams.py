@@ -16,7 +16,8 @@ changes that are left, those with distance j by their gaps. The tail codes the r
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from hubsync.kernels.compiled import compiled
 
 from .bitio import exponent_of, get, next_one, put, put_unary
 from .book import (
@@ -48,7 +49,7 @@ PROBLEMS = {
 }
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def write(
     counts: np.ndarray,
     sizes: np.ndarray,
@@ -73,7 +74,7 @@ def write(
     return shift, words.view(np.uint8)[:nbytes]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _measure(
     counts: np.ndarray,
     sizes: np.ndarray,
@@ -94,7 +95,7 @@ def _measure(
     return (bits + 7) >> 3
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _write(
     counts: np.ndarray,
     sizes: np.ndarray,
@@ -125,7 +126,7 @@ def _write(
     _put_magnitudes(counts, diffs, codes, words, unary, True)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _put_magnitudes(
     counts: np.ndarray, diffs: np.ndarray, codes: np.ndarray, words: np.ndarray, position: int, writing: bool
 ) -> int:
@@ -173,14 +174,14 @@ def _put_magnitudes(
     return position
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _put_flag(words: np.ndarray, position: int, writing: bool) -> int:
     if writing:
         put(words, position, 1)
     return position + 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _put_rice(words: np.ndarray, position: int, value: int, k: int, writing: bool) -> int:
     if writing:
         put_unary(words, position, value >> k)
@@ -188,7 +189,7 @@ def _put_rice(words: np.ndarray, position: int, value: int, k: int, writing: boo
     return position + (value >> k) + 1 + k
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def read(
     words: np.ndarray,
     start: int,
@@ -221,7 +222,7 @@ def read(
     return FINE
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read_positions(
     words: np.ndarray,
     start: int,
@@ -291,7 +292,7 @@ def _read_positions(
     return FINE, unary
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read_magnitudes(
     words: np.ndarray, position: int, end: int, counts: np.ndarray, codes: np.ndarray, diffs: np.ndarray
 ) -> tuple[int, int]:
@@ -363,7 +364,7 @@ def _read_magnitudes(
     return FINE, position
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _set(diffs: np.ndarray, index: int, magnitude: int) -> bool:
     """Give a difference another magnitude and keep its sign. False if it does not fit."""
     largest = 1 << (8 * diffs.itemsize - 1)

@@ -8,13 +8,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numba import njit
 
 from hubsync import kernels
 from hubsync.format.digest import Digest, digest_change, tensor_seed
 from hubsync.format.patch import Patch, TensorDelta
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import UNSIGNED, bits_of, difference, find_changes
+from hubsync.kernels.compiled import compiled
 from hubsync.publish.view.cast import integers
 from hubsync.publish.view.shards import Shard
 from hubsync.publish.view.strided import ElementRun
@@ -177,7 +177,7 @@ def compose(first: Change, second: Change) -> Change:
     return Change(indices[:n].copy(), old[:n].copy(), new[:n].copy())
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _merge(
     indices_a: np.ndarray,
     old_a: np.ndarray,

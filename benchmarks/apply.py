@@ -32,7 +32,7 @@ from hubsync.chain import ChainWriter
 from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import Transition, write_delta
-from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.patch import Patch, TensorDelta, changes_of
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of, dtype_code
 
@@ -258,9 +258,9 @@ def in_vllm(directory: Path, repeats: int) -> list[Row]:
         patches = []
         for index, delta in patch.items():
             spec = table[index]
-            new = advance(bits_of(tensors[spec.name])[delta.indices], delta.diffs)
+            at, _, new = changes_of(delta, bits_of(tensors[spec.name]))
             values = torch.from_numpy(new.view(np.int16)).view(TORCH_DTYPES[spec.dtype])
-            indices = torch.from_numpy(delta.indices)
+            indices = torch.from_numpy(at)
             patches.append(CheckpointWeightPatch(spec.name, spec.shape, values.dtype, values, indices))
         with torch.inference_mode():
             load_checkpoint_weight_patches(model, patches)
@@ -354,7 +354,8 @@ def under_load(repeats: int) -> dict[str, float]:
                 patch, change = step(table, tensors, 1e-2, version)
                 for index, delta in patch.items():
                     bits = bits_of(tensors[table[index].name])
-                    bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
+                    indices, _, after = changes_of(delta, bits)
+                    bits[indices] = after
                 parent, digest = Position(version - 1, digest.hex), digest + change
                 position = Position(version, digest.hex)
                 part = write_delta(table, patch, Transition(RUN_ID, parent, position))

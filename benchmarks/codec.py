@@ -26,7 +26,7 @@ from hubsync.format.digest import digest_change, digest_range
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.parts import Transition, read_delta, write_delta
-from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.patch import Patch, TensorDelta, changes_of
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import advance, difference, find_changes
 
@@ -139,7 +139,7 @@ FORMATS: list[Format] = [Raw(), Gaps(), GapsAndSteps(), DenseXor(), Hubsync(Enco
 
 
 def patch_of(pair: Pair) -> Patch:
-    patch = {}
+    patch: Patch = {}
     for index, at in enumerate(pair.slices):
         delta = TensorDelta(*find_changes(pair.old[at], pair.new[at]))
         if len(delta):
@@ -150,7 +150,8 @@ def patch_of(pair: Pair) -> Patch:
 def apply_patch(weights: np.ndarray, patch: Patch, pair: Pair) -> None:
     for index, delta in patch.items():
         tensor = weights[pair.slices[index]]
-        tensor[delta.indices] = advance(tensor[delta.indices], delta.diffs)
+        indices, _, after = changes_of(delta, tensor)
+        tensor[indices] = after
 
 
 def bits_view(pair: Pair, weights: np.ndarray) -> ViewBits:

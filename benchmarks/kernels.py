@@ -22,7 +22,7 @@ from hubsync import kernels
 from hubsync.format.codec import decode, encode
 from hubsync.format.codec.encode import Encoded
 from hubsync.format.digest import digest_change, digest_torch
-from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.patch import TensorDelta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of, find_changes
@@ -54,13 +54,14 @@ class Weights:
     table: TensorTable
     old: dict[str, torch.Tensor]
     new: dict[str, torch.Tensor]
-    patch: Patch
+    patch: dict[int, TensorDelta]
 
     @classmethod
     def made(cls, tensors: int, device: torch.device) -> Weights:
         rng = torch.Generator().manual_seed(0)
         table = TensorTable([TensorSpec(f"layers.{i}.weight", (_SIDE, _SIDE), "BF16") for i in range(tensors)])
-        old, new, patch = {}, {}, {}
+        old, new = {}, {}
+        patch: dict[int, TensorDelta] = {}
         for index, spec in enumerate(table):
             before = (torch.randn(_SIDE, _SIDE, generator=rng) * 0.02).bfloat16()
             moved = torch.rand(_SIDE, _SIDE, generator=rng) < _SHARE

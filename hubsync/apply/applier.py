@@ -22,19 +22,19 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
-from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
+from hubsync.format.digest import Digest, digest_torch, tensor_seed
 from hubsync.format.manifest import Position
 from hubsync.format.patch import Patch, check
 from hubsync.format.table import TensorTable
-from hubsync.kernels.bits import TORCH_DTYPES, advance
+from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import build_map
 from .dense import DenseTensors, masters_of
 from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
-from .memory import Edit, EditCollector, unsigned
-from .staging import Staged, Sums, Undo
+from .memory import Edit, EditCollector
+from .staging import Staged, Sums, Undo, add_edits
 from .sweep import Sweep, first_names
 from .vote import Inventory, SingleWorker, WorkerGroup, decide, join, vote
 
@@ -165,17 +165,7 @@ class Applier:
                 if index in self._dense:
                     dense[index], change = self._dense.advanced(index, delta)
                     sums.add_master(change, self._dense.owned[index])
-                for part in live.held[index]:
-                    positions, offsets = part.region.locate(delta.indices)
-                    if len(positions) == 0:
-                        continue
-                    places = live.memory.places(part.region.storage, offsets)
-                    old = live.memory.read(part.region.storage, places)
-                    before = unsigned(old)
-                    after = advance(before, delta.diffs[positions])
-                    change = digest_change(self._seeds[index], delta.indices[positions], before, after)
-                    sums.add(change, part)
-                    edits.add(part.region.storage, places, old, torch.from_numpy(after.view(f"i{after.itemsize}")))
+                add_edits(live, index, delta, edits, sums)
             edited = edits.finish()
         if self._group.size == 1 and sums.owned.hex != target.digest:
             raise WrongParent(
@@ -208,8 +198,7 @@ class Applier:
                     sums.add_master(whole, self._dense.owned[index])
                 for part in live.held[index]:
                     sums.add(live.digest_of_source(index, part.region, flat), part)
-                for region, places, old, new in live.compare(index, flat):
-                    edits.add(region.storage, places, old, new)
+                live.collect_edits(index, flat, edits)
             edited = edits.finish()
         if total.hex != target.digest:
             raise WrongParent(

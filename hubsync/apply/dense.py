@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from hubsync.format.digest import Digest, digest_change, digest_torch
-from hubsync.format.patch import TensorDelta
+from hubsync.format.patch import TensorDelta, TensorValues, changes_of
 from hubsync.format.table import TensorTable
-from hubsync.kernels.bits import advance, bits_of
+from hubsync.kernels.bits import bits_of
 
 from .live import LiveStorage, flat_bits
 from .regions import block
@@ -63,13 +63,13 @@ class DenseTensors:
             assert whole is not None
             yield Holding(index, whole, digest_torch(self._seeds[index], flat_bits(master)))
 
-    def advanced(self, index: int, delta: TensorDelta) -> tuple[torch.Tensor, Digest]:
+    def advanced(self, index: int, delta: TensorDelta | TensorValues) -> tuple[torch.Tensor, Digest]:
         """A copy of a master with a delta applied, and the change of its digest."""
         new = self.masters[index].clone()
         bits = bits_of(new)
-        before = bits[delta.indices]
-        bits[delta.indices] = advance(before, delta.diffs)
-        return new, digest_change(self._seeds[index], delta.indices, before, bits[delta.indices])
+        indices, before, after = changes_of(delta, bits)
+        bits[indices] = after
+        return new, digest_change(self._seeds[index], indices, before, after)
 
     def load(self, tensors: Mapping[int, torch.Tensor]) -> None:
         """Load new values into the models, and keep them as masters."""

@@ -17,7 +17,7 @@ from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import CoordinateMap
 from .live import flat_bits
-from .memory import memory_of
+from .memory import EditCollector, memory_of
 from .regions import Region
 from .vote import Holding
 
@@ -72,7 +72,7 @@ class LiveWeights:
         self._table = coordinates.table
         self._storages = coordinates.storages
         self._device = device
-        self._seeds = seeds
+        self.seeds = seeds
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def holdings(self) -> list[Holding]:
@@ -114,12 +114,17 @@ class LiveWeights:
                     places = self.memory.places(piece.storage, piece.offsets(ranks.cpu().numpy()))
                     yield piece, places, self.memory.read(piece.storage, places), new[ranks]
 
+    def collect_edits(self, index: int, flat: torch.Tensor, edits: EditCollector) -> None:
+        """Add the edits that make a tensor equal to `flat`."""
+        for region, places, old, new in self.compare(index, flat):
+            edits.add(region.storage, places, old, new)
+
     def digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
         """Digest of a region's elements, taken from a flat checkpoint tensor instead of from live memory."""
         if region.contiguous:
             first, last = region.source_extent
-            return digest_torch(self._seeds[index], flat[first:last], first)
-        return self._digest_pieces(self._seeds[index], region, lambda piece: piece.gather_source(flat))
+            return digest_torch(self.seeds[index], flat[first:last], first)
+        return self._digest_pieces(self.seeds[index], region, lambda piece: piece.gather_source(flat))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -133,7 +138,7 @@ class LiveWeights:
 
     def digest_of(self, index: int, region: Region) -> Digest:
         """Digest of a region of a tensor, or of a piece of one, as it is now. Call it within `aside`."""
-        storage, seed = self._storages[region.storage], self._seeds[index]
+        storage, seed = self._storages[region.storage], self.seeds[index]
         if region.contiguous and storage.relayout is None:
             first, last = region.target_extent
             return digest_torch(seed, storage.bits[first:last], region.source_extent[0])

@@ -22,7 +22,7 @@ from hubsync.bucket.base import Bucket, Upload
 from hubsync.errors import NoPath
 from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import Transition, write_delta
-from hubsync.format.patch import Patch, changed, compose
+from hubsync.format.patch import Patch, absolute, changed, compose
 
 from .layout import Layout
 from .planner import Step
@@ -118,7 +118,7 @@ class Compactor:
         """`_commit` for deltas that are encoded against weights. The digest is checked before the commit."""
         view = self._view_at(start_of(span))
         patch = self._reader.merged(steps, view.bits)
-        view.apply(patch, Step(self._manifest(span, (), changed(patch))))
+        view.apply(patch, Step(self._manifest(span, (), patch)))
         return self._commit(span, patch)
 
     def _has_path_to(self, position: Position) -> bool:
@@ -147,7 +147,7 @@ class Compactor:
     def _commit(self, span: Span, patch: Patch) -> Manifest:
         run = self._reader.run()
         data = write_delta(run.table, patch, Transition(run.run_id, start_of(span), span[-1].position))
-        manifest = self._manifest(span, (Part(len(data), hashlib.sha256(data).hexdigest()),), changed(patch))
+        manifest = self._manifest(span, (Part(len(data), hashlib.sha256(data).hexdigest()),), patch)
         document = manifest.dumps()
         Manifest.loads(document)  # raises if readers would reject it
         self._bucket.put([Upload(Layout.part(manifest, manifest.parts[0]), data)])
@@ -155,7 +155,7 @@ class Compactor:
         self._remember(manifest)
         return manifest
 
-    def _manifest(self, span: Span, parts: tuple[Part, ...], count: int) -> Manifest:
+    def _manifest(self, span: Span, parts: tuple[Part, ...], patch: Patch) -> Manifest:
         run, first, last = self._reader.run(), span[0], span[-1]
         return Manifest(
             kind="merged",
@@ -166,7 +166,8 @@ class Compactor:
             parent=first.parent,
             parent_epoch=first.parent_epoch,
             parts=parts,
-            changed=count,
+            changed=changed(patch),
+            absolute=absolute(patch),
             created=time.time(),
             step=last.step,
             name=last.name,

@@ -151,7 +151,7 @@ class Planner:
             if Step(link.delta).start.version <= end.version:
                 break
         for delta in deltas:
-            if delta.encoding.invertible and not self._is_lost(delta):
+            if delta.invertible and not self._is_lost(delta):
                 step = Step(delta, inverse=True)
                 undone[step.end].append(step)
         return undone

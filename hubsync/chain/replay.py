@@ -10,10 +10,10 @@ from hubsync.errors import NoPath, WrongParent
 from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
 from hubsync.format.manifest import Position
 from hubsync.format.parts import open_anchor
-from hubsync.format.patch import Patch, invert
+from hubsync.format.patch import Patch, changes_of, invert
 from hubsync.format.table import TensorTable
 from hubsync.format.view_bits import ViewBits
-from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of
+from hubsync.kernels.bits import TORCH_DTYPES, bits_of
 
 from .planner import Plan, Step
 from .reader import ChainReader
@@ -51,10 +51,9 @@ class View:
         for index, delta in (invert(patch) if step.inverse else patch).items():
             spec = self.table[index]
             bits = bits_of(self.tensors[spec.name])
-            old = bits[delta.indices]
-            new = advance(old, delta.diffs)
-            writes.append((bits, delta.indices, new))
-            digest += digest_change(tensor_seed(spec.name), delta.indices, old, new)
+            indices, old, new = changes_of(delta, bits)
+            writes.append((bits, indices, new))
+            digest += digest_change(tensor_seed(spec.name), indices, old, new)
         self._require(digest, step.end)
         for bits, indices, new in writes:
             bits[indices] = new

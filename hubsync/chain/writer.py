@@ -11,7 +11,7 @@ from typing import Any
 from hubsync.bucket.base import Bucket
 from hubsync.errors import BucketUnavailable, ChainError, ConfigError, Fenced, ObjectMissing, RunMismatch
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import MAX_VERSION, Manifest, Part, Position, Run
+from hubsync.format.manifest import MAX_VERSION, Manifest, Part, Position, Run, Times
 from hubsync.format.table import TensorTable
 
 from .epochs import check_fence, next_epoch, open_epoch
@@ -152,6 +152,7 @@ class ChainWriter:
         digest: str,
         changed: int,
         encoding: Encoding = Encoding.FAST,
+        absolute: int = 0,
         info: VersionInfo = NO_INFO,
     ) -> Manifest:
         """Commit version `next_version`. Returns when its manifest is durable.
@@ -161,6 +162,7 @@ class ChainWriter:
             digest: of the view at the new version (32 hex digits).
             changed: number of changed elements.
             encoding: of the files.
+            absolute: number of tensors with new values instead of changes.
             info: facts recorded with the version.
 
         Raises:
@@ -168,7 +170,7 @@ class ChainWriter:
             BucketUnavailable: the outcome is unknown; `settle` finds out.
             BucketError: nothing was committed.
         """
-        draft = self.draft_delta(digest=digest, changed=changed, encoding=encoding, info=info)
+        draft = self.draft_delta(digest=digest, changed=changed, encoding=encoding, absolute=absolute, info=info)
         uploaded = (upload_parts(self._bucket, draft, [file], rank) for rank, file in enumerate(files))
         return self.commit_draft(draft, [part for parts in uploaded for part in parts])
 
@@ -189,6 +191,7 @@ class ChainWriter:
         digest: str,
         changed: int,
         encoding: Encoding = Encoding.FAST,
+        absolute: int = 0,
         info: VersionInfo,
     ) -> Manifest:
         """The manifest of version `next_version`, without parts. Writes nothing."""
@@ -200,6 +203,7 @@ class ChainWriter:
             info,
             changed=changed,
             encoding=encoding,
+            absolute=absolute,
             serve=None if info.serve else self._head.served,
         )
 
@@ -223,9 +227,9 @@ class ChainWriter:
             self._next_version += 1
         return draft
 
-    def commit_draft(self, draft: Manifest, parts: Sequence[Part]) -> Manifest:
+    def commit_draft(self, draft: Manifest, parts: Sequence[Part], times: Times | None = None) -> Manifest:
         """Commit a draft whose parts are durable. Returns and raises as `commit_delta`."""
-        manifest = replace(draft, parts=tuple(parts))
+        manifest = replace(draft, parts=tuple(parts), times=times)
         data = manifest.dumps()
         Manifest.loads(data)  # raises if readers would reject it
         advances = manifest.position != self._position

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hubsync.errors import ConfigError, FormatError
-from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of
+from hubsync.kernels.bits import TORCH_DTYPES, bits_of
 
-from .patch import Patch
+from .patch import Patch, TensorValues, changes_of
 from .table import TensorTable
 
 _INDEX = "model.safetensors.index.json"
@@ -84,9 +84,11 @@ class Patched(Mapping[str, torch.Tensor]):
             return tensor
         patched = tensor.contiguous().clone()
         bits = bits_of(patched)
-        if int(delta.indices[-1]) >= len(bits):
+        needed = len(delta) if isinstance(delta, TensorValues) else int(delta.indices[-1]) + 1
+        if needed > len(bits):
             raise FormatError(f"{name} has {len(bits)} elements in the checkpoint, too few for its delta")
-        bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
+        indices, _, after = changes_of(delta, bits)
+        bits[indices] = after
         return patched
 
     def __iter__(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hubsync.errors import FormatError, UnknownFormat
 
-FORMAT = "hubsync/1"
+FORMAT = "hubsync/2"
 SIGNATURE = "signature"  # field of a stored document, outside of its content
 LAST_YEAR = 253e9  # seconds since 1970, in the year 9987: Python's dates end with 9999
 

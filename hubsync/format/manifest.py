@@ -13,7 +13,7 @@ object names from (epoch, version, rank, hash). Unknown *fields* are ignored, so
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -86,6 +86,43 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Times:
+    """When a version was made: begin and end of each phase, in seconds since 1970, by the publishers' clocks.
+
+    With several ranks, from the first that began to the last that ended. Information only.
+    """
+
+    detect: tuple[float, float]
+    encode: tuple[float, float]
+    upload: tuple[float, float]
+
+    @classmethod
+    def from_json(cls, doc: object) -> Times:
+        """Parse the JSON object; FormatError on anything unexpected."""
+        what = "manifest: times"
+        if not isinstance(doc, dict):
+            raise FormatError(f"{what}: must be an object")
+        phases = {}
+        for phase in (f.name for f in fields(cls)):
+            ends = doc.get(phase)
+            if not isinstance(ends, list) or len(ends) != 2:
+                raise FormatError(f"{what}: {phase} must be two numbers")
+            of = Fields({"begin": ends[0], "end": ends[1]}, f"{what}: {phase}")
+            phases[phase] = of.seconds("begin"), of.seconds("end")
+        return cls(**phases)
+
+    @classmethod
+    def spanning(cls, times: Sequence[Times]) -> Times:
+        """From the first begin to the last end of each phase."""
+        return cls(
+            **{
+                f.name: (min(getattr(one, f.name)[0] for one in times), max(getattr(one, f.name)[1] for one in times))
+                for f in fields(cls)
+            }
+        )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The commit record of one delta, merged delta or anchor.
 
@@ -107,6 +144,9 @@ class Manifest:
         step: the trainer's step, if known.
         name: free text of the user, shown by `hubsync ls`.
         encoding: of the parts.
+        absolute: number of tensors of which a delta holds new values instead of changes. Unless it is 0, the delta
+            cannot be undone.
+        times: when the version was detected, encoded and uploaded.
         serve: version that replicas should serve when this was committed; None for this version. The head may name
             another version later. Readers fall back to this field if the head is missing or invalid.
         expires: seconds since 1970, after which retention may delete the version; None for never.
@@ -127,11 +167,18 @@ class Manifest:
     encoding: Encoding = Encoding.FAST
     serve: int | None = None
     expires: float | None = None
+    absolute: int = 0
+    times: Times | None = None
     format: str = FORMAT
 
     @property
     def version(self) -> int:
         return self.position.version
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the parts alone lead back from the version to its parent."""
+        return self.encoding.invertible and self.absolute == 0
 
     @property
     def served(self) -> int:
@@ -176,6 +223,8 @@ class Manifest:
             encoding=Encoding(of.choice("encoding", tuple(Encoding))),
             serve=of.integer("serve", 0, position.version) if of.has("serve") else None,
             expires=of.seconds("expires") if of.has("expires") else None,
+            absolute=of.integer("absolute", 0, 1 << 32) if of.has("absolute") else 0,
+            times=Times.from_json(known["times"]) if of.has("times") else None,
         )
 
     @classmethod
@@ -351,7 +400,7 @@ class Head:
 
 def _known_fields(cls: type, doc: Mapping[str, Any], what: str) -> dict[str, Any]:
     known = {f.name for f in fields(cls)}
-    optional = ("step", "name", "encoding", "serve", "expires", "format")
+    optional = ("step", "name", "encoding", "serve", "expires", "absolute", "times", "format")
     missing = [f.name for f in fields(cls) if f.name not in doc and f.name not in optional]
     if missing:
         raise FormatError(f"{what}: missing {', '.join(missing)}")

@@ -26,7 +26,7 @@ from .manifest import Adapter, Manifest, Position, Run
 from .patch import Patch, check
 from .table import TensorTable
 
-FORMAT = "hubsync-delta/1"
+FORMAT = "hubsync-delta/2"
 
 _DTYPES = {"tensors": ("U32", "<u4"), "books": ("U8", "u1"), "chunks": ("U8", "u1"), "payload": ("U8", "u1")}
 _DIMENSIONS = {"tensors": 2, "books": 2, "chunks": 1, "payload": 1}

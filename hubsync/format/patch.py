@@ -1,7 +1,8 @@
-"""Deltas in memory: changed elements, and by how many steps each changes.
+"""Deltas in memory: changed elements, and by how many steps each changes; or new values of a whole tensor.
 
-Changes are signed steps modulo 2^width (`kernels.bits.difference`). So patches form a group: `compose` adds, `invert`
-negates.
+Changes are signed steps modulo 2^width (`kernels.bits.difference`). So they form a group: `compose` adds, `invert`
+negates. New values of a whole tensor replace whatever was before them: after anything they are the new values, a change
+after them gives new values, and they have no inverse.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubsync.errors import FormatError
-from hubsync.kernels.bits import SIGNED
+from hubsync.kernels.bits import SIGNED, UNSIGNED, advance, find_changes
 from hubsync.kernels.compiled import compiled
 
 from .table import TensorTable
@@ -42,8 +43,27 @@ class TensorDelta:
         )
 
 
-Patch = dict[int, TensorDelta]
-"""Table index -> changes of the tensor. A tensor without changes has no entry."""
+@dataclass(frozen=True, eq=False)
+class TensorValues:
+    """New values of a whole tensor, whatever it holds now. An absolute record of a delta part.
+
+    Attributes:
+        patterns: uint8/16/32[numel], bit patterns in row-major order.
+    """
+
+    patterns: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.patterns)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorValues):
+            return NotImplemented
+        return self.patterns.dtype == other.patterns.dtype and np.array_equal(self.patterns, other.patterns)
+
+
+Patch = dict[int, TensorDelta | TensorValues]
+"""Table index -> changes or new values of the tensor. A tensor without changes has no entry."""
 
 
 def compose(first: Patch, second: Patch) -> Patch:
@@ -51,7 +71,7 @@ def compose(first: Patch, second: Patch) -> Patch:
     out = {}
     for index in sorted(first.keys() | second.keys()):
         if index in first and index in second:
-            delta = _add(first[index], second[index])
+            delta = _then(first[index], second[index])
         else:
             delta = first[index] if index in first else second[index]
         if len(delta):
@@ -60,13 +80,35 @@ def compose(first: Patch, second: Patch) -> Patch:
 
 
 def invert(patch: Patch) -> Patch:
-    """The patch that undoes `patch`: `compose(patch, invert(patch)) == {}`."""
-    return {index: TensorDelta(delta.indices, -delta.diffs) for index, delta in patch.items()}
+    """The patch that undoes `patch`: `compose(patch, invert(patch)) == {}`.
+
+    FormatError if it holds new values of a whole tensor: nothing says what was there before.
+    """
+    out: Patch = {}
+    for index, delta in patch.items():
+        if isinstance(delta, TensorValues):
+            raise FormatError(f"patch: tensor {index} has new values, which cannot be undone")
+        out[index] = TensorDelta(delta.indices, -delta.diffs)
+    return out
 
 
 def changed(patch: Patch) -> int:
-    """Number of changed elements."""
+    """Number of changed elements; all elements of a tensor with new values."""
     return sum(map(len, patch.values()))
+
+
+def absolute(patch: Patch) -> int:
+    """Number of tensors with new values. A patch without any can be undone."""
+    return sum(isinstance(delta, TensorValues) for delta in patch.values())
+
+
+def changes_of(delta: TensorDelta | TensorValues, old: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(indices, patterns before, patterns after) of the elements of a whole tensor `old` that a delta changes."""
+    if isinstance(delta, TensorDelta):
+        before = old[delta.indices]
+        return delta.indices, before, advance(before, delta.diffs)
+    indices, _ = find_changes(old, delta.patterns)
+    return indices, old[indices], delta.patterns[indices]
 
 
 def check(table: TensorTable, patch: Patch) -> None:
@@ -75,6 +117,13 @@ def check(table: TensorTable, patch: Patch) -> None:
         if not 0 <= index < len(table):
             raise FormatError(f"patch: tensor {index} is not in a table of {len(table)}")
         spec = table[index]
+        if isinstance(delta, TensorValues):
+            if delta.patterns.dtype != UNSIGNED[spec.width] or delta.patterns.shape != (spec.numel,):
+                raise FormatError(
+                    f"patch: {spec.name} needs {spec.numel} new values of {spec.width} bits, "
+                    f"not {delta.patterns.dtype}{list(delta.patterns.shape)}"
+                )
+            continue
         if delta.indices.dtype != np.int64 or delta.diffs.dtype != SIGNED[spec.width]:
             raise FormatError(
                 f"patch: {spec.name} ({spec.dtype}) needs int64 indices and {spec.width}-bit signed differences, "
@@ -87,6 +136,16 @@ def check(table: TensorTable, patch: Patch) -> None:
                 f"patch: the indices of {spec.name} must ascend strictly within its {spec.numel} elements, "
                 "and no difference may be zero"
             )
+
+
+def _then(first: TensorDelta | TensorValues, second: TensorDelta | TensorValues) -> TensorDelta | TensorValues:
+    if isinstance(second, TensorValues):
+        return second
+    if isinstance(first, TensorDelta):
+        return _add(first, second)
+    patterns = first.patterns.copy()
+    patterns[second.indices] = advance(patterns[second.indices], second.diffs)
+    return TensorValues(patterns)
 
 
 def _add(first: TensorDelta, second: TensorDelta) -> TensorDelta:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from hubsync.kernels import Bits
-from hubsync.kernels.bits import advance, bits_of
+from hubsync.kernels.bits import advance, bits_of, integers_of
 
 from .codec import OldBits
 from .digest import Digest, digest_change, tensor_seed
-from .patch import Patch, TensorDelta
+from .patch import Patch, TensorDelta, TensorValues, changes_of
 from .table import TensorTable
 
 _INTEGERS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
@@ -60,6 +60,8 @@ class Advanced:
         delta = self._patch.get(index)
         if bits is None or delta is None:
             return bits
+        if isinstance(delta, TensorValues):
+            return _like(delta.patterns.reshape(self._table[index].matrix)[rows, cols], bits)
         row, col, diffs = _inside(delta, self._table[index].matrix[1], rows, cols)
         if isinstance(bits, np.ndarray):
             bits = bits.copy()
@@ -82,9 +84,17 @@ def digest_after(table: TensorTable, tensors: Mapping[str, torch.Tensor], digest
     """
     for index, delta in patch.items():
         spec = table[index]
-        old = bits_of(tensors[spec.name].detach().to("cpu"))[delta.indices]
-        digest += digest_change(tensor_seed(spec.name), delta.indices, old, advance(old, delta.diffs))
+        digest += digest_change(
+            tensor_seed(spec.name), *changes_of(delta, bits_of(tensors[spec.name].detach().to("cpu")))
+        )
     return digest
+
+
+def _like(patterns: np.ndarray, bits: Bits) -> Bits:
+    """Patterns in the memory and the type of `bits`."""
+    if isinstance(bits, np.ndarray):
+        return patterns
+    return integers_of(patterns).to(bits.device)
 
 
 def _inside(delta: TensorDelta, width: int, rows: slice, cols: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -54,6 +54,11 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray:
     return flat.view(UNSIGNED[8 * tensor.element_size()])
 
 
+def integers_of(patterns: np.ndarray) -> torch.Tensor:
+    """Patterns of 8, 16 or 32 bits as a CPU tensor of torch's integers of that width, without a copy."""
+    return torch.from_numpy(patterns.view(f"i{patterns.itemsize}" if patterns.itemsize > 1 else np.uint8))
+
+
 def ordered(bits: np.ndarray) -> np.ndarray:
     """Patterns -> unsigned integers in the order of the numbers: all bits of negatives flipped, else the sign bit."""
     sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))

@@ -62,10 +62,6 @@ class SyncConfig:
             How changes are detected: `"sliced"`, in the optimizer's steps, without a copy of the weights (for
             optimizers known to update each parameter by itself, and the fast encoding); `"snapshot"`, by comparing all
             weights with a copy of the published ones; or `"auto"`, sliced where it can be exact.
-        audit_every (`int`, *optional*, defaults to `20`):
-            With the sliced detector, recompute the digest of all weights at every n-th publish, at the first one and
-            at close. If weights were written outside of the optimizer's steps, the whole model is uploaded. `0`
-            audits only at the first publish and at close.
         base_model (`str`, *optional*):
             Hub repository or directory of the checkpoint that the model was loaded from, which the servers load too.
             Defaults to the one in the model's config; without one, the whole model is uploaded once.
@@ -117,7 +113,6 @@ class SyncConfig:
     view_dtype: ViewDtype = "bfloat16"
     encoding: DeltaEncoding = "fast"
     detector: Literal["auto", "sliced", "snapshot"] = "auto"
-    audit_every: int = 20
     base_model: str | None = None
     base_revision: str | None = None
     snapshot_device: Literal["model", "cpu"] = "model"
@@ -162,8 +157,6 @@ class SyncConfig:
         self._require_servers()
 
     def _require_ranges(self) -> None:
-        if self.audit_every < 0:
-            raise ConfigError(f"audit_every must be 0 or a number of publishes, not {self.audit_every}")
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
         if not 0 <= self.anchor_fraction < _LONGEST_S:

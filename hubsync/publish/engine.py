@@ -94,7 +94,7 @@ class DeltaWeightTransferEngine:
         self._closed = False
         self._deployment = _deployment(config)
         module = without_wrapper(model)
-        view = self.ranks.together(lambda: LiveView(module))
+        view = self.ranks.together(lambda: LiveView(module, config.dtype))
         tensors = self.ranks.together(view.tensors)
         stepped = self.ranks.together(lambda: torch_optimizer(optimizer))
         trained = self.ranks.together(lambda: TrainedModel(module, config, processing_class))

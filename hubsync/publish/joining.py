@@ -13,9 +13,10 @@ from hubsync.errors import BucketError, FormatError, NoPath, RunMismatch
 from hubsync.format.digest import Digest
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import Position, Run
-from hubsync.format.patch import Patch, invert
+from hubsync.format.patch import Patch, TensorValues, invert
 from hubsync.format.table import TensorTable
 from hubsync.format.view_bits import ViewBits, digest_after
+from hubsync.kernels.bits import bits_of
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.view.adapters import require_same_adapter
 
@@ -98,4 +99,9 @@ def _patch_back(bucket: Bucket, newest: Position, detector: Detector) -> Patch |
     if digest_after(detector.table, tensors, detector.digest, patch).hex != newest.digest:
         logger.warning("the deltas from %s do not reproduce %s", older, newest)
         return None
-    return invert(patch)
+    changes = invert({index: delta for index, delta in patch.items() if not isinstance(delta, TensorValues)})
+    return changes | {
+        index: TensorValues(bits_of(tensors[detector.table[index].name].cpu()))
+        for index, delta in patch.items()
+        if isinstance(delta, TensorValues)
+    }

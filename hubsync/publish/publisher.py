@@ -22,9 +22,9 @@ from hubsync.chain.uploads import upload_parts
 from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import Manifest, Part, Position
+from hubsync.format.manifest import Manifest, Part, Position, Times
 from hubsync.format.parts import Transition, write_delta
-from hubsync.format.patch import Patch, changed
+from hubsync.format.patch import Patch, absolute, changed
 from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.changes import Detected
@@ -35,7 +35,7 @@ from .compaction import BackgroundCompactor
 from .config import SyncConfig
 from .rank_writer import JointWriter
 from .ranks import Ranks
-from .results import Published, RankShare, Ticket
+from .results import Phase, Published, RankShare, Ticket
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import Deployment
@@ -87,16 +87,12 @@ class Publisher:
     def publish(self, info: VersionInfo) -> Ticket:
         """Detect changes and publish them in the background. See `DeltaWeightTransferEngine.publish`."""
         with self._turn():
-            detected, has_changed, detect_s = self._detect()
-            if self._has_missed_changes():
-                manifest = self._anchor(info)
-                if not has_changed:  # otherwise an earlier publish failed to upload the anchor, and these came later
-                    return self._anchored(manifest, info, detect_s)
+            detected, has_changed, times = self._detect()
             if has_changed:
-                return self._submit(detected, info, detect_s)
+                return self._submit(detected, info, times)
             if info.serve and self.writer.serving != self.writer.position.version:
                 self.writer.serve(self.ranks, self.writer.position.version)
-            return self._unchanged(info.step, detect_s)
+            return self._unchanged(info.step, times)
 
     def serve(self, version: int) -> Position:
         """Let replicas that follow the run serve a committed version."""
@@ -104,10 +100,17 @@ class Publisher:
             return self.writer.serve(self.ranks, version)
 
     def anchor(self, info: VersionInfo) -> Manifest:
-        """Upload the whole model as it was last published, or as it is now if changes were missed."""
+        """Upload the whole model as it was last published.
+
+        If weights were written where no change was seen, the last published view cannot be restored: they are published
+        first.
+        """
         with self._turn():
-            self.detector.audit()
-            return self._anchor(info)
+            detected, _, detected_at = self._detect()
+            if any(self.ranks.gather(lambda: bool(detected.values))):
+                self._submit(detected, info, detected_at).result()
+                self._wait_until_idle()
+            return self.anchors.commit(self.ranks, VersionInfo(info.step, info.name, info.serve))
 
     def commit_patch(self, patch: Patch, digest: str, info: VersionInfo) -> Manifest:
         """Commit a patch of the current position, in the calling thread. `digest` is the one after the patch.
@@ -115,7 +118,7 @@ class Publisher:
         For one rank only, because it needs the whole patch.
         """
         writer, ranks = self.writer, self.ranks
-        draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), info=info)
+        draft = writer.draft_delta(ranks, digest=digest, changed=changed(patch), absolute=absolute(patch), info=info)
         return writer.commit(ranks, draft, upload_parts(writer.bucket, draft, [self._encoded(draft, patch)]))
 
     def wait(self) -> None:
@@ -131,10 +134,9 @@ class Publisher:
                 self._last = None
 
     def finish(self, info: VersionInfo, anchor: bool) -> None:
-        """Wait for the job under way, and audit. Upload the whole model if changes were missed, or if asked to."""
+        """Wait for the job under way. Upload the whole model if asked to."""
         self.wait()
-        self.detector.audit()
-        if anchor or self._has_missed_changes():
+        if anchor:
             self.anchor(info)
 
     def close(self) -> None:
@@ -170,58 +172,36 @@ class Publisher:
             self.detector.advance(self._committing[1])
         self._committing = None
 
-    def _detect(self) -> tuple[Detected, bool, float]:
-        """This rank's changes, whether any rank has changes, and this rank's seconds."""
-        found: list[tuple[Detected, float]] = []
+    def _detect(self) -> tuple[Detected, bool, Phase]:
+        """This rank's changes, whether any rank has changes, and when this rank looked for them."""
+        found: list[tuple[Detected, Phase]] = []
 
         def detect() -> bool:
-            started = time.perf_counter()
+            phase = Phase.begun()
             self.detector.follow(self._view.tensors())
+            self._view.require_frozen()
             detected = self.detector.detect()
-            found.append((detected, time.perf_counter() - started))
-            return bool(detected.changes)
+            found.append((detected, phase.ended()))
+            return not detected.is_empty
 
         has_changed = any(self.ranks.gather(detect))
-        detected, detect_s = found[0]
-        return detected, has_changed, detect_s
+        detected, phase = found[0]
+        return detected, has_changed, phase
 
-    def _has_missed_changes(self) -> bool:
-        """Whether the detector counts changes from other weights than the run's newest version.
-
-        With several ranks it never does: their detectors compare all weights.
-        """
-        return self.ranks.size == 1 and self.detector.digest.hex != self.writer.position.digest
-
-    def _anchor(self, info: VersionInfo) -> Manifest:
-        """An anchor of the current version, or of a new one if changes were missed and no delta can be made."""
-        if self._has_missed_changes():
-            at = Position(self.writer.next_version(self.ranks), self.detector.digest.hex)
-            return self.anchors.commit(self.ranks, info, at)
-        return self.anchors.commit(self.ranks, VersionInfo(info.step, info.name, info.serve))
-
-    def _submit(self, detected: Detected, info: VersionInfo, detect_s: float) -> Ticket:
-        publish = partial(self._publish, detected, info, detect_s)
+    def _submit(self, detected: Detected, info: VersionInfo, detection: Phase) -> Ticket:
+        publish = partial(self._publish, detected, info, detection)
         self._last = Ticket(self._thread.submit(self._publish_then_merge, publish, detected))
         if self.anchors.are_scheduled:
             # A separate job: the version is durable, and its ticket done, before the anchor.
             self._anchoring = self._thread.submit(self.anchors.commit_if_due, self._background, info)
         return self._last
 
-    def _unchanged(self, step: int | None, detect_s: float) -> Ticket:
+    def _unchanged(self, step: int | None, detection: Phase) -> Ticket:
         """The ticket of a publish without changes. Fenced if another publisher has taken over the run."""
         self.writer.check_fence(self.ranks)
         table = self.detector.table
-        return Ticket.finished(Published(self.writer.position, step, 0, table.numel, 0, table.nbytes, None, detect_s))
-
-    def _anchored(self, manifest: Manifest, info: VersionInfo, detect_s: float) -> Ticket:
-        """The ticket of a publish that uploaded the whole model."""
-        if info.serve:
-            self._announce(manifest.position)
-        table, size = self.detector.table, manifest.nbytes
         return Ticket.finished(
-            Published(
-                manifest.position, info.step, table.numel, table.numel, size, table.nbytes, manifest.encoding, detect_s
-            )
+            Published(self.writer.position, step, 0, table.numel, 0, table.nbytes, None, detection.seconds)
         )
 
     # --- in the background --------------------------------------------------------------------------
@@ -235,52 +215,55 @@ class Publisher:
         self._compactor.add(published.position, detected.patch if self._encoding.needs_base else None)
         return published
 
-    def _publish(self, detected: Detected, info: VersionInfo, detect_s: float) -> Published:
-        ranks, started = self._background, time.perf_counter()
-        found = ranks.gather(lambda: (detected.before, detected.digest, detected.changed))
-        before = sum((before for before, _, _ in found), Digest())
-        digest = sum((after for _, after, _ in found), Digest())
+    def _publish(self, detected: Detected, info: VersionInfo, detection: Phase) -> Published:
+        ranks = self._background
+        found = ranks.gather(lambda: (detected.start, detected.digest, detected.changed, list(detected.values)))
+        before = sum((before for before, _, _, _ in found), Digest())
+        digest = sum((after for _, after, _, _ in found), Digest())
         if before.hex != self.writer.position.digest:
             # Only after an interrupt at the worst moment, which let this be detected during another job.
             raise ChainError(f"these changes do not start from {self.writer.position}: publish again")
-        total = sum(count for _, _, count in found)
-        draft = self.writer.draft_delta(ranks, digest=digest.hex, changed=total, encoding=self._encoding, info=info)
-        uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detect_s, started))
+        total = sum(count for _, _, count, _ in found)
+        written = sorted({index for _, _, _, indices in found for index in indices})
+        draft = self.writer.draft_delta(
+            ranks, digest=digest.hex, changed=total, encoding=self._encoding, absolute=len(written), info=info
+        )
+        uploaded = ranks.gather(lambda: self._upload_own(draft, detected, detection))
         shares = tuple(share for share, _ in uploaded)
         self._committing = draft.position, detected
-        self.writer.commit(ranks, draft, [part for _, parts in uploaded for part in parts])
+        times = Times.spanning([share.times for share in shares])
+        self.writer.commit(ranks, draft, [part for _, parts in uploaded for part in parts], times)
         self.detector.advance(detected)
         self._committing = None
-        encode_s, payload = shares[ranks.rank].encode_s, sum(share.payload_bytes for share in shares)
-        upload_s = time.perf_counter() - started - encode_s
+        payload, own = sum(share.payload_bytes for share in shares), shares[ranks.rank]
         self.anchors.count(payload)
         if info.serve:
             self._announce(draft.position)
-        table, position, step = self.detector.table, draft.position, info.step
+        table = self.detector.table
         return Published(
-            position,
-            step,
+            draft.position,
+            info.step,
             total,
             table.numel,
             payload,
             table.nbytes,
             draft.encoding,
-            detect_s,
-            encode_s,
-            upload_s,
+            detection.seconds,
+            own.encode_s,
+            time.time() - own.times.upload[0],
             shares,
+            tuple(table[index].name for index in written),
         )
 
-    def _upload_own(
-        self, draft: Manifest, detected: Detected, detect_s: float, started: float
-    ) -> tuple[RankShare, tuple[Part, ...]]:
+    def _upload_own(self, draft: Manifest, detected: Detected, detection: Phase) -> tuple[RankShare, tuple[Part, ...]]:
         """Encode the changes that this rank owns, and make them durable. A rank without changes uploads nothing."""
-        files = [self._encoded(draft, detected.patch)] if detected.changes else []
-        encoded = time.perf_counter()
+        encoding = Phase.begun()
+        files = [] if detected.is_empty else [self._encoded(draft, detected.patch)]
+        encoding = encoding.ended()
+        upload = Phase.begun()
         parts = upload_parts(self.writer.bucket, draft, files, self.ranks.rank)
-        upload_s = time.perf_counter() - encoded
-        nbytes = sum(part.size for part in parts)
-        return RankShare(self.ranks.rank, detected.changed, nbytes, detect_s, encoded - started, upload_s), parts
+        times = Times(detection.ends, encoding.ends, upload.ended().ends)
+        return RankShare(self.ranks.rank, detected.changed, sum(part.size for part in parts), times), parts
 
     def _encoded(self, draft: Manifest, patch: Patch) -> bytes:
         assert draft.parent is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 from hubsync.bucket import Bucket
 from hubsync.chain import ChainWriter
-from hubsync.format.manifest import Manifest, Part, Position, Run
+from hubsync.format.manifest import Manifest, Part, Position, Run, Times
 
 from .ranks import Ranks
 
@@ -54,9 +54,9 @@ class JointWriter:
         """`ChainWriter.draft_anchor`."""
         return ranks.first(lambda: self._first.draft_anchor(**fields))
 
-    def commit(self, ranks: Ranks, draft: Manifest, parts: Sequence[Part]) -> Manifest:
+    def commit(self, ranks: Ranks, draft: Manifest, parts: Sequence[Part], times: Times | None = None) -> Manifest:
         """`ChainWriter.commit_draft`, with the parts of all ranks."""
-        manifest = ranks.first(lambda: self._first.commit_draft(draft, parts))
+        manifest = ranks.first(lambda: self._first.commit_draft(draft, parts, times))
         self.position, self.serving = manifest.position, manifest.served
         return manifest
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import Position
+from hubsync.format.manifest import Position, Times
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import ReplicaReport
     from hubsync.replicas.reports import CommitReport
+
+
+@dataclass(frozen=True)
+class Phase:
+    """When a phase of a publish began and ended, in seconds since 1970."""
+
+    ends: tuple[float, float]
+
+    @classmethod
+    def begun(cls) -> Phase:
+        now = time.time()
+        return cls((now, now))
+
+    def ended(self) -> Phase:
+        return Phase((self.ends[0], max(time.time(), self.ends[0])))  # a clock may be set back
+
+    @property
+    def seconds(self) -> float:
+        return _seconds(self.ends)
 
 
 @dataclass(frozen=True)
@@ -22,16 +42,28 @@ class RankShare:
         rank: number of the rank.
         changed: changed elements among those that the rank owns.
         payload_bytes: bytes that it uploaded.
-        detect_s, encode_s: seconds, as in `Published`.
-        upload_s: seconds of its upload, without the wait for other ranks and for the commit.
+        times: when it detected, encoded and uploaded, without waits for other ranks and for the commit.
     """
 
     rank: int
     changed: int
     payload_bytes: int
-    detect_s: float
-    encode_s: float
-    upload_s: float
+    times: Times
+
+    @property
+    def detect_s(self) -> float:
+        """Seconds of detection, in the training thread."""
+        return _seconds(self.times.detect)
+
+    @property
+    def encode_s(self) -> float:
+        """Seconds of encoding, in the background."""
+        return _seconds(self.times.encode)
+
+    @property
+    def upload_s(self) -> float:
+        """Seconds of uploading, in the background."""
+        return _seconds(self.times.upload)
 
 
 @dataclass(frozen=True)
@@ -51,6 +83,8 @@ class Published:
         encode_s: seconds of encoding, in the background.
         upload_s: seconds until the version was durable, in the background.
         ranks: the share of each rank. The seconds above are those of this rank.
+        rewritten: names of tensors that were written where no change was seen, and were published with new values. If
+            this happens at every publish, use detector="snapshot".
     """
 
     position: Position
@@ -64,6 +98,7 @@ class Published:
     encode_s: float = 0.0
     upload_s: float = 0.0
     ranks: tuple[RankShare, ...] = ()
+    rewritten: tuple[str, ...] = ()
 
     @property
     def version(self) -> int:
@@ -127,3 +162,7 @@ class SyncReport:
     commits: tuple[CommitReport, ...]
     sync_s: float
     replicas: tuple[ReplicaReport, ...] = ()
+
+
+def _seconds(ends: tuple[float, float]) -> float:
+    return ends[1] - ends[0]

@@ -70,7 +70,7 @@ def test_unknown_fields_are_ignored_and_unknown_formats_refused() -> None:
     doc = {**DELTA.to_json(), "later": {"field": 1}}
     assert Manifest.from_json(json.loads(json.dumps(doc))) == DELTA
     with pytest.raises(FormatError, match="upgrade hubsync"):
-        Manifest.from_json({**doc, "format": "hubsync/2"})
+        Manifest.from_json({**doc, "format": "hubsync/1"})
 
 
 def test_a_run_whose_table_was_edited_is_refused() -> None:

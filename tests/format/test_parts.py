@@ -16,7 +16,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import Transition, open_anchor, read_delta, write_anchor, write_anchor_file, write_delta
-from hubsync.format.patch import TensorDelta, check
+from hubsync.format.patch import TensorDelta, TensorValues, check
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import SIGNED, TORCH_DTYPES, bits_of
@@ -105,7 +105,7 @@ def test_a_part_is_a_small_safetensors_file_with_metadata(tmp_path):
     with safe_open(path, "np") as file:
         assert set(file.keys()) == {"tensors", "books", "chunks", "payload"}
         assert file.metadata() == {
-            "format": "hubsync-delta/1",
+            "format": "hubsync-delta/2",
             "encoding": "fast",
             "run_id": RUN,
             "table_hash": TABLE.hash,
@@ -115,6 +115,25 @@ def test_a_part_is_a_small_safetensors_file_with_metadata(tmp_path):
         }
     assert read_delta(path, TABLE, None) == SOME
     assert len(written({})) < 700
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_new_values_of_tensors_round_trip_with_changes_of_others(compact):
+    old = ViewBits(TABLE, view_of(TABLE)) if compact else None
+    values = {
+        index: TensorValues(bits_of(view_of(TABLE, 5)[spec.name]).copy())
+        for index, spec in enumerate(TABLE)
+        if index not in SOME and spec.numel
+    }
+    assert read_delta(written({**SOME, **values}, old), TABLE, manifest_of(), old) == {**SOME, **values}
+    assert read_delta(written(values, old), TABLE, manifest_of(), old) == values
+    size = sum(TABLE[index].nbytes for index in values)
+    assert size < len(written(values, old)) < size + 1000
+
+
+def test_a_part_of_format_1_is_refused_with_the_remedy():
+    with pytest.raises(FormatError, match="upgrade hubsync"):
+        read_delta(rebuilt(format="hubsync-delta/1"), TABLE, None)
 
 
 def test_a_compact_part_is_marked_and_needs_the_old_weights():

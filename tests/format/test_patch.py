@@ -1,4 +1,6 @@
-"""Patches are a group: they compose by adding and invert by negating."""
+"""Changes are a group: they compose by adding and invert by negating. New values replace what was before."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubsync.errors import FormatError
-from hubsync.format.patch import TensorDelta, changed, check, compose, invert
+from hubsync.format.patch import TensorDelta, TensorValues, absolute, changed, changes_of, check, compose, invert
 from hubsync.format.table import TensorSpec, TensorTable
-from hubsync.kernels.bits import UNSIGNED, advance, find_changes
+from hubsync.kernels.bits import UNSIGNED, find_changes
 
 compiling = settings(deadline=None)  # the first example of a test may compile a kernel
 
@@ -30,7 +32,9 @@ def between(old, new):
 def applied(view, patch):
     out = [bits.copy() for bits in view]
     for index, delta in patch.items():
-        out[index][delta.indices] = advance(out[index][delta.indices], delta.diffs)
+        indices, before, after = changes_of(delta, out[index])
+        assert np.array_equal(before, out[index][indices])
+        out[index][indices] = after
     return out
 
 
@@ -38,6 +42,54 @@ def applied(view, patch):
 @given(views(), views(), views())
 def test_composing_two_steps_is_the_step_over_both(a, b, c):
     assert compose(between(a, b), between(b, c)) == between(a, c)
+
+
+@st.composite
+def chains(draw, links=3):
+    """Views, and patches from each to the next, in which any tensor may have new values instead of changes."""
+    sequence = [draw(views()) for _ in range(links + 1)]
+    patches = []
+    for old, new in itertools.pairwise(sequence):
+        patch = between(old, new)
+        for index in draw(st.sets(st.integers(0, len(TABLE) - 1))):
+            patch[index] = TensorValues(new[index])
+        patches.append(patch)
+    return sequence, patches
+
+
+@compiling
+@given(chains())
+def test_patches_with_new_values_compose_to_the_patch_over_all_of_them(chain):
+    sequence, (x, y, z) = chain
+    for whole in (compose(compose(x, y), z), compose(x, compose(y, z))):
+        check(TABLE, whole)
+        assert all(np.array_equal(a, b) for a, b in zip(applied(sequence[0], whole), sequence[3], strict=True))
+        for index in range(len(TABLE)):
+            has_values = any(isinstance(patch.get(index), TensorValues) for patch in (x, y, z))
+            assert isinstance(whole.get(index), TensorValues) == has_values, "after anything, absolute is absolute"
+    assert compose(x, {}) == compose({}, x) == x
+
+
+@compiling
+@given(chains(1), views())
+def test_new_values_lead_to_the_same_weights_from_any_weights(chain, other):
+    (_, new), (patch,) = chain
+    for index, bits in enumerate(applied(other, patch)):
+        if isinstance(patch.get(index), TensorValues):
+            assert np.array_equal(bits, new[index])
+
+
+def test_new_values_cannot_be_undone():
+    values = {1: TensorValues(np.zeros(33, np.uint8))}
+    assert (absolute(values), changed(values)) == (1, 33)
+    with pytest.raises(FormatError, match="cannot be undone"):
+        invert(values)
+
+
+@pytest.mark.parametrize("patterns", [np.zeros(32, np.uint8), np.zeros(33, np.int8), np.zeros((3, 11), np.uint8)])
+def test_new_values_of_another_shape_or_type_are_refused(patterns):
+    with pytest.raises(FormatError, match="needs 33 new values of 8 bits"):
+        check(TABLE, {1: TensorValues(patterns)})
 
 
 @compiling

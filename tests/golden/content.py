@@ -30,9 +30,12 @@ from tests.golden.names import (
     TensorDelta,
     TensorSpec,
     TensorTable,
+    TensorValues,
+    Times,
     ViewBits,
-    advance,
+    absolute,
     bits_of,
+    changes_of,
     compose,
     digest_view,
     invert,
@@ -93,7 +96,8 @@ def advanced(table: TensorTable, view: View, patch: Patch) -> View:
     tensors = {name: tensor.clone() for name, tensor in view.items()}
     for index, delta in patch.items():
         bits = bits_of(tensors[table[index].name])
-        bits[delta.indices] = advance(bits[delta.indices], delta.diffs)
+        indices, _, after = changes_of(delta, bits)
+        bits[indices] = after
     return tensors
 
 
@@ -159,6 +163,16 @@ def dense_patch() -> Patch:
     }
 
 
+def absolute_patch() -> Patch:
+    """New values of one tensor of each dtype, changes of all others."""
+    values = {
+        index: TensorValues(draws(f"values of {spec.name}", spec.numel).astype(f"u{spec.width // 8}"))
+        for index, spec in enumerate(TABLE)
+        if spec.name.endswith("matrix")
+    }
+    return patch_of("absolute") | values
+
+
 def in_a_row() -> list[Patch]:
     """Three patches that follow each other; the last undoes the first in one tensor."""
     first, second = patch_of("first"), patch_of("second")
@@ -219,7 +233,8 @@ class GoldenPart:
     def manifest(self) -> Manifest:
         """One that the part belongs to."""
         encoding = Encoding.COMPACT if self.compact else Encoding.FAST
-        return replace(DELTA, table_hash=self.table.hash, position=self.position, parent=self.parent, encoding=encoding)
+        known = replace(DELTA, table_hash=self.table.hash, position=self.position, parent=self.parent)
+        return replace(known, encoding=encoding, absolute=absolute(self.patch))
 
 
 def _both(name: str, make: Callable[[], Patch], table: TensorTable = TABLE) -> list[GoldenPart]:
@@ -234,6 +249,7 @@ PARTS = [
     *[part for dtype in TORCH_DTYPES for part in _of_dtype(dtype)],
     *_both("chunks", large_patch, LARGE),
     *_both("dense", dense_patch),
+    *_both("absolute", absolute_patch),
     GoldenPart("merged-fast", lambda: reduce(compose, in_a_row()), versions=(4, 7)),
     GoldenPart("empty-fast", dict, rank=3),
 ]
@@ -257,6 +273,7 @@ DELTA = Manifest(
     created=NOW,
 )
 SAVED = replace(DELTA, step=40, name="Größe 1/4", encoding=Encoding.COMPACT, serve=5, expires=NOW + 3600)
+REWRITTEN = replace(DELTA, absolute=3, times=Times((NOW, NOW + 0.5), (NOW + 0.5, NOW + 0.75), (NOW + 0.75, NOW + 2)))
 FIRST = replace(DELTA, position=Position(1, _A), parent=Position(0, _B), parent_epoch=None, created=0.0)
 MERGED = replace(DELTA, kind="merged", epoch=f"compact-{NONCE}", parent=Position(4, _A), parts=DELTA.parts[:1], step=40)
 ANCHOR = replace(
@@ -282,6 +299,7 @@ DOCUMENTS: dict[str, Run | Manifest | Head] = {
     "delta.json": DELTA,
     "delta-saved.json": SAVED,
     "delta-first.json": FIRST,
+    "delta-rewritten.json": REWRITTEN,
     "merged.json": MERGED,
     "anchor.json": ANCHOR,
     "head.json": Head(DELTA, serve=7, written=NOW),

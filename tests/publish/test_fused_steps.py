@@ -58,7 +58,7 @@ def require_exact(detector: Sliced, before: dict[str, torch.Tensor], live: Live)
         if change:
             assert np.array_equal(change.old, old[expected])
             assert np.array_equal(change.new, new[expected])
-    assert detected.before == digest_view(detector.table, before)
+    assert detected.start == digest_view(detector.table, before)
     detector.advance(detected)
 
 

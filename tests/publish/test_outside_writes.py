@@ -1,4 +1,4 @@
-"""The sliced detector publishes exact versions, and detects writes outside of the optimizer's steps."""
+"""Every publish is proved: writes outside of the optimizer's steps are found, named and published at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.errors import BucketUnavailable, ChainError
-from hubsync.format.digest import digest_view
 from hubsync.publish import engine as engine_module
 from hubsync.publish.detect import sliced as sliced_module
 from hubsync.publish.detect.sliced import Sliced
@@ -41,7 +40,7 @@ def test_a_reader_ends_bit_equal_after_failed_publishes(
     model = Tiny(dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     base = view_of(model)
-    config = SyncConfig(bucket=address, base_model="tiny", detector="sliced", audit_every=2)
+    config = SyncConfig(bucket=address, base_model="tiny", detector="sliced")
     with DeltaWeightTransferEngine(model, optimizer, config) as engine:
         for step in range(8):
             train(model, optimizer, 1 + step % 3)
@@ -98,51 +97,145 @@ def replaced(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
     model.layers[0].weight.data = torch.randn(6, 6)
 
 
-WRITES = [seen_by_torch, past_torch, another_checkpoint, past_our_step, replaced]
+def by_numpy(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
+    model.layers[0].bias.detach().numpy()[1] += 1
+
+
+def by_a_vector(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(vector * 1.5, model.parameters())
+
+
+def by_another_optimizer(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True))
+
+
+def swapped_twice(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
+    """The allocator may return the old address."""
+    for _ in range(2):
+        model.layers[1].weight.data = torch.randn_like(model.layers[1].weight)
+
+
+WRITES = [
+    seen_by_torch,
+    past_torch,
+    another_checkpoint,
+    past_our_step,
+    replaced,
+    by_numpy,
+    by_a_vector,
+    by_another_optimizer,
+    swapped_twice,
+]
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("then", ["publish", "close", "anchor"])
-def test_a_write_outside_of_steps_uploads_the_whole_model(
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+@pytest.mark.parametrize("order", ["write-step", "step-write-step", "write"])
+def test_a_write_outside_of_steps_is_published_at_once(
     model: Tiny,
     optimizer: torch.optim.Optimizer,
     address: str,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
     write: Callable[[Tiny, torch.optim.Optimizer], None],
-    then: str,
+    detector: str,
+    order: str,
 ) -> None:
     base = view_of(model)
-    config = SyncConfig(bucket=address, base_model="tiny", detector="sliced", audit_every=1)
+    config = SyncConfig(bucket=address, base_model="tiny", detector=detector)
     with DeltaWeightTransferEngine(model, optimizer, config) as engine:
         train(model, optimizer)
         engine.publish(1).result()
-        write(model, optimizer)
+        for action in order.split("-"):
+            train(model, optimizer) if action == "step" else write(model, optimizer)
+        published = engine.publish(2).result()
+        assert (published.version, published.encoding) == (2, "fast")
+        assert bool(published.rewritten) == (detector == "sliced")
+        assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
         train(model, optimizer)
-        if then == "publish":
-            published = engine.publish(2).result()
-            assert (published.version, published.encoding) == (2, "dense")
-        elif then == "anchor":
-            assert engine.anchor().version == 2
-        if then != "close":
-            train(model, optimizer)
-            assert engine.publish(3).result().encoding == "fast"
-    assert [record for record in caplog.records if "written outside" in record.message]
+        assert engine.publish(3).result().rewritten == ()
     assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
-@pytest.mark.parametrize("write", [seen_by_torch, another_checkpoint, past_our_step, replaced])
-def test_most_writes_are_detected_without_an_audit(
+def test_only_the_written_tensor_is_published_whole_and_named(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        past_torch(model, optimizer)
+        train(model, optimizer)
+        published = engine.publish(1).result()
+    assert published.rewritten == ("layers.1.weight",)
+    assert 36 < published.changed < published.total
+    (warning,) = [record.message for record in caplog.records if "written outside" in record.message]
+    assert "layers.1.weight" in warning
+
+
+def test_a_tensor_that_is_written_again_is_compared_with_a_copy(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    """So that versions can be undone again, and cost O(changes)."""
+    base, rewritten = view_of(model), []
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        for step in range(5):
+            train(model, optimizer)
+            past_torch(model, optimizer)
+            rewritten.append(engine.publish(step).result().rewritten)
+            assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+    assert rewritten == [("layers.1.weight",)] * 2 + [()] * 3
+
+
+def test_an_optimizer_that_is_made_again_is_followed(model: Tiny, address: str, tmp_path: Path) -> None:
+    base = view_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        for step in range(6):
+            if step == 2:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+            train(model, optimizer)
+            engine.publish(step).result()
+            assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+        assert engine.publish(6).result().changed == 0
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_an_anchor_after_a_write_outside_of_steps_holds_it(
     model: Tiny,
     optimizer: torch.optim.Optimizer,
     address: str,
+    tmp_path: Path,
     write: Callable[[Tiny, torch.optim.Optimizer], None],
 ) -> None:
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, audit_every=0)) as engine:
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
         train(model, optimizer)
         engine.publish(1).result()
         write(model, optimizer)
-        assert engine.publish(2).result().encoding == "dense"
+        assert engine.anchor().version == 2
+        assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_a_failed_publish_of_new_values_is_repeated(
+    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = FaultyBucket(LocalBucket(address, create=True))
+    monkeypatch.setattr(engine_module, "open_bucket", lambda *_, **__: faulty)
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
+        for when in ("before", "after", "before"):
+            past_torch(model, optimizer)
+            faulty.fail("commit", 1, when=when)
+            with pytest.raises(BucketUnavailable):
+                engine.publish(1).result()
+            train(model, optimizer)
+            engine.publish(2).result()
+            assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+def test_a_damaged_copy_is_healed(model: Tiny, address: str, tmp_path: Path) -> None:
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        engine._publisher.detector.tensors()["scale"].fill_(3)
+        published = engine.publish(1).result()
+        assert published.rewritten == ("scale",)
+        assert engine.publish(2).result().changed == 0
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
 
 
 def interrupt(*_: object) -> None:
@@ -166,50 +259,9 @@ def test_an_interrupted_detection_is_repeated(monkeypatch: pytest.MonkeyPatch) -
     assert detector.detect().changed == 0
 
 
-def test_an_interrupted_restart_is_repeated(
-    model: Tiny, optimizer: torch.optim.Optimizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    detector = sliced(model, optimizer)
-    past_torch(model, optimizer)
-    with monkeypatch.context() as patch:
-        patch.setattr(detector, "_index_live", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            detector.detect()
-    train(model, optimizer)
-    assert detector.detect().before == digest_view(detector.table, view_of(model))
-
-
-def test_the_first_and_every_nth_publish_is_audited(
-    model: Tiny, optimizer: torch.optim.Optimizer, address: str
-) -> None:
-    encodings = []
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, audit_every=3)) as engine:
-        for step in range(7):
-            past_torch(model, optimizer)
-            train(model, optimizer)
-            encodings.append(engine.publish(step).result().encoding)
-    assert encodings == ["dense", "fast", "fast", "dense", "fast", "fast", "dense"]
-
-
-def test_a_failed_anchor_after_an_outside_write_is_retried(
-    model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faulty = FaultyBucket(LocalBucket(address, create=True))
-    monkeypatch.setattr(engine_module, "open_bucket", lambda *_, **__: faulty)
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address)) as engine:
-        for when in ("before", "after"):
-            seen_by_torch(model, optimizer)
-            faulty.fail("commit", 1, when=when)
-            with pytest.raises(BucketUnavailable):
-                engine.publish(1)
-            train(model, optimizer)
-            engine.publish(2).result()
-            assert same_bits(follow(address, tmp_path).tensors, view_of(model))
-
-
 def test_a_view_that_cannot_be_restored_is_refused(model: Tiny, optimizer: torch.optim.Optimizer) -> None:
     detector = sliced(model, optimizer)
     past_torch(model, optimizer)
-    with pytest.raises(ChainError, match="written outside"):
+    with pytest.raises(ChainError, match=r"layers\.1\.weight was written outside"):
         detector.tensors()
-    assert detector.detect().before == digest_view(detector.table, view_of(model))
+    assert detector.detect().start == detector.digest

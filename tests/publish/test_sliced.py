@@ -270,7 +270,7 @@ def test_schedulers_count_sliced_steps_and_close_restores_the_step(
     if scheduler_first:
         assert vars(optimizer)["step"] is before
     train(model, optimizer)
-    assert not detector.detect().changed, "closed: it no longer observes steps"
+    assert detector.detect().values, "closed: it no longer observes steps"
 
 
 # --- exactly the changed elements ---------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_changes_during_a_publish_belong_to_the_next_version(model: Tiny, optimi
     detector.advance(first)
     assert same_bits(detector.tensors(), published)
     second = detector.detect()
-    assert second.before == first.digest
+    assert second.start == first.digest
     assert second.digest == digest_view(detector.table, view_of(model))
 
 
@@ -367,7 +367,7 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     tensors = published_tensors(model)
     detector = Sliced(tensors, table_of(tensors, torch.bfloat16), optimizer, bucket=1)
-    copied, most = detector._copied, []
+    copied, most = detector._copy_views, []
 
     def watched(parameters: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         old = copied(parameters)
@@ -377,7 +377,7 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) ->
     def held() -> int:
         return sum(value.untyped_storage().nbytes() for value in vars(detector).values() if torch.is_tensor(value))
 
-    monkeypatch.setattr(detector, "_copied", watched)
+    monkeypatch.setattr(detector, "_copy_views", watched)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-6)
     optimizer.step()

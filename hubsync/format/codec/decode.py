@@ -12,16 +12,16 @@ import numpy as np
 
 from hubsync import kernels
 from hubsync.errors import FormatError
-from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.patch import Patch, TensorDelta, TensorValues
 from hubsync.format.table import TensorSpec, TensorTable
-from hubsync.kernels.bits import SIGNED
+from hubsync.kernels.bits import SIGNED, UNSIGNED
 from hubsync.kernels.parallel import each
 
 from . import streams
 from .bitio import words_from
 from .book import Book, one_class
 from .grid import MAX_ELEMENTS, Grid
-from .layout import CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
+from .layout import ABSOLUTE, CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
 from .rows import BYTES, SHIFT, RowReader
 
 
@@ -67,8 +67,9 @@ def decode(
         seen.add(index)
         spec = table[index]
         mode, book = int(record[CODE]) & 0xFF, int(record[CODE]) >> 8
-        if mode == DENSE and not record[CHUNK_ROWS:].any():
-            patch[index] = _dense(spec, payload[start : start + spec.nbytes])
+        if mode in (DENSE, ABSOLUTE) and not (record[CHUNK_ROWS] or record[CHUNK_COLS] or book):
+            read = _dense if mode == DENSE else _values
+            patch[index] = read(spec, payload[start : start + spec.nbytes])
             start += spec.nbytes
         elif mode == CODED and book < len(known):
             own = _jobs(index, spec, known[book], _grid(spec, record), reader, start, len(payload))
@@ -156,11 +157,19 @@ def _grid(spec: TensorSpec, record: np.ndarray) -> Grid:
     return Grid(rows, cols, chunk_rows, chunk_cols)
 
 
-def _dense(spec: TensorSpec, payload: np.ndarray) -> TensorDelta:
+def _values(spec: TensorSpec, payload: np.ndarray) -> TensorValues:
+    return TensorValues(_elements(spec, payload, np.dtype(UNSIGNED[spec.width])))
+
+
+def _elements(spec: TensorSpec, payload: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """A number for every element of a tensor."""
     if len(payload) < spec.nbytes:
         raise FormatError(f"{spec.name}: {spec.nbytes} payload bytes are needed, {len(payload)} are left")
-    signed = np.dtype(SIGNED[spec.width])
-    dense = np.frombuffer(payload.tobytes(), signed.newbyteorder("<")).astype(signed, copy=False)
+    return np.frombuffer(payload.tobytes(), kind.newbyteorder("<")).astype(kind, copy=False)
+
+
+def _dense(spec: TensorSpec, payload: np.ndarray) -> TensorDelta:
+    dense = _elements(spec, payload, np.dtype(SIGNED[spec.width]))
     indices = np.flatnonzero(dense)
     if len(indices) == 0:
         raise FormatError(f"{spec.name}: is listed but has no changes")

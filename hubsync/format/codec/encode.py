@@ -12,14 +12,14 @@ threads that return to Python often wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from hubsync import kernels
-from hubsync.format.patch import Patch, TensorDelta
+from hubsync.format.patch import TensorDelta, TensorValues
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.classes import CLASSES, ClassMap
 from hubsync.kernels.parallel import add_up, each
@@ -28,7 +28,7 @@ from . import costs, streams
 from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
 from .costs import MAX_GAP_K
 from .grid import Grid
-from .layout import CODED, DENSE, RECORD_COLUMNS, OldBits
+from .layout import ABSOLUTE, CODED, DENSE, RECORD_COLUMNS, OldBits
 from .rows import SHIFT, RowWriter, zigzag
 
 _SAMPLE = 1024  # changes of a chunk whose old exponents are read
@@ -103,29 +103,36 @@ class _CodedGroup:
 
 
 def encode(
-    table: TensorTable, patch: Patch, old: OldBits | None = None, *, grid_of: Callable[[int, int], Grid] | None = None
+    table: TensorTable,
+    patch: Mapping[int, TensorDelta | TensorValues],
+    old: OldBits | None = None,
+    *,
+    grid_of: Callable[[int, int], Grid] | None = None,
 ) -> Encoded:
     """Encode a sound patch.
 
     Args:
+        patch: table index -> changes or new values of the tensor.
         old: the weights that the patch applies to. With them, changes are coded by class (*compact*). It must hold all
             of every tensor that changes.
         grid_of: (rows, cols) -> the grid of a tensor; by default the one for the encoding.
     """
     grid_of = grid_of or (Grid.contiguous if old is None else Grid.tiles)
-    grids = {index: grid_of(*table[index].matrix) for index in sorted(patch)}
+    changes = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorDelta)}
+    values = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorValues)}
+    grids = {index: grid_of(*table[index].matrix) for index in changes}
     # Vectors are too small to be cut, and a rank may hold a part of one (a bias): they are not coded by class.
     kinds = {index: (table[index].dtype, old is not None and grid.rows > 1) for index, grid in grids.items()}
     classes = 1 if old is None else CLASSES
     groups = []
     for kind in dict.fromkeys(kinds.values()):
         own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
-        groups.append(_encode_group(table, patch, own, old if kind[1] else None, classes))
-    return _assemble(groups, grids, columns(classes))
+        groups.append(_encode_group(table, changes, own, old if kind[1] else None, classes))
+    return _assemble(groups, grids, values, columns(classes))
 
 
 def _encode_group(
-    table: TensorTable, patch: Patch, grids: dict[int, Grid], old: OldBits | None, classes: int
+    table: TensorTable, patch: dict[int, TensorDelta], grids: dict[int, Grid], old: OldBits | None, classes: int
 ) -> _CodedGroup:
     """Encode tensors of one dtype. Without `old` all elements are of class 0."""
     spec = table[next(iter(grids))]
@@ -143,7 +150,9 @@ def _encode_group(
     return _CodedGroup(replace(book, orders=_fit_orders(coded, len(book.orders))), tensors)
 
 
-def _assemble(groups: Sequence[_CodedGroup], grids: dict[int, Grid], width: int) -> Encoded:
+def _assemble(
+    groups: Sequence[_CodedGroup], grids: dict[int, Grid], values: dict[int, TensorValues], width: int
+) -> Encoded:
     rows = RowWriter()
     records: list[tuple[int, int, int, int]] = []
     payload = [np.zeros(0, np.uint8)]
@@ -157,6 +166,9 @@ def _assemble(groups: Sequence[_CodedGroup], grids: dict[int, Grid], width: int)
             records.append((index, grid.chunk_rows, grid.chunk_cols, CODED | number << 8))
             rows.append(group.book, np.array([chunk.number for chunk in chunks]), _rows(chunks), grid.count)
             payload += [chunk.payload for chunk in chunks]
+    for index, new in values.items():
+        records.append((index, 0, 0, ABSOLUTE))
+        payload.append(_little_endian(new.patterns).view(np.uint8))
     return Encoded(
         np.array(records, np.uint32).reshape(-1, RECORD_COLUMNS),
         np.array([group.book.pack() for group in groups], np.uint8).reshape(-1, width),
@@ -336,3 +348,7 @@ def _dense(spec: TensorSpec, delta: TensorDelta) -> np.ndarray:
     dense = np.zeros(spec.numel, delta.diffs.dtype.newbyteorder("<"))
     dense[delta.indices] = delta.diffs
     return dense.view(np.uint8)
+
+
+def _little_endian(patterns: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(patterns, patterns.dtype.newbyteorder("<"))

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from hubsync.kernels import Bits
 
-DENSE, CODED = 0, 1  # modes
+DENSE, CODED, ABSOLUTE = 0, 1, 2  # modes
 
 TENSOR, CHUNK_ROWS, CHUNK_COLS, CODE = range(4)  # columns of a record
 RECORD_COLUMNS = 4

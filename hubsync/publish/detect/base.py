@@ -13,7 +13,7 @@ from .changes import Detected
 
 
 class Detector(Protocol):
-    """Finds the changes since the last durable version.
+    """Finds the changes since the last durable version, and proves them.
 
     Attributes:
         table: the tensor table.
@@ -22,20 +22,19 @@ class Detector(Protocol):
     """
 
     table: TensorTable
-    digest: Digest
     holds_old: bool
+
+    @property
+    def digest(self) -> Digest: ...
 
     def follow(self, tensors: dict[str, torch.Tensor]) -> None:
         """Watch these live tensors from now on: a module may replace its parameters and buffers."""
 
     def detect(self) -> Detected:
-        """All changes since the view of `digest`."""
+        """All changes since the view of `digest`. Reads every live weight: its digest proves the changes."""
 
     def advance(self, detected: Detected) -> None:
         """Count changes from the view after `detected`: it is durable."""
-
-    def audit(self) -> None:
-        """Check that no change was missed."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The view of `digest` by name, in checkpoint shapes."""

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from hubsync import kernels
-from hubsync.format.digest import Digest, digest_change, tensor_seed
-from hubsync.format.patch import Patch, TensorDelta
-from hubsync.format.table import TensorTable
+from hubsync.format.digest import Digest
+from hubsync.format.patch import Patch, TensorDelta, TensorValues
 from hubsync.kernels.bits import UNSIGNED, bits_of, difference, find_changes
 from hubsync.kernels.compiled import compiled
 from hubsync.publish.view.cast import integers
@@ -37,54 +36,59 @@ class Change:
     new: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
 class Detected:
-    """The changes since the last durable version, on the CPU.
+    """The changes since the last durable version, on the CPU, proved: what they lead to is what the model holds.
 
-    Differences and digest are computed at the first use: in the background, while training goes on.
-
-    Args:
-        table: the tensor table.
+    Attributes:
         changes: table index -> the tensor's changes; no empty ones.
-        before: digest of the last durable version, or of this process's part of it.
-        shards: table index -> the elements of the tensor that this process owns; default is all.
+        values: table index -> bit patterns (unsigned, flat) of a tensor that was also written where no change was
+            seen, so that its changes are not known. Disjoint from `changes`.
+        before: table index -> digest of the last durable version, or of this process's part of it.
+        after: table index -> digest of the live tensor, after the changes or with the new values.
+        shards: table index -> the elements of the tensor that this process owns; None for all.
     """
 
-    def __init__(
-        self, table: TensorTable, changes: dict[int, Change], before: Digest, shards: Sequence[Shard] | None = None
-    ):
-        self._table = table
-        self._shards = shards
-        self.changes = changes
-        self.before = before
+    changes: dict[int, Change]
+    values: dict[int, np.ndarray]
+    before: Sequence[Digest]
+    after: Sequence[Digest]
+    shards: Sequence[Shard] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.changes and not self.values
 
     @property
     def changed(self) -> int:
-        """Number of changed elements."""
-        return sum(len(change.indices) for change in self.changes.values())
+        """Number of changed elements; all elements of a tensor with new values."""
+        return sum(len(change.indices) for change in self.changes.values()) + sum(map(len, self.values.values()))
+
+    @property
+    def start(self) -> Digest:
+        """Digest before the changes, of the view or of this process's part of it."""
+        return sum(self.before, Digest())
+
+    @property
+    def digest(self) -> Digest:
+        """Digest after the changes, of the view or of this process's part of it."""
+        return sum(self.after, Digest())
 
     @cached_property
     def patch(self) -> Patch:
-        """The changes in checkpoint coordinates."""
+        """The changes in checkpoint coordinates. Computed at the first use: in the background."""
         return {
-            index: TensorDelta(self._indices[index], difference(change.old, change.new))
-            for index, change in self.changes.items()
+            **{
+                index: TensorDelta(globally(self.shards, index, change.indices), difference(change.old, change.new))
+                for index, change in self.changes.items()
+            },
+            **{index: TensorValues(patterns) for index, patterns in self.values.items()},
         }
 
-    @cached_property
-    def digest(self) -> Digest:
-        """Digest after the changes, of the view or of this process's part of it."""
-        digest = self.before
-        for index, change in self.changes.items():
-            seed = tensor_seed(self._table[index].name)
-            digest += digest_change(seed, self._indices[index], change.old, change.new)
-        return digest
 
-    @cached_property
-    def _indices(self) -> dict[int, np.ndarray]:
-        """Table index -> flat indices in the checkpoint's tensor."""
-        if self._shards is None:
-            return {index: change.indices for index, change in self.changes.items()}
-        return {index: self._shards[index].globally(change.indices) for index, change in self.changes.items()}
+def globally(shards: Sequence[Shard] | None, index: int, indices: np.ndarray) -> np.ndarray:
+    """Flat indices in the checkpoint's tensor of elements, counted among those that this process owns."""
+    return indices if shards is None else shards[index].globally(indices)
 
 
 def split_by_tensor(run: ElementRun, change: Change) -> dict[int, Change]:

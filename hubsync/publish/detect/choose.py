@@ -41,7 +41,7 @@ def choose_detector(
         tensors: the live tensors.
         table: their table.
         optimizer: the optimizer or accelerate's wrapper of it, or None.
-        config: its `detector`, `encoding`, `audit_every` and `snapshot_device`.
+        config: its `detector`, `encoding` and `snapshot_device`.
         shards: table index -> the elements of the tensor that this process owns. None if it holds all tensors whole.
         has_adapter: the tensors are those of an adapter. They are small, and a snapshot is exact whatever writes them.
 
@@ -58,7 +58,7 @@ def choose_detector(
         return Snapshot(tensors, table, config.snapshot_device, shards)
     reason = why_not_sliced(tensors, optimizer)
     if reason is None:
-        return Sliced(tensors, table, unwrapped(optimizer), config.audit_every)
+        return Sliced(tensors, table, unwrapped(optimizer))
     if config.detector == "sliced":
         raise ConfigError(f"detector='sliced' cannot be exact here: {reason}. Use detector='snapshot'")
     if optimizer is not None:

@@ -4,10 +4,10 @@ The optimizer steps a few parameters at a time. Before each such update their pu
 it is compared and dropped. Changes of several steps are composed; elements that return to their old bits disappear. So
 this detector holds only changes, and the memory for one bucket of parameters or for the largest parameter.
 
-Writes to weights outside of a step are not observed. Three checks detect them: torch's version counters of tensors,
-replaced tensors, and a digest of all live weights, recomputed now and then and compared with the digest after the
-changes. If a check fails, detection restarts: `digest` is then the one of the live weights. It differs from the run's,
-so the publisher uploads the whole model.
+Writes to weights outside of these steps are not observed: by another optimizer, through `.data`, by a replaced tensor.
+Each detection finds them: the digest of every live tensor must be the one after its changes. A tensor that deviates is
+published with new values instead of changes. If it deviates again, a copy of it is kept from then on, and changes are
+found by comparison.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from hubsync.errors import ChainError
-from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.digest import Digest
 from hubsync.format.table import TensorTable
 from hubsync.kernels import rounding
-from hubsync.kernels.bits import TORCH_DTYPES, bits_of
+from hubsync.kernels.bits import TORCH_DTYPES, bits_of, integers_of
 from hubsync.publish.view.cast import cast, integers
 from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.strided import ElementRun, row_of, whole_of
 
 from .changes import Change, Detected, PendingChanges, compare, compose_all, split_by_tensor
+from .digests import TensorDigests
 from .snapshot import Snapshot
 from .stepping import BUCKET, SlicedSteps
 
@@ -46,41 +47,37 @@ class Sliced:
         tensors: the live tensors, from `published_tensors`.
         table: their table.
         optimizer: a torch optimizer for which `why_not_sliced` returns None. Its `step` is replaced until `close`.
-        audit_every: recompute the digest of all live weights at every n-th detection; 0 for the first one and `audit`
-            only.
         bucket: elements stepped together.
     """
 
     holds_old = False  # no weights to encode compact deltas against
-    digest: Digest
     _submitted: dict[int, Change]  # returned by the last detection, by table index
     _pending: PendingChanges  # since then, by number, in the elements of live tensors
     _number: dict[int, int]  # id of a live tensor -> its number, the table index of the first published tensor in it
     _runs: dict[int, ElementRun]  # number of a live tensor -> the published tensors in it
-    _buffers: Snapshot
-    _moved_buffers: Detected
 
-    def __init__(
-        self,
-        tensors: Tensors,
-        table: TensorTable,
-        optimizer: torch.optim.Optimizer,
-        audit_every: int = 0,
-        bucket: int = BUCKET,
-    ):
+    def __init__(self, tensors: Tensors, table: TensorTable, optimizer: torch.optim.Optimizer, bucket: int = BUCKET):
         self.table = table
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
-        self._audit_every = audit_every
-        self._detections = 0
         self._weights = threading.RLock()  # held during steps, and while weights are read
         self._scratch = torch.empty(0, dtype=torch.bfloat16, device="cpu")
-        self._suspicion: str | None = None
-        self._stepping = False
         self._lost = _LostUpdates()
+        self._submitted = {}
+        self._pending = PendingChanges()
         self._live = [tensors[spec.name] for spec in table]
-        self._restart()
+        self._copied = _CopiedTensors(table)
+        self._index_live()
+        self._of = TensorDigests(table)
+        self.digests = [self._of.of(index, self._view(index)) for index in range(len(table))]
+        # No optimizer updates buffers, and they are small: they are compared with a copy.
+        self._copied.add(self._copies_of([index for index in range(len(table)) if not self._is_parameter(index)]))
+        self._deviated: set[int] = set()  # tensors that a publish found written to outside of steps
+        self._candidate: Snapshot | None = None  # copies to keep once the new values are durable
         self._steps = SlicedSteps(optimizer, self, bucket)
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def digest(self) -> Digest:
+        return sum(self.digests, Digest())
 
     # --- called by the publisher -----------------------------------------------------------------------
 
@@ -88,52 +85,46 @@ class Sliced:
         """Watch these live tensors from now on. ConfigError unless they have the names and shapes of the table."""
         require_same_table(self.table, tensors)
         with self._weights:
-            live = [tensors[spec.name] for spec in self.table]
-            moved = [
-                spec.name
-                for spec, tensor, identity in zip(self.table, live, self._identities, strict=True)
-                if _identity(whole_of(tensor)) != identity
-            ]
-            if moved:
-                self._suspect(f"{moved[0]} was replaced")
-                self._live = live
-                self._index_live()
+            self._live = [tensors[spec.name] for spec in self.table]
+            self._index_live()
+            self._copied.follow(tensors)
 
     def detect(self) -> Detected:
-        """All changes since the view of `digest`, on the CPU. Audits the live weights if that is due."""
+        """All changes since the view of `digest`, on the CPU, proved by the digests of all live tensors."""
         with self._weights:
             submitted = compose_all(self._submitted, self._by_tensor(self._pending.collect()))
             pending = PendingChanges()
             # One statement without a call: a KeyboardInterrupt finds both attributes changed, or none.
             self._submitted, self._pending = submitted, pending
-            self._moved_buffers = self._buffers.detect()
-            index_of = self.table.index_of
-            buffers = {
-                index_of(self._buffers.table[i].name): change for i, change in self._moved_buffers.changes.items()
-            }
-            detected = Detected(self.table, {**self._submitted, **buffers}, self.digest)
-            self._check_versions()
-            due = self._detections == 0 or (self._audit_every > 0 and self._detections % self._audit_every == 0)
-            self._detections += 1
-            if not due and self._suspicion is None:
-                return detected
-            if self._matches_live(detected.digest):
-                return detected
-            self._restart()
-            return Detected(self.table, {}, self.digest)
+            self._candidate = None
+            copied = self._copied.detect()
+            changes = {index: change for index, change in submitted.items() if index not in copied.after}
+            after = [
+                copied.after[index] if index in copied.after else self._of.of(index, self._view(index))
+                for index in range(len(self.table))
+            ]
+            deviating = [
+                index
+                for index, digest in enumerate(after)
+                if index not in copied.after
+                and digest != self._of.after(index, self.digests[index], changes.get(index))
+            ]
+            values = dict(copied.values)
+            if deviating:
+                values |= self._new_values(deviating, after)
+            changes = {index: change for index, change in changes.items() if index not in values} | copied.changes
+            return Detected(changes, values, self.digests, after)
 
     def advance(self, detected: Detected) -> None:
         """Count changes from the view after the last `detected`: it is durable."""
-        digest = detected.digest
         with self._weights:
             self._submitted = {}
-            self._buffers.advance(self._moved_buffers)
-            self.digest = digest
-
-    def audit(self) -> None:
-        """Recompute the digest of the live weights. If changes were missed, restart: `digest` is then another."""
-        self._detections = 0
-        self.detect()
+            self._copied.advance(detected)
+            if self._candidate is not None:
+                self._copied.add(self._candidate)
+                self._candidate = None
+                self._index_live()
+            self.digests = list(detected.after)
 
     def tensors(self) -> Tensors:
         """The view of `digest` by name: a clone of the live view with the changes since then undone.
@@ -143,24 +134,24 @@ class Sliced:
         view = {}
         with self._weights:
             later = compose_all(self._submitted, self._by_tensor(self._pending.collect()))
+            held = self._copied.tensors()
             for index, spec in enumerate(self.table):
+                if spec.name in held:
+                    view[spec.name] = held[spec.name].clone()
+                    continue
                 tensor = self._view(index).clone()
                 if index in later:
                     _write(tensor, later[index].indices, later[index].old)
+                if self._of.of(index, tensor) != self.digests[index]:
+                    raise ChainError(
+                        f"{spec.name} was written outside of the optimizer's steps, so the last published view cannot "
+                        "be restored: publish first"
+                    )
                 view[spec.name] = tensor.view(spec.shape)
-            view |= {name: buffer.clone() for name, buffer in self._buffers.tensors().items()}
-            digest = self.digest
-        if _digest_of(self.table, view) != digest:
-            self._suspect("the published view cannot be restored from them")
-            raise ChainError(
-                "weights were written outside of the optimizer's steps, so the published view cannot be restored: the "
-                "next publish uploads the whole model"
-            )
         return view
 
     def close(self) -> None:
         """Restore the optimizer's own step."""
-        self._hook.remove()
         self._steps.undo()
 
     # --- called by steps ----------------------------------------------------------------------------
@@ -168,16 +159,9 @@ class Sliced:
     @contextmanager
     def step(self) -> Iterator[None]:
         with self._weights:
-            self._check_versions()  # before this step advances the counters
-            self._stepping = True
             try:
                 yield
-            except BaseException:
-                self._stepping = False
-                self._suspect("a step failed halfway")
-                raise
             finally:
-                self._note_versions()
                 self._scratch = self._scratch[:0].clone()
                 self._lost.report()
 
@@ -185,7 +169,7 @@ class Sliced:
     def update(self, parameters: list[torch.Tensor]) -> Iterator[None]:
         """Copy the view of these parameters, and record its changes after the update."""
         watched = [(self._number[id(p)], p) for p in parameters if p.grad is not None and id(p) in self._number]
-        old = self._copied(watched)
+        old = self._copy_views(watched)
         try:
             yield
         finally:
@@ -194,12 +178,7 @@ class Sliced:
                 self._lost.count(parameter, change)
                 self._pending.add(number, change)
 
-    def _after_step(self, *_: Any) -> None:
-        if not self._stepping:
-            self._suspect("the optimizer was stepped by an earlier step function")
-        self._stepping = False
-
-    def _copied(self, watched: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    def _copy_views(self, watched: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         needed = sum(parameter.numel() for _, parameter in watched)
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed, dtype=torch.bfloat16, device="cpu")
@@ -212,26 +191,39 @@ class Sliced:
 
     # --- writes outside of steps ----------------------------------------------------------------------
 
-    def _restart(self) -> None:
-        """Count changes from the live weights."""
-        self._submitted = {}
-        self._pending = PendingChanges()
-        self._index_live()
-        buffers = {
-            spec.name: tensor
-            for spec, tensor in zip(self.table, self._live, strict=True)
-            if not isinstance(whole_of(tensor), torch.nn.Parameter)
-        }
-        # No optimizer updates buffers, and they are small: they are compared with a copy.
-        self._buffers = Snapshot(buffers, TensorTable([spec for spec in self.table if spec.name in buffers]))
-        self._moved_buffers = self._buffers.detect()
-        self.digest = self._live_digest()
-        self._suspicion = None
+    def _new_values(self, deviating: list[int], after: list[Digest]) -> dict[int, np.ndarray]:
+        """New values of tensors whose changes are not known. Sets their digests in `after`."""
+        again = [index for index in deviating if index in self._deviated]
+        first = [index for index in deviating if index not in self._deviated]
+        self._deviated |= set(first)
+        self._candidate = self._copies_of(again)
+        size = sum(self.table[index].nbytes for index in deviating) / 1e6
+        logger.warning(
+            "%s and %d other tensors were written outside of the observed optimizer's steps: publishing their new "
+            "values (%.1f MB)%s",
+            self.table[deviating[0]].name,
+            len(deviating) - 1,
+            size,
+            ". It is not the first time, so a copy of them is kept from now on" if again else "",
+        )
+        values = {}
+        for indices, copies in ((again, self._candidate), (first, self._copies_of(first))):
+            for number, index in enumerate(indices):
+                assert copies is not None
+                after[index] = copies.digests[number]
+                values[index] = bits_of(copies.part(number).cpu())
+        return values
+
+    def _copies_of(self, indices: list[int]) -> Snapshot | None:
+        if not indices:
+            return None
+        table = TensorTable([self.table[index] for index in indices])
+        return Snapshot({self.table[index].name: self._live[index] for index in indices}, table)
+
+    def _is_parameter(self, index: int) -> bool:
+        return isinstance(whole_of(self._live[index]), torch.nn.Parameter)
 
     def _index_live(self) -> None:
-        self._wholes = [whole_of(tensor) for tensor in self._live]
-        self._identities = [_identity(tensor) for tensor in self._wholes]
-        self._note_versions()
         self._number = {}
         runs: dict[int, list[tuple[int, int, int]]] = {}
         for index, (spec, tensor) in enumerate(zip(self.table, self._live, strict=True)):
@@ -239,9 +231,12 @@ class Sliced:
             _, start = row_of(tensor)
             runs.setdefault(number, []).append((index, start, start + spec.numel))
         self._runs = {number: ElementRun.of(parts) for number, parts in runs.items()}
-
-    def _note_versions(self) -> None:
-        self._versions = [_version(tensor) for tensor in self._wholes]
+        compared = self._copied.indices
+        self._number = {
+            identity: number
+            for identity, number in self._number.items()
+            if any(index not in compared for index in self._runs[number].indices)
+        }
 
     def _by_tensor(self, changes: dict[int, Change]) -> dict[int, Change]:
         """Changes of live tensors by number, as changes of the published tensors in them."""
@@ -250,36 +245,60 @@ class Sliced:
             found |= split_by_tensor(self._runs[number], change)
         return found
 
-    def _check_versions(self) -> None:
-        for spec, tensor, version in zip(self.table, self._wholes, self._versions, strict=True):
-            if version != _version(tensor) and isinstance(tensor, torch.nn.Parameter):
-                self._suspect(f"{spec.name} was written to")
-                return
-
-    def _suspect(self, reason: str) -> None:
-        self._suspicion = self._suspicion or reason
-
-    def _matches_live(self, expected: Digest) -> bool:
-        if self._live_digest() == expected:
-            self._note_versions()
-            self._suspicion = None
-            return True
-        self._suspect("their digest differs")  # also if the restart is interrupted
-        logger.warning(
-            "weights were written outside of the optimizer's steps (%s), where changes are not detected: uploading the "
-            "whole model. If the training does this regularly, use detector='snapshot'",
-            self._suspicion,
-        )
-        return False
-
-    def _live_digest(self) -> Digest:
-        digest = Digest()
-        for index, spec in enumerate(self.table):
-            digest += digest_torch(tensor_seed(spec.name), integers(self._view(index)))
-        return digest
-
     def _view(self, index: int) -> torch.Tensor:
         return cast(self._live[index], self._dtypes[index])
+
+
+class _CopiedTensors:
+    """Tensors that are compared with a copy, some at a time."""
+
+    def __init__(self, table: TensorTable):
+        self._table = table
+        self._snapshots: list[tuple[list[int], Snapshot]] = []
+
+    def add(self, snapshot: Snapshot | None) -> None:
+        if snapshot is not None:
+            self._snapshots.append(([self._table.index_of(spec.name) for spec in snapshot.table], snapshot))
+
+    @property
+    def indices(self) -> set[int]:
+        return {index for indices, _ in self._snapshots for index in indices}
+
+    def follow(self, tensors: Tensors) -> None:
+        for _, snapshot in self._snapshots:
+            snapshot.follow({spec.name: tensors[spec.name] for spec in snapshot.table})
+
+    def detect(self) -> _FoundByCopy:
+        found = _FoundByCopy({}, {}, {})
+        for indices, snapshot in self._snapshots:
+            detected = snapshot.detect()
+            found.changes.update({indices[own]: change for own, change in detected.changes.items()})
+            found.values.update({indices[own]: patterns for own, patterns in detected.values.items()})
+            found.after.update(zip(indices, detected.after, strict=True))
+        return found
+
+    def advance(self, detected: Detected) -> None:
+        for indices, snapshot in self._snapshots:
+            snapshot.advance(
+                Detected(
+                    {own: detected.changes[index] for own, index in enumerate(indices) if index in detected.changes},
+                    {own: detected.values[index] for own, index in enumerate(indices) if index in detected.values},
+                    snapshot.digests,
+                    [detected.after[index] for index in indices],
+                )
+            )
+
+    def tensors(self) -> Tensors:
+        return {name: held for _, snapshot in self._snapshots for name, held in snapshot.tensors().items()}
+
+
+@dataclass(frozen=True)
+class _FoundByCopy:
+    """As in `Detected`, for the copied tensors. `after` has a digest for each of them."""
+
+    changes: dict[int, Change]
+    values: dict[int, np.ndarray]
+    after: dict[int, Digest]
 
 
 class _LostUpdates:
@@ -334,22 +353,4 @@ def _is_rounded_here(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _write(flat: torch.Tensor, indices: np.ndarray, patterns: np.ndarray) -> None:
     held = integers(flat)
-    values = torch.from_numpy(patterns.view(f"{'u' if patterns.itemsize == 1 else 'i'}{patterns.itemsize}"))
-    held[torch.from_numpy(indices).to(flat.device)] = values.to(flat.device)
-
-
-def _digest_of(table: TensorTable, view: Tensors) -> Digest:
-    digest = Digest()
-    for spec in table:
-        digest += digest_torch(tensor_seed(spec.name), integers(view[spec.name].view(-1)))
-    return digest
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
-    """Values that change when a tensor or its memory is replaced."""
-    return id(tensor), tensor.data_ptr(), tensor.dtype
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Number of writes that torch has counted. It counts no writes by fused optimizers or through `.data`."""
-    return 0 if tensor.is_inference() else tensor._version
+    held[torch.from_numpy(indices).to(flat.device)] = integers_of(patterns).to(flat.device)

@@ -1,7 +1,7 @@
 """Detection by comparison with a copy of the last durable view.
 
 Changes are found by comparing bits, never by reading gradients or optimizer states. So they are right whatever moved
-the weights.
+the weights. The copy is proved too: its digest after the changes must be that of the live weights.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.errors import ChainError
+from hubsync.format.digest import Digest
 from hubsync.format.table import TensorTable
-from hubsync.kernels.bits import TORCH_DTYPES
+from hubsync.kernels.bits import TORCH_DTYPES, bits_of, integers_of
 from hubsync.publish.view.cast import integers
 from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import Shard, local_part, require_held
 from hubsync.publish.view.strided import ElementRun, element_runs, row_of
 
 from .changes import Change, Detected, compare, split_by_tensor
-
-_NUMPY_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}  # by bytes; torch lacks wider unsigned ones
+from .digests import TensorDigests
 
 
 class Snapshot:
@@ -47,13 +47,19 @@ class Snapshot:
     ):
         self.table = table
         self.shards = [Shard.whole(spec.shape) for spec in table] if shards is None else shards
+        self._shards = shards
         self._live = [tensors[spec.name] for spec in table]
         self._on_cpu = device == "cpu"
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
         self._runs = element_runs(self._live, self.shards)
         self._copies = [self._cast(start, run).clone() for start, run in self._runs]
         self._held = _parts(self._copies, [run for _, run in self._runs])
-        self.digest = self._recomputed()
+        self._of = TensorDigests(table, shards)
+        self.digests = [self._of.of(index, held) for index, held in enumerate(self._held)]
+
+    @property
+    def digest(self) -> Digest:
+        return sum(self.digests, Digest())
 
     def follow(self, tensors: dict[str, torch.Tensor]) -> None:
         """Watch these live tensors from now on. ConfigError unless they have the names and shapes of the table."""
@@ -63,23 +69,35 @@ class Snapshot:
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
-        """Compare the live tensors with the snapshot. Needs memory for one cast run of elements, and O(changes)."""
+        """Compare the live tensors with the snapshot. Needs memory for one cast run of elements, and O(changes).
+
+        ChainError if the snapshot was written to, and this process owns a part of the tensor only.
+        """
         changes: dict[int, Change] = {}
+        values: dict[int, np.ndarray] = {}
+        after = list(self.digests)
         for (start, run), copy in zip(self._runs, self._copies, strict=True):
-            change = compare(copy, self._cast(start, run).to(copy.device))  # a model may move to another device
-            changes |= split_by_tensor(run, change)
-        return Detected(self.table, changes, self.digest, self.shards)
+            live = self._captured(start, run, copy)
+            found = split_by_tensor(run, compare(copy, live))
+            for index, begin, end in zip(run.indices, run.starts, run.stops, strict=True):
+                owned = live[begin:end]
+                after[index] = self._of.of(index, owned)
+                if after[index] == self._of.after(index, self.digests[index], found.get(index)):
+                    continue
+                self._require_whole(index)
+                found.pop(index, None)
+                values[index] = bits_of(owned.cpu())
+            changes |= found
+        return Detected(changes, values, self.digests, after, self._shards)
 
     def advance(self, detected: Detected) -> None:
         """Move the snapshot to the view after `detected`: it is durable."""
         for index, change in detected.changes.items():
             held = integers(self._held[index])
-            at = torch.from_numpy(change.indices).to(held.device)
-            held[at] = torch.from_numpy(change.new.view(_NUMPY_INTEGERS[change.new.itemsize])).to(held.device)
-        self.digest = detected.digest
-
-    def audit(self) -> None:
-        """Nothing to do: every detection compares all weights."""
+            held[torch.from_numpy(change.indices).to(held.device)] = integers_of(change.new).to(held.device)
+        for index, patterns in detected.values.items():
+            integers(self._held[index]).copy_(integers_of(patterns))
+        self.digests = list(detected.after)
 
     def close(self) -> None:
         """Nothing to do: there are no hooks."""
@@ -101,16 +119,18 @@ class Snapshot:
         view = owned.to(self._dtypes[first])
         return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
 
-    def _recomputed(self) -> Digest:
-        digest = Digest()
-        for spec, held, shard in zip(self.table, self._held, self.shards, strict=True):
-            seed, bits = tensor_seed(spec.name), integers(held)
-            if shard.first is not None:
-                digest += digest_torch(seed, bits, shard.first)
-                continue
-            for first, last, indices in shard.pieces():
-                digest += digest_torch(seed, bits[first:last], indices=torch.from_numpy(indices).to(bits.device))
-        return digest
+    def _captured(self, start: int, run: ElementRun, copy: torch.Tensor) -> torch.Tensor:
+        """The published view of a run now, on the device of its copy. Later writes to live tensors do not change it."""
+        view = self._cast(start, run).to(copy.device)  # a model may move to another device
+        live = local_part(row_of(self._live[run.indices[0]])[0])
+        return view.clone() if view.untyped_storage().data_ptr() == live.untyped_storage().data_ptr() else view
+
+    def _require_whole(self, index: int) -> None:
+        if self._shards is not None:
+            raise ChainError(
+                f"the copy of {self.table[index].name} that changes are detected against has been written to, and this "
+                "rank holds a part of the tensor only: make a new engine, which uploads the whole model"
+            )
 
 
 def _parts(copies: Sequence[torch.Tensor], runs: Sequence[ElementRun]) -> list[torch.Tensor]:

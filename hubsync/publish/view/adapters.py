@@ -18,6 +18,7 @@ from hubsync.format.manifest import ADAPTER_FIELDS, Adapter
 
 from .cast import cast, integers
 from .deepspeed import is_partitioned
+from .shards import local_part
 
 _MERGED = (
     "the adapter is merged into the base model, which changes nearly every weight in every step, and drifts by "
@@ -89,6 +90,45 @@ def base_digest(model: torch.nn.Module, dtype: torch.dtype) -> str | None:
             return None
         digest += digest_torch(tensor_seed(name.replace(".base_layer", "")), integers(cast(tensor, dtype)))
     return digest.hex
+
+
+class FrozenBase:
+    """The weights that an adapter is trained on, which servers load once: they must stay as they are.
+
+    Each rank watches what it holds of them: cast to the served dtype, or as they are if they are quantised.
+
+    Args:
+        model: a PEFT model.
+        dtype: dtype that is served.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
+        self._model = model
+        self._dtype = dtype
+        self._digests = self._now()
+
+    def require_unchanged(self) -> None:
+        """ConfigError, naming the first tensor, if a weight has changed since this was made. Reads all of them."""
+        changed = [name for name, digest in self._now().items() if self._digests.get(name) != digest]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} and {len(changed) - 1} other weights of the frozen base model have changed since the "
+                "engine was made, for example because an adapter was merged into them and unmerged, which rounds. "
+                "Servers compute with the original weights: load the base model and the adapter again, and make a new "
+                "engine"
+            )
+
+    def _now(self) -> dict[str, Digest]:
+        return {
+            name: digest_torch(tensor_seed(name), self._bits(tensor))
+            for name, tensor in _base_model(self._model).named_parameters()
+            if not _is_of_adapter(name) and not is_partitioned(tensor) and not tensor.is_meta
+        }
+
+    def _bits(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            return integers(cast(tensor, self._dtype))
+        return local_part(tensor).detach().contiguous().view(-1).view(torch.uint8)
 
 
 def require_same_adapter(run: Adapter | None, own: Adapter | None) -> None:

@@ -12,7 +12,7 @@ from hubsync.errors import ConfigError
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import dtype_code
 
-from .adapters import adapter_tensors, is_adapted
+from .adapters import FrozenBase, adapter_tensors, is_adapted
 from .conversion import Places, places_in, published
 from .deepspeed import Partition, is_partitioned
 
@@ -23,12 +23,17 @@ _ANOTHER_MODEL = "a run publishes one model: make a new engine with another pref
 class LiveView:
     """The published tensors of a model, and their positions in its parameters and buffers.
 
+    Args:
+        model: the model, from `without_wrapper`.
+        dtype: dtype that is served.
+
     Raises:
         ConfigError: the model has no weights, or its checkpoint holds tensors that are no parts of its tensors.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16):
         self._model = model
+        self._frozen = FrozenBase(model, dtype) if is_adapted(model) else None
         found = live_tensors(model)
         if not found:
             raise ConfigError(f"{type(model).__name__} has no parameters to publish")
@@ -41,6 +46,11 @@ class LiveView:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now."""
         return published(live_tensors(self._model), self._places)
+
+    def require_frozen(self) -> None:
+        """ConfigError if the view is an adapter, and a weight under it has changed since this was made."""
+        if self._frozen is not None:
+            self._frozen.require_unchanged()
 
 
 def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

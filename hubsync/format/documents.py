@@ -57,10 +57,15 @@ def versioned(doc: object, what: str) -> dict[str, Any]:
     if not isinstance(doc, dict):
         raise FormatError(f"{what}: expected a JSON object")
     if doc.get("format") != FORMAT:
-        raise UnknownFormat(
-            f"{what}: format {doc.get('format')!r} is not {FORMAT!r}; upgrade hubsync on the side that reads"
-        )
+        raise UnknownFormat(f"{what}: {wrong_format(doc.get('format'), FORMAT)}")
     return doc
+
+
+def wrong_format(found: object, ours: str) -> str:
+    """What is wrong with a format that is not ours, and what to do."""
+    if found == f"{ours.partition('/')[0]}/1":
+        return f"format {found!r} was written by hubsync 0.1: start a new run under another prefix"
+    return f"format {found!r:.80} is not {ours!r}; upgrade hubsync on the side that reads"
 
 
 class Fields:

@@ -21,6 +21,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .documents import wrong_format
 from .encoding import Encoding
 from .manifest import Adapter, Manifest, Position, Run
 from .patch import Patch, check
@@ -109,11 +110,13 @@ def _identity(table: TensorTable, transition: Transition) -> dict[str, str]:
 
 
 def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: Manifest | None) -> None:
-    for key, known in (("format", [FORMAT]), ("encoding", list(CLASSES_OF))):
-        if metadata.get(key) not in known:
-            raise FormatError(
-                f"delta part: {key} {metadata.get(key)!r:.80} is not {' or '.join(known)}; upgrade hubsync to read it"
-            )
+    if metadata.get("format") != FORMAT:
+        raise FormatError(f"delta part: {wrong_format(metadata.get('format'), FORMAT)}")
+    if metadata.get("encoding") not in CLASSES_OF:
+        raise FormatError(
+            f"delta part: encoding {metadata.get('encoding')!r:.80} is not {' or '.join(CLASSES_OF)}; upgrade hubsync to "
+            "read it"
+        )
     expected = {"table_hash": table.hash}
     if manifest is not None:
         if manifest.parent is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,8 @@ from hubsync.apply.memory import Edit
 from hubsync.apply.sweep import Sweeper
 from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.manifest import Position
-from hubsync.format.patch import TensorDelta, changed, compose
+from hubsync.format.patch import TensorDelta, TensorValues, changed, compose
+from hubsync.kernels.bits import bits_of
 from tests.support.toy import TABLE, Model, assert_same, loaded, memory, nudged, patch_between, position_of, view
 
 V0 = view(0)
@@ -37,6 +39,31 @@ def applier(model: Model) -> Applier:
     assert applier.join([applier.inventory()]).hex == P0.digest
     applier.adopt(P0)
     return applier
+
+
+@pytest.mark.parametrize("absolute", [range(len(TABLE)), [0, 5], [1, 2, 3, 4]])
+def test_new_values_equal_a_fresh_load_and_are_undone_from_memory(
+    model: Model, applier: Applier, absolute: Sequence[int]
+) -> None:
+    before = memory(model)
+    patch = patch_between(V0, V1)
+    patch |= {index: TensorValues(bits_of(V1[TABLE[index].name]).copy()) for index in absolute}
+    staged = applier.stage_patch(patch, P1)
+    assert_same(memory(model), before)
+    assert staged.changed == changed(patch_between(V0, V1)), "elements that differ"
+    applier.commit(P1)
+    assert_same(memory(model), memory(loaded(V1)))
+    assert applier.verify()
+    assert applier.undo() == P0
+    assert_same(memory(model), before)
+    assert applier.verify()
+
+
+def test_new_values_of_another_version_are_not_staged(model: Model, applier: Applier) -> None:
+    patch = patch_between(V0, V1) | {0: TensorValues(bits_of(V0[TABLE[0].name]).copy())}
+    with pytest.raises(WrongParent, match="does not lead"):
+        applier.stage_patch(patch, P1)
+    assert applier.staged is None
 
 
 def test_commit_equals_a_fresh_load(model: Model, applier: Applier) -> None:

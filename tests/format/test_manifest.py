@@ -70,6 +70,8 @@ def test_unknown_fields_are_ignored_and_unknown_formats_refused() -> None:
     doc = {**DELTA.to_json(), "later": {"field": 1}}
     assert Manifest.from_json(json.loads(json.dumps(doc))) == DELTA
     with pytest.raises(FormatError, match="upgrade hubsync"):
+        Manifest.from_json({**doc, "format": "hubsync/3"})
+    with pytest.raises(FormatError, match=r"by hubsync 0\.1: start a new run"):
         Manifest.from_json({**doc, "format": "hubsync/1"})
 
 

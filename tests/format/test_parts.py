@@ -132,7 +132,7 @@ def test_new_values_of_tensors_round_trip_with_changes_of_others(compact):
 
 
 def test_a_part_of_format_1_is_refused_with_the_remedy():
-    with pytest.raises(FormatError, match="upgrade hubsync"):
+    with pytest.raises(FormatError, match="by hubsync 0.1: start a new run"):
         read_delta(rebuilt(format="hubsync-delta/1"), TABLE, None)
 
 
@@ -179,7 +179,7 @@ def test_a_part_is_not_accepted_as_an_anchor():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"format": "hubsync-delta/2"}, "upgrade hubsync", id="newer format"),
+        pytest.param({"format": "hubsync-delta/3"}, "upgrade hubsync", id="newer format"),
         pytest.param({"encoding": "denser"}, "upgrade hubsync", id="newer encoding"),
         pytest.param({"books": np.zeros((1, 11), np.uint8)}, "code books have 12 bytes", id="books of another level"),
         pytest.param({"books": np.zeros((0, 12), np.uint8)}, "code book 0 of 0", id="no books"),
@@ -213,7 +213,7 @@ def test_a_giant_grid_is_refused_before_memory_is_allocated():
     table = TensorTable([TensorSpec("w", (1 << 20, 1 << 20), "BF16")])
     tensors = safetensors.numpy.load(written(SOME))
     tensors["tensors"] = np.array([[0, 1, 1, 1]], np.uint32)
-    header = {"format": "hubsync-delta/1", "encoding": "fast", "table_hash": table.hash}
+    header = {"format": "hubsync-delta/2", "encoding": "fast", "table_hash": table.hash}
     data = safetensors.numpy.save(tensors, header)
     tracemalloc.start()
     with pytest.raises(FormatError, match="are needed"):

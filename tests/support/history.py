@@ -14,7 +14,7 @@ from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Base, Manifest, Position, Run
 from hubsync.format.parts import Transition, write_anchor, write_delta
-from hubsync.format.patch import changed
+from hubsync.format.patch import TensorValues, changed
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of
@@ -49,20 +49,33 @@ class History:
     def view(self) -> View:
         return self.views[self.writer.position]
 
-    def publish(self, *, compact: bool = False, serve: bool = True, expires: float | None = None) -> Manifest:
-        """Publish a version in which some elements have changed by one or two steps."""
+    def publish(
+        self, *, compact: bool = False, serve: bool = True, expires: float | None = None, absolute: tuple[int, ...] = ()
+    ) -> Manifest:
+        """Publish a version in which some elements have changed by one or two steps.
+
+        Args:
+            absolute: table indices of the tensors that are published with new values instead of changes.
+        """
         new = {name: tensor.clone() for name, tensor in self.view.items()}
         for tensor in new.values():
             bits = bits_of(tensor)
             chosen = self._random.choice(len(bits), max(1, int(len(bits) * self._fraction)), replace=False)
             bits[chosen] += self._random.integers(1, 3, len(chosen), dtype=np.uint16)
-        return self.publish_view(new, compact=compact, serve=serve, expires=expires)
+        return self.publish_view(new, compact=compact, serve=serve, expires=expires, absolute=absolute)
 
     def publish_view(
-        self, new: View, *, compact: bool = False, serve: bool = True, expires: float | None = None
+        self,
+        new: View,
+        *,
+        compact: bool = False,
+        serve: bool = True,
+        expires: float | None = None,
+        absolute: tuple[int, ...] = (),
     ) -> Manifest:
         writer = self.writer
         patch = patch_between(self.view, new, self.table)
+        patch |= {index: TensorValues(bits_of(new[self.table[index].name])) for index in absolute}
         position = Position(writer.next_version, digest_view(self.table, new).hex)
         old = ViewBits(self.table, self.view) if compact else None
         encoding = Encoding.COMPACT if compact else Encoding.FAST
@@ -72,6 +85,7 @@ class History:
             digest=position.digest,
             changed=changed(patch),
             encoding=encoding,
+            absolute=len(absolute),
             info=VersionInfo(serve=serve, expires=expires),
         )
         self.views[position] = new

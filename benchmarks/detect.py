@@ -24,8 +24,10 @@ from rich.table import Table
 
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import bits_of
+from hubsync.publish.detect.digests import TensorDigests
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.cast import cast
 from hubsync.publish.view.live import table_of
 
 from .apply import peak, reset_peak, resident
@@ -82,18 +84,32 @@ class Contender:
         return [tensor.detach().to(torch.bfloat16, copy=True).view(-1) for tensor in self.live.values()]
 
 
+class ProofOnly(Contender):
+    """What proving costs, and nothing else: the digest of every live tensor, as each publish recomputes it."""
+
+    name = "proof only"
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
+        super().__init__(shapes, dtype)
+        self._digests = TensorDigests(self.table)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        for index, tensor in enumerate(self.live.values()):
+            self._digests.of(index, cast(tensor, torch.bfloat16))
+
+
 class InSlices(Contender):
     name = "sliced"
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype):
         super().__init__(shapes, dtype)
         self._detector = Sliced(self.live, self.table, self.optimizer)
-        self._detector.detect()  # the first call computes the digest of all weights
 
     def step(self) -> Changed:
         self.optimizer.step()
         detected = self._detector.detect()
-        self._detector._submitted = {}  # as `advance` does; the digest is not part of a step
+        self._detector.advance(detected)
         return {index: change.indices for index, change in detected.changes.items()}
 
 
@@ -129,6 +145,7 @@ class FullClone(Contender):
 
 CONTENDERS: list[Callable[[list[tuple[int, ...]], torch.dtype], Contender]] = [
     Contender,
+    ProofOnly,
     InSlices,
     FromSnapshot,
     FullClone,

@@ -114,8 +114,8 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
         raise FormatError(f"delta part: {wrong_format(metadata.get('format'), FORMAT)}")
     if metadata.get("encoding") not in CLASSES_OF:
         raise FormatError(
-            f"delta part: encoding {metadata.get('encoding')!r:.80} is not {' or '.join(CLASSES_OF)}; upgrade hubsync to "
-            "read it"
+            f"delta part: encoding {metadata.get('encoding')!r:.80} is not {' or '.join(CLASSES_OF)}; upgrade "
+            "hubsync to read it"
         )
     expected = {"table_hash": table.hash}
     if manifest is not None:

@@ -39,7 +39,7 @@ class Metric(Generic[T]):
 
     Attributes:
         name: name in the log, after `weight_sync/`.
-        unit: "s", "bytes", "bits", "fraction" or "0 or 1".
+        unit: "s", "bytes", "bits", "fraction", "tensors" or "0 or 1".
         help: one line for documentation.
         value: how it is computed.
     """
@@ -55,7 +55,8 @@ PUBLISH: tuple[Metric[Published], ...] = (
     Metric("payload_bytes", "bytes", "uploaded for the version, over all ranks", lambda p: p.payload_bytes),
     Metric("bits_per_change", "bits", "uploaded per changed element", lambda p: p.bits_per_change),
     Metric("compact", "0 or 1", "whether the encoding is compact", lambda p: p.encoding is Encoding.COMPACT),
-    Metric("detect_s", "s", "detecting changes, in the training thread", lambda p: p.detect_s),
+    Metric("rewritten", "tensors", "published with new values: written outside of steps", lambda p: len(p.rewritten)),
+    Metric("detect_s", "s", "detecting and proving changes, in the training thread", lambda p: p.detect_s),
     Metric("encode_s", "s", "encoding, in the background", lambda p: p.encode_s),
     Metric("upload_s", "s", "until the version was durable, in the background", lambda p: p.upload_s),
 )

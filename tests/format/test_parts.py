@@ -132,7 +132,7 @@ def test_new_values_of_tensors_round_trip_with_changes_of_others(compact):
 
 
 def test_a_part_of_format_1_is_refused_with_the_remedy():
-    with pytest.raises(FormatError, match="by hubsync 0.1: start a new run"):
+    with pytest.raises(FormatError, match=r"by hubsync 0\.1: start a new run"):
         read_delta(rebuilt(format="hubsync-delta/1"), TABLE, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,6 +228,68 @@ def test_a_failed_publish_of_new_values_is_repeated(
             train(model, optimizer)
             engine.publish(2).result()
             assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+def test_versions_replay_while_another_thread_writes(
+    dtype: torch.dtype, detector: str, address: str, tmp_path: Path
+) -> None:
+    """A version published meanwhile holds some values of each element; the last one holds the model's."""
+    model = Tiny(dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter))
+
+    base, thread = view_of(model), threading.Thread(target=write)
+    config = SyncConfig(bucket=address, base_model="tiny", detector=detector)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        thread.start()
+        try:
+            for step in range(30):
+                engine.publish(step).result()
+        finally:
+            ended.set()
+            thread.join()
+        engine.publish(30).result()
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+
+
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+def test_a_buffer_that_is_replaced_at_each_step_costs_its_changes(
+    detector: str, model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    model.register_buffer("average", torch.zeros(64))
+    base, encodings = view_of(model), []
+    config = SyncConfig(bucket=address, base_model="tiny", detector=detector)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        for step in range(4):
+            train(model, optimizer)
+            model.average = model.average + torch.nn.functional.one_hot(torch.tensor(step), 64)
+            published = engine.publish(step).result()
+            encodings.append((str(published.encoding), published.rewritten))
+            assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
+    assert encodings == [("fast", ())] * 4
+
+
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+def test_a_cast_in_mid_run_costs_what_it_changes(
+    detector: str, model: Tiny, optimizer: torch.optim.Optimizer, address: str, tmp_path: Path
+) -> None:
+    base = view_of(model)
+    config = SyncConfig(bucket=address, base_model="tiny", detector=detector)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        train(model, optimizer)
+        engine.publish(1).result()
+        model.bfloat16()
+        assert engine.publish(2).result().changed == 0, "the served bits are the same"
+        model.half()
+        assert engine.publish(3).result().encoding in ("fast", None)
+    assert same_bits(follow(address, tmp_path, base=base).tensors, view_of(model))
 
 
 def test_a_damaged_copy_is_healed(model: Tiny, address: str, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from hubsync.bucket.base import Bucket
 from hubsync.errors import BucketUnavailable, ChainError, ConfigError, Fenced, ObjectMissing, RunMismatch
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import MAX_VERSION, Manifest, Part, Position, Run, Times
+from hubsync.format.manifest import MAX_VERSION, Manifest, Part, Position, Run
 from hubsync.format.table import TensorTable
+from hubsync.format.times import Times
 
 from .epochs import check_fence, next_epoch, open_epoch
 from .head import HeadWriter

@@ -13,7 +13,7 @@ object names from (epoch, version, rank, hash). Unknown *fields* are ignored, so
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -22,6 +22,7 @@ from hubsync.errors import FormatError
 from .documents import FORMAT, Fields, canonical, seal, unseal, versioned
 from .encoding import Encoding
 from .table import TensorTable
+from .times import Times
 
 KINDS = ("delta", "anchor", "merged")
 MAX_VERSION = 10**8 - 1  # object names hold eight digits
@@ -83,43 +84,6 @@ class Part:
     sha256: str
     rank: int = 0
     file: str | None = None
-
-
-@dataclass(frozen=True)
-class Times:
-    """When a version was made: begin and end of each phase, in seconds since 1970, by the publishers' clocks.
-
-    With several ranks, from the first that began to the last that ended. Information only.
-    """
-
-    detect: tuple[float, float]
-    encode: tuple[float, float]
-    upload: tuple[float, float]
-
-    @classmethod
-    def from_json(cls, doc: object) -> Times:
-        """Parse the JSON object; FormatError on anything unexpected."""
-        what = "manifest: times"
-        if not isinstance(doc, dict):
-            raise FormatError(f"{what}: must be an object")
-        phases = {}
-        for phase in (f.name for f in fields(cls)):
-            ends = doc.get(phase)
-            if not isinstance(ends, list) or len(ends) != 2:
-                raise FormatError(f"{what}: {phase} must be two numbers")
-            of = Fields({"begin": ends[0], "end": ends[1]}, f"{what}: {phase}")
-            phases[phase] = of.seconds("begin"), of.seconds("end")
-        return cls(**phases)
-
-    @classmethod
-    def spanning(cls, times: Sequence[Times]) -> Times:
-        """From the first begin to the last end of each phase."""
-        return cls(
-            **{
-                f.name: (min(getattr(one, f.name)[0] for one in times), max(getattr(one, f.name)[1] for one in times))
-                for f in fields(cls)
-            }
-        )
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from hubsync.chain.uploads import upload_parts
 from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import Manifest, Part, Position, Times
+from hubsync.format.manifest import Manifest, Part, Position
 from hubsync.format.parts import Transition, write_delta
 from hubsync.format.patch import Patch, absolute, changed
+from hubsync.format.times import Times
 from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.changes import Detected

@@ -7,7 +7,8 @@ from typing import Any
 
 from hubsync.bucket import Bucket
 from hubsync.chain import ChainWriter
-from hubsync.format.manifest import Manifest, Part, Position, Run, Times
+from hubsync.format.manifest import Manifest, Part, Position, Run
+from hubsync.format.times import Times
 
 from .ranks import Ranks
 

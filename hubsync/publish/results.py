@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubsync.format.encoding import Encoding
-from hubsync.format.manifest import Position, Times
+from hubsync.format.manifest import Position
+from hubsync.format.times import Times
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import ReplicaReport

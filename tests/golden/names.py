@@ -7,10 +7,11 @@ from hubsync.chain.version_info import VersionInfo
 from hubsync.format.digest import digest_view
 from hubsync.format.encoding import Encoding
 from hubsync.format.keys import PublicKey, SigningKey
-from hubsync.format.manifest import Adapter, Base, Head, Manifest, Part, Position, Run, Times
+from hubsync.format.manifest import Adapter, Base, Head, Manifest, Part, Position, Run
 from hubsync.format.parts import Transition, open_anchor, read_delta, write_adapter, write_anchor, write_delta
 from hubsync.format.patch import Patch, TensorDelta, TensorValues, absolute, changed, changes_of, compose, invert
 from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.format.times import Times
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import SIGNED, TORCH_DTYPES, bits_of
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
+from hubsync.format.times import Times
 from hubsync.publish import metrics
 from hubsync.publish.results import Published, RankShare
 from hubsync.replicas.replica import CommitReport
 
 POSITION = Position(3, "0" * 32)
-SHARES = (RankShare(0, 6, 20, 0.1, 0.2, 0.3), RankShare(1, 4, 30, 0.4, 0.1, 0.2))
+SHARES = (
+    RankShare(0, 6, 20, Times((0, 0.125), (1, 1.25), (2, 2.5))),
+    RankShare(1, 4, 30, Times((0, 0.5), (1, 1.125), (2, 2.25))),
+)
 
 
 def published(*ranks: RankShare) -> Published:
@@ -19,7 +23,9 @@ def published(*ranks: RankShare) -> Published:
 def test_every_metric_is_documented_and_has_a_name_of_its_own() -> None:
     table = (*metrics.PUBLISH, *metrics.RANKS, *metrics.COMMITS)
     assert len({metric.name for metric in table}) == len(table)
-    assert all(metric.help and metric.unit in ("s", "bytes", "bits", "fraction", "0 or 1") for metric in table)
+    assert all(
+        metric.help and metric.unit in ("s", "bytes", "bits", "fraction", "tensors", "0 or 1") for metric in table
+    )
 
 
 def test_a_publish_of_one_rank_has_no_metrics_of_ranks() -> None:
@@ -28,6 +34,7 @@ def test_a_publish_of_one_rank_has_no_metrics_of_ranks() -> None:
         "payload_bytes": 50,
         "bits_per_change": 40,
         "compact": 1,
+        "rewritten": 0,
         "detect_s": 0.1,
         "encode_s": 0.2,
         "upload_s": 0.5,
@@ -38,9 +45,9 @@ def test_metrics_of_ranks_are_those_of_the_slowest() -> None:
     found = metrics.of_publish(published(*SHARES))
     assert {name: value for name, value in found.items() if name.startswith("rank_")} == {
         "rank_payload_bytes_max": 30,
-        "rank_detect_s_max": 0.4,
-        "rank_encode_s_max": 0.2,
-        "rank_upload_s_max": 0.3,
+        "rank_detect_s_max": 0.5,
+        "rank_encode_s_max": 0.25,
+        "rank_upload_s_max": 0.5,
     }
 
 

@@ -33,10 +33,10 @@ class LiveView:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16):
         self._model = model
-        self._frozen = FrozenBase(model, dtype) if is_adapted(model) else None
         found = live_tensors(model)
         if not found:
             raise ConfigError(f"{type(model).__name__} has no parameters to publish")
+        self._frozen = FrozenBase(model, dtype) if is_adapted(model) else None
         self._places: Places = {}
         saving = None if is_adapted(model) else _saving_model(model)
         if saving is not None:

@@ -6,9 +6,21 @@ where the libraries are called, so callers need to catch only these.
 
 from __future__ import annotations
 
+import re
+
+_USER_OF_URL = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def without_users(text: str) -> str:
+    """The text with `***` for user and password of every URL in it: `http://***@host`."""
+    return _USER_OF_URL.sub("***@", text)
+
 
 class HubsyncError(Exception):
-    """Base of all errors of hubsync."""
+    """Base of all errors of hubsync. Messages show no user and password of a URL."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(without_users(part) if isinstance(part, str) else part for part in args))
 
 
 class ConfigError(HubsyncError):

@@ -1,4 +1,5 @@
-"""Waits with a deadline: polls at growing intervals, and calls that are repeated while their error is a passing one.
+"""Waits with a deadline: polls at growing intervals, calls that are repeated while their error is a passing one, and
+blocking waits that report.
 
 Every wait of the project on a network or on another process goes through here, so that each one has a deadline, backs
 off exponentially with jitter, and states in the log what it waits for. Imports the standard library only.
@@ -13,11 +14,17 @@ Poll until a condition holds:
 Repeat a call while it raises an error that may pass:
 
     manifest = retry(read_manifest, timeout=30.0, on=BucketUnavailable, waiting_for="the bucket")
+
+Block until another thread is done:
+
+    if not wait_reporting(event.wait, 600.0, waiting_for="the upload"):
+        raise TimeoutError("the upload did not end within 600 s")
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -100,3 +107,20 @@ def retry(
             if failures == 1:
                 logger.warning("waiting for %s, up to %.0f s: %s", waiting_for, left, error)
     raise AssertionError("the last attempt returns or raises")
+
+
+def wait_reporting(wait: Callable[[float], bool], timeout: float | Deadline = math.inf, *, waiting_for: str) -> bool:
+    """Whether `wait` succeeded before the deadline. Every `REPORT_SECONDS` it logs what it waits for.
+
+    Args:
+        wait: blocks for at most the given seconds; returns whether what it waits for has happened.
+        timeout: seconds, or a deadline shared with other waits; default is to wait for as long as it takes.
+        waiting_for: completes "still waiting for ..." in the log.
+    """
+    deadline = timeout if isinstance(timeout, Deadline) else Deadline(timeout)
+    while not wait(min(REPORT_SECONDS, deadline.left)):
+        if deadline.passed:
+            return False
+        left = "" if deadline.left == math.inf else f", {deadline.left:.0f} s left"
+        logger.warning("still waiting for %s%s", waiting_for, left)
+    return True

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         metavar="KEY",
         default=os.environ.get("VLLM_API_KEY"),
-        help="API key of the server (default: VLLM_API_KEY)",
+        help="API key of the server, or token of the proxy in front of it (default: VLLM_API_KEY)",
     )
     options.add_read_access(parser)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from hubsync.replicas.http_client import new_client
+from hubsync.replicas.http_client import access_to, new_client
 
 MAX_TOKENS = 32
 
@@ -27,7 +27,7 @@ class Greedy:
 
 def greedy(url: str, prompts: Sequence[str]) -> list[Greedy]:
     """Greedy continuation of each prompt. Requests are sequential, because batching may change results."""
-    with new_client(url) as client:
+    with new_client(access_to(url)) as client:
         client.headers["Connection"] = "close"  # a starved server may close a kept connection under a request
         model = client.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         return [_greedy(client, url, model, prompt) for prompt in prompts]

@@ -123,7 +123,7 @@ class HubWeightTransfer:
         self._begun = False
         self._deployment: Deployment | None = None
         self.version_map = VersionMap()
-        self._generates_on: str | None = None  # the server to check for stated versions
+        self._generates_on: VLLMServer | None = None  # to check for stated versions
         self._is_adapted = False
         self._rollouts_are_ready = False
 
@@ -152,8 +152,10 @@ class HubWeightTransfer:
             return
         if trainer.weight_transfer is not self:
             raise ConfigError("build the trainer with weight_transfer=transfer before transfer.attach(trainer)")
-        if trl_compat.date_samples(trainer, self._date):
-            self._generates_on = url
+        server = self._server(url)
+        trl_compat.authorize(trainer, server)
+        if trl_compat.date_samples(trainer, server.access, self._date):
+            self._generates_on = server
         elif self.quorum not in (None, len(self.config.servers)):
             raise ConfigError(
                 f"samples of the {type(trainer.rollout_worker).__name__} of this trainer do not say which weights made "
@@ -224,6 +226,7 @@ class HubWeightTransfer:
             self._deployment = Deployment(
                 config.servers,
                 kv_cache=config.kv_cache,
+                api_key=config.api_key,
                 quorum=self.quorum or 0,
                 request_timeout=config.commit_timeout,
             )
@@ -292,28 +295,31 @@ class HubWeightTransfer:
             self._require_stated_versions(self._generates_on, adapter)
         self._rollouts_are_ready = True
 
+    def _server(self, url: str) -> VLLMServer:
+        return VLLMServer(url, self.config.api_key, timeout=self.config.commit_timeout)
+
     def _name_of_adapter(self, report: HotloadReport) -> str:
         """The adapter's name on the servers that serve the first version, which requests pass as their model."""
         names = {}
-        for replica in report.replicas:
+        for url, replica in zip(self.config.servers, report.replicas, strict=True):
             if replica.commit is not None:
-                with closing(VLLMServer(replica.url, timeout=self.config.commit_timeout)) as server:
+                with closing(self._server(url)) as server:
                     names[replica.url] = str(Replica(server).status().adapter)
         if len(set(names.values())) > 1:
             raise ReplicaUnsuitable(f"servers call the adapter differently, {names}: set one HUBSYNC_LORA_NAME for all")
         return next(iter(names.values()))
 
-    def _require_stated_versions(self, url: str, adapter: str | None) -> None:
+    def _require_stated_versions(self, server: VLLMServer, adapter: str | None) -> None:
         """Raise ReplicaUnsuitable unless the generating server states which weights made its tokens."""
         request = {"model": adapter, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
-        with new_client(url) as client:
+        url, unknown = server.url, f"{server.url} reports no weight versions of samples"
+        with new_client(server.access) as client:
             answer = client.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
         if answer.status_code == 404:
-            raise ReplicaUnsuitable(f"{url} reports no weight versions of samples: start it with --enable-scale-out")
+            raise ReplicaUnsuitable(f"{unknown}: start it with --enable-scale-out")
         if answer.is_error or not answer.json()["choices"][0].get("weight_versions"):
-            raise ReplicaUnsuitable(
-                f"{url} reports no weight versions of samples: hubsync needs vLLM >= 0.32 there ({answer.text:.200})"
-            )
+            shown = server.access.hide(answer.text)[:200]
+            raise ReplicaUnsuitable(f"{unknown}: hubsync needs vLLM >= 0.32 there ({shown})")
 
     def _record(self, published: Published, report: HotloadReport) -> None:
         synced = SyncReport(published, report.commits, report.hotload_s, report.replicas)

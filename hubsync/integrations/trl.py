@@ -23,6 +23,7 @@ from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Published, Ticket
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.reports import CommitReport
+from hubsync.replicas.server import plain_url
 from hubsync.replicas.vllm_http import LORA_HINT, VLLMServer
 
 from . import trl_checks, trl_compat
@@ -82,7 +83,8 @@ class HubSyncCallback(TrainerCallback):
         _refuse_unsuitable(trainer)
         url = server_url(trainer.args)
         self.trainer = trainer
-        self.config = replace(config, servers=[url, *(other for other in config.servers if other.rstrip("/") != url)])
+        others = [other for other in config.servers if plain_url(other) != plain_url(url)]
+        self.config = replace(config, servers=[url, *others])
         self.engine: DeltaWeightTransferEngine | None = None
         self.commits = 0
         self.digest_matches = 0
@@ -92,8 +94,9 @@ class HubSyncCallback(TrainerCallback):
         self._published_step: int | None = None
         self._unverified: Position | None = None
         self._failure: Exception | None = None
-        self._replica = Replica(VLLMServer(url, timeout=config.stage_timeout))
-        trl_compat.generate_on_server(trainer, url, self._synchronise)
+        server = VLLMServer(url, config.api_key, timeout=config.stage_timeout)
+        self._replica = Replica(server)
+        trl_compat.generate_on_server(trainer, server, self._synchronise)
         try:
             if self._is_main:
                 self._replica.check()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import trl
@@ -25,7 +26,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
-from hubsync.replicas.http_client import trusts_environment
+from hubsync.replicas.http_client import ServerAccess, trusts_environment
 from hubsync.replicas.vllm_http import VLLMServer
 from hubsync.retry import retry
 
@@ -51,13 +52,14 @@ def server_url(args: Any) -> str:
     return (args.vllm_server_base_url or f"http://{host}:{args.vllm_server_port}").rstrip("/")
 
 
-def generate_on_server(trainer: Any, url: str, synchronise: Callable[[], None]) -> None:
-    """Make a trainer that was built with `use_vllm=False` generate on the server at `url`.
+def generate_on_server(trainer: Any, server: VLLMServer, synchronise: Callable[[], None]) -> None:
+    """Make a trainer that was built with `use_vllm=False` generate on a server.
 
     Args:
+        server: the server, whose client is used for a moment; later requests are TRL's.
         synchronise: called on all ranks before a generation if an optimizer step was made since the previous one.
     """
-    trainer.vllm_generation = _HTTPGeneration(trainer, url, synchronise)
+    trainer.vllm_generation = _HTTPGeneration(trainer, server, synchronise)
     trainer.use_vllm, trainer.vllm_mode = True, "server"
     frequency = getattr(trainer.args, "vllm_sync_frequency", None)
     if frequency is None:
@@ -84,9 +86,9 @@ def request_model(trainer: Any, name: str) -> None:
 class _HTTPGeneration(VLLMGeneration):
     """TRL's generation backend for a server, without NCCL and without the `vllm` package."""
 
-    def __init__(self, trainer: Any, url: str, synchronise: Callable[[], None]):
+    def __init__(self, trainer: Any, server: VLLMServer, synchronise: Callable[[], None]):
         self._synchronise = synchronise
-        self._url = url
+        self._server = server
         args = trainer.args
         super().__init__(
             model=trainer.model,
@@ -94,7 +96,7 @@ class _HTTPGeneration(VLLMGeneration):
             processing_class=trainer.processing_class,
             mode="server",
             structured_outputs_regex=getattr(args, "vllm_structured_outputs_regex", None),
-            server_base_url=url,
+            server_base_url=server.url,
             server_timeout=args.vllm_server_timeout,
             # Logprobs of the sampled tokens, for the importance sampling correction. One objective of IWOPD needs none.
             logprobs=0 if getattr(args, "distillation_objective", "iw_opd") == "iw_opd" else None,
@@ -104,7 +106,7 @@ class _HTTPGeneration(VLLMGeneration):
 
     def _init_vllm(self) -> None:
         if self.accelerator.is_main_process:
-            self.vllm_client = _HTTPClient(self._url, self.server_timeout)
+            self.vllm_client = _HTTPClient(self._server, self.server_timeout)
         self.accelerator.wait_for_everyone()
 
     def sync_weights(self) -> None:
@@ -115,17 +117,30 @@ class _HTTPGeneration(VLLMGeneration):
 class _HTTPClient(VLLMClient):
     """The generating part of TRL's client. It never opens a communicator."""
 
-    def __init__(self, url: str, timeout: float):
-        self.base_url = url
+    def __init__(self, server: VLLMServer, timeout: float):
+        self.base_url = server.url
         self.session = vllm_client.requests.Session()
-        self.session.trust_env = trusts_environment(url)
-        _wait_for(VLLMServer(url), timeout)
-        self.model = self._get(f"{url}/v1/models")["data"][0]["id"]
+        self.session.trust_env = trusts_environment(server.url)
+        if server.access.headers:
+            self.session.auth = _Credentials(server.access)
+        _wait_for(server, timeout)
+        self.model = self._get(f"{server.url}/v1/models")["data"][0]["id"]
 
     def logprobs_mode(self) -> str:
         """The server's `--logprobs-mode`. TRL calls this since 1.16."""
         info = self._get(f"{self.base_url}/server_info?config_format=json")
         return str(info["vllm_config"]["model_config"]["logprobs_mode"])
+
+
+@dataclass(frozen=True)
+class _Credentials:
+    """Authentication of `requests`. As headers of the session, the credentials would give way to those of `.netrc`."""
+
+    access: ServerAccess
+
+    def __call__(self, request: Any) -> Any:
+        request.headers.update(self.access.headers)
+        return request
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:
@@ -199,6 +214,28 @@ def _doing_nothing(owner: Any, *methods: str) -> Iterator[None]:
             delattr(owner, name)
 
 
+def authorize(trainer: Any, server: VLLMServer) -> None:
+    """Have the trainer's own requests to its server carry the server's credentials. Main process only.
+
+    For the requests of TRL's rollout process see `date_samples`.
+    """
+    trainer.vllm_client = _TrainersClient(server, trainer.args.vllm_server_timeout)
+
+
+class _TrainersClient:
+    """What a trainer with a weight transfer still asks of its server by itself. TRL's client sends no credentials."""
+
+    def __init__(self, server: VLLMServer, timeout: float):
+        self._server = server
+        self._timeout = timeout
+
+    def wait_for_server_ready(self) -> None:
+        _wait_for(self._server, self._timeout)
+
+    def get_max_model_len(self) -> int:
+        return self._server.max_model_len()
+
+
 def roll_out_with(trainer: Any, model: str) -> bool:
     """Request samples from this model of the servers. Main process only, before TRL's rollout process starts.
 
@@ -212,12 +249,13 @@ def roll_out_with(trainer: Any, model: str) -> bool:
     return True
 
 
-def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
+def date_samples(trainer: Any, access: ServerAccess, date: Callable[[Any, int], None]) -> bool:
     """Record in every sample the server's versions of its weights, and date it before the trainer checks its age.
 
     Works with TRL's own workers only. Main process only, between construction and training.
 
     Args:
+        access: of the server that generates; requests for samples carry its credentials.
         date: called with every sample and its oldest version (`trl_rollouts.UNKNOWN` for weights of no version of the
             run). The sample's metrics hold the range as `trl_rollouts.OLDEST` and `trl_rollouts.NEWEST`.
 
@@ -233,6 +271,7 @@ def date_samples(trainer: Any, date: Callable[[Any, int], None]) -> bool:
         worker._loop_cls = trl_rollouts.DatedRollouts
     else:
         return False
+    worker._loop_kwargs |= {"vllm_server_url": access.url, trl_rollouts.HEADERS: access.headers}
     trainer.rollout_queue = _DatedQueue(trainer.rollout_queue, trl_rollouts.OLDEST, date)
     return True
 

@@ -19,13 +19,49 @@ GENERATE = "/inference/v1/generate"
 OLDEST, NEWEST = "weight_sync/version_min", "weight_sync/version_max"  # on samples, and among the trainer's metrics
 UNKNOWN = -1  # the server did not state the weights, or they are of no version
 
+HEADERS = "server_headers"  # the server's credentials, among the settings of a loop
+
 _ATTEMPTS = 30  # as TRL's own request
 
 # Versions stated by the current task's requests, in any order.
 _made_by: ContextVar[list[int]] = ContextVar("made_by")
 
 
-class DatedRollouts(grpo._AsyncRolloutLoop):
+class _Authorized:
+    """A loop whose requests to its server carry the server's credentials. Teachers of distillation get none."""
+
+    vllm_server_url: str
+
+    def __init__(self, *, server_headers: dict[str, str], **settings: Any):
+        self._headers = server_headers
+        super().__init__(**settings)
+
+    @property
+    def session(self) -> Any:
+        return self._session
+
+    @session.setter
+    def session(self, session: Any) -> None:  # TRL sets it when its loop starts
+        self._session = session and _ServerSession(session, self.vllm_server_url, self._headers)
+
+
+class _ServerSession:
+    """TRL's session of aiohttp, with headers for requests to one server."""
+
+    def __init__(self, session: Any, url: str, headers: dict[str, str]):
+        self._session = session
+        self._url = url
+        self._headers = headers
+
+    def post(self, url: str, **request: Any) -> Any:
+        headers = self._headers if url.startswith(f"{self._url}/") else None
+        return self._session.post(url, headers=headers, **request)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+class DatedRollouts(_Authorized, grpo._AsyncRolloutLoop):
     """Loop of [`AsyncGRPOTrainer`]. Samples carry the versions of their group, which advantages depend on."""
 
     def __init__(self, **settings: Any):
@@ -53,7 +89,7 @@ class DatedRollouts(grpo._AsyncRolloutLoop):
         return samples
 
 
-class DatedDistillation(distillation._AsyncRolloutLoop):
+class DatedDistillation(_Authorized, distillation._AsyncRolloutLoop):
     """Loop of [`AsyncDistillationTrainer`]. Samples carry the versions of the student that made them."""
 
     async def _generate_and_score_one(self, prompt_id: int, row: dict[str, Any]) -> Any:
@@ -78,7 +114,7 @@ class DatedDistillation(distillation._AsyncRolloutLoop):
 
 def distill(*arguments: Any) -> None:
     """Main function of the generating process of [`AsyncDistillationTrainer`], with the loop above."""
-    distillation._AsyncRolloutLoop = DatedDistillation  # type: ignore[misc]
+    distillation._AsyncRolloutLoop = DatedDistillation  # type: ignore[misc, assignment]
     distillation._child_main(*arguments)
 
 

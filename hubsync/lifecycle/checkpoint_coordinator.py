@@ -14,8 +14,8 @@ rank, the step never becomes visible, and every rank gets the reason.
 
 from __future__ import annotations
 
+import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,6 +24,7 @@ from types import TracebackType
 
 from hubsync.errors import CheckpointFailed, ConfigError, RankError
 from hubsync.publish.ranks import Ranks, SingleRank, join
+from hubsync.retry import Deadline, wait_reporting
 
 
 @dataclass
@@ -84,7 +85,7 @@ class CheckpointCoordinator:
         with self._changed:
             before = self._saves.get(name)
         if before is not None:
-            wait([before])
+            _wait([before], math.inf, f"the previous save of {name!r}")
         with self._changed:
             if name not in self._lanes:
                 self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
@@ -135,14 +136,16 @@ class CheckpointCoordinator:
             TimeoutError: it takes longer than `timeout` seconds. The saves go on.
             CheckpointFailed: a save, another rank or a commit failed, or a step has other saves than were registered.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(math.inf if timeout is None else timeout)
         with self._changed:
             saves = list(self._saves.values())
-        _wait(saves, deadline)
+        if not _wait(saves, deadline, "background saves"):
+            raise TimeoutError("saves are still under way; they go on")
         with self._changed:
             decisions = list(self._decisions)
             self._expect_no_more()
-        _wait(decisions, deadline)
+        if not _wait(decisions, deadline, "saved steps to become visible"):
+            raise TimeoutError("commits are still under way; they go on")
         _raise_if_any(self._take_unraised())
 
     def close(self) -> None:
@@ -193,9 +196,14 @@ class CheckpointCoordinator:
 
     def _decide(self, global_step: int, is_state_dict: bool) -> None:
         """Wait for this rank's part of a step, gather the others' results, and have rank 0 commit it."""
+
+        def is_decided() -> bool:
+            return step.error(is_state_dict) is not None or step.complete(is_state_dict)
+
         with self._changed:
             step = self._step(global_step)
-            self._changed.wait_for(lambda: step.error(is_state_dict) is not None or step.complete(is_state_dict))
+            what = f"the saves of step {global_step}"
+            wait_reporting(lambda s: self._changed.wait_for(is_decided, s), waiting_for=what)
             own = step.error(is_state_dict)
         try:
             error = self._agree(global_step, is_state_dict, own)
@@ -270,7 +278,5 @@ def _raise_if_any(unraised: list[CheckpointFailed]) -> None:
         raise CheckpointFailed("; ".join(map(str, unraised))) from unraised[0].__cause__
 
 
-def _wait(futures: list[Future[None]], deadline: float | None) -> None:
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if wait(futures, left).not_done:
-        raise TimeoutError("saves or commits are still under way; they go on")
+def _wait(futures: list[Future[None]], timeout: float | Deadline, what: str) -> bool:
+    return wait_reporting(lambda seconds: not wait(futures, seconds).not_done, timeout, waiting_for=what)

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from hubsync.errors import CheckpointFailed
 from hubsync.publish.detect.stepping import unwrapped
 from hubsync.publish.ranks import Ranks
+from hubsync.retry import wait_reporting
 
 
 class TrainingStates:
@@ -108,11 +109,15 @@ class StateWriting:
         Raises:
             CheckpointFailed: a rank could not write, or they were not written in `timeout` seconds.
         """
-        self._thread.join(timeout)
+        wait_reporting(self._has_ended, timeout, waiting_for=f"{self._target} to be written")
         if not self.ended:
             raise CheckpointFailed(f"not written in {timeout:g} s")
         if self._error is not None:
             raise CheckpointFailed(_reason(self._error)) from self._error
+
+    def _has_ended(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def show(self) -> None:
         """Give the written directory its name. It replaces an older state of this name. For one rank to call."""

@@ -29,6 +29,7 @@ from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Ticket
 from hubsync.replicas.deployment import Deployment, HotloadReport, ReplicaReport
 from hubsync.replicas.server import checked_seconds
+from hubsync.retry import attempts
 
 from .checkpoint_coordinator import CheckpointCoordinator
 from .training_states import StateWriting, TrainingStates
@@ -273,19 +274,16 @@ class WeightSyncer:
         self._require_open()
         if self.deployment is None:
             return True
-        deadline = time.monotonic() + timeout_s
-        while True:
+        what = "the servers to be ready for a hot-load"
+        for left in attempts(timeout_s, waiting_for=what, first=poll_interval_s, longest=poll_interval_s):
             try:
-                self.deployment.wait_ready(min(poll_interval_s, timeout_s))
+                self.deployment.wait_ready(min(poll_interval_s, left))
                 return True
             except ConfigError:
                 raise
             except HubsyncError as error:  # also errors of workers about the run and the bucket
-                remaining = deadline - time.monotonic()
-                logger.info("not ready, %.0f s left: %s", max(0.0, remaining), error)
-                if remaining <= 0:
-                    return False
-                time.sleep(min(poll_interval_s, remaining))
+                logger.log(logging.WARNING if left == 0.0 else logging.INFO, "not ready, %.0f s left: %s", left, error)
+        return False
 
     def close(self, leave_serving: bool = True) -> None:
         """End the session. Servers go on serving, unless `leave_serving` is False: see `Deployment.close`."""

@@ -12,18 +12,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from hubsync.errors import ConfigError
+from hubsync.errors import ConfigError, without_users
 from hubsync.format.encoding import Encoding
 from hubsync.replicas.engines import schemes
+from hubsync.replicas.server import plain_url, shown
 
 _LONGEST_S = 1e6  # seconds; waiting functions do not take infinity
 
 ViewDtype = Literal["bfloat16", "float16", "float32"]
 DeltaEncoding = Literal["fast", "compact"]
+_SECRETS = ("token", "signing_key", "api_key")
 VIEW_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(ViewDtype)}
 
 
-@dataclass
+@dataclass(repr=False)
 class SyncConfig:
     r"""
     Configuration class for [`DeltaWeightTransferEngine`].
@@ -91,6 +93,10 @@ class SyncConfig:
         servers (`list[str]`, *optional*, defaults to `[]`):
             URLs of the vLLM servers on which `sync` commits each version, for example `http://localhost:8000`. Other
             servers may follow the bucket by themselves.
+        api_key (`str`, *optional*):
+            The servers' `--api-key`, or the token that the proxy in front of them wants (a private Space, a port of HF
+            Jobs, a gateway); it is sent to all of `servers`. Defaults to the environment variable `VLLM_API_KEY`. User
+            and password of a server's URL go first.
         quorum (`int`, *optional*, defaults to `0`):
             Number of `servers` that must be ready for a version before `sync` commits it on them. The others commit
             as soon as they are ready. `0` waits for all.
@@ -106,7 +112,7 @@ class SyncConfig:
 
     bucket: str = ""
     resume: bool = True
-    token: str | None = field(default=None, repr=False)  # a config that is logged does not show it
+    token: str | None = None
     signing_key: str | None = None
     name: str | None = None
 
@@ -123,6 +129,7 @@ class SyncConfig:
     compaction: bool = False
 
     servers: list[str] = field(default_factory=list)
+    api_key: str | None = None
     quorum: int = 0
     kv_cache: Literal["recompute", "keep"] = "recompute"
     stage_timeout: float = 600.0
@@ -156,6 +163,13 @@ class SyncConfig:
         self._require_ranges()
         self._require_servers()
 
+    def __repr__(self) -> str:
+        """All settings. Configs are logged, so secrets that are set, and users of URLs, are shown as `***`."""
+        shown_as = {name: "***" for name in _SECRETS if getattr(self, name) is not None}
+        shown_as["servers"] = repr([shown(url) for url in self.servers])
+        values = (f"{name}={shown_as.get(name) or without_users(repr(value))}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(values)})"
+
     def _require_ranges(self) -> None:
         if self.anchor_every < 0:
             raise ConfigError(f"anchor_every must be 0 (never) or a number of versions, not {self.anchor_every}")
@@ -168,10 +182,10 @@ class SyncConfig:
         for url in self.servers:
             scheme, separator, _ = url.partition("://")
             if not separator:
-                raise ConfigError(f"server {url!r} is not a URL; write it as http://{url}")
+                raise ConfigError(f"server {shown(url)!r} is not a URL; write it as http://{shown(url)}")
             if scheme not in schemes():
-                raise ConfigError(f"server {url!r}: no inference engine for {scheme}:// is installed")
-        if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
+                raise ConfigError(f"server {shown(url)!r}: no inference engine for {scheme}:// is installed")
+        if len({plain_url(url) for url in self.servers}) < len(self.servers):
             raise ConfigError("servers names one server twice")
         if not 0 <= self.quorum <= len(self.servers):
             raise ConfigError(f"quorum must be 0 (all servers) or at most {len(self.servers)}, the number of servers")
@@ -186,15 +200,17 @@ def _require_type(setting: str, value: Any, annotation: Any) -> None:
         return
     if get_origin(annotation) is list:
         if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(url, str) for url in value):
+            given = shown(value) if isinstance(value, str) else value
             raise ConfigError(
-                f"{setting} must be a list of URLs, such as {setting}=['http://localhost:8000'], not {value!r}"
+                f"{setting} must be a list of URLs, such as {setting}=['http://localhost:8000'], not {given!r}"
             )
         return
     kinds = get_args(annotation) or (annotation,)
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise ConfigError(f"{setting} must be {names}, not {value!r}")
+        given = type(value).__name__ if setting in _SECRETS else repr(value)
+        raise ConfigError(f"{setting} must be {names}, not {given}")
 
 
 def _texts_of_parameters(docstring: str) -> dict[str, str]:

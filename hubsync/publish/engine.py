@@ -271,7 +271,11 @@ def _deployment(config: SyncConfig) -> Deployment | None:
     from hubsync.replicas.deployment import Deployment
 
     return Deployment(
-        config.servers, kv_cache=config.kv_cache, quorum=config.quorum, request_timeout=config.commit_timeout
+        config.servers,
+        kv_cache=config.kv_cache,
+        api_key=config.api_key,
+        quorum=config.quorum,
+        request_timeout=config.commit_timeout,
     )
 
 

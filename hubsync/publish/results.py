@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.times import Times
+from hubsync.retry import wait_reporting
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import ReplicaReport
@@ -141,7 +143,11 @@ class Ticket:
             HubsyncError: the publish failed. The next one contains its changes.
         """
         try:
-            return self._future.result(timeout)
+            within = math.inf if timeout is None else timeout
+            what = "the publish under way"
+            if not wait_reporting(lambda s: not wait([self._future], s).not_done, within, waiting_for=what):
+                raise TimeoutError(f"the version is not durable after {within:g} s; its publish goes on")
+            return self._future.result()
         except BaseException as error:  # the error of the job, or an interrupt of this wait
             self.error_was_seen = self._future.done() and error is self._future.exception()
             raise

@@ -18,12 +18,12 @@ from typing import TypeVar
 from hubsync.apply.protocol import KvPolicy, WorkerState
 from hubsync.errors import ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable
 from hubsync.format.manifest import Position
-from hubsync.retry import Deadline, retry
+from hubsync.retry import Deadline, attempts, wait_reporting
 
 from .engines import connect, schemes
 from .replica import Replica
 from .reports import CommitReport, ReplicaStatus
-from .server import checked_seconds, checked_urls
+from .server import checked_seconds, checked_urls, plain_url
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ class Deployment:
     Args:
         servers: base URLs, for example `http://10.0.0.7:8000`.
         kv_cache: see [`Replica`].
-        api_key: the servers' `--api-key`, if they have one.
+        api_key: the servers' `--api-key`, or the token of the proxy in front of them; default is `VLLM_API_KEY` of the
+            environment.
         quorum: number of servers that must have staged a version before it is committed; 0 for all.
         request_timeout: seconds a server may take to answer one request.
     """
@@ -166,13 +167,18 @@ class Deployment:
         self._raise_unless_enough(errors)
         return self.status()
 
-    def warm_up(self, retries: int = 10) -> None:
+    def warm_up(self, retries: int = 10, timeout: float = 600.0) -> None:
         """Have each server generate one token, so that the first request does not pay for first-use initialisation.
+
+        Args:
+            retries: number of repeated attempts of a server.
+            timeout: seconds after which no server makes another attempt.
 
         Raises the first server's error if all its attempts fail and fewer servers than the quorum are warm.
         """
         self._require_open()
-        errors = self._each(lambda member: _error_of(lambda: _retried(member.replica.server.generate_a_token, retries)))
+        deadline = Deadline(checked_seconds("timeout", timeout, zero=True))
+        errors = self._each(lambda member: _error_of(lambda: member.warm_up(retries, deadline)))
         self._raise_unless_enough(errors)
 
     def close(self, leave_serving: bool = True) -> None:
@@ -253,10 +259,12 @@ class _Hotload:
     def conduct(self, needed: int, timeout: float, commit_timeout: float) -> None:
         """Release the servers once `needed` are ready, no other can be, or time is up; then wait for their outcomes."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._ready) >= needed or self._all_have_reported(), timeout)
+            staged = f"{needed} servers to stage {self.position}"
+            self._wait_for(lambda: len(self._ready) >= needed or self._all_have_reported(), timeout, staged)
             self.let_go()
             first = set(self._ready)
-            self._changed.wait_for(lambda: first <= self.outcomes.keys(), commit_timeout)
+            committed = f"{len(first)} servers to commit {self.position}"
+            self._wait_for(lambda: first <= self.outcomes.keys(), commit_timeout, committed)
 
     def let_go(self) -> None:
         """Release all servers that wait in `ready`, now and later."""
@@ -276,6 +284,9 @@ class _Hotload:
             self.outcomes[url] = outcome
             self._changed.notify_all()
 
+    def _wait_for(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        wait_reporting(lambda seconds: self._changed.wait_for(done, seconds), timeout, waiting_for=what)
+
     def _all_have_reported(self) -> bool:
         return len(self._ready | self.outcomes.keys()) == self._members
 
@@ -291,7 +302,7 @@ class _Member:
     """
 
     def __init__(self, url: str, kv_cache: str, api_key: str | None, timeout: float):
-        self.url = url
+        self.url = plain_url(url)
         self.replica = Replica(connect(url, api_key, timeout=timeout), kv_cache)
         self.watcher = Replica(connect(url, api_key, timeout=min(timeout, _STATUS_S)))
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="hubsync-replica")
@@ -351,7 +362,24 @@ class _Member:
             if self.replica.status().position is None:
                 self.replica.attach(deadline.left)
 
-        retry(attach, timeout=deadline, on=ReplicaUnreachable, waiting_for=self.url, longest=_RETRY_S)
+        for left in attempts(deadline, waiting_for=f"{self.url} to be ready", longest=_RETRY_S):
+            try:
+                return attach()
+            except ReplicaUnreachable as error:
+                self.mention(error)
+                if left == 0.0:
+                    raise
+
+    def warm_up(self, retries: int, deadline: Deadline) -> None:
+        """Return once the server has generated a token. Raises the error of the last attempt."""
+        what = f"{self.url} to generate a token"
+        for done, left in enumerate(attempts(deadline, waiting_for=what, first=_RETRY_S, longest=_RETRY_S)):
+            try:
+                return self.replica.server.generate_a_token()
+            except HubsyncError as error:
+                if done >= retries or left == 0.0:
+                    raise
+                logger.debug("trying again: %s", error)
 
     def close(self) -> None:
         """Cancel queued work. Close connections once the thread has finished work in progress, for example a commit."""
@@ -383,13 +411,3 @@ def _error_of(act: Callable[[], None]) -> HubsyncError | None:
     except HubsyncError as error:
         return error
     return None
-
-
-def _retried(act: Callable[[], None], retries: int) -> None:
-    for _ in range(retries):
-        try:
-            return act()
-        except HubsyncError as error:
-            logger.debug("trying again: %s", error)
-            time.sleep(_RETRY_S)
-    act()

@@ -25,7 +25,7 @@ def connect(url: str, api_key: str | None = None, *, timeout: float = 120.0) -> 
     """The client of the server at `url`. Sends nothing.
 
     Args:
-        api_key: the server's API key, if it has one.
+        api_key: the server's API key, if it has one. vLLM's client takes `VLLM_API_KEY` of the environment by default.
         timeout: seconds to wait for any one answer.
 
     Raises:

@@ -1,17 +1,25 @@
-"""Settings of HTTP clients to inference servers: proxies, certificates, connection reuse and logging."""
+"""Settings of HTTP clients to inference servers: credentials, proxies, certificates, connection reuse and logging."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import ipaddress
 import logging
 import os
 import ssl
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 import httpx
+
+from hubsync.errors import ConfigError
+
+from .server import plain_url
+
+API_KEY_VARIABLE = "VLLM_API_KEY"
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -19,20 +27,64 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
 
 
-def new_client(url: str, api_key: str | None = None) -> httpx.Client:
-    """A client for requests to the server at `url`. It follows redirects and retries nothing.
+@dataclass(frozen=True)
+class ServerAccess:
+    """Where a server is, and how requests to it are authorized. Get one from `access_to`.
+
+    Attributes:
+        url: base URL for requests and messages: without user, password and slash at its end.
+        headers: the `Authorization` header, if there are credentials.
+    """
+
+    url: str
+    headers: dict[str, str] = field(repr=False)
+    _secrets: tuple[str, ...] = field(repr=False)
+
+    def hide(self, text: str) -> str:
+        """The text, of a response, without the credentials: some servers repeat what they were sent."""
+        return functools.reduce(lambda shown, secret: shown.replace(secret, "***"), self._secrets, text)
+
+
+def access_to(url: str, api_key: str | None = None) -> ServerAccess:
+    """Access to the server at a URL that `checked_url` accepts.
+
+    Credentials are user and password of the URL, else the API key, else the environment variable `VLLM_API_KEY`.
+
+    Raises:
+        ConfigError: the API key has characters that no HTTP header can carry.
+    """
+    parts = urlsplit(url)
+    plain = plain_url(url)
+    if parts.username is not None or parts.password is not None:
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        encoded = base64.b64encode(f"{user}:{password}".encode()).decode()
+        secrets = tuple(secret for secret in (encoded, password) if secret)
+        return ServerAccess(plain, {"Authorization": f"Basic {encoded}"}, secrets)
+    key = (os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key).strip()
+    if not key:
+        return ServerAccess(plain, {}, ())
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "the API key has characters other than printable ASCII: copy it again (SyncConfig(api_key=...), "
+            f"`hubsync follow --api-key`, or {API_KEY_VARIABLE})"
+        )
+    return ServerAccess(plain, {"Authorization": f"Bearer {key}"}, (key,))
+
+
+def new_client(access: ServerAccess) -> httpx.Client:
+    """A client for requests to a server. It follows redirects and retries nothing.
 
     Proxies come from the environment (`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY`), except to this machine.
     Certificates come from `REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE` or `SSL_CERT_FILE` if set. The log of httpx at level
     INFO leaves these requests out: a status is asked for many times a second.
     """
-    _leave_out_of_log(url)
+    _leave_out_of_log(access.url)
     return httpx.Client(
-        headers=None if api_key is None else {b"Authorization": f"Bearer {api_key}".encode("latin-1")},
+        headers=access.headers,
         limits=LIMITS,
         follow_redirects=True,
-        trust_env=trusts_environment(url),
-        verify=_certificates(url),
+        trust_env=trusts_environment(access.url),
+        verify=_certificates(access.url),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from hubsync.errors import ConfigError
 
@@ -23,7 +23,7 @@ class InferenceServer(Protocol):
     refused. `pause`, `resume`, `load_adapter` and all worker methods are idempotent.
 
     Attributes:
-        url: base URL, without a slash at its end.
+        url: base URL for messages, without a slash at its end, and without user and password.
     """
 
     @property
@@ -75,16 +75,31 @@ def checked_url(url: str, schemes: Sequence[str] = ("http", "https")) -> str:
     except ValueError:  # unbalanced brackets, or a port that is not a number
         valid = False
     if not valid:
-        raise ConfigError(f"{url!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
+        raise ConfigError(f"{shown(url)!r:.80} is not the URL of a server: write it like http://10.0.0.7:8000")
     return url.rstrip("/")
+
+
+def plain_url(url: str) -> str:
+    """A server's base URL without user, password and slash at its end: what tells two servers apart."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+
+
+def shown(url: str) -> str:
+    """What messages show of text that should be a URL: `***` in place of anything that may be a password."""
+    scheme, separator, rest = url.rpartition("://")
+    _, credentials, host = rest.rpartition("@")
+    return f"{scheme}{separator}***@{host}" if credentials else url
 
 
 def checked_urls(urls: Sequence[str], schemes: Sequence[str] = ("http", "https")) -> list[str]:
     """Base URLs of at least one server, each named once. ConfigError otherwise."""
     if isinstance(urls, str) or not urls:
-        raise ConfigError(f"give a list with the URL of at least one server, not {urls!r:.80}")
+        given = repr(shown(urls)) if isinstance(urls, str) else repr(urls)
+        raise ConfigError(f"give a list with the URL of at least one server, not {given:.80}")
     checked = [checked_url(url, schemes) for url in urls]
-    twice = next((url for number, url in enumerate(checked) if url in checked[:number]), None)
+    plain = [plain_url(url) for url in checked]
+    twice = next((url for number, url in enumerate(plain) if url in plain[:number]), None)
     if twice is not None:
         raise ConfigError(f"{twice} is named twice: name each server once")
     return checked

@@ -15,7 +15,7 @@ import httpx
 from hubsync.apply.protocol import WorkerMethod, error_from_json
 from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
-from .http_client import new_client
+from .http_client import API_KEY_VARIABLE, access_to, new_client
 from .server import checked_url
 
 OLDEST = (0, 26)
@@ -42,19 +42,22 @@ class VLLMServer:
     """One vLLM server.
 
     Args:
-        url: base URL, for example `http://10.0.0.7:8000`.
-        api_key: the server's `--api-key`, if it has one.
+        url: base URL, for example `http://10.0.0.7:8000`, or `https://user:password@gateway/rollouts`.
+        api_key: the server's `--api-key`, or the token of the proxy in front of it; default is the environment variable
+            `VLLM_API_KEY`. A user in the URL goes first.
         timeout: seconds to wait for any one answer. A paused or busy server answers between two forward passes, so this
             must be longer than the longest forward pass.
+
+    Attributes:
+        access: its URL and credentials, for other clients of the same server.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 120.0):
-        self.url = checked_url(url)
+        self.access = access_to(checked_url(url), api_key)
+        self.url = self.access.url
         self.timeout = timeout
         self._labels = True
-        wanted = "an API key, and none was given" if api_key is None else "another API key than the one given"
-        self._key_hint = f"{wanted}: use that of its --api-key (`hubsync follow --api-key`, or VLLM_API_KEY)"
-        self._http = new_client(self.url, api_key)
+        self._http = new_client(self.access)
 
     def close(self) -> None:
         """Close all connections. Call it after the last request has returned."""
@@ -103,6 +106,10 @@ class VLLMServer:
     def weight_version(self) -> str:
         return self._read("/weight_info", lambda answer: str(answer["weight_version"]))
 
+    def max_model_len(self) -> int:
+        """Longest sequence of the served model, in tokens."""
+        return self._read("/v1/models", lambda answer: int(answer["data"][0]["max_model_len"]))
+
     def generate_a_token(self) -> None:
         """Have the model run once, on a prompt of one token."""
         model = self._read("/v1/models", lambda answer: answer["data"][0]["id"])
@@ -137,17 +144,22 @@ class VLLMServer:
             self._explain_rpc_failure(method, answer)
         results = self._json(answer, "/collective_rpc").get("results")
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
-            raise ReplicaUnsuitable(f"{self.url}: {method} answered {results!r:.200}; {EXTENSION_HINT}, same version")
+            shown = self.access.hide(repr(results))[:200]
+            raise ReplicaUnsuitable(f"{self.url}: {method} answered {shown}; {EXTENSION_HINT}, same version")
         for rank, result in enumerate(results):
             if method != WorkerMethod.STATUS and result.get("error"):  # a status reports an earlier error
                 raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
 
     def _explain_rpc_failure(self, method: str, answer: httpx.Response) -> NoReturn:
-        text = _message(answer)
+        text = self._message(answer)
         if method in text and ("no attribute" in text or "not implemented" in text):
             raise ReplicaUnsuitable(f"{self.url}: its workers have no {method}; {EXTENSION_HINT}")
         raise ReplicaRefused(f"{self.url}: {method} failed: {text}; see the server's log")
+
+    def _message(self, answer: httpx.Response) -> str:
+        """The readable core of an error response, shortened."""
+        return self.access.hide(_message(answer))[:300]
 
     def _read(self, path: str, read: Callable[[dict[str, Any]], T]) -> T:
         """`read(answer)`; ReplicaUnsuitable if the answer lacks what it reads."""
@@ -155,7 +167,8 @@ class VLLMServer:
         try:
             return read(answer)
         except (LookupError, TypeError, ValueError):
-            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {answer!r:.300}") from None
+            shown = self.access.hide(repr(answer))[:300]
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {shown}") from None
 
     def _get(self, path: str) -> dict[str, Any]:
         return self._json(self._send("GET", path), path)
@@ -174,13 +187,17 @@ class VLLMServer:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
         if answer.status_code in (401, 403):
-            raise ReplicaUnsuitable(f"{self.url} wants {self._key_hint}")
+            wanted = "another API key than the one given" if self.access.headers else "an API key, and none was given"
+            raise ReplicaUnsuitable(
+                f"{self.url} wants {wanted}: use that of its --api-key, or the token of the proxy in front of it "
+                f"(SyncConfig(api_key=...), `hubsync follow --api-key`, or {API_KEY_VARIABLE})"
+            )
         if answer.status_code == 404 and path not in ("/health", "/version"):
             raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
         if answer.status_code in (502, 503, 504):
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")
         if refuse and answer.is_error:
-            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {_message(answer)}")
+            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {self._message(answer)}")
         return answer
 
     def _json(self, answer: httpx.Response, path: str) -> dict[str, Any]:
@@ -189,17 +206,16 @@ class VLLMServer:
         except (ValueError, RecursionError):
             document = None
         if answer.is_error or not isinstance(document, dict):
-            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {_message(answer)}")
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {self._message(answer)}")
         return document
 
 
 def _message(answer: httpx.Response) -> str:
-    """The readable core of an error response, shortened."""
     try:
         document = answer.json()
     except ValueError:
-        return answer.text[:300]
+        return answer.text
     if isinstance(document, dict):
         error = document.get("error", document)
         document = error.get("message", error) if isinstance(error, dict) else error
-    return str(document)[:300]
+    return str(document)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hubsync.errors import ConfigError
+from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.integrations import trl_checks
 from hubsync.integrations.trl import HubWeightTransfer
 from hubsync.integrations.trl_rollouts import DatedRollouts, distill
@@ -20,6 +21,7 @@ from tests.support.adapted import lora
 from tests.support.async_ranks import RandomRollouts
 from tests.support.async_toy import make_distillation_trainer, make_trainer, save_policy, without_gpu
 from tests.support.launched import launch
+from tests.support.proxy import TOKEN, TokenProxy
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 
@@ -125,6 +127,27 @@ def test_a_samples_version_is_its_oldest_weights_and_never_newer_than_trls(
     for trl_version, run_version in [(1, 5), (2, 7)]:
         transfer.version_map.note(trl_version, run_version)
     assert trainer.rollout_queue.get().model_version == dated
+
+
+def test_trls_own_requests_and_its_workers_settings_carry_the_token_of_a_proxy(
+    policy: Path, config: SyncConfig, tmp_path: Path
+) -> None:
+    """tests/servers/test_async_grpo.py trains through such a proxy."""
+    with TokenProxy("http://127.0.0.1:9") as proxy:
+        transfer = HubWeightTransfer(replace(config, api_key=TOKEN))
+        with without_gpu():
+            trainer = make_trainer(policy, tmp_path, f"{proxy.url}/", max_steps=1, weight_transfer=transfer)
+        transfer.attach(trainer)
+        for ask in (trainer.vllm_client.wait_for_server_ready, trainer.vllm_client.get_max_model_len):
+            trainer.vllm_client._timeout = 0.0
+            with pytest.raises(ReplicaUnreachable):  # nothing listens behind the proxy
+                ask()
+        assert (set(proxy.passed), proxy.refused) == ({"/health", "/v1/models"}, 0)
+    settings = trainer.rollout_worker._loop_kwargs
+    assert (settings["vllm_server_url"], settings["server_headers"]) == (
+        proxy.url,
+        {"Authorization": f"Bearer {TOKEN}"},
+    )
 
 
 def test_a_trainer_is_attached_once(build: Callable[..., Any], config: SyncConfig) -> None:

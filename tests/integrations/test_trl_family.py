@@ -25,6 +25,7 @@ from hubsync.integrations.trl import HubSyncCallback
 from hubsync.publish.config import SyncConfig
 from hubsync.replicas.replica import Replica
 from tests.support.async_toy import save_policy
+from tests.support.proxy import TOKEN, TokenProxy
 
 WORDS = 300  # tokens that the stub draws from
 
@@ -195,6 +196,20 @@ def test_every_trainer_of_the_family_attaches_and_generates_on_the_server(
     trainer.train()
     assert synchronised == [0, 1], "before the first generation, and after every step"
     assert stub.generations >= before + 2
+
+
+def test_trls_requests_carry_the_token_of_a_proxy(
+    policy: str, stub: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Replica, "check", lambda self: None)  # the stub cannot change weights
+    with TokenProxy(stub.url) as proxy:
+        trainer = grpo(policy, settings(tmp_path, proxy.url))
+        callback = HubSyncCallback(trainer, SyncConfig(bucket=str(tmp_path / "bucket"), api_key=TOKEN))
+        trainer.remove_callback(callback)
+        trainer.vllm_generation._synchronise = lambda: None
+        trainer.train()
+        assert {"/health", "/v1/models", "/v1/completions"} <= set(proxy.passed)
+        assert proxy.refused == 0
 
 
 def test_every_trainer_class_of_trl_is_covered() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hubsync.errors import ReplicaUnreachable
-from hubsync.replicas.http_client import new_client, trusts_environment
+from hubsync.replicas.http_client import access_to, new_client, trusts_environment
 from hubsync.replicas.vllm_http import VLLMServer
 
 HEALTHY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -160,7 +160,7 @@ def test_requests_to_servers_are_not_in_the_log_of_httpx(serve: Serve, caplog: p
     with caplog.at_level(logging.INFO, "httpx"):
         assert VLLMServer(url).health()
         assert not caplog.messages
-        with new_client(url) as client:
+        with new_client(access_to(url)) as client:
             client.get(other)
         assert len(caplog.messages) == 1
 

@@ -25,6 +25,7 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 from tests.support.async_toy import digest_of, make_distillation_trainer, make_trainer, save_policy, without_gpu
 from tests.support.launched import launch
+from tests.support.proxy import TOKEN, TokenProxy
 
 pytestmark = pytest.mark.server
 
@@ -66,13 +67,17 @@ def policy(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def training(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """A few steps, beside a second server that is dead, and that the quorum does without."""
-    transfer = HubWeightTransfer(SyncConfig(bucket=ADDRESS, servers=[policy.url, NOBODY]), quorum=1, timeout=300)
-    with without_gpu():
+    """A few steps, beside a second server that is dead, and that the quorum does without.
+
+    The trainer and its process of rollouts reach the server through a proxy that demands a token.
+    """
+    with without_gpu(), TokenProxy(policy.url) as proxy:
+        config = SyncConfig(bucket=ADDRESS, servers=[proxy.url, NOBODY], api_key=TOKEN)
+        transfer = HubWeightTransfer(config, quorum=1, timeout=300)
         trainer = make_trainer(
             policy.checkpoint,
             tmp_path_factory.mktemp("trainer"),
-            policy.url,
+            proxy.url,
             max_steps=STEPS,
             max_staleness=1,  # so that the trainer comes to samples of later versions, and drops the ones before
             weight_transfer=transfer,
@@ -96,6 +101,7 @@ def training(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Traini
 
         transfer.send_weights, trainer.rollout_queue.get = watched_send, watched_take
         trainer.train()
+        assert proxy.refused == 0
     print(f"\ntokens generated during each synchronisation: {seen.tokens}; samples (TRL's, oldest, newest version): ")
     print(sorted(set(seen.samples)))
     return seen

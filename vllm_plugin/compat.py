@@ -54,11 +54,28 @@ def vllm_version() -> str:
 
 
 def require_supported_version(version: str) -> None:
-    """ReplicaUnsuitable for a vLLM that is too old. Source builds without tags (0.1.dev...) pass."""
+    """ReplicaUnsuitable for a vLLM that is too old. Warns once of one that is newer than the tested ones.
+
+    Source builds without tags (0.1.dev...) pass.
+    """
     found = re.match(r"(\d+)\.(\d+)", version)
-    if found and "dev" not in version and (int(found[1]), int(found[2])) < OLDEST:
-        oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST, NEWEST_TESTED))
+    if not found or "dev" in version:
+        return
+    released = int(found[1]), int(found[2])
+    oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST, NEWEST_TESTED))
+    if released < OLDEST:
         raise ReplicaUnsuitable(f"this is vLLM {version}; hubsync needs {oldest} or newer (tested up to {newest})")
+    if released > NEWEST_TESTED:
+        _warn_of_untested(version, newest)
+
+
+@functools.cache
+def _warn_of_untested(version: str, newest: str) -> None:
+    logger.warning(
+        "hubsync: vLLM %s is newer than the newest tested one (%s). Check your model with `hubsync doctor MODEL_DIR`",
+        version,
+        newest,
+    )
 
 
 def keep_linears_live() -> None:

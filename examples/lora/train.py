@@ -28,30 +28,42 @@ vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtensi
 
 # Training host
 
-python examples/lora/train.py hf://buckets/<your-name>/rl/lora-1 http://<inference-host>:8000
+python examples/lora/train.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules q_proj k_proj v_proj o_proj \
+    --dataset_name trl-lib/DeepMath-103K \
+    --bucket hf://buckets/<your-name>/rl/lora-1 \
+    --vllm_server_base_url http://<inference-host>:8000 \
+    --output_dir lora-grpo \
+    --learning_rate 1e-5 \
+    --max_steps 200
 """
 
-import argparse
-
 from datasets import load_dataset
-from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from trl.rewards import accuracy_reward
 
 from hubsync import SyncConfig
 from hubsync.integrations.trl import HubSyncCallback
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a LoRA adapter with GRPO. A vLLM server generates.")
-    parser.add_argument("bucket", help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
-    parser.add_argument("server", help="URL of the vLLM server, such as http://10.0.0.7:8000")
-    args = parser.parse_args()
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, SyncConfig))
+    script_args, training_args, model_args, sync_config = parser.parse_args_and_config()
+
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     trainer = GRPOTrainer(
-        model="Qwen/Qwen3-0.6B",
+        model=model_args.model_name_or_path,
         reward_funcs=accuracy_reward,
-        args=GRPOConfig(output_dir="lora-grpo", vllm_server_base_url=args.server, learning_rate=1e-5, max_steps=200),
-        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        peft_config=get_peft_config(model_args),  # None without --use_peft: then the whole model is trained
     )
-    HubSyncCallback(trainer, SyncConfig(bucket=args.bucket))
+    # From here on the trainer generates with the server's adapter, which follows every optimizer step.
+    HubSyncCallback(trainer, sync_config)
     trainer.train()
+    trainer.save_model(training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,14 +26,19 @@ vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtensi
 
 # Training host
 
-python examples/torch_loop/train.py Qwen/Qwen3-0.6B hf://buckets/<your-name>/rl/loop-1 http://<inference-host>:8000 100
+python examples/torch_loop/train.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --bucket hf://buckets/<your-name>/rl/loop-1 \
+    --servers http://<inference-host>:8000 \
+    --steps 100
 """
 
-import argparse
+import os
+from dataclasses import dataclass, field
 
 import httpx
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 
@@ -41,28 +46,36 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 SAMPLING = {"n": 8, "max_tokens": 32, "ignore_eos": True, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
 
 
-def rollouts(server: str, prompt: str) -> tuple[torch.Tensor, int]:
+@dataclass
+class Arguments:
+    """Arguments of this script."""
+
+    model_name_or_path: str = field(metadata={"help": "Model to train; the server serves the same revision of it."})
+    steps: int = field(default=100, metadata={"help": "Number of optimizer steps."})
+
+
+def rollouts(server: httpx.Client, prompt: str) -> tuple[torch.Tensor, int]:
     """Tokens of the prompt and its completions, int64[8, length], and the number of prompt tokens."""
     request = {"prompt": prompt, "return_token_ids": True, **SAMPLING}
-    choices = httpx.post(f"{server}/v1/completions", json=request, timeout=600).json()["choices"]
+    answer = server.post("v1/completions", json=request)
+    answer.raise_for_status()
+    choices = answer.json()["choices"]
     tokens = torch.tensor([choice["prompt_token_ids"] + choice["token_ids"] for choice in choices])
     return tokens, len(choices[0]["prompt_token_ids"])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a model in a plain torch loop. A vLLM server generates.")
-    parser.add_argument("model", help="model to train; the server serves the same revision of it")
-    parser.add_argument("bucket", help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
-    parser.add_argument("server", help="URL of the vLLM server, such as http://10.0.0.7:8000")
-    parser.add_argument("steps", type=int, help="number of optimizer steps")
-    args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)  # published and served in bfloat16
+def main() -> None:
+    args, config = HfArgumentParser((Arguments, SyncConfig)).parse_args_into_dataclasses()
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)  # served in bfloat16
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=args.bucket, servers=[args.server])) as engine:
+    api_key = config.api_key or os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+    server = httpx.Client(base_url=config.servers[0], headers=headers, timeout=600)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
         engine.sync(step=0)  # the server finds its version, or is brought to this one
         for step in range(1, args.steps + 1):
-            tokens, start = rollouts(args.server, "My favourite words are")
+            tokens, start = rollouts(server, "My favourite words are")
             rewards = torch.tensor(
                 [len(row.unique()) / len(row) for row in tokens]
             )  # rewards distinct tokens: put your reward here
@@ -74,3 +87,7 @@ if __name__ == "__main__":
             optimizer.zero_grad()
             done = engine.sync(step).published  # the next completions come from these weights
             print(f"step {step} reward {rewards.mean():.3f} version {done.version} changed {done.changed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

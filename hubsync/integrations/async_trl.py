@@ -134,9 +134,7 @@ class HubWeightTransfer:
             ConfigError: the trainer is not supported; the message says why, and what to change.
         """
         if not trl_compat.takes_weight_transfer(trainer):
-            raise ConfigError(
-                f"{type(trainer).__name__} takes no weight transfer: HubSyncCallback is for {trl_compat.family_names()}"
-            )
+            raise ConfigError(f"{type(trainer).__name__} takes no weight transfer: {trl_compat.what_fits(trainer)}")
         if self._trainer is trainer:
             raise ConfigError(f"this transfer is attached to this {type(trainer).__name__} already: attach it once")
         trl_checks.require_unmoved(type(trainer))

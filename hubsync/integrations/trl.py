@@ -267,7 +267,10 @@ class HubSyncCallback(TrainerCallback):
 def _refuse_unsuitable(trainer: Any) -> None:
     args, name = trainer.args, type(trainer).__name__
     if trl_compat.family_of(trainer) is None:
-        raise ConfigError(f"{name} does not generate through TRL's VLLMGeneration: use {trl_compat.family_names()}")
+        raise ConfigError(
+            f"{name} does not generate through TRL's VLLMGeneration, as HubSyncCallback needs: "
+            f"{trl_compat.what_fits(trainer)}"
+        )
     trl_checks.require_unmoved(type(trainer))
     if trl_compat.generates_on_server(trainer):
         raise ConfigError(f"this {name} has a HubSyncCallback already: attach one only")

@@ -1,12 +1,16 @@
 """Checks of the installed TRL: which of its classes and attributes hubsync relies on, and whether they still exist.
 
-Few of them are stable. `require_unmoved` checks one trainer class before it is used, and `moved` checks everything.
+Few of them are stable. `require_unmoved` checks one trainer class before it is used, and `moved` checks everything. A
+TRL newer than the tested ones is used, with a warning, if it passes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -18,7 +22,9 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from hubsync.errors import ConfigError
 
-SUPPORTED = "TRL >= 1.13, < 1.17"
+OLDEST, NEWEST_TESTED = (1, 13), (1, 16)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,13 +81,40 @@ TRANSFER_METHODS = {"init_weight_transfer": 0, "pause": 0, "send_weights": 1, "r
 
 
 def require_unmoved(kind: type) -> None:
-    """Raise ConfigError if the installed TRL has moved attributes of a trainer class that hubsync uses."""
+    """Raise ConfigError if the installed TRL has moved attributes of a trainer class that hubsync uses.
+
+    Warns once per process if the installed TRL is newer than the tested ones.
+    """
     asynchronous = trainer_class(kind, ASYNC)
     member = asynchronous or trainer_class(kind, FAMILY)
     assert member is not None, kind
     found = [*_unused(member), *(_moved_rollouts() if asynchronous else _moved_generation())]
     if found:
-        raise ConfigError(f"this hubsync supports {SUPPORTED}, not the installed {trl.__version__}: {'; '.join(found)}")
+        raise ConfigError(
+            f"this hubsync works with TRL {tested_range()}, and the installed {trl.__version__} differs: "
+            f"{'; '.join(found)}. Install a TRL of that range"
+        )
+    if _is_untested(trl.__version__):
+        _warn_of_untested(trl.__version__)
+
+
+def tested_range() -> str:
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST_TESTED))
+    return f"{oldest} to {newest}"
+
+
+def _is_untested(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) > NEWEST_TESTED
+
+
+@functools.cache
+def _warn_of_untested(version: str) -> None:
+    logger.warning(
+        "TRL %s is newer than the tested ones (%s). It still has everything that hubsync uses, so it is used",
+        version,
+        tested_range(),
+    )
 
 
 def moved() -> list[str]:

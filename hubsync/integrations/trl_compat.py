@@ -1,6 +1,6 @@
 """TRL internals: everything that hubsync uses and that TRL does not promise to keep.
 
-Written for the releases that `SUPPORTED` names. Two groups of trainers:
+Tested with the releases from `trl_checks.OLDEST` to `NEWEST_TESTED`. Two groups of trainers:
 
 * Trainers of the `VLLMGeneration` family (`FAMILY`) use one object to synchronise and to generate.
   `generate_on_server` replaces it in a built trainer. `HubSyncCallback` drives it.
@@ -42,8 +42,16 @@ def family_of(trainer: Any) -> TrainerClass | None:
     return trainer_class(type(trainer), FAMILY)
 
 
-def family_names() -> str:
-    return ", ".join(member.name for member in FAMILY)
+def what_fits(trainer: Any) -> str:
+    """What publishes the policy of this trainer, for errors of integrations that do not."""
+    if family_of(trainer) is not None:
+        return "use HubSyncCallback(trainer, config)"
+    if takes_weight_transfer(trainer):
+        return "pass it weight_transfer=HubWeightTransfer(config), and call transfer.attach(trainer)"
+    return (
+        "use a DeltaWeightTransferEngine, in a callback that calls its publish or sync after optimizer steps "
+        "(docs/trainers.md, Any other trainer)"
+    )
 
 
 def server_url(args: Any) -> str:

@@ -164,8 +164,8 @@ def test_a_trainer_built_with_another_transfer_is_refused(build: Callable[..., A
         HubWeightTransfer(config).attach(build(weight_transfer=HubWeightTransfer(config)))
 
 
-def test_the_error_for_a_trainer_without_transfers_names_the_callback(config: SyncConfig) -> None:
-    with pytest.raises(ConfigError, match="HubSyncCallback"):
+def test_the_error_for_a_trainer_without_transfers_names_the_engine(config: SyncConfig) -> None:
+    with pytest.raises(ConfigError, match="use a DeltaWeightTransferEngine"):
         HubWeightTransfer(config).attach(object())
 
 

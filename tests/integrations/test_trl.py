@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer, TrlParser
 
+from hubsync.bucket import open_bucket
+from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, ReplicaUnreachable
-from hubsync.integrations.trl import HubSyncCallback, server_url
+from hubsync.integrations.trl import HubSyncCallback, HubWeightTransfer, server_url
 from hubsync.localhub import LocalHub
 from hubsync.publish.config import SyncConfig
+from tests.support.async_toy import digest_of
 from tests.support.models import save_checkpoint, save_tokenizer
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
@@ -76,8 +80,29 @@ def test_a_trainer_that_does_not_generate_is_refused(checkpoint: Path, tmp_path:
         train_dataset=Dataset.from_dict({"text": ["one plus two is three"] * 8}),
         args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
     )
-    with pytest.raises(ConfigError, match="use GRPOTrainer"):
-        HubSyncCallback(trainer, config)
+    for attach in (HubSyncCallback, lambda trainer, config: HubWeightTransfer(config).attach(trainer)):
+        with pytest.raises(ConfigError, match=r"SFTTrainer .*: use a DeltaWeightTransferEngine, .*docs/trainers\.md"):
+            attach(trainer, config)
+
+
+def test_the_callback_of_the_documentation_publishes_every_step_of_any_trainer(
+    checkpoint: Path, tmp_path: Path, config: SyncConfig
+) -> None:
+    """The remedy of the error above, run as docs/trainers.md has it."""
+    text = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text().partition("## Any other trainer")[2]
+    trainer = SFTTrainer(
+        model=str(checkpoint),
+        train_dataset=Dataset.from_dict({"text": ["one plus two is three"] * 8}),
+        args=SFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=3, learning_rate=1e-3
+        ),
+    )
+    exec(text.partition("```python\n")[2].partition("```")[0], {"trainer": trainer, "config": config})
+    trainer.train()
+    with tempfile.TemporaryDirectory() as cache:
+        reader = ChainReader(open_bucket(config.bucket), cache)
+        assert [manifest.step for manifest in reader.manifests() if manifest.kind == "delta"] == [1, 2, 3]
+        assert reader.newest().digest == digest_of(trainer.model)
 
 
 def test_the_error_for_a_trainer_with_vllm_says_to_build_it_without(

@@ -225,11 +225,9 @@ def test_every_trainer_class_of_trl_is_covered() -> None:
     }
 
 
-def test_the_supported_trl_range_includes_the_installed_version() -> None:
+def test_the_tested_range_includes_the_installed_version() -> None:
     """`make test-trl` runs this at the lower end of the range; the pinned environment has the upper end."""
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'"{trl_checks.SUPPORTED.replace("TRL ", "trl").replace(", ", ",").replace(" ", "")}"' in project
-    assert Version("1.13") <= Version(trl.__version__) < Version("1.17")
+    assert trl_checks.OLDEST <= Version(trl.__version__).release[:2] <= trl_checks.NEWEST_TESTED
 
 
 def test_the_installed_trl_has_everything_that_hubsync_uses() -> None:
@@ -265,6 +263,17 @@ def test_attaching_is_refused_when_a_trl_attribute_has_moved(
     trainer = grpo(policy, settings(tmp_path, stub.url))
     monkeypatch.delattr("trl.GRPOTrainer._generate_single_turn")
     with pytest.raises(
-        ConfigError, match=r"supports TRL >= 1\.13, < 1\.17, not the installed .*: GRPOTrainer no longer uses generate"
+        ConfigError, match=r"works with TRL 1\.13 to 1\.16, and the installed .* GRPOTrainer no longer uses generate"
     ):
         HubSyncCallback(trainer, SyncConfig(bucket=str(tmp_path / "bucket")))
+
+
+def test_a_newer_trl_that_has_everything_is_used_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trl_checks._warn_of_untested.cache_clear()
+    monkeypatch.setattr(trl, "__version__", "1.17.2")
+    for kind in (trl.GRPOTrainer, trl.RLOOTrainer):
+        trl_checks.require_unmoved(kind)
+    (warning,) = (text for text in caplog.messages if "newer than the tested" in text)
+    assert warning.startswith("TRL 1.17.2 is newer than the tested ones (1.13 to 1.16)")

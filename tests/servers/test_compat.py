@@ -61,6 +61,17 @@ def test_supported_versions(version: str) -> None:
     compat.require_supported_version(version)
 
 
+def test_a_version_newer_than_the_tested_ones_is_used_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(compat.logger, "warning", lambda text, *values: warnings.append(text % values))
+    compat._warn_of_untested.cache_clear()
+    for version in ("0.32.0", "0.34.1", "0.34.1"):
+        compat.require_supported_version(version)
+    assert [text.partition("). ")[0] for text in warnings] == [
+        "hubsync: vLLM 0.34.1 is newer than the newest tested one (0.32"
+    ]
+
+
 @pytest.mark.parametrize("version", ["0.8.5", "0.25.4", "0.25.0rc1"])
 def test_older_versions_are_refused_with_the_supported_range(version: str) -> None:
     with pytest.raises(ReplicaUnsuitable, match=r"needs 0\.26 or newer"):

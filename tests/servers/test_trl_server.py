@@ -187,8 +187,9 @@ def test_a_plain_torch_loop_follows_the_same_way(policy: Policy, several: Any, t
     """The example, as a user starts it."""
     root, before = Path(__file__).parents[2], policy.generated()
     script = root / "examples/torch_loop/train.py"
+    options = ["--model_name_or_path", str(policy.checkpoint), "--bucket", ADDRESS, "--servers", policy.url]
     done = subprocess.run(
-        [sys.executable, str(script), str(policy.checkpoint), ADDRESS, policy.url, "3"],
+        [sys.executable, str(script), *options, "--steps", "3"],
         env={**os.environ, "PYTHONPATH": str(root)},
         cwd=tmp_path,
         capture_output=True,

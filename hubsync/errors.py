@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-_USER_OF_URL = re.compile(r"(?<=://)[^/?#\s]*@")
+# User and password of a URL. The second form is for passwords with a slash, which should be written as %2F.
+_USER_OF_URL = re.compile(r"""(?<=://)(?:[^/?#\s]*|[^/\s'"]*:(?!\d+/)[^\s'"]*)@""")
 
 
 def without_users(text: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from hubsync import retry as waits
 from hubsync.errors import BucketDenied, BucketUnavailable
-from hubsync.retry import Deadline, attempts, retry
+from hubsync.retry import Deadline, attempts, retry, wait_reporting
 
 
 class Clock:
@@ -108,3 +108,25 @@ def test_the_first_error_is_reported_at_once(clock: Clock, caplog: pytest.LogCap
     outcomes = failing(2, BucketUnavailable("no connection"))
     retry(lambda: act_on(outcomes), timeout=60.0, on=BucketUnavailable, waiting_for="the bucket")
     assert [record.getMessage() for record in caplog.records] == ["waiting for the bucket, up to 60 s: no connection"]
+
+
+def test_a_blocking_wait_reports_and_ends_at_its_deadline(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    def never(seconds: float) -> bool:
+        clock.sleep(seconds)
+        return False
+
+    assert not wait_reporting(never, 75.0, waiting_for="the upload")
+    assert clock.pauses == [30.0, 30.0, 15.0]
+    assert caplog.messages == [
+        "still waiting for the upload, 45 s left",
+        "still waiting for the upload, 15 s left",
+    ]
+
+
+def test_a_blocking_wait_without_a_deadline_reports_too(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    def at_last(seconds: float) -> bool:
+        clock.sleep(seconds)
+        return clock.now >= 160.0
+
+    assert wait_reporting(at_last, waiting_for="the upload")
+    assert caplog.messages == ["still waiting for the upload"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hubsync.errors import ConfigError
 from hubsync.format.keys import PublicKey, SigningKey
 
 from .base import Bucket, Copied, Download, Stat, Upload
@@ -31,10 +32,19 @@ def open_bucket(
         key: reject documents that this key has not signed. A signing key also signs what is written.
 
     Raises:
-        ConfigError: the address is malformed, or no backend is installed for its scheme.
+        ConfigError: the address is malformed, no backend is installed for its scheme, or the token is no text that an
+            HTTP header can carry.
         BucketMissing: the bucket does not exist and `create` is false.
         BucketDenied: the token has no access.
         BucketUnavailable: the storage cannot be reached.
     """
-    bucket = opener_for(address)(address, create=create, token=token, endpoint=endpoint)
+    bucket = opener_for(address)(address, create=create, token=_checked(token), endpoint=endpoint)
     return bucket if key is None else SignedBucket(bucket, key)
+
+
+def _checked(token: str | None) -> str | None:
+    """The token without spaces around it. HTTP libraries show a token in their error if no header can carry it."""
+    token = None if token is None else token.strip()
+    if token and not (token.isascii() and token.isprintable()):
+        raise ConfigError("the Hugging Face token has characters other than printable ASCII: copy it again")
+    return token

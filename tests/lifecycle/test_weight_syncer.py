@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -382,6 +383,27 @@ def test_waiting_for_the_deployment_returns_whether_it_is_ready(syncer: WeightSy
     servers[0].mismatch = "its weights are of no version of this run"
     servers[0].state = "detached"
     assert not syncer.wait_for_hotload_ready(timeout_s=0.1, poll_interval_s=0.05)
+
+
+def test_waits_for_servers_state_what_they_wait_for(
+    syncer: WeightSyncer,
+    servers: list[StandIn],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("hubsync.retry.REPORT_SECONDS", 0.01)
+    servers[0].stop()
+    assert not syncer.wait_for_hotload_ready(timeout_s=0.2, poll_interval_s=0.05)
+    assert f"{servers[0].url} is left behind: cannot connect" in caplog.text
+    assert "still waiting for the servers to be ready for a hot-load, 0 s left" in caplog.text
+    servers[0].start()
+    servers[0].stuck.clear()
+    waiting = threading.Thread(target=syncer.save_and_hotload, args=("a",))
+    waiting.start()
+    while "still waiting for 2 servers to stage" not in caplog.text:
+        time.sleep(0.01)
+    servers[0].stuck.set()
+    waiting.join()
 
 
 def test_a_session_without_a_deployment_saves_for_followers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from hubsync.format.keys import PublicKey, SigningKey
 from hubsync.format.manifest import Manifest
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 def public_key(args: argparse.Namespace) -> PublicKey | None:
@@ -49,7 +49,7 @@ def writing(args: argparse.Namespace) -> Iterator[tuple[Bucket, ChainReader]]:
         yield bucket, reader
 
 
-def base_checkpoint(args: argparse.Namespace, reader: ChainReader) -> Mapping[str, torch.Tensor] | None:
+def base_checkpoint(args: argparse.Namespace, reader: ChainReader) -> Checkpoint | None:
     """Tensors of version 0: from `--base`, else from the run's base model if that is a directory on this machine."""
     model = reader.run().base.model
     directory: Path | None = args.base or (Path(model) if model is not None and Path(model).is_dir() else None)

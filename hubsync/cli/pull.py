@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from hubsync.chain import ChainReader, Plan
     from hubsync.chain.replay import View
+    from hubsync.format.checkpoint import Checkpoint
     from hubsync.format.manifest import Run
+
+_INDEX = "model.safetensors.index.json"
+_MOST_EMBEDDINGS = 4  # tensors with the shape of an embedding; of other shapes, a model has many, and none is tied
 
 HELP = "write a version as a checkpoint that vLLM and transformers load"
 DESCRIPTION = """\
@@ -48,8 +52,11 @@ def run(args: argparse.Namespace) -> int:
     with reading(args, max_head_age=args.max_head_age) as reader:
         base = base_checkpoint(args, reader)
         view = reader.carry_out(lambda: _plan(reader, args.version, base), lambda plan: replay(reader, plan, base))
-        _write_checkpoint(out, view, reader.run(), _side_files(reader, args.base))
+        side_files = _side_files(reader, args.base)
+        left_out = _write_checkpoint(out, view, reader.run(), side_files, base)
     print(f"wrote {view.position} to {args.out}")
+    if left_out:
+        print(f"{left_out} tensors that are not part of the run are those of the base model")
     return 0
 
 
@@ -72,21 +79,27 @@ def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
     else:
         model = base or Path(str(reader.run().base.model))
         paths = sorted(model.iterdir()) if model.is_dir() else []
-    return [path for path in paths if path.name in SIDE_FILES - {"model.safetensors.index.json"}]
+    return [path for path in paths if path.name in SIDE_FILES - {_INDEX}]
 
 
-def _write_checkpoint(out: Path, view: View, run: Run, side_files: list[Path]) -> None:
-    """Write to a temporary directory first, and rename it, so that `out` is complete once it exists."""
+def _write_checkpoint(out: Path, view: View, run: Run, side_files: list[Path], base: Checkpoint | None) -> int:
+    """Write to a temporary directory first, and rename it, so that `out` is complete once it exists.
+
+    Returns:
+        number of tensors that only the base has.
+    """
     from hubsync.format.parts import write_adapter, write_anchor
 
     parent = out.parent
     parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name}-"))
+    left_out = 0
     try:
         for path in side_files:
             shutil.copyfile(path, staging / path.name)
         if run.adapter is None:
             write_anchor(staging, view.table, view.tensors)
+            left_out = _write_left_out(staging, view, base)
         else:
             write_adapter(staging, run, view.tensors)
         staging.chmod(0o755)
@@ -94,3 +107,37 @@ def _write_checkpoint(out: Path, view: View, run: Run, side_files: list[Path]) -
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    return left_out
+
+
+def _write_left_out(directory: Path, view: View, base: Checkpoint | None) -> int:
+    """Add the base's tensors that are not in the run, such as MTP heads: a file for each of its files that has some.
+
+    A tensor that equals one of the run in the base is a copy of it (tied embeddings), and gets its new values.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    files: dict[Path, list[str]] = {}
+    for name, path in ({} if base is None else base.left_out()).items():
+        files.setdefault(path, []).append(name)
+    added: dict[str, str] = {}
+    for number, names in enumerate(files.values(), 1):
+        tensors = {}
+        for name in names:
+            assert base is not None
+            own = base.as_stored(name)
+            of_shape = [spec.name for spec in view.table if spec.shape == tuple(own.shape) and spec.name in base]
+            tied = of_shape if len(of_shape) <= _MOST_EMBEDDINGS else []
+            twin = next((other for other in tied if torch.equal(base.as_stored(other), own)), None)
+            tensors[name] = own if twin is None else view.tensors[twin].clone()
+        save_file(tensors, directory / f"model-base-{number:05d}.safetensors", metadata={"format": "pt"})
+        added |= dict.fromkeys(names, f"model-base-{number:05d}.safetensors")
+    index = directory / _INDEX
+    if added and index.exists():  # without an index vLLM loads all files
+        document = json.loads(index.read_text())
+        document["weight_map"] |= added
+        index.write_text(json.dumps(document, indent=2) + "\n")
+    return len(added)

@@ -55,11 +55,20 @@ class Checkpoint(Mapping[str, torch.Tensor]):
                     "it is not the base checkpoint of this run"
                 )
 
+    def left_out(self) -> dict[str, Path]:
+        """Tensors that the table does not have, and their files: what transformers does not load, such as MTP heads."""
+        return {name: path for name, path in self._files.items() if name not in self._table}
+
+    def as_stored(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint in its own dtype, also one that is not in the table."""
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._table:
             raise KeyError(name)
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        tensor = self.as_stored(name)
         return tensor.to(TORCH_DTYPES[self._table[self._table.index_of(name)].dtype])
 
     def __iter__(self) -> Iterator[str]:

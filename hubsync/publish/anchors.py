@@ -113,7 +113,7 @@ class Anchors:
         try:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as name:
                 directory = Path(name)
-                ranks.first(lambda: self._model.write_side_files(directory))
+                ranks.first(lambda: self._write_side_files(directory))
                 self._write_own_files(directory, ranks)
                 draft = writer.draft_anchor(ranks, at=at, info=info)
                 uploaded = ranks.gather(lambda: upload_parts(writer.bucket, draft, anchor_sources(directory)))
@@ -124,6 +124,10 @@ class Anchors:
                 f"cannot write the whole model ({size:.1f} GB) before its upload: {error}; "
                 "point TMPDIR to a directory with enough space"
             ) from error
+
+    def _write_side_files(self, directory: Path) -> None:
+        self._model.write_side_files(directory)
+        self._model.warn_of_left_out(self._detector.table)
 
     def _is_due(self) -> bool:
         if self._config.anchor_every and self._versions_since >= self._config.anchor_every:

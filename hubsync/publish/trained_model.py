@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from hubsync.errors import ConfigError
 from hubsync.format.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ from .base_copy import local_copy
 from .config import SyncConfig
 
 logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 8
 
 
 class TrainedModel:
@@ -41,6 +44,7 @@ class TrainedModel:
         self._module = module
         self._processing_class = processing_class
         self._view_dtype = config.view_dtype
+        self._has_warned = False
         self._base = _stated_base(module, config)
         self.adapter: Adapter | None = None
         if is_adapted(module):
@@ -68,6 +72,24 @@ class TrainedModel:
         logger.warning("the model does not hold the weights of %s: uploading it whole as version 0", self._base.model)
         return Base()
 
+    def warn_of_left_out(self, table: TensorTable) -> None:
+        """Warn once if the base checkpoint has weights that the model in training, and so an anchor, does not have."""
+        directory = None if self._base.model is None or self.adapter is not None else local_copy(self._base)
+        if directory is None or self._has_warned:
+            return
+        self._has_warned = True
+        known = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}  # also the tied ones
+        names = [name for name in _weights_left_out(directory, table) if name not in known]
+        if names:
+            logger.warning(
+                "the model in training does not have %d tensors of %s (%s), so uploads of the whole model do not "
+                "either: start servers that need them (multi-token prediction) from the base model, or from what "
+                "`hubsync pull --base DIR` writes",
+                len(names),
+                self._base.model,
+                ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else ""),
+            )
+
     def write_side_files(self, directory: Path) -> None:
         """Write the files that an anchor holds with its weights: configs and tokenizer."""
         if self.adapter is not None:
@@ -93,6 +115,21 @@ class TrainedModel:
         config["dtype"] = self._view_dtype
         config["architectures"] = config.get("architectures") or [_class_of(self._module).__name__]
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _weights_left_out(directory: Path, table: TensorTable) -> list[str]:
+    """Weights of a checkpoint that are not in the table. Integers and rotary frequencies are computed by loaders."""
+    try:
+        left_out = Checkpoint(directory, table).left_out()
+    except ConfigError:  # a damaged file, which matters only to who loads it
+        return []
+    names = []
+    for name, path in left_out.items():
+        with safe_open(path, framework="pt") as file:
+            dtype = file.get_slice(name).get_dtype()
+        if dtype.startswith(("F", "BF")) and not name.endswith("inv_freq"):
+            names.append(name)
+    return names
 
 
 def without_wrapper(model: torch.nn.Module) -> torch.nn.Module:

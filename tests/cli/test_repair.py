@@ -76,7 +76,7 @@ def test_a_manifest_of_a_newer_format_is_not_deleted(
     history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Layout.manifest(newest(history, tmp_path))
-    history.bucket.commit(path, b'{"format": "hubsync/2"}')
+    history.bucket.commit(path, b'{"format": "hubsync/99"}')
     assert main(["repair", history.bucket.address, "--delete"]) == 1
     assert "UnknownFormat" in capsys.readouterr().err
     assert path in history.bucket.stat([path])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from hubsync.errors import ConfigError
 
-from .names import SEGMENT
+from .names import ALLOWED, SEGMENT
+from .redaction import redacted
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"hf://buckets/({_PART}/{_PART})/({SEGMENT}(?:/{SEGMENT})*)/?")
@@ -36,7 +37,20 @@ class HubAddress:
 
 def not_an_address(address: str) -> ConfigError:
     """The error for an address that has neither form."""
-    return ConfigError(
-        f"{address!r:.200} is not a bucket address; use hf://buckets/<namespace>/<name>/<run> for a Hugging Face "
-        "bucket, or a directory such as /data/runs/my-run"
+    said = (
+        f"{redacted(address)!r:.200} is not a bucket address; use hf://buckets/<namespace>/<name>/<run> for a Hugging "
+        "Face bucket, or a directory such as /data/runs/my-run"
     )
+    return ConfigError(said + _wrong_segment(address))
+
+
+def _wrong_segment(address: str) -> str:
+    """Which part of an address of the right form has characters that are not allowed; "" if there is none."""
+    if not address.startswith("hf://buckets/"):
+        return ""
+    namespace, name, *run = [*address.removeprefix("hf://buckets/").rstrip("/").split("/"), "", ""][:64]
+    for what, part in (("namespace", namespace), ("bucket name", name)):
+        if part and re.fullmatch(_PART, part) is None:
+            return f". The {what} {redacted(part)!r:.80} must have letters, digits and ._- only, none of ._- first"
+    wrong = next((part for part in run[:-2] if re.fullmatch(SEGMENT, part) is None), None)
+    return "" if wrong is None else f". The part {redacted(wrong)!r:.80} of the run must have {ALLOWED}"

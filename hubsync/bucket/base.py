@@ -12,7 +12,8 @@ Callers rely on these promises of every backend:
 * `fetch` ends with a complete, hash-checked local file under its final name, or with an error and no file.
 * Failures are `hubsync.errors.BucketError`s, never errors of a transport library.
 * Every method may be called from several threads and several processes at once.
-* Every wait has a deadline; after it, `BucketUnavailable` is raised.
+* Every wait has a deadline; after it, `BucketUnavailable` is raised. A transfer may take any time while it moves.
+* What was written may be visible late, by at most `lag`. Writers and readers of a run are patient for that long.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def put(self, uploads: Sequence[Upload]) -> None:
-        """Write immutable objects, then check that each one exists with its size.
+        """Write immutable objects, then check that each one is visible with its content.
 
         Writing an object that already exists with the same size succeeds (a retry). If it exists with another size, a
         directory raises BucketError. The Hub replaces it, because checking first would cost an API call. So names must
@@ -94,8 +95,8 @@ class Bucket(ABC):
     def commit(self, path: str, data: bytes) -> None:
         """Write one small object atomically. The head is replaced.
 
-        If the answer is lost, the object is read back before this raises. After BucketUnavailable the object may or
-        may not exist. After any other error it does not.
+        If the answer is lost, the object is looked up before this raises. After BucketUnavailable the outcome is
+        unknown: the object may exist, or become visible later. After any other error it does not exist.
         """
 
     @abstractmethod
@@ -135,6 +136,14 @@ class Bucket(ABC):
         can be copied this way. The default returns None.
         """
         return None
+
+    @property
+    def lag(self) -> float:
+        """Seconds for which a name that was just written may be invisible to readers, or show what it replaced.
+
+        0, the default, if every reader sees a write as soon as it returns.
+        """
+        return 0.0
 
     def now(self) -> float:
         """Seconds since 1970 by the storage's clock. The default is this machine's clock."""

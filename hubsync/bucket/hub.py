@@ -1,73 +1,61 @@
-"""A Hugging Face bucket, through `huggingface_hub` and hf_xet."""
+"""A Hugging Face bucket: names through the Hub's API, contents through hf_xet."""
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from email.utils import parsedate_to_datetime
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from huggingface_hub import BucketFile, BucketFolder, HfApi, constants
-from huggingface_hub.errors import BucketBatchError, HfHubHTTPError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
-    get_session,
+from hubsync.errors import (
+    BucketDenied,
+    BucketError,
+    BucketMissing,
+    BucketUnavailable,
+    FormatError,
+    ObjectCorrupt,
+    ObjectMissing,
 )
+from hubsync.retry import attempts
 
-from hubsync import __version__
-from hubsync.errors import BucketError, BucketUnavailable, FormatError, ObjectCorrupt, ObjectMissing
-from hubsync.retry import retry
-
+from . import xet
 from .address import HubAddress
 from .base import Bucket, Copied, Download, Stat, Upload
 from .files import holds, temporary
-from .hub_errors import translate, translated
+from .hub_api import Entry, HubApi
+from .hub_errors import Refused, by_transfer
 from .names import checked, checked_directory, is_name
 
-# Defaults for hf_xet, unless the environment sets them. By itself it retries a failing server for almost five minutes
-# per request, too long for a training loop with a next step to publish. With these it gives up after about 20 s. (Waits
-# are random up to powers of the base: with 1 s they would never grow.) Its cache of downloaded chunks is off because it
-# holds unverified bytes: the second try must not read a damaged chunk again.
-_XET_DEFAULTS = {
-    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "4",
-    "HF_XET_CLIENT_RETRY_BASE_DELAY": "2s",
-    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
-    "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",
-}
-_OPEN_SECONDS = 8.0  # deadline of the calls that huggingface_hub does not retry itself
-_WORTH_A_BAR = 64 << 20  # bytes; a smaller transfer ends before its progress bar can be read
+logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+OPEN_SECONDS = 8.0  # a failed request to open a bucket is not repeated later than this
+LAG_SECONDS = 30.0  # how long a name that was just written may be invisible, or show what it replaced
+_RESEND_SECONDS = 10.0  # a name that is invisible for this long is written once more
+_MISSING_SECONDS = 10.0  # how long to wait for an object that a manifest names: its writer has seen it
 
 
 class HubBucket(Bucket):
     """A prefix of a Hugging Face bucket: `hf://buckets/<namespace>/<name>/<run>`. Opening it checks that it exists.
 
     The Hub limits API calls (1000 in 5 minutes on the free plan). `API_CALLS` states the most that each method makes
-    for up to 1000 objects when nothing fails. `read` and `fetch` also make one resolver call, which has its own limit.
-    The Hub writes names last, and they point to immutable content: a reader of one name sees old or new, never a mix.
+    for up to 1000 objects when nothing fails and every name is visible at once. The Hub writes names last, and they
+    point to immutable content: a reader of one name sees old or new, never a mix.
+
+    Names may become visible late. A write that the Hub acknowledged, or whose answer was lost, is looked up for
+    `LAG_SECONDS` before its outcome counts as unknown (BucketUnavailable).
 
     `put` does not notice that it replaces an object by one of another size. Checking first would cost a call, and names
     contain the writer's epoch.
-
-    The first `HubBucket` of a process sets defaults for hf_xet in the environment (retries, chunk cache; see
-    `_XET_DEFAULTS`). Variables that are already set stay. hf_xet reads them at its first transfer: if another library
-    has used it before in this process, they have no effect.
 
     Raises:
         ConfigError: the address has another form.
         BucketMissing: the bucket does not exist, or the token cannot see it.
         BucketDenied: the token has no access.
-        BucketUnavailable: the Hub cannot be reached.
+        BucketUnavailable: the Hub cannot be reached, or does not answer.
     """
 
     API_CALLS: ClassVar[dict[str, int]] = {
@@ -87,39 +75,30 @@ class HubBucket(Bucket):
     ) -> None:
         self.address = address
         self._at = HubAddress.parse(address)
-        for name, value in _XET_DEFAULTS.items():
-            os.environ.setdefault(name, value)
         # HF_ENDPOINT is read here: huggingface_hub reads it only when it is imported.
-        endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
-        self._api = HfApi(endpoint=endpoint, token=token, library_name="hubsync", library_version=__version__)
+        self._api = HubApi(self._at.bucket, endpoint or os.environ.get("HF_ENDPOINT") or None, token)
+        self._place = self._api.place
         if create:
-            self._patiently(
-                "create the run", lambda: self._api.create_bucket(self._at.bucket, private=True, exist_ok=True)
-            )
+            self._create()
         else:
-            self._patiently("open the run", lambda: self._api.bucket_info(self._at.bucket))
+            self._api.is_private(patience=OPEN_SECONDS)
+
+    @property
+    def lag(self) -> float:
+        return LAG_SECONDS
 
     def put(self, uploads: Sequence[Upload]) -> None:
         if not uploads:
             return
         names = [self._full(upload.path) for upload in uploads]
-        with self._translated("read the files to upload"):
-            sizes = {upload.path: upload.size for upload in uploads}
-        with self._translated(f"write {_some(sizes)}"), _bars(sum(sizes.values())):
-            add: list[tuple[str | Path | bytes, str]] = [
-                (u.source, name) for u, name in zip(uploads, names, strict=True)
-            ]
-            self._api.batch_bucket_files(self._at.bucket, add=add)
-        self._check_written(sizes)
+        action = f"write {_some(upload.path for upload in uploads)}"
+        contents = self._upload([upload.source for upload in uploads], action)
+        self._name(dict(zip(names, contents, strict=True)), action, verify=True)
 
     def commit(self, path: str, data: bytes) -> None:
-        name = self._full(path)
-        try:
-            with self._translated(f"write {path}"), _bars(len(data)):
-                self._api.batch_bucket_files(self._at.bucket, add=[(data, name)])
-        except BucketUnavailable:
-            if not self._was_written(path, data):
-                raise
+        name, action = self._full(path), f"write {path}"
+        (content,) = self._upload([data], action)
+        self._name({name: content}, action)
 
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         try:
@@ -132,18 +111,19 @@ class HubBucket(Bucket):
 
     def list(self, prefix: str = "", *, recursive: bool = True) -> list[Stat]:
         directory = self._full(checked_directory(prefix)) if prefix else self._at.prefix
-        with self._translated(f"list {prefix or self._at.prefix}"):
-            # The Hub matches prefixes of names, so siblings such as "run-2" of "run" are listed too.
-            entries = list(self._api.list_bucket_tree(self._at.bucket, prefix=directory, recursive=recursive))
-        below = (entry for entry in entries if entry.path.startswith(directory + "/"))
-        return sorted(_stats(below, len(self._at.prefix) + 1), key=lambda entry: entry.path)
+        # The Hub matches prefixes of names, so siblings such as "run-2" of "run" are listed too.
+        entries = self._api.tree(directory, recursive=recursive, action=f"list {prefix or self._at.prefix}")
+        found = _stats(entries, directory + "/", len(self._at.prefix) + 1)
+        return sorted(found, key=lambda entry: entry.path)
 
     def fetch(self, downloads: Sequence[Download]) -> None:
         if not downloads:
             return
-        with self._translated(f"fetch {_some(d.path for d in downloads)}"):
+        try:
             wanted = [d for d in downloads if not holds(d.destination, d.size, d.sha256)]
             wrong = self._fetch_all(self._fetch_all(wanted))
+        except OSError as error:
+            raise by_transfer(error, f"fetch {_some(d.path for d in downloads)}", self._place) from error
         if wrong:
             raise ObjectCorrupt(
                 f"{_some(d.path for d in wrong)} in {self.address} does not have the size and SHA-256 that its "
@@ -153,74 +133,131 @@ class HubBucket(Bucket):
 
     def copy_in(self, repo: str, revision: str, paths: Mapping[str, str]) -> dict[str, Copied] | None:
         try:
-            found = self._api.get_paths_info(repo, list(paths), revision=revision, repo_type="model")
-        except (HfHubHTTPError, ValueError):  # not a repository name, or not found with this token
+            found = self._api.model_files(repo, revision, list(paths))
+        except BucketError:  # not a repository name, or not found with this token
             return None
-        files = {file.path: file for file in found if isinstance(file, RepoFile)}
-        copies, copied = [], {}
+        files = {file.get("path"): file for file in found}
+        copies, copied = {}, {}
         for name, path in paths.items():
-            file = files.get(name)
-            if file is None or file.xet_hash is None or file.lfs is None:  # only files in Xet storage can be copied
+            file = files.get(name, {})
+            content, lfs = file.get("xetHash"), file.get("lfs")
+            if not isinstance(content, str) or not isinstance(lfs, dict):  # only files in Xet storage can be copied
                 return None
-            copies.append(("model", repo, file.xet_hash, self._full(path)))
-            copied[path] = Copied(file.size, file.lfs.sha256)
-        with self._translated(f"copy {repo}"):
-            self._api.batch_bucket_files(self._at.bucket, copy=copies)
-        self._check_written({path: file.size for path, file in copied.items()})
+            copies[self._full(path)] = content
+            copied[path] = Copied(int(file["size"]), str(lfs["oid"]))
+        self._name(copies, f"copy {repo}", source=repo, verify=True)
         return copied
 
     def now(self) -> float:
-        url = f"{self._api.endpoint}/api/buckets/{self._at.bucket}"
-        with self._translated("read the clock"):
-            date = get_session().get(url, headers=build_hf_headers(token=self._api.token)).headers.get("Date", "")
-        try:
-            return parsedate_to_datetime(date).timestamp()
-        except ValueError:
-            raise BucketError(
-                f"cannot read the clock of {self._api.endpoint}: its answer has the Date {date!r}"
-            ) from None
+        return self._api.clock()
 
     def delete(self, paths: Sequence[str]) -> None:
         names = [self._full(path) for path in paths]
         if not names:
             return
-        with self._translated(f"delete {_some(paths)}"):
-            try:
-                self._api.batch_bucket_files(self._at.bucket, delete=names)
-            except BucketBatchError as error:
-                # The Hub also answers this to a repeated request whose first answer was lost, and for unknown paths.
-                if self.stat(paths):
-                    raise translate(error, f"delete {_some(paths)}", self._at) from error
+        action = f"delete {_some(paths)}"
+        try:
+            self._api.batch([{"type": "deleteFile", "path": name} for name in names], action)
+        except Refused:
+            # The Hub also answers this to a repeated request whose first answer was lost, and for unknown paths.
+            for _ in attempts(LAG_SECONDS, waiting_for=f"names to disappear from {self.address}"):
+                if not self.stat(paths):
+                    return
+            raise
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def _check_written(self, sizes: dict[str, int]) -> None:
-        """Check a batch afterwards: it is not a transaction, and large ones have lost files while reporting success."""
-        found = self.stat(list(sizes))
-        wrong = [path for path, size in sizes.items() if path not in found or found[path].size != size]
-        if wrong:
-            raise BucketError(
-                f"the Hub reported success, but {_some(wrong)} is missing or incomplete in {self.address}; try again"
+    def _create(self) -> None:
+        try:
+            private = self._api.is_private(patience=OPEN_SECONDS)
+        except (BucketMissing, BucketDenied):  # denied: the Hub's answer for a missing one if nobody is logged in
+            self._api.create(patience=OPEN_SECONDS)
+            return
+        if not private:
+            logger.warning(
+                "the bucket %s exists and is public: everybody can read %s. If they must not, run `hf buckets settings "
+                "%s --private`",
+                self._at.bucket,
+                self.address,
+                self._at.bucket,
             )
 
-    def _was_written(self, path: str, data: bytes) -> bool:
-        """Whether an object exists whose answer was lost. False when in doubt."""
+    def _upload(self, sources: Sequence[Path | bytes], action: str) -> list[str]:
+        """Hashes of contents that are stored. No name points to them yet, so a failure here changes nothing."""
         try:
-            return self.read([path], max_bytes=len(data)).get(path) == data
-        except (BucketError, FormatError):
-            return False
+            return xet.upload(sources, self._api.token("write", action), action, self._place)
+        except OSError as error:
+            raise by_transfer(error, action, self._place) from error
+
+    def _name(
+        self, contents: Mapping[str, str], action: str, *, source: str | None = None, verify: bool = False
+    ) -> None:
+        """Point full names to contents: uploaded ones, or those of a model repository `source`.
+
+        BucketUnavailable if the outcome is unknown. `verify`: look even if the Hub reports success, since large batches
+        have lost files that way.
+        """
+        operations = [_operation(name, content, source) for name, content in contents.items()]
+        unknown = self._batch(operations, action, None)
+        if unknown is None and not verify:
+            return
+        invisible = self._await(contents, _RESEND_SECONDS, action, unknown)
+        if invisible:
+            again = [operation for operation in operations if operation["path"] in invisible]
+            unknown = self._batch(again, action, 0.0)
+            if unknown is None and not verify:
+                return
+            invisible = self._await(contents, LAG_SECONDS - _RESEND_SECONDS, action, unknown)
+        if not invisible:
+            return
+        if unknown is not None:
+            raise _unknown(unknown) from unknown
+        some = _some(name[len(self._at.prefix) + 1 :] for name in sorted(invisible))
+        raise BucketUnavailable(
+            f"the Hub reported success twice, but {some} is not visible in {self.address} after {LAG_SECONDS:.0f} s. "
+            "The outcome is unknown: it may still become visible. Try again later"
+        )
+
+    def _batch(
+        self, operations: Sequence[dict[str, Any]], action: str, patience: float | None
+    ) -> BucketUnavailable | None:
+        """Run a batch. Returns the error if its outcome is unknown."""
+        try:
+            self._api.batch(operations, action, patience=patience)
+        except BucketUnavailable as error:
+            return error
+        return None
+
+    def _await(
+        self, contents: Mapping[str, str], seconds: float, action: str, unknown: BucketUnavailable | None
+    ) -> set[str]:
+        """Wait until names point to contents. Returns those that do not.
+
+        BucketUnavailable if the Hub does not answer; `unknown` is why the outcome is in doubt already.
+        """
+        missing = set(contents)
+        for left in attempts(seconds, waiting_for=f"the Hub to show what was written ({action})", first=0.25):
+            try:
+                found = self._api.look_up(list(contents), f"{action}: look whether it was written", patience=0.0)
+            except BucketUnavailable as error:
+                if unknown is None and left > 0:
+                    continue
+                raise _unknown(unknown or error) from error
+            missing = {name for name, content in contents.items() if name not in found or found[name].hash != content}
+            if not missing:
+                break
+        return missing
 
     # --- reading ------------------------------------------------------------------------------------
 
-    def _look_up(self, paths: Sequence[str]) -> dict[str, BucketFile]:
+    def _look_up(self, paths: Sequence[str]) -> dict[str, Entry]:
         names = {self._full(path): path for path in paths}
         if not names:
             return {}
-        with self._translated(f"look up {_some(paths)}"):
-            found = list(self._api.get_bucket_paths_info(self._at.bucket, list(names)))
-        return {names[file.path]: file for file in found if file.path in names}
+        found = self._api.look_up(list(names), f"look up {_some(paths)}")
+        return {names[name]: entry for name, entry in found.items()}
 
-    def _contents(self, files: dict[str, BucketFile], max_bytes: int) -> dict[str, bytes]:
+    def _contents(self, files: dict[str, Entry], max_bytes: int) -> dict[str, bytes]:
         for path, file in files.items():
             if file.size > max_bytes:
                 raise FormatError(
@@ -236,9 +273,7 @@ class HubBucket(Bucket):
         """Fetch objects in one call. Returns those whose bytes are wrong."""
         if not downloads:
             return []
-        files = self._look_up([d.path for d in downloads])
-        if missing := [d.path for d in downloads if d.path not in files]:
-            raise ObjectMissing(f"{_some(missing)} is not in {self.address}")
+        files = self._existing([d.path for d in downloads])
         with ExitStack() as stack:
             staged = [(d, stack.enter_context(temporary(d.destination.parent))) for d in downloads]
             try:
@@ -253,50 +288,54 @@ class HubBucket(Bucket):
                     wrong.append(download)
             return wrong
 
-    def _download(self, files: Sequence[tuple[BucketFile, Path]]) -> None:
-        """Download to temporary names. hf_xet checks no content and writes in place, so callers check the bytes."""
-        if not files:
-            return
-        with self._translated(f"read {_some(file.path for file, _ in files)}"), _bars(sum(f.size for f, _ in files)):
-            self._api.download_bucket_files(self._at.bucket, list(files))
+    def _existing(self, paths: Sequence[str]) -> dict[str, Entry]:
+        """Entries of objects that must exist. ObjectMissing if one stays invisible: it was deleted."""
+        for _ in attempts(_MISSING_SECONDS, waiting_for=f"objects to become visible in {self.address}"):
+            files = self._look_up(paths)
+            missing = [path for path in paths if path not in files]
+            if not missing:
+                return files
+        raise ObjectMissing(f"{_some(missing)} is not in {self.address}")
 
-    # --- names and errors ---------------------------------------------------------------------------
+    def _download(self, files: Sequence[tuple[Entry, Path]]) -> None:
+        """Download to temporary names; callers check the bytes."""
+        for _, path in files:
+            path.touch()  # hf_xet makes no file for an empty content
+        moving = [(file.hash, file.size, path) for file, path in files if file.size > 0]
+        if moving:
+            action = f"read {_some(file.path for file, _ in files)}"
+            xet.download(moving, self._api.token("read", action), action, self._place)
 
     def _full(self, path: str) -> str:
         return f"{self._at.prefix}/{checked(path)}"
 
-    def _translated(self, action: str) -> AbstractContextManager[None]:
-        return translated(action, self._at)
 
-    def _patiently(self, action: str, call: Callable[[], T]) -> T:
-        def attempt() -> T:
-            with self._translated(action):
-                return call()
-
-        return retry(
-            attempt, timeout=_OPEN_SECONDS, on=BucketUnavailable, waiting_for=self.address, first=1.0, longest=4.0
-        )
+def _unknown(error: BucketUnavailable) -> BucketUnavailable:
+    return BucketUnavailable(f"{error}. The outcome is unknown: what was written may still become visible")
 
 
-def _stats(entries: Iterable[BucketFile | BucketFolder], skip: int) -> Iterator[Stat]:
-    """Entries with an object name, relative to the run's prefix of `skip` characters (slash included)."""
+def _operation(name: str, content: str, source: str | None) -> dict[str, Any]:
+    """One line of a batch: point a name to an uploaded content, or to one that a model repository has."""
+    added = {"path": name, "xetHash": content, "mtime": int(time.time() * 1000)}
+    if source is None:
+        return {"type": "addFile", **added}
+    return {"type": "copyFile", **added, "sourceRepoType": "model", "sourceRepoId": source}
+
+
+def _stats(entries: Iterable[Entry | str], directory: str, skip: int) -> Iterator[Stat]:
+    """Entries in `directory` with an object name, relative to the run's prefix of `skip` characters."""
     for entry in entries:
-        path = entry.path[skip:]
-        if not is_name(path):
+        path = entry if isinstance(entry, str) else entry.path
+        if not path.startswith(directory) or not is_name(path[skip:]):
             continue
-        if isinstance(entry, BucketFile):
-            yield _stat(path, entry)
-        else:
-            yield Stat(path + "/", 0, "")
+        yield Stat(path[skip:] + "/", 0, "") if isinstance(entry, str) else _stat(path[skip:], entry)
 
 
-def _stat(path: str, file: BucketFile) -> Stat:
-    # `mtime` would be the uploader's clock.
-    modified = None if file.uploaded_at is None else file.uploaded_at.timestamp()
-    return Stat(path, file.size, file.xet_hash, modified)
+def _stat(path: str, file: Entry) -> Stat:
+    return Stat(path, file.size, file.hash, file.modified)
 
 
-def _read_whole(local: Path, file: BucketFile) -> bytes:
+def _read_whole(local: Path, file: Entry) -> bytes:
     data = local.read_bytes()
     if len(data) != file.size:
         raise ObjectCorrupt(f"{file.path} arrived with {len(data)} bytes, the Hub lists {file.size}")
@@ -307,34 +346,3 @@ def _some(paths: Iterable[str]) -> str:
     """Paths as a message names them: the first, and the number of others."""
     first, *rest = paths
     return first if not rest else f"{first} and {len(rest)} more"
-
-
-class _Bars:
-    """Progress bars of huggingface_hub, which are a setting of the process: counts the transfers that need them off."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._quiet = 0
-        self._restore = False
-
-    @contextmanager
-    def for_transfer(self, nbytes: int) -> Iterator[None]:
-        """Draw bars only for large transfers on a terminal. HF_HUB_DISABLE_PROGRESS_BARS takes precedence."""
-        if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or (nbytes >= _WORTH_A_BAR and sys.stderr.isatty()):
-            yield
-            return
-        with self._lock:
-            if self._quiet == 0:
-                self._restore = not are_progress_bars_disabled()
-                disable_progress_bars()
-            self._quiet += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._quiet -= 1
-                if self._quiet == 0 and self._restore:
-                    enable_progress_bars()
-
-
-_bars = _Bars().for_transfer

@@ -1,121 +1,168 @@
-"""Translates errors of huggingface_hub and hf_xet into those of `hubsync.errors`.
+"""Translates failures of the Hub into the errors of `hubsync.errors`.
 
-There are four families:
+There are three families:
 
-* `HfHubHTTPError`, with a response;
-* errors of the HTTP library beneath (httpx or httpx2, depending on the version of huggingface_hub);
-* builtin ConnectionError from hf_xet's uploads and tokens, with the HTTP status only in its text;
-* RuntimeError from hf_xet's downloads, likewise.
+* answers with a status that reports an error;
+* errors of the HTTP library beneath huggingface_hub (httpx or httpx2, depending on its version);
+* ConnectionError and RuntimeError from hf_xet's transfers, with the HTTP status only in their text.
+
+No text contains a token, or the password of a URL.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub.errors import (
-    BucketBatchError,
-    BucketNotFoundError,
-    EntryNotFoundError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hubsync.errors import BucketDenied, BucketError, BucketMissing, BucketUnavailable, ObjectCorrupt, ObjectMissing
 
-from .address import HubAddress
+from .redaction import redacted
 
-# The base of HfHubHTTPError is the base error of its HTTP library. ValueError: the answer does not come from a Hub, but
-# for example from a proxy. KeyboardInterrupt and hubsync's own errors pass.
+# The base of HfHubHTTPError is the base error of its HTTP library. ValueError: the answer is not what the library
+# expects. KeyboardInterrupt and hubsync's own errors pass.
 _HTTP_LIBRARY: type[Exception] = HfHubHTTPError.__bases__[0]
-_FOREIGN = (_HTTP_LIBRARY, EntryNotFoundError, OSError, RuntimeError, ValueError)
+FOREIGN = (_HTTP_LIBRARY, OSError, RuntimeError, ValueError)
 
+_USELESS_AGAIN = frozenset({"UnsupportedProtocol", "LocalProtocolError", "TooManyRedirects"})
 _STATUS_IN_TEXT = re.compile(r"\((\d{3}) [A-Z]")
+_LOOPBACK = re.compile(r"localhost|127\.[\d.]+|::1")
 _LISTED = 10  # paths in a message
 
 
-@contextmanager
-def translated(action: str, address: HubAddress) -> Iterator[None]:
-    """Raise every foreign error inside as a BucketError with a remedy."""
-    try:
-        yield
-    except _FOREIGN as error:
-        raise translate(error, action, address) from error
+@dataclass(frozen=True)
+class Place:
+    """A bucket on a Hub, for messages."""
 
+    bucket: str
+    endpoint: str
 
-def translate(error: Exception, action: str, address: HubAddress) -> BucketError:
-    """The BucketError for a foreign `error` that was raised while trying to `action`."""
-    failed = f"cannot {action} in bucket {address.bucket}"
-    if isinstance(error, BucketBatchError):
-        return BucketError(f"{failed}: the Hub refused {_paths(error.failures)}. The other objects were written")
-    if isinstance(error, EntryNotFoundError):
-        return ObjectMissing(f"{failed}: {_first_line(error)}")
-    if isinstance(error, (BucketNotFoundError, RepositoryNotFoundError)):
-        return _missing(failed, address)
-    if isinstance(error, HfHubHTTPError):
-        return _by_status(error.response.status_code, error, failed, address)
-    if match := _STATUS_IN_TEXT.search(str(error)):
-        return _by_status(int(match[1]), error, failed, address)
-    if isinstance(error, RuntimeError):
-        return _by_text(error, failed)
-    network = isinstance(error, (ConnectionError, TimeoutError))
-    if not network and isinstance(error, (OSError, ValueError)):
-        return BucketError(f"{failed}: {_first_line(error)}")  # a local file, or not a Hub's answer
-    return BucketUnavailable(f"{failed}: no connection to {_hub(error)} ({_first_line(error)}). Try again later")
+    @property
+    def hub(self) -> str:
+        """The Hub's URL without user and password: HF_ENDPOINT may name a Hub that is down."""
+        return redacted(self.endpoint)
 
+    @property
+    def proxy(self) -> str:
+        """How to avoid a proxy that requests pass through; "" if there is none."""
+        url = urlsplit(self.endpoint)
+        host = url.hostname or ""
+        proxies = getproxies()
+        proxy = proxies.get(url.scheme) or proxies.get("all")
+        if not proxy or proxy_bypass(host):
+            return ""
+        through = f". The proxy settings of the environment apply: requests go through {redacted(proxy)}"
+        if _LOOPBACK.fullmatch(host):
+            return f"{through}, which cannot reach this machine's {host}. Set NO_PROXY=localhost,127.0.0.1,::1"
+        return f"{through}. If it must not be used for this Hub, add {host} to NO_PROXY"
 
-def _hub(error: Exception) -> str:
-    """The Hub's URL if the HTTP library knows it: HF_ENDPOINT may name a Hub that is down."""
-    try:
-        url = error.request.url  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        return "the Hub"
-    return f"the Hub at {url.scheme}://{url.netloc.decode()}"
+    def failed(self, action: str) -> str:
+        return f"cannot {action} in bucket {self.bucket}"
 
-
-def _by_status(status: int, error: Exception, failed: str, address: HubAddress) -> BucketError:
-    namespace = address.bucket.partition("/")[0]
-    if status == 401:
-        return BucketDenied(
-            f"{failed}: the Hub rejected the token, or none is set. Run `hf auth login`, or set HF_TOKEN"
+    def not_a_hub(self, action: str) -> BucketError:
+        """The error for an answer that no Hub gives."""
+        return BucketError(
+            f"{self.failed(action)}: {self.hub} does not answer as a Hub does. Check HF_ENDPOINT{self.proxy}"
         )
-    if status == 403:
-        return BucketDenied(
-            f"{failed}: the token has no permission. Set one with write access to {namespace} "
-            "(https://huggingface.co/settings/tokens) with `hf auth login` or HF_TOKEN"
-        )
-    if status in (408, 429) or status >= 500:
-        return BucketUnavailable(f"{failed}: {_first_line(error)}. Several tries failed; try again later")
-    if status != 404:
-        return BucketError(f"{failed}: {_first_line(error)}")
-    if isinstance(error, HfHubHTTPError) or "/api/buckets/" in str(error):
-        return _missing(failed, address)
-    return ObjectMissing(f"{failed}: the Hub lists the object but has lost the content ({_first_line(error)})")
 
 
-def _by_text(error: RuntimeError, failed: str) -> BucketError:
-    text = str(error)
-    if "Format error" in text or "Decompression" in text:
-        return ObjectCorrupt(f"{failed}: the Hub sent damaged bytes ({_first_line(error)})")
-    if "(os error " in text and "rror sending request" not in text:
-        return BucketError(f"{failed}: this machine cannot store the download ({_first_line(error)})")
-    return BucketUnavailable(f"{failed}: {_first_line(error)}. Try again later")
-
-
-def _missing(failed: str, address: HubAddress) -> BucketMissing:
-    return BucketMissing(
-        f"{failed}: the bucket does not exist, or the token cannot see it. Check the address. Run `hf auth login` if "
-        f"it is private, or create it with `hf buckets create {address.bucket} --private`"
+def by_connection(error: Exception, action: str, place: Place) -> BucketError:
+    """The BucketError for a request that was not answered: BucketUnavailable if asking again may help."""
+    said = first_line(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return BucketError(f"{place.failed(action)}: huggingface_hub's offline mode is on. Unset HF_HUB_OFFLINE")
+    passing = isinstance(error, (ConnectionError, TimeoutError, _HTTP_LIBRARY))
+    if not passing or type(error).__name__ in _USELESS_AGAIN:
+        return BucketError(f"{place.failed(action)}: {said}. Check HF_ENDPOINT ({place.hub}){place.proxy}")
+    if "Timeout" in type(error).__name__:
+        said = "it accepted the request and says nothing" if "Read" in type(error).__name__ else f"timeout: {said}"
+    return BucketUnavailable(
+        f"{place.failed(action)}: no connection to the Hub at {place.hub} ({said}). Try again later{place.proxy}"
     )
 
 
-def _paths(failures: list[dict[str, str]]) -> str:
+def by_status(
+    status: int, headers: Mapping[str, str], body: Any, action: str, place: Place, *, wait: float = 0.0
+) -> BucketError:
+    """The BucketError for an answer with this status. `wait`: seconds until the Hub allows the next request."""
+    said = headers.get("X-Error-Message") or (body.get("error") if isinstance(body, dict) else None) or ""
+    said = redacted(f"{status} {first_line(said)}".strip())
+    foreign = place.proxy if body is None else ""  # a page of something between here and the Hub
+    if status == 404:
+        return _missing(place.failed(action), place, foreign)
+    return _of_status(status, said, place.failed(action), place, foreign, wait)
+
+
+def by_transfer(error: Exception, action: str, place: Place) -> BucketError:
+    """The BucketError for an error of hf_xet, or of a local file that it reads or writes."""
+    failed, said = place.failed(action), first_line(error)
+    if match := _STATUS_IN_TEXT.search(str(error)):
+        status = int(match[1])
+        if status != 404:
+            return _of_status(status, said, failed, place, "", 0.0)
+        if "/api/buckets/" in str(error):
+            return _missing(failed, place, "")
+        return ObjectMissing(f"{failed}: the Hub lists the object but has lost the content ({said})")
+    if isinstance(error, RuntimeError):
+        return _by_text(str(error), said, failed, place)
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return BucketUnavailable(f"{failed}: no connection to the Hub ({said}). Try again later{place.proxy}")
+    return BucketError(f"{failed}: {said}")  # a local file
+
+
+def refused(failures: Sequence[Mapping[str, str]], action: str, place: Place) -> BucketError:
+    """The error for a batch of which some operations were not done."""
     listed = ", ".join(f"{failure.get('path')} ({failure.get('error')})" for failure in failures[:_LISTED])
-    return listed + (f" and {len(failures) - _LISTED} more" if len(failures) > _LISTED else "")
+    more = f" and {len(failures) - _LISTED} more" if len(failures) > _LISTED else ""
+    return Refused(f"{place.failed(action)}: the Hub refused {redacted(listed)}{more}. The other objects were written")
 
 
-def _first_line(error: Exception) -> str:
-    """The first line with text: messages of huggingface_hub begin with blank lines and end with links."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+class Refused(BucketError):
+    """The Hub did not do some operations of a batch."""
+
+
+def first_line(said: object) -> str:
+    """The first line with text, without secrets. The name of the class for an error without a text."""
+    lines = (line.strip() for line in str(said).splitlines())
+    return redacted(next((line for line in lines if line), type(said).__name__ if isinstance(said, Exception) else ""))
+
+
+def _of_status(status: int, said: str, failed: str, place: Place, foreign: str, wait: float) -> BucketError:
+    if status == 401:
+        return BucketDenied(
+            f"{failed}: the Hub rejected the token, or none is set (without one it also says so of a bucket that does "
+            f"not exist). Run `hf auth login`, or set HF_TOKEN{foreign}"
+        )
+    if status == 403:
+        return BucketDenied(
+            f"{failed}: the token has no permission. Set one with write access to {place.bucket.partition('/')[0]} "
+            f"(https://huggingface.co/settings/tokens) with `hf auth login` or HF_TOKEN{foreign}"
+        )
+    if status == 429 and wait:
+        return BucketUnavailable(
+            f"{failed}: the Hub limits requests ({said}) and allows the next one in {wait:.0f} s. Try again later, and "
+            "publish or poll less often"
+        )
+    if status in (408, 429) or status >= 500:
+        return BucketUnavailable(f"{failed}: {said}. Several tries failed; try again later{place.proxy}")
+    return BucketError(f"{failed}: {said}{foreign}")
+
+
+def _by_text(text: str, said: str, failed: str, place: Place) -> BucketError:
+    if "Format error" in text or "Decompression" in text:
+        return ObjectCorrupt(f"{failed}: the Hub sent damaged bytes ({said})")
+    if "(os error " in text and "rror sending request" not in text:
+        return BucketError(f"{failed}: this machine cannot store the download ({said})")
+    return BucketUnavailable(f"{failed}: {said}. Try again later{place.proxy}")
+
+
+def _missing(failed: str, place: Place, foreign: str) -> BucketMissing:
+    return BucketMissing(
+        f"{failed}: the bucket does not exist, or the token cannot see it. Check the address. Run `hf auth login` if "
+        f"it is private, or create it with `hf buckets create {place.bucket} --private`{foreign}"
+    )

@@ -11,6 +11,7 @@ import re
 
 from hubsync.errors import BucketError
 
+ALLOWED = "letters, digits and ._=+@- only, beginning with a letter, a digit or _"
 SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9._=+@-]{0,254}"
 
 _NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})*")

@@ -19,6 +19,7 @@ from hubsync.errors import ConfigError
 
 from .address import not_an_address
 from .base import Bucket
+from .redaction import redacted
 
 ENTRY_POINTS = "hubsync.buckets"
 
@@ -76,7 +77,7 @@ def _registered(scheme: str, address: str) -> Opener:
     if not found:
         known = "".join(f", {name}://" for name in sorted(registered.names))
         raise ConfigError(
-            f"{address!r:.200} is not a bucket address: no backend for {scheme}:// is installed. Use "
+            f"{redacted(address)!r:.200} is not a bucket address: no backend for {scheme}:// is installed. Use "
             f"hf://buckets/<namespace>/<name>/<run>{known} or a directory, or install a package that registers "
             f"{scheme!r} in the entry point group {ENTRY_POINTS!r}"
         )

@@ -59,6 +59,10 @@ class SignedBucket(Bucket):
     def put(self, uploads: Sequence[Upload]) -> None:
         self._bucket.put(uploads)
 
+    @property
+    def lag(self) -> float:
+        return self._bucket.lag
+
     def now(self) -> float:
         return self._bucket.now()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hubsync.bucket.base import Bucket, Download
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
 from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
+from hubsync.retry import attempts
 
 from .head import read_head
 from .index import ChainIndex
@@ -156,15 +157,20 @@ class ChainReader:
     def manifest(self, version: int) -> Manifest:
         """Manifest of the delta to this version, or of its anchor if there is no delta.
 
+        A version newer than all known ones may be invisible yet: the storage is asked again for as long as its lag.
         NoPath if the version was never committed, or was deleted.
         """
         if self._chain is None:
             self.newest()
         found = self._index.at(self._mark.epoch, version) if self._mark else None
         if found is None:
-            self._survey()
-            found = self._index.at_version(version)
-        if found is None:
+            fresh = version > self._position(self._mark).version
+            lag = self._bucket.lag if fresh else 0.0
+            for _ in attempts(lag, waiting_for=f"{self._bucket.address} to show version {version}"):
+                self._survey()
+                found = self._index.at_version(version)
+                if found is not None:
+                    return found
             raise NoPath(f"version {version} is not in {self._bucket.address}; {self._inventory()}")
         return found
 

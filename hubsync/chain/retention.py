@@ -30,6 +30,7 @@ from .layout import Layout
 from .planner import Planner
 from .reader import ChainReader
 from .spans import chain_of, due
+from .visible import once_visible
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,8 @@ class Collector:
     def _now(self, marks: Mapping[str, float]) -> float:
         """The storage's time: that of the object written last."""
         self._remember(marks)
-        return _time(self._bucket.stat([Layout.GARBAGE])[Layout.GARBAGE])
+        path = Layout.GARBAGE
+        return _time(once_visible(self._bucket, lambda: self._bucket.stat([path]).get(path), path))
 
 
 def _orphans(stats: Mapping[str, Stat], claimed: set[str], marks: Mapping[str, float], live: str) -> Iterator[Garbage]:

@@ -14,6 +14,7 @@ from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import MAX_VERSION, Manifest, Part, Position, Run
 from hubsync.format.table import TensorTable
 from hubsync.format.times import Times
+from hubsync.retry import Deadline
 
 from .epochs import check_fence, next_epoch, open_epoch
 from .head import HeadWriter
@@ -21,6 +22,7 @@ from .index import ChainIndex
 from .layout import Layout
 from .uploads import anchor_sources, upload_parts
 from .version_info import NO_INFO, VersionInfo
+from .visible import once_visible
 
 
 class ChainWriter:
@@ -35,6 +37,8 @@ class ChainWriter:
         self._position_epoch: str | None = None
         self._next_version = 1
         self._unknown: Manifest | None = None  # its outcome is unknown
+        self._last: str | None = None  # name of the manifest committed last
+        self._fresh = Deadline(0.0)  # until then it may be invisible
         self._open_epoch()
 
     @classmethod
@@ -48,7 +52,8 @@ class ChainWriter:
             raise RunMismatch(taken)
         bucket.commit(Layout.RUN, run.dumps())
         # Of two writers that create a run at once, the later write wins. The other one sees it here, or is fenced.
-        if Run.loads(bucket.read([Layout.RUN])[Layout.RUN]).run_id != run.run_id:
+        data = once_visible(bucket, lambda: bucket.read([Layout.RUN]).get(Layout.RUN), Layout.RUN)
+        if Run.loads(data).run_id != run.run_id:
             raise RunMismatch(taken)
         return cls(bucket, run)
 
@@ -124,7 +129,7 @@ class ChainWriter:
 
     def check_fence(self) -> None:
         """Fenced if another writer has taken over. One listing."""
-        check_fence(self._bucket, self._epoch)
+        check_fence(self._bucket, self._epoch, None if self._fresh.passed else self._last)
 
     def settle(self) -> Manifest | None:
         """Find out whether the last manifest was committed. Call this before preparing a version.
@@ -242,6 +247,7 @@ class ChainWriter:
             if not isinstance(error, BucketUnavailable):
                 self._unknown = None
             raise
+        self._last, self._fresh = Layout.manifest(manifest), Deadline(self._bucket.lag)
         if advances:
             self._position, self._position_epoch = manifest.position, self._epoch
             self._next_version = manifest.version + 1
@@ -289,8 +295,12 @@ class ChainWriter:
         return manifest.position
 
     def _open_epoch(self) -> None:
-        self._epoch = next_epoch(self._bucket)  # set first: if opening it fails half-way, it must not fence this writer
+        # The name is set first: if opening it fails half-way, it must not fence this writer.
+        self._epoch = next_epoch(self._bucket)
         opened = open_epoch(self._bucket, self._run, self._epoch)
+        if opened.highest != self._epoch:  # opened at the same time, or invisible until now
+            self._epoch = next_epoch(self._bucket, above=opened.highest)
+            opened = open_epoch(self._bucket, self._run, self._epoch)
         self._position, self._position_epoch = opened.position, opened.position_epoch
         self._next_version = opened.next_version
         self._head.repair(opened.newest)

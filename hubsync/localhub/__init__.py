@@ -18,9 +18,10 @@ from typing import Any
 
 from hubsync.errors import ConfigError
 
-from .access import Access
+from .access import USER, Access
 from .cas import CasApi
 from .hub import BucketApi, Refusal
+from .limits import RateLimit
 from .server import Fault, Server
 from .store import Store
 
@@ -35,8 +36,9 @@ class LocalHub:
     Args:
         root: directory of all stored data. Opening it again continues where it stopped.
         port: port on 127.0.0.1; 0 takes a free one.
-        tokens: accepted tokens. None accepts every client.
-        read_only_tokens: accepted tokens that may not write.
+        tokens: accepted tokens, or a mapping from each to its user; without one, all belong to the user `me`. Private
+            buckets are visible to their own user only. None accepts every client everywhere.
+        read_only_tokens: tokens of `me` that may not write.
         page: entries per page of a listing.
     """
 
@@ -44,12 +46,14 @@ class LocalHub:
         self,
         root: str | Path,
         port: int = 0,
-        tokens: Collection[str] | None = None,
+        tokens: Collection[str] | Mapping[str, str] | None = None,
         read_only_tokens: Collection[str] = (),
         page: int = 1000,
     ) -> None:
         self._store = Store(Path(root).absolute())
-        access = Access(self._store.secret, None if tokens is None else frozenset(tokens), frozenset(read_only_tokens))
+        users = tokens if tokens is None or isinstance(tokens, Mapping) else dict.fromkeys(tokens, USER)
+        known = None if users is None else {**dict.fromkeys(read_only_tokens, USER), **users}
+        access = Access(self._store.secret, known, frozenset(read_only_tokens))
         self._server = self._bind(port)
         self.url = self._server.url
         self._buckets = BucketApi(self._store, access, self.url, page)
@@ -78,6 +82,7 @@ class LocalHub:
         self._server.shutdown()
         self._server.server_close()
         self._server.disconnect_all()
+        self._server.break_silence()
         self._thread.join()
         self._store.close()
 
@@ -117,12 +122,29 @@ class LocalHub:
         """Number of faults still to be injected."""
         return sum(fault.times for fault in self._server.faults)
 
-    def refuse(self, match: str, *, silently: bool = False) -> None:
-        """Refuse batch operations whose path contains the regular expression `match`; `silently` reports success."""
-        self._buckets.refusals.append(Refusal(re.compile(match), silently))
+    def lag(self, seconds: float, match: str = "") -> None:
+        """Let readers see writes late: fresh names are invisible for so long, replaced and deleted ones as they were.
+
+        Applies to writes from now on whose path contains the regular expression `match`. 0 ends it for later writes.
+        """
+        self._buckets.lag.set(seconds, match)
+
+    def limit(self, calls: int, seconds: float = 300.0) -> None:
+        """Answer 429 to API calls beyond so many in each window of `seconds`, with the headers of the real Hub."""
+        self._server.limit = RateLimit(calls, seconds)
+
+    def refuse(self, match: str, *, silently: bool = False, times: int = 2**31) -> None:
+        """Refuse the next batch operations whose path contains the regular expression `match`.
+
+        `silently` reports success.
+        """
+        self._buckets.refusals.append(Refusal(re.compile(match), silently, times))
 
     def reset(self) -> None:
-        """Forget all faults, refusals and counters. Stored data stays."""
+        """Forget all faults, delays, refusals and counters. Stored data stays."""
+        self._buckets.lag.clear()
+        self._server.limit = None
         self._buckets.refusals.clear()
         self._server.faults.clear()
         self._server.counts.clear()
+        self._server.break_silence()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .server import HttpError, Request
@@ -12,37 +13,52 @@ from .server import HttpError, Request
 XET_TOKEN_SECONDS = 3600
 
 
+USER = "me"  # owner of tokens without another, and the client's name for the namespace of the current user
+
+
 @dataclass(frozen=True)
 class Access:
-    """Token checks of one local Hub.
+    """Token checks of one local Hub. Answers as the real one does: 401 without a token, 404 for what one may not see.
 
     Attributes:
         secret: key that xet tokens are signed with, so that they survive a restart.
-        tokens: accepted Hugging Face tokens; None accepts everybody, with or without a token.
-        read_only: accepted tokens that may not write.
+        tokens: accepted Hugging Face tokens and the user each belongs to; None accepts everybody everywhere.
+        read_only: those that may not write.
     """
 
     secret: bytes
-    tokens: frozenset[str] | None
+    tokens: Mapping[str, str] | None
     read_only: frozenset[str]
 
-    def require_hub(self, request: Request, *, write: bool = False) -> None:
-        """HttpError 401 or 403 with the Hub's texts."""
+    def user(self, request: Request) -> str | None:
+        """The user that a request comes from; None without a token. HttpError 401 for an unknown token."""
         token = request.bearer
-        if token in self.read_only:
-            if write:
-                raise HttpError(403, "Forbidden: you must use a write token")
-            return
-        if self.tokens is None or token in self.tokens:
-            return
-        if token is not None:
+        if self.tokens is None:
+            return USER
+        if token is None:
+            return None
+        if token not in self.tokens:
             raise HttpError(401, "Invalid credentials in Authorization header")
-        if write:
-            raise HttpError(401, "Invalid username or password.")
+        return self.tokens[token]
 
-    def is_anonymous(self, request: Request) -> bool:
-        """Whether this request may only see public buckets."""
-        return self.tokens is not None and request.bearer is None
+    def owns(self, request: Request, namespace: str) -> bool:
+        """Whether a namespace is that of the user. HttpError 401 for an unknown token."""
+        return self.user(request) == namespace or self.tokens is None
+
+    def require_writer(self, request: Request, namespace: str) -> None:
+        """HttpError 401 or 403 unless the request may write to a namespace."""
+        if self.user(request) is None:
+            raise HttpError(401, "Invalid username or password.")
+        if request.bearer in self.read_only:
+            raise HttpError(403, "Forbidden: you must use a write token")
+        if not self.owns(request, namespace):
+            raise HttpError(403, f"You don't have the rights to write under the namespace {namespace!r}")
+
+    def hidden(self, request: Request) -> HttpError:
+        """The answer for a bucket that does not exist, or that the request may not see."""
+        if self.user(request) is None:
+            return HttpError(401, "Invalid username or password.")
+        return HttpError(404, "Repository not found", "RepoNotFound")
 
     def xet_token(self, scope: str) -> tuple[str, int]:
         """A token for "read" or "write", and the second since 1970 at which it expires."""

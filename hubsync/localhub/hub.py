@@ -12,23 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-from .access import Access
+from .access import USER, Access
+from .lag import Lag
 from .server import HttpError, Reply, Request, Route
 from .store import BucketRow, FileRow, ModelFile, Store, timestamp
-
-USER = "me"  # owner of every accepted token, and the client's name for the namespace of the current user
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MAX_PATHS = 1000
+_MAX_OPERATIONS = 1000
+_MAX_PAGE = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refusal:
-    """Batch operations on paths that match are not done; `silently` reports them as done."""
+    """The next `times` batch operations on paths that match are not done; `silently` reports them as done."""
 
     match: re.Pattern[str]
     silently: bool
+    times: int
 
 
 class BucketApi:
@@ -37,6 +39,7 @@ class BucketApi:
     def __init__(self, store: Store, access: Access, url: str, page: int) -> None:
         self._store, self._access, self._url, self._page = store, access, url, page
         self.refusals: list[Refusal] = []
+        self.lag = Lag()
 
     def routes(self) -> list[Route]:
         bucket = "/api/buckets/{namespace}/{name}"
@@ -59,20 +62,20 @@ class BucketApi:
     # --- buckets ------------------------------------------------------------------------------------
 
     def whoami(self, request: Request) -> Reply:
-        self._access.require_hub(request)
-        if self._access.is_anonymous(request):
+        user = self._access.user(request)
+        if user is None:
             raise HttpError(401, "Invalid username or password.")
-        return Reply({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        return Reply({"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
 
     def list_buckets(self, request: Request, namespace: str) -> Reply:
-        self._access.require_hub(request)
+        owner, wanted = self._access.owns(request, namespace), request.query.get("search", "")
         rows = self._store.buckets(namespace)
-        anonymous = self._access.is_anonymous(request)
-        wanted = request.query.get("search", "")
-        return Reply([_info(row) for row in rows if wanted in row.id and not (row.private and anonymous)])
+        return Reply([_info(row) for row in rows if wanted in row.id and (owner or not row.private)])
 
     def create(self, request: Request, namespace: str, name: str) -> Reply:
-        self._access.require_hub(request, write=True)
+        user = self._access.user(request)
+        namespace = user if namespace == USER and user is not None else namespace
+        self._access.require_writer(request, namespace)
         doc, bucket = request.json(), _bucket_id(namespace, name)
         private = doc.get("visibility") == "private" or doc.get("private") is True
         url = f"{self._url}/buckets/{bucket}"
@@ -93,15 +96,16 @@ class BucketApi:
     def tree(self, request: Request, namespace: str, name: str, prefix: str = "") -> Reply:
         """One page. `prefix` matches letters, not directories. Folders fold at the first slash after it."""
         bucket = self._bucket(request, namespace, name)
-        recursive = request.query.get("recursive", "").lower() == "true"
+        recursive = request.query.get("recursive", "true").lower() == "true"
+        page = _page_size(request, self._page)
         after = request.query.get("cursor", "")
         entries: list[dict[str, Any]] = []
-        for row in self._store.files(bucket.id, prefix, after):
+        for row in self.lag.listed(bucket.id, prefix, after, self._store.files(bucket.id, prefix, after)):
             folder = None if recursive else _folder(row.path, prefix)
             if folder is not None and (after.startswith(folder + "/") or (entries and entries[-1]["path"] == folder)):
                 after = row.path
                 continue
-            if len(entries) == self._page:
+            if len(entries) == page:
                 query = urlencode({**request.query, "cursor": after})
                 return Reply(entries, headers={"Link": f'<{self._url}{request.path}?{query}>; rel="next"'})
             entries.append(_entry(row) if folder is None else _folder_entry(folder, row))
@@ -113,12 +117,12 @@ class BucketApi:
         paths = request.json().get("paths")
         if not isinstance(paths, list) or len(paths) > _MAX_PATHS or not all(isinstance(p, str) for p in paths):
             raise HttpError(400, f"paths must be a list of at most {_MAX_PATHS} strings")
-        rows = (self._store.file(bucket.id, path) for path in paths)
+        rows = (self._visible(bucket.id, path) for path in paths)
         return Reply([_entry(row) for row in rows if row is not None])
 
     def model_paths_info(self, request: Request, namespace: str, name: str, revision: str) -> Reply:
         """Files of a model repository, all of which are large files in Xet storage, the same at every revision."""
-        self._access.require_hub(request)
+        self._access.user(request)
         files = self._store.model(f"{namespace}/{name}")
         if not files:
             raise HttpError(404, "Repository not found", "RepoNotFound")
@@ -131,11 +135,17 @@ class BucketApi:
         if "ndjson" not in (request.headers.get("Content-Type") or ""):
             raise HttpError(400, "expected application/x-ndjson")
         operations = [_operation(line) for line in request.body.splitlines() if line.strip()]
+        if len(operations) > _MAX_OPERATIONS:
+            raise HttpError(400, f"a batch has at most {_MAX_OPERATIONS} operations")
         failed = []
         with self._store.transaction():
             for operation in operations:
+                path = operation["path"]
+                before = self._store.file(bucket.id, path)
                 if error := self._apply(bucket.id, operation):
-                    failed.append({"path": operation["path"], "error": error})
+                    failed.append({"path": path, "error": error})
+                else:
+                    self.lag.wrote(bucket.id, path, before, self._store.file(bucket.id, path))
             self._store.touch(bucket.id)
         done = {"success": not failed, "processed": len(operations), "succeeded": len(operations) - len(failed)}
         return Reply({**done, "failed": failed}, status=422 if failed and len(failed) == len(operations) else 200)
@@ -143,7 +153,7 @@ class BucketApi:
     def resolve(self, request: Request, namespace: str, name: str, path: str) -> Reply:
         """Headers only: the content itself is read from the storage half."""
         bucket = self._bucket(request, namespace, name)
-        row = self._store.file(bucket.id, path)
+        row = self._visible(bucket.id, path)
         if row is None:
             raise HttpError(404, "Entry not found", "EntryNotFound")
         token = f"{self._url}/api/buckets/{bucket.id}/xet-read-token"
@@ -179,18 +189,24 @@ class BucketApi:
     # --- inside -------------------------------------------------------------------------------------
 
     def _bucket(self, request: Request, namespace: str, name: str, *, write: bool = False) -> BucketRow:
-        self._access.require_hub(request, write=write)
+        owner = self._access.owns(request, namespace)
         row = self._store.bucket(_bucket_id(namespace, name))
-        if row is None or (row.private and self._access.is_anonymous(request)):
-            raise HttpError(404, "Repository not found", "RepoNotFound")
+        if row is None or (row.private and not owner):
+            raise self._access.hidden(request)
+        if write:
+            self._access.require_writer(request, namespace)
         return row
+
+    def _visible(self, bucket: str, path: str) -> FileRow | None:
+        return self.lag.seen(bucket, path, self._store.file(bucket, path))
 
     def _apply(self, bucket: str, operation: dict[str, Any]) -> str | None:
         """Do one operation; the reason if it cannot be done."""
         kind, path = operation["type"], operation["path"]
         if not _is_path(path):
             return "Invalid path"
-        if refusal := next((r for r in self.refusals if r.match.search(path)), None):
+        if refusal := next((r for r in self.refusals if r.times > 0 and r.match.search(path)), None):
+            refusal.times -= 1
             return None if refusal.silently else "injected"
         if kind == "deleteFile":
             return None if self._store.delete_file(bucket, path) else "File not found"
@@ -227,6 +243,12 @@ def _bucket_id(namespace: str, name: str) -> str:
     if not _PART.fullmatch(namespace) or not _PART.fullmatch(name):
         raise HttpError(400, "malformed bucket id")
     return f"{namespace}/{name}"
+
+
+def _page_size(request: Request, page: int) -> int:
+    """Entries of one page: `limit` of the request, or the default."""
+    limit = request.query.get("limit", "")
+    return min(max(1, int(limit)), _MAX_PAGE) if limit.isdecimal() else page
 
 
 def _is_path(path: str) -> bool:

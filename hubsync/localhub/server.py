@@ -10,15 +10,17 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from .limits import RateLimit
 from .xet import MAX_XORB_BYTES, MalformedError
 
+_STEPS = 20  # a second, of bodies that are slowed down
 _REMEMBERED = 256  # answers kept for faults that repeat an old one
 
 _PLACEHOLDERS = {"path": "(.+)", "hash": "([0-9a-f]{64})"}
@@ -100,6 +102,8 @@ class Fault:
         corrupt: flip one bit in the middle of the answer's body.
         truncate: end the connection in the middle of the answer's body.
         stale: answer a question about names (listing, sizes, metadata) as the same one was answered last.
+        silent: accept the request, and say nothing until the Hub is reset or stopped.
+        pace: bytes per second at which bodies are read and sent; 0 for full speed.
     """
 
     match: re.Pattern[str]
@@ -112,6 +116,8 @@ class Fault:
     corrupt: bool = False
     truncate: bool = False
     stale: bool = False
+    silent: bool = False
+    pace: float = 0.0
 
 
 class Server(ThreadingHTTPServer):
@@ -124,9 +130,11 @@ class Server(ThreadingHTTPServer):
         self.routes: list[tuple[Route, re.Pattern[str]]] = []
         self.counts: Counter[str] = Counter()
         self.faults: list[Fault] = []
+        self.limit: RateLimit | None = None
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._answers: OrderedDict[tuple[object, ...], Reply] = OrderedDict()
+        self._silence = threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
 
     @property
@@ -160,14 +168,25 @@ class Server(ThreadingHTTPServer):
                 except OSError:
                     pass  # already gone
 
-    def take_fault(self, request: Request) -> Fault | None:
+    def take_fault(self, method: str, path: str) -> Fault | None:
         """The first fault that matches, counted down."""
         with self._lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.match.search(f"{request.method} {request.path}"):
+                if fault.times > 0 and fault.match.search(f"{method} {path}"):
                     fault.times -= 1
                     return fault
         return None
+
+    def be_silent(self) -> None:
+        """Wait until `break_silence`."""
+        with self._lock:
+            silence = self._silence
+        silence.wait()
+
+    def break_silence(self) -> None:
+        with self._lock:
+            self._silence.set()
+            self._silence = threading.Event()
 
     def remember(self, request: Request, reply: Reply) -> None:
         """Keep the answer to a question about names, as a stale cache would."""
@@ -195,20 +214,24 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = 1 << 16
     server: Server
+    _pace = 0.0
 
     def handle_any(self) -> None:
         url = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        fault = self.server.take_fault(self.command, url.path)
+        self._pace = fault.pace if fault else 0.0
         try:
             request = Request(self.command, url.path, query, self.headers, self._read_body())
         except HttpError as error:
             self.close_connection = True  # the rest of that body follows on this connection
             self._send(error.reply)
             return
-        fault = self.server.take_fault(request)
         if fault and fault.delay:
             time.sleep(fault.delay)
-        if fault and fault.drop:
+        if fault and fault.silent:
+            self.server.be_silent()
+        if fault and (fault.drop or fault.silent):
             self.close_connection = True
             return
         reply = self._answer(request, fault)
@@ -228,6 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         for route, pattern in self.server.routes:
             if route.method == request.method and (match := pattern.fullmatch(request.path)):
                 self.server.count(route.name)
+                allowed, headers = self._limited(request)
+                if not allowed:
+                    return HttpError(429, "Too many requests", **headers).reply
                 if fault and fault.status:
                     return HttpError(fault.status, "injected", **fault.headers).reply
                 if fault and fault.stale and (old := self.server.recall(request)) is not None:
@@ -235,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
                 try:
                     reply = route.answer(request, *(unquote(group) for group in match.groups()))
                     self.server.remember(request, reply)
-                    return reply
+                    return replace(reply, headers={**headers, **reply.headers})
                 except HttpError as error:
                     return error.reply
                 except MalformedError as error:
@@ -245,6 +271,12 @@ class _Handler(BaseHTTPRequestHandler):
                     return HttpError(500, repr(error)).reply
         self.server.count(f"{request.method} (no route)")
         return HttpError(404, f"a local Hub has no {request.method} {request.path}").reply
+
+    def _limited(self, request: Request) -> tuple[bool, Mapping[str, str]]:
+        """Whether the request limit allows a request, and headers of its answer."""
+        if self.server.limit is None or not request.path.startswith("/api/"):
+            return True, {}
+        return self.server.limit.take()
 
     def _read_body(self) -> bytes:
         if "chunked" in (self.headers.get("Transfer-Encoding") or "").lower():
@@ -268,7 +300,16 @@ class _Handler(BaseHTTPRequestHandler):
             raise HttpError(400, "malformed length") from None
         if not 0 <= size <= room:
             raise HttpError(413, "request body too large")
-        return self.rfile.read(size)
+        if not self._pace:
+            return self.rfile.read(size)
+        return b"".join(self.rfile.read(length) for length in self._steps(size))
+
+    def _steps(self, size: int) -> Iterator[int]:
+        """Lengths that add up to `size`, each after the pause that the pace wants."""
+        step = max(1, int(self._pace / _STEPS))
+        for start in range(0, size, step):
+            time.sleep(1 / _STEPS)
+            yield min(step, size - start)
 
     def _send(self, reply: Reply, *, truncate: bool = False) -> None:
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
@@ -279,8 +320,16 @@ class _Handler(BaseHTTPRequestHandler):
         if truncate:
             self.close_connection = True
             body = body[: len(body) // 2]
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        if not self._pace:
             self.wfile.write(body)
+            return
+        sent = 0
+        for length in self._steps(len(body)):
+            self.wfile.write(body[sent : sent + length])
+            self.wfile.flush()
+            sent += length
 
 
 def _question(request: Request) -> tuple[object, ...]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import close_session
 
 from hubsync.bucket import Bucket, Download, Upload, open_bucket
 from hubsync.bucket.hub import HubBucket
@@ -29,10 +32,11 @@ FOREVER = 1000
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortens retries: huggingface_hub waits 23 s before it gives up, and has no setting for it."""
+    """Shortens pauses between attempts, and the time that failed requests are repeated."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
-    monkeypatch.setattr("hubsync.bucket.hub._OPEN_SECONDS", 1.0)
+    monkeypatch.setattr("hubsync.bucket.hub.OPEN_SECONDS", 0.3)
+    monkeypatch.setattr("hubsync.bucket.hub_api.PATIENCE_SECONDS", 0.3)
 
 
 def download(path: str, data: bytes, destination: Path) -> Download:
@@ -150,8 +154,18 @@ def test_a_bucket_is_created_private(
     hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.raises(BucketMissing):
+    with pytest.raises(BucketDenied, match="or none is set"):
         open_bucket(hub_bucket.address, endpoint=local_hub.url)
+
+
+def test_a_bucket_of_somebody_else_is_missing_and_their_namespace_denied(tmp_path: Path) -> None:
+    with LocalHub(tmp_path, tokens={"hf_mine": "me", "hf_yours": "you"}) as hub:
+        open_bucket("hf://buckets/me/mine/run", create=True, token="hf_mine", endpoint=hub.url)
+        with pytest.raises(BucketMissing, match="or the token cannot see it"):
+            open_bucket("hf://buckets/me/mine/run", token="hf_yours", endpoint=hub.url)
+        for name in ("mine", "new"):
+            with pytest.raises(BucketDenied, match="write access to me"):
+                open_bucket(f"hf://buckets/me/{name}/run", create=True, token="hf_yours", endpoint=hub.url)
 
 
 def test_a_read_only_token_reads_and_is_denied_writing(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
@@ -183,6 +197,21 @@ def test_a_bucket_that_vanishes_is_missing_for_every_method(
     ):
         with pytest.raises(BucketMissing):
             attempt()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (
+            "hf://buckets/me/rl/lr=1e-6,seed=0",
+            "The part 'lr=1e-6,seed=0' of the run must have letters, digits and ._=+@-",
+        ),
+        ("hf://buckets/me/r l/run", "The bucket name 'r l' must have letters, digits and ._-"),
+    ],
+)
+def test_an_address_with_other_characters_says_which_are_allowed(address: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        open_bucket(address)
 
 
 # --- an unreliable Hub --------------------------------------------------------------------------------
@@ -252,6 +281,67 @@ def test_an_unreachable_hub_is_named(hub_bucket: HubBucket) -> None:
         open_bucket(hub_bucket.address, token=TOKEN, endpoint="http://127.0.0.1:9")  # nothing listens there
 
 
+def test_a_proxy_that_applies_to_this_machine_is_named(
+    hub_bucket: HubBucket, monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:SECRET@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    close_session()  # it reads the environment when it is made
+    try:
+        with pytest.raises(
+            BucketUnavailable, match=r"requests go through http://\*\*\*@127.0.0.1:9.*Set NO_PROXY"
+        ) as raised:
+            open_bucket(hub_bucket.address, token=TOKEN, endpoint="http://localhost:8418")
+    finally:
+        monkeypatch.undo()
+        close_session()
+    assert "SECRET" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_request_limit_says_when_it_ends(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    local_hub.limit(0, seconds=300)
+    with pytest.raises(BucketUnavailable, match=r"limits requests .* allows the next one in 30[01] s"):
+        hub_bucket.stat(["head.json"])
+
+
+def test_a_request_limit_that_ends_soon_is_waited_for(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    local_hub.limit(1, seconds=0.5)
+    for _ in range(2):
+        assert hub_bucket.stat(["head.json"]) == {}
+
+
+def test_no_error_shows_a_token_or_a_password(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, no_waiting: None
+) -> None:
+    """Every method against every kind of failure, with a password in the Hub's URL."""
+    endpoint = local_hub.url.replace("http://", "http://user:SECRET-PASSWORD@")
+    hub_bucket.put([Upload("part", b"bytes")])
+    bucket = HubBucket(hub_bucket.address, token=TOKEN, endpoint=endpoint)
+    said = [repr(bucket)]
+    for fault in ({"status": 401}, {"status": 403}, {"status": 404}, {"status": 418}, {"status": 503}, {"drop": True}):
+        for where in ("/api/", "/v1/|/v2/|/xorbs"):
+            for attempt in (
+                lambda: open_bucket(hub_bucket.address, token=TOKEN, endpoint=endpoint),
+                lambda: bucket.put([Upload("new", os.urandom(99))]),
+                lambda: bucket.commit("head.json", os.urandom(99)),
+                lambda: bucket.read(["part"]),
+                lambda: bucket.list(),
+                lambda: bucket.fetch([download("part", b"bytes", tmp_path / "part")]),
+                lambda: bucket.delete(["part"]),
+                lambda: bucket.now(),
+            ):
+                local_hub.reset()
+                local_hub.fail(where, times=FOREVER, **fault)
+                try:
+                    attempt()
+                except BucketError as error:
+                    said += ["".join(traceback.format_exception(error))]
+    assert len(said) > 50
+    for secret in ("SECRET-PASSWORD", TOKEN, "xet_read", "xet_write"):
+        assert [text for text in [*said, caplog.text] if secret in text] == []
+
+
 @pytest.mark.parametrize("where", ["GET /xorbs", "/v2/reconstructions"])
 @pytest.mark.parametrize("fault", [{"status": 503}, {"drop": True}], ids=["503", "drop"])
 def test_storage_that_is_down_leaves_no_file(
@@ -307,7 +397,7 @@ def test_a_partly_refused_batch_names_what_was_refused(hub_bucket: HubBucket, lo
 
 def test_a_batch_that_loses_a_file_silently_is_noticed(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
     local_hub.refuse("lost", silently=True)
-    with pytest.raises(BucketError, match="reported success, but lost is missing"):
+    with pytest.raises(BucketUnavailable, match="reported success twice, but lost is not visible"):
         hub_bucket.put([Upload(path, b"1") for path in ("fine", "lost")])
 
 

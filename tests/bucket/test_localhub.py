@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -147,7 +148,7 @@ def test_the_command_serves_until_terminated(tmp_path: Path, hub_address: str) -
     ("token", "method", "rest", "status"),
     [
         ("hf_unknown", "GET", "", 401),
-        (None, "GET", "", 404),
+        (None, "GET", "", 401),
         (READ_ONLY_TOKEN, "GET", "/xet-read-token", 200),
         (READ_ONLY_TOKEN, "GET", "/xet-write-token", 403),
         (READ_ONLY_TOKEN, "POST", "/batch", 403),
@@ -159,6 +160,53 @@ def test_hub_tokens_open_only_what_they_may(
     hub_bucket: HubBucket, local_hub: LocalHub, token: str | None, method: str, rest: str, status: int
 ) -> None:
     assert get(local_hub, api_path(hub_bucket, rest), token, method).status_code == status
+
+
+def test_tokens_belong_to_users(tmp_path: Path) -> None:
+    """As huggingface_hub's own tests expect it of the real Hub."""
+    with LocalHub(tmp_path, tokens={"hf_mine": "me", "hf_yours": "you"}) as hub:
+        for name, visibility in (("closed", "private"), ("open", "public")):
+            made = get(hub, f"/api/buckets/me/{name}", "hf_mine", "POST", json={"visibility": visibility})
+            assert made.status_code == 200
+        status = {
+            (bucket, token): get(hub, f"/api/buckets/me/{bucket}", token).status_code
+            for bucket in ("closed", "open", "none")
+            for token in ("hf_mine", "hf_yours", None)
+        }
+        assert status == {
+            ("closed", "hf_mine"): 200,
+            ("closed", "hf_yours"): 404,
+            ("closed", None): 401,
+            ("open", "hf_mine"): 200,
+            ("open", "hf_yours"): 200,
+            ("open", None): 200,
+            ("none", "hf_mine"): 404,
+            ("none", "hf_yours"): 404,
+            ("none", None): 401,  # it does not say whether there is one
+        }
+        assert get(hub, "/api/buckets/me/open/batch", "hf_yours", "POST").status_code == 403
+        assert get(hub, "/api/buckets/me/new", "hf_yours", "POST", json={}).status_code == 403
+        assert get(hub, "/api/whoami-v2", "hf_yours").json()["name"] == "you"
+        assert [row["id"] for row in get(hub, "/api/buckets/me", "hf_yours").json()] == ["me/open"]
+
+
+def test_a_listing_has_the_asked_depth_and_length(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    hub_bucket.put([Upload(f"a/{n}", b"") for n in range(3)])
+    rows = [(query, get(local_hub, api_path(hub_bucket, f"/tree{query}"))) for query in ("", "?recursive=false")]
+    assert [len(answer.json()) for _, answer in rows] == [3, 1]  # absent means everything
+    page = get(local_hub, api_path(hub_bucket, "/tree?limit=2"))
+    assert len(page.json()) == 2
+    assert 'rel="next"' in page.headers["Link"]
+
+
+def test_a_request_limit_is_reported_and_enforced(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    local_hub.limit(2, seconds=300)
+    answers = [get(local_hub, api_path(hub_bucket)) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert re.fullmatch(r'"api";r=0;t=(300|299)', answers[2].headers["RateLimit"])
+    assert answers[2].headers["RateLimit-Policy"] == '"fixed window";"api";q=2;w=300'
+    local_hub.reset()
+    assert get(local_hub, api_path(hub_bucket)).status_code == 200
 
 
 def test_storage_accepts_only_its_own_unexpired_tokens(hub_bucket: HubBucket, local_hub: LocalHub) -> None:

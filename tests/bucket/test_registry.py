@@ -95,22 +95,30 @@ def test_built_in_schemes_cannot_be_replaced(install, tmp_path: Path) -> None:
         open_bucket("hf://x", create=True)  # HubBucket's own check
 
 
-def test_hub_settings_are_made_at_the_first_use_and_keep_those_of_the_user() -> None:
+def test_settings_of_the_user_and_of_other_code_stay_as_they_are() -> None:
+    """hf_xet and huggingface_hub are shared with the user's own code."""
     code = """
 import os
-from hubsync.bucket.hub import HubBucket
+from huggingface_hub.utils import get_session
+from hf_xet import XetConfig
+
+before, session = dict(os.environ), get_session()
+import hubsync.bucket.hub as hub
+from hubsync.bucket import xet
 from hubsync.errors import BucketUnavailable
 
-before = {name for name in os.environ if name.startswith("HF_XET")}
-assert before == {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"}, before
-import hubsync.bucket.hub as hub
-hub._OPEN_SECONDS = 0.0
+hub.OPEN_SECONDS = 0.0
 try:
-    HubBucket("hf://buckets/me/name/run", endpoint="http://127.0.0.1:9")
+    hub.HubBucket("hf://buckets/me/name/run", endpoint="http://127.0.0.1:9")
 except BucketUnavailable:
     pass
-assert os.environ["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] == "7"
-assert os.environ["HF_XET_CHUNK_CACHE_SIZE_BYTES"] == "0"
+assert dict(os.environ) == before
+assert get_session() is session and session.timeout.read is None
+assert XetConfig().get("client.retry_base_delay").total_seconds() == 3.0
+ours = xet._config()
+assert ours.get("client.retry_max_attempts") == 7
+assert ours.get("client.retry_base_delay").total_seconds() == 2.0
+assert ours.get("chunk_cache.size_bytes") == 0
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_XET")}
     environment["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] = "7"

@@ -25,6 +25,10 @@ class FaultyBucket(Bucket):
         self.before_commit: Callable[[str], None] = lambda path: None
         self._faults: dict[tuple[str, int], tuple[str, BaseException]] = {}
 
+    @property
+    def lag(self) -> float:
+        return self.inner.lag
+
     def fail(self, verb: str, nth: int = 1, *, when: str = "before", error: BaseException | None = None) -> None:
         """Let the nth call of `verb` from now on fail, before or after its work is done."""
         self._faults[verb, self.calls[verb] + nth] = when, error or BucketUnavailable(f"injected: {when} {verb}")

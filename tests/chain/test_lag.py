@@ -1,0 +1,140 @@
+"""Runs in a bucket that shows writes late: nothing is lost, no version number is used twice, readers never go back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bucket.hub import HubBucket
+from hubsync.chain import ChainReader, ChainWriter
+from hubsync.chain.replay import replay
+from hubsync.errors import BucketUnavailable, Fenced
+from hubsync.localhub import LocalHub
+from tests.support.faults import FaultyBucket
+from tests.support.fixtures_hub import TOKEN
+from tests.support.history import History
+
+LAG = 0.4  # seconds
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hubsync.bucket.hub.LAG_SECONDS", 20.0)
+    monkeypatch.setattr("hubsync.bucket.hub._RESEND_SECONDS", 10.0)
+
+
+def test_a_run_is_created_and_continued(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    local_hub.lag(LAG)
+    history = History(hub_bucket)
+    first = history.publish()
+    history.resume()
+    second = history.publish()
+    assert second.parent == first.position
+    local_hub.reset()
+    reader = ChainReader(hub_bucket, tmp_path)
+    assert [m.position for m in reader.manifests()] == [first.position, second.position]
+
+
+def test_a_replaced_writer_commits_at_most_one_version_and_its_number_is_left_out(
+    hub_bucket: HubBucket, local_hub: LocalHub
+) -> None:
+    old = History(hub_bucket)
+    old.publish()
+    local_hub.lag(LAG)
+    new = ChainWriter.resume(hub_bucket, old.table)
+    late: list[int] = []
+
+    def publish() -> None:
+        for _ in range(3):
+            late.append(old.publish().version)
+
+    with pytest.raises(Fenced):
+        publish()
+    assert len(late) <= 1
+    assert new.next_version not in late
+
+
+def test_epochs_that_were_invisible_do_not_fence_the_newest_writer(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    history = History(hub_bucket)
+    names = [history.writer.epoch]
+    local_hub.lag(LAG)
+    for _ in range(4):
+        history.resume()
+        names.append(history.writer.epoch)
+    assert names == sorted(names)
+    history.publish()
+
+
+def test_two_writers_that_open_an_epoch_at_once_get_different_ones(
+    hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = History(hub_bucket)
+    nonces = iter(["ffffffff", "00000000", "11111111"])
+    monkeypatch.setattr("hubsync.chain.epochs.secrets.token_hex", lambda _: next(nonces))
+    hub_bucket.commit("epochs/00000003-ffffffff/epoch.json", b"{}")  # higher than the one that is opened now
+    monkeypatch.setattr(
+        "hubsync.chain.epochs._epochs",
+        lambda bucket: [history.writer.epoch],  # a listing that does not show it yet
+    )
+    writer = ChainWriter.resume(hub_bucket, history.table)
+    assert writer.epoch > "00000003-ffffffff"
+
+
+def test_a_lost_commit_that_is_invisible_at_first_is_found(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    faulty = FaultyBucket(hub_bucket)
+    history = History(faulty)
+    local_hub.lag(LAG)
+    faulty.fail("commit", when="after")
+    with pytest.raises(BucketUnavailable):
+        history.publish()
+    lost = history.writer.settle()
+    assert lost is not None
+    assert history.writer.position == lost.position
+
+
+def test_a_reader_that_is_told_of_a_version_waits_until_it_is_visible(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    history = History(hub_bucket)
+    history.publish()
+    reader = history.reader(tmp_path)
+    reader.newest()
+    local_hub.lag(LAG)
+    told = history.publish()
+    assert history.go(reader, history.views and reader.newest(), to=told.version).target == told.position
+
+
+def test_the_newest_version_never_goes_back(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    history = History(hub_bucket)
+    reader, seen = history.reader(tmp_path), []
+    local_hub.lag(LAG)
+    for _ in range(6):
+        history.publish()
+        seen.append(reader.newest().version)
+    assert seen == sorted(seen)
+
+
+def test_every_change_arrives_although_answers_are_lost_and_names_are_late(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise 4: the baseline advances with a durable version, and not without one."""
+    monkeypatch.setattr("hubsync.bucket.hub_api.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setenv("HF_ENDPOINT", local_hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    local_hub.lag(LAG)
+    model = torch.nn.Linear(32, 32, bias=False)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=hub_bucket.address)) as engine:
+        for turn in range(5):
+            with torch.no_grad():
+                model.weight += 0.01
+            local_hub.fail("/batch", lose_answer=True, times=1 + turn % 2)
+            engine.publish().result()
+        expected = engine.position
+    local_hub.reset()
+    reader = ChainReader(hub_bucket, tmp_path)
+    view = replay(reader, reader.plan(None))
+    view.verify()
+    assert view.position == expected

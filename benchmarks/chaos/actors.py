@@ -272,9 +272,15 @@ def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection,
 
 
 def _hurry() -> None:
-    """Shorten sleeps: huggingface_hub waits 23 s in total before it gives up, and has no setting for it."""
+    """Shorten sleeps, and the deadlines and patience of bucket calls."""
+    from hubsync.bucket import hub as hub_bucket
+    from hubsync.bucket import hub_api, xet  # here: huggingface_hub reads the environment at import
+
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(float(seconds), 0.02))
+    hub_api.SILENCE_SECONDS, hub_api.PATIENCE_SECONDS, hub_bucket.OPEN_SECONDS = 3.0, 2.0, 2.0
+    hub_bucket.LAG_SECONDS, hub_bucket._RESEND_SECONDS, hub_bucket._MISSING_SECONDS = 3.0, 1.5, 1.5
+    xet.STALL_SECONDS = 4.0
 
 
 def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
@@ -290,13 +296,19 @@ def _commands(pipe: Connection) -> Iterator[tuple[Any, ...]]:
 
 
 def hub(pipe: Connection, setup: Setup, port: int) -> None:
-    """Serve, and answer True once ready. Commands: ("fail", arguments), ("left",), ("heal",)."""
+    """Serve, and answer True once ready. Commands: ("fail", arguments), ("left",), ("heal",).
+
+    A fault that is a "lag" delays what readers see of all later writes.
+    """
     with LocalHub(setup.home / "hub", port) as server:
         pipe.send(True)
         for command, *args in _commands(pipe):
             match command:
                 case "fail":
-                    server.fail(**args[0])
+                    if "lag" in args[0]:
+                        server.lag(args[0]["lag"])
+                    else:
+                        server.fail(**args[0])
                     pipe.send(True)
                 case "left":
                     pipe.send(server.faults_left())

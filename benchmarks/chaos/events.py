@@ -422,7 +422,7 @@ _FAULTS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "answer delayed": (_ANY, {"delay": 0.4}),
     "bytes corrupted": (["GET /xorbs/"], {"corrupt": True}),
     "bytes truncated": ([*_NAMES[:2], "GET /v2/reconstructions/", "GET /xorbs/"], {"truncate": True}),
-    "names stale": (_NAMES, {"stale": True}),
+    "names late": (_NAMES, {"lag": 0.5}),
 }
 
 
@@ -454,7 +454,12 @@ for _kind, (_routes, _arguments) in _FAULTS.items():
 
 ENDLESS: dict[str, Event] = {}
 _FOREVER = 1 << 20
-_QUIET = {"answer delayed", "names stale"}  # clients cannot detect these
+_QUIET = {"answer delayed", "names late"}  # clients wait, and need not report these
+_LASTING: dict[str, tuple[list[str], dict[str, Any]]] = {
+    **_FAULTS,
+    "hub silent": (_ANY, {"silent": True}),
+    "storage silent": (["/v1/", "/v2/", "/xorbs/"], {"silent": True}),
+}
 
 
 def _endless(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
@@ -481,7 +486,7 @@ def _endless(kind: str, routes: list[str], fault: dict[str, Any]) -> Happening:
     return outlast
 
 
-for _kind, (_routes, _arguments) in _FAULTS.items():
+for _kind, (_routes, _arguments) in _LASTING.items():
     ENDLESS[_kind] = Event(f"{_kind} without end", _endless(_kind, _routes, _arguments), ("hub",))
 
 

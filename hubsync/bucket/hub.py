@@ -182,7 +182,7 @@ class HubBucket(Bucket):
                 self._at.bucket,
             )
 
-    def _upload(self, sources: Sequence[Path | bytes], action: str) -> list[str]:
+    def _upload(self, sources: Sequence[Path | bytes], action: str) -> Sequence[str]:
         """Hashes of contents that are stored. No name points to them yet, so a failure here changes nothing."""
         try:
             return xet.upload(sources, self._api.token("write", action), action, self._place)

@@ -75,8 +75,8 @@ class BucketApi:
     def create(self, request: Request, namespace: str, name: str) -> Reply:
         user = self._access.user(request)
         namespace = user if namespace == USER and user is not None else namespace
-        self._access.require_writer(request, namespace)
         doc, bucket = request.json(), _bucket_id(namespace, name)
+        self._access.require_writer(request, namespace)
         private = doc.get("visibility") == "private" or doc.get("private") is True
         url = f"{self._url}/buckets/{bucket}"
         if not self._store.create_bucket(bucket, private):

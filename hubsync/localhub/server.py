@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from email.message import Message
@@ -21,7 +21,6 @@ from .limits import RateLimit
 from .xet import MAX_XORB_BYTES, MalformedError
 
 _STEPS = 20  # a second, of bodies that are slowed down
-_REMEMBERED = 256  # answers kept for faults that repeat an old one
 
 _PLACEHOLDERS = {"path": "(.+)", "hash": "([0-9a-f]{64})"}
 
@@ -101,7 +100,6 @@ class Fault:
         lose_answer: do what is asked, then end the connection without an answer.
         corrupt: flip one bit in the middle of the answer's body.
         truncate: end the connection in the middle of the answer's body.
-        stale: answer a question about names (listing, sizes, metadata) as the same one was answered last.
         silent: accept the request, and say nothing until the Hub is reset or stopped.
         pace: bytes per second at which bodies are read and sent; 0 for full speed.
     """
@@ -115,7 +113,6 @@ class Fault:
     lose_answer: bool = False
     corrupt: bool = False
     truncate: bool = False
-    stale: bool = False
     silent: bool = False
     pace: float = 0.0
 
@@ -133,7 +130,6 @@ class Server(ThreadingHTTPServer):
         self.limit: RateLimit | None = None
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
-        self._answers: OrderedDict[tuple[object, ...], Reply] = OrderedDict()
         self._silence = threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -188,22 +184,6 @@ class Server(ThreadingHTTPServer):
             self._silence.set()
             self._silence = threading.Event()
 
-    def remember(self, request: Request, reply: Reply) -> None:
-        """Keep the answer to a question about names, as a stale cache would."""
-        reads = request.method in ("GET", "HEAD") or request.path.endswith("/paths-info")
-        if not reads or (isinstance(reply.body, bytes) and reply.body):
-            return
-        with self._lock:
-            self._answers[_question(request)] = reply
-            self._answers.move_to_end(_question(request))
-            if len(self._answers) > _REMEMBERED:
-                self._answers.popitem(last=False)
-
-    def recall(self, request: Request) -> Reply | None:
-        """The last answer to the same question."""
-        with self._lock:
-            return self._answers.get(_question(request))
-
     def count(self, name: str) -> None:
         with self._lock:
             self.counts[name] += 1
@@ -256,11 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
                     return HttpError(429, "Too many requests", **headers).reply
                 if fault and fault.status:
                     return HttpError(fault.status, "injected", **fault.headers).reply
-                if fault and fault.stale and (old := self.server.recall(request)) is not None:
-                    return old
                 try:
                     reply = route.answer(request, *(unquote(group) for group in match.groups()))
-                    self.server.remember(request, reply)
                     return replace(reply, headers={**headers, **reply.headers})
                 except HttpError as error:
                     return error.reply
@@ -330,10 +307,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[sent : sent + length])
             self.wfile.flush()
             sent += length
-
-
-def _question(request: Request) -> tuple[object, ...]:
-    return request.method, request.path, tuple(request.query.items()), request.body
 
 
 def _with_a_flipped_bit(reply: Reply) -> Reply:

@@ -24,14 +24,15 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 FOLLOWER_KILLED = 580
 
 # Seeds of faults that outlast all tries, one of each effect: a status that is retried and one that is not, a dropped
-# connection, a lost answer, corrupted bytes, and stale names.
+# connection, a lost answer, corrupted bytes, late names, and a storage that says nothing.
 ENDLESS = {
     "hub 503 without end": 4,
     "hub 403 without end": 8,
     "connection dropped without end": 12,
     "answer lost without end": 13,
     "bytes corrupted without end": 15,
-    "names stale without end": 17,
+    "names late without end": 17,
+    "storage silent without end": 19,
 }
 
 

@@ -23,7 +23,7 @@ from hubsync import __version__
 from hubsync.errors import BucketError, BucketUnavailable
 from hubsync.retry import Deadline, attempts
 
-from .hub_errors import FOREIGN, Place, by_connection, by_status, refused
+from .hub_errors import FOREIGN, HubPlace, by_connection, by_status, refused
 
 SILENCE_SECONDS = 20.0  # longest wait for the next byte of an answer, or for a connection
 ANSWER_SECONDS = 60.0  # longest time of one answer, even if it never pauses
@@ -85,7 +85,7 @@ class HubApi:
 
     def __init__(self, bucket: str, endpoint: str | None, token: str | None):
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.place = Place(bucket, self.endpoint)
+        self.place = HubPlace(bucket, self.endpoint)
         self._token = token
         self._url = f"{self.endpoint}/api/buckets/{bucket}"
 

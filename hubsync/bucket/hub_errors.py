@@ -36,7 +36,7 @@ _LISTED = 10  # paths in a message
 
 
 @dataclass(frozen=True)
-class Place:
+class HubPlace:
     """A bucket on a Hub, for messages."""
 
     bucket: str
@@ -71,7 +71,7 @@ class Place:
         )
 
 
-def by_connection(error: Exception, action: str, place: Place) -> BucketError:
+def by_connection(error: Exception, action: str, place: HubPlace) -> BucketError:
     """The BucketError for a request that was not answered: BucketUnavailable if asking again may help."""
     said = first_line(error)
     if isinstance(error, OfflineModeIsEnabled):
@@ -87,7 +87,7 @@ def by_connection(error: Exception, action: str, place: Place) -> BucketError:
 
 
 def by_status(
-    status: int, headers: Mapping[str, str], body: Any, action: str, place: Place, *, wait: float = 0.0
+    status: int, headers: Mapping[str, str], body: Any, action: str, place: HubPlace, *, wait: float = 0.0
 ) -> BucketError:
     """The BucketError for an answer with this status. `wait`: seconds until the Hub allows the next request."""
     said = headers.get("X-Error-Message") or (body.get("error") if isinstance(body, dict) else None) or ""
@@ -98,7 +98,7 @@ def by_status(
     return _of_status(status, said, place.failed(action), place, foreign, wait)
 
 
-def by_transfer(error: Exception, action: str, place: Place) -> BucketError:
+def by_transfer(error: Exception, action: str, place: HubPlace) -> BucketError:
     """The BucketError for an error of hf_xet, or of a local file that it reads or writes."""
     failed, said = place.failed(action), first_line(error)
     if match := _STATUS_IN_TEXT.search(str(error)):
@@ -115,7 +115,7 @@ def by_transfer(error: Exception, action: str, place: Place) -> BucketError:
     return BucketError(f"{failed}: {said}")  # a local file
 
 
-def refused(failures: Sequence[Mapping[str, str]], action: str, place: Place) -> BucketError:
+def refused(failures: Sequence[Mapping[str, str]], action: str, place: HubPlace) -> BucketError:
     """The error for a batch of which some operations were not done."""
     listed = ", ".join(f"{failure.get('path')} ({failure.get('error')})" for failure in failures[:_LISTED])
     more = f" and {len(failures) - _LISTED} more" if len(failures) > _LISTED else ""
@@ -132,7 +132,7 @@ def first_line(said: object) -> str:
     return redacted(next((line for line in lines if line), type(said).__name__ if isinstance(said, Exception) else ""))
 
 
-def _of_status(status: int, said: str, failed: str, place: Place, foreign: str, wait: float) -> BucketError:
+def _of_status(status: int, said: str, failed: str, place: HubPlace, foreign: str, wait: float) -> BucketError:
     if status == 401:
         return BucketDenied(
             f"{failed}: the Hub rejected the token, or none is set (without one it also says so of a bucket that does "
@@ -153,7 +153,7 @@ def _of_status(status: int, said: str, failed: str, place: Place, foreign: str, 
     return BucketError(f"{failed}: {said}{foreign}")
 
 
-def _by_text(text: str, said: str, failed: str, place: Place) -> BucketError:
+def _by_text(text: str, said: str, failed: str, place: HubPlace) -> BucketError:
     if "Format error" in text or "Decompression" in text:
         return ObjectCorrupt(f"{failed}: the Hub sent damaged bytes ({said})")
     if "(os error " in text and "rror sending request" not in text:
@@ -161,7 +161,7 @@ def _by_text(text: str, said: str, failed: str, place: Place) -> BucketError:
     return BucketUnavailable(f"{failed}: {said}. Try again later{place.proxy}")
 
 
-def _missing(failed: str, place: Place, foreign: str) -> BucketMissing:
+def _missing(failed: str, place: HubPlace, foreign: str) -> BucketMissing:
     return BucketMissing(
         f"{failed}: the bucket does not exist, or the token cannot see it. Check the address. Run `hf auth login` if "
         f"it is private, or create it with `hf buckets create {place.bucket} --private`{foreign}"

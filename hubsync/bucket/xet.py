@@ -22,7 +22,7 @@ from hubsync.errors import BucketUnavailable
 from hubsync.retry import REPORT_SECONDS, Deadline
 
 from .hub_api import Token
-from .hub_errors import FOREIGN, Place, by_transfer
+from .hub_errors import FOREIGN, HubPlace, by_transfer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ _DEFAULTS = {
 T = TypeVar("T")
 
 
-def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: Place) -> list[str]:
+def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: HubPlace) -> list[str]:
     """Store contents. Returns the hash of each. No name points to them yet.
 
     BucketUnavailable if the storage is silent or fails; BucketError if a local file cannot be read.
@@ -75,7 +75,7 @@ def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: Pl
     return hashes
 
 
-def download(files: Sequence[tuple[str, int, Path]], token: Token, action: str, place: Place) -> None:
+def download(files: Sequence[tuple[str, int, Path]], token: Token, action: str, place: HubPlace) -> None:
     """Write contents (hash, size, path). hf_xet checks no content and writes in place, so callers check the bytes.
 
     Raises:
@@ -97,7 +97,7 @@ def download(files: Sequence[tuple[str, int, Path]], token: Token, action: str, 
 class _Transfer:
     """One transfer in a thread of its own, and the watch over it."""
 
-    def __init__(self, act: Callable[[Callable[[Any], None]], T], nbytes: int, action: str, place: Place):
+    def __init__(self, act: Callable[[Callable[[Any], None]], T], nbytes: int, action: str, place: HubPlace):
         self._act, self._nbytes, self._action, self._place = act, nbytes, action, place
         self._group: Any = None  # what moves the bytes: can be asked for its progress, and aborted
         self._result: Any = None
@@ -184,7 +184,7 @@ class _LeftBehind:
         with self._lock:
             self._threads.append(thread)
 
-    def check(self, action: str, place: Place) -> None:
+    def check(self, action: str, place: HubPlace) -> None:
         """BucketUnavailable if there are too many."""
         with self._lock:
             self._threads = [thread for thread in self._threads if thread.is_alive()]

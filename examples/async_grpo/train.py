@@ -77,7 +77,7 @@ def main() -> None:
     arguments, script_args, training_args, sync_config = parser.parse_args_and_config()
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    transfer = HubWeightTransfer(sync_config, quorum=sync_config.quorum or None)
+    transfer = HubWeightTransfer(sync_config)
     trainer = AsyncGRPOTrainer(
         model=arguments.model_name_or_path,
         reward_funcs=accuracy_reward,

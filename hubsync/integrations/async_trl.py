@@ -83,8 +83,8 @@ class HubWeightTransfer:
     Args:
         config: the bucket and all other settings. `servers` generate for the trainer; the default is the trainer's
             `vllm_server_base_url`. If that is a load balancer, list all servers behind it.
-        quorum: number of servers that must serve a version before TRL's version advances; None for all. With fewer, a
-            dead or slow server does not stop training; it catches up with a later version.
+        quorum: number of servers that must serve a version before TRL's version advances; default is `config.quorum`,
+            or all. With fewer, a dead or slow server does not stop training; it catches up with a later version.
         timeout: seconds for one synchronisation, from its start until the quorum serves it.
 
     Raises:
@@ -115,7 +115,7 @@ class HubWeightTransfer:
         if quorum is not None and quorum < 1:
             raise ConfigError(f"quorum must be at least 1, not {quorum}")
         self.config = config
-        self.quorum = quorum
+        self.quorum = quorum or config.quorum or None
         self.timeout = timeout
         self.engine: DeltaWeightTransferEngine | None = None
         self.last: HotloadReport | None = None

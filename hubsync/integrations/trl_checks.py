@@ -64,6 +64,7 @@ _TRANSFERS = (
     "weight_transfer",
     "rollout_worker",
     "rollout_queue",
+    "vllm_client",
     "model_version",
     "_metrics",
     "_sync_weight",
@@ -158,6 +159,8 @@ def _moved_rollouts() -> Iterator[str]:
         for name, parameters in uses.items():
             yield from _lacks(getattr(loop, name, None), parameters, f"{where}_AsyncRolloutLoop.{name}")
         yield from _lacks(loop, ("model_name",), f"{where}_AsyncRolloutLoop")
+        if "session" not in _names_of(loop, "_run_loops") or "vllm_server_url" not in _names_of(loop, "__init__"):
+            yield f"{where}_AsyncRolloutLoop no longer keeps its session and vllm_server_url"
         if "_loop_kwargs" not in _names(module.AsyncRolloutWorker.__init__.__code__):
             yield f"{where}AsyncRolloutWorker no longer keeps the settings of its loop in _loop_kwargs"
         missing = {"model_version", "metrics"} - set(module.RolloutSample.__annotations__)
@@ -206,6 +209,12 @@ def _unused(member: TrainerClass) -> Iterator[str]:
     for name in member.uses:
         if name not in names:
             yield f"{member.name} no longer uses {name}"
+
+
+def _names_of(kind: Any, method: str) -> set[str]:
+    """Names in a method of a class; none if there is no such method."""
+    function = getattr(kind, method, None)
+    return _names(function.__code__) if inspect.isfunction(function) else set()
 
 
 def _names(code: CodeType) -> set[str]:

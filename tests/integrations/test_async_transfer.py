@@ -73,6 +73,13 @@ def test_an_error_of_the_main_process_is_raised_on_every_rank(policy: Path, tmp_
     assert first["error"].startswith(f"ReplicaUnreachable: cannot connect to {NOBODY}")
 
 
+def test_the_quorum_of_the_config_counts(tmp_path: Path) -> None:
+    config = SyncConfig(bucket=str(tmp_path / "bucket"), servers=[NOBODY, "http://127.0.0.1:19"], quorum=1)
+    assert HubWeightTransfer(config).quorum == 1
+    assert HubWeightTransfer(config, quorum=2).quorum == 2
+    assert HubWeightTransfer(SyncConfig(bucket="run")).quorum is None
+
+
 def test_a_quorum_needs_samples_with_versions(build: Callable[..., Any], config: SyncConfig) -> None:
     config.servers = [NOBODY, "http://127.0.0.1:19"]
     transfer = HubWeightTransfer(config, quorum=1)

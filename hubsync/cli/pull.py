@@ -118,7 +118,8 @@ def _write_left_out(directory: Path, view: View, base: Checkpoint | None) -> int
     import json
 
     import torch
-    from safetensors.torch import save_file
+
+    from hubsync.format.parts import write_anchor_file
 
     files: dict[Path, list[str]] = {}
     for name, path in ({} if base is None else base.left_out()).items():
@@ -133,7 +134,7 @@ def _write_left_out(directory: Path, view: View, base: Checkpoint | None) -> int
             tied = of_shape if len(of_shape) <= _MOST_EMBEDDINGS else []
             twin = next((other for other in tied if torch.equal(base.as_stored(other), own)), None)
             tensors[name] = own if twin is None else view.tensors[twin].clone()
-        save_file(tensors, directory / f"model-base-{number:05d}.safetensors", metadata={"format": "pt"})
+        write_anchor_file(directory / f"model-base-{number:05d}.safetensors", tensors)
         added |= dict.fromkeys(names, f"model-base-{number:05d}.safetensors")
     index = directory / _INDEX
     if added and index.exists():  # without an index vLLM loads all files

@@ -38,7 +38,6 @@ from hubsync.publish.config import SyncConfig
 from hubsync.publish.engine import DeltaWeightTransferEngine
 from hubsync.publish.results import Published, SyncReport
 from hubsync.replicas.deployment import Deployment, HotloadReport
-from hubsync.replicas.http_client import new_client
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.server import checked_seconds
 from hubsync.replicas.vllm_http import VLLMServer
@@ -290,7 +289,7 @@ class HubWeightTransfer:
         if adapter is not None and not trl_compat.roll_out_with(self._trainer, adapter):
             logger.warning("the servers call the adapter %r: make your rollout worker request it as its model", adapter)
         if self._generates_on is not None:
-            self._require_stated_versions(self._generates_on, adapter)
+            self._generates_on.require_stated_versions(adapter)
         self._rollouts_are_ready = True
 
     def _server(self, url: str) -> VLLMServer:
@@ -306,18 +305,6 @@ class HubWeightTransfer:
         if len(set(names.values())) > 1:
             raise ReplicaUnsuitable(f"servers call the adapter differently, {names}: set one HUBSYNC_LORA_NAME for all")
         return next(iter(names.values()))
-
-    def _require_stated_versions(self, server: VLLMServer, adapter: str | None) -> None:
-        """Raise ReplicaUnsuitable unless the generating server states which weights made its tokens."""
-        request = {"model": adapter, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
-        url, unknown = server.url, f"{server.url} reports no weight versions of samples"
-        with new_client(server.access) as client:
-            answer = client.post(f"{url}/inference/v1/generate", json=request, timeout=self.config.commit_timeout)
-        if answer.status_code == 404:
-            raise ReplicaUnsuitable(f"{unknown}: start it with --enable-scale-out")
-        if answer.is_error or not answer.json()["choices"][0].get("weight_versions"):
-            shown = server.access.hide(answer.text)[:200]
-            raise ReplicaUnsuitable(f"{unknown}: hubsync needs vLLM >= 0.32 there ({shown})")
 
     def _record(self, published: Published, report: HotloadReport) -> None:
         synced = SyncReport(published, report.commits, report.hotload_s, report.replicas)

@@ -115,6 +115,26 @@ class VLLMServer:
         model = self._read("/v1/models", lambda answer: answer["data"][0]["id"])
         self._post("/v1/completions", json={"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0.0})
 
+    def require_stated_versions(self, model: str | None) -> None:
+        """Raise ReplicaUnsuitable unless responses state which weights made their tokens. Generates one token.
+
+        Args:
+            model: name to request; None for the served model.
+        """
+        path, unknown = "/inference/v1/generate", f"{self.url} reports no weight versions of samples"
+        request = {"model": model, "token_ids": [1], "sampling_params": {"max_tokens": 1, "ignore_eos": True}}
+        answer = self._request("POST", path, json=request)
+        if answer.status_code in (403, 404):  # newer versions forbid endpoints that were not enabled
+            raise ReplicaUnsuitable(
+                f"{unknown}: start it with --enable-scale-out ({path} answered {answer.status_code})"
+            )
+        try:
+            stated = bool(answer.json()["choices"][0].get("weight_versions"))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            stated = False
+        if not stated:
+            raise ReplicaUnsuitable(f"{unknown}: hubsync needs vLLM >= 0.32 there ({self._message(answer)})")
+
     def load_adapter(self, name: str, path: str) -> None:
         """Have vLLM serve the LoRA adapter in a directory of the server's host, to requests for the model `name`.
 
@@ -176,9 +196,9 @@ class VLLMServer:
     def _post(self, path: str, **request: Any) -> dict[str, Any]:
         return self._json(self._send("POST", path, **request), path)
 
-    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> httpx.Response:
+    def _request(self, verb: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = self._http.request(verb, self.url + path, timeout=self.timeout, **request)
+            return self._http.request(verb, self.url + path, timeout=self.timeout, **request)
         except httpx.ReadTimeout:
             raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {self.timeout:g} s") from None
         except _CONNECTION_ERRORS as error:
@@ -186,6 +206,9 @@ class VLLMServer:
             raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({reason})") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
+
+    def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> httpx.Response:
+        answer = self._request(verb, path, **request)
         if answer.status_code in (401, 403):
             wanted = "another API key than the one given" if self.access.headers else "an API key, and none was given"
             raise ReplicaUnsuitable(

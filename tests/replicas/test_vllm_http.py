@@ -13,6 +13,8 @@ import pytest
 from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.replicas.vllm_http import VLLMServer
 
+CHOICE = {"token_ids": [7], "weight_versions": [{"version": "3", "start": 0, "end": 1}]}
+
 Answers = dict[str, tuple[int, Any]]  # path -> status, JSON document or text
 
 
@@ -99,3 +101,26 @@ def test_every_failure_of_a_request_says_what_to_do(
 def test_an_invalid_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="is not the URL of a server"):
         VLLMServer(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "says"),
+    [
+        (404, {}, "start it with --enable-scale-out"),
+        (403, {"error": "as newer versions answer"}, "start it with --enable-scale-out"),
+        (200, {"choices": [{"token_ids": [7]}]}, "needs vLLM >= 0.32"),
+        (200, "nonsense", "needs vLLM >= 0.32"),
+        (500, {"error": {"message": "no such model"}}, "no such model"),
+    ],
+)
+def test_a_server_that_states_no_versions_of_tokens_is_refused(
+    serve: Callable[[Answers], VLLMServer], status: int, content: Any, says: str
+) -> None:
+    with pytest.raises(ReplicaUnsuitable, match=f"reports no weight versions of samples.*{says}"):
+        serve({"/inference/v1/generate": (status, content)}).require_stated_versions(None)
+    serve({"/inference/v1/generate": (200, {"choices": [CHOICE]})}).require_stated_versions("policy")
+
+
+def test_a_server_that_is_away_when_it_is_asked_for_versions_is_unreachable() -> None:
+    with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
+        VLLMServer("http://127.0.0.1:9").require_stated_versions(None)

@@ -209,13 +209,20 @@ class VLLMServer:
 
     def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> httpx.Response:
         answer = self._request(verb, path, **request)
+        if answer.is_error and answer.history:  # other hosts get no credentials, and some redirects turn POST into GET
+            raise ReplicaUnsuitable(f"{self.url} redirects to {answer.url}: give the address of that server")
         if answer.status_code in (401, 403):
             wanted = "another API key than the one given" if self.access.headers else "an API key, and none was given"
             raise ReplicaUnsuitable(
                 f"{self.url} wants {wanted}: use that of its --api-key, or the token of the proxy in front of it "
                 f"(SyncConfig(api_key=...), `hubsync follow --api-key`, or {API_KEY_VARIABLE})"
             )
-        if answer.status_code == 404 and path not in ("/health", "/version"):
+        if answer.status_code == 404 and path == "/version":
+            raise ReplicaUnsuitable(
+                f"no vLLM server answers at {self.url} (404 for {path}): check the address, with the path of a proxy, "
+                f"and the API key ({API_KEY_VARIABLE}): a private Space answers so without a token"
+            )
+        if answer.status_code == 404 and path != "/health":
             raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
         if answer.status_code in (502, 503, 504):
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")

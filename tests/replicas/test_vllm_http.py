@@ -124,3 +124,30 @@ def test_a_server_that_states_no_versions_of_tokens_is_refused(
 def test_a_server_that_is_away_when_it_is_asked_for_versions_is_unreachable() -> None:
     with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
         VLLMServer("http://127.0.0.1:9").require_stated_versions(None)
+
+
+def test_an_address_without_a_vllm_server_is_named_with_what_may_be_wrong(
+    serve: Callable[[Answers], VLLMServer],
+) -> None:
+    with pytest.raises(ReplicaUnsuitable, match=r"no vLLM server answers at .*path of a proxy.*VLLM_API_KEY"):
+        serve({}).version()
+
+
+def test_a_redirect_that_leads_to_an_error_names_its_target(serve: Callable[[Answers], VLLMServer]) -> None:
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"{elsewhere.url}{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    elsewhere = serve({"/pause": (405, "Method Not Allowed")})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as listener:
+        threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
+        server = VLLMServer(f"http://127.0.0.1:{listener.server_port}")
+        with pytest.raises(ReplicaUnsuitable, match=f"redirects to {elsewhere.url}/pause.*: give the address"):
+            server.pause()
+        listener.shutdown()

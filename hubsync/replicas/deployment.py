@@ -163,7 +163,13 @@ class Deployment:
         """
         self._require_open()
         deadline = Deadline(checked_seconds("timeout", timeout, zero=True))
-        errors = self._each(lambda member: _error_of(lambda: member.meet(deadline)))
+        ready: list[str] = []
+
+        def meet(member: _Member) -> None:
+            member.meet(deadline, lambda: len(ready) >= self._needed(self._quorum))
+            ready.append(member.url)
+
+        errors = self._each(lambda member: _error_of(lambda: meet(member)))
         self._raise_unless_enough(errors)
         return self.status()
 
@@ -354,8 +360,11 @@ class _Member:
         self._require_wanted(position)
         return self.replica.commit(position)
 
-    def meet(self, deadline: Deadline) -> None:
-        """Return once the server is up and attached. While it is unreachable, it is asked again until the deadline."""
+    def meet(self, deadline: Deadline, is_enough: Callable[[], bool]) -> None:
+        """Return once the server is up and attached.
+
+        While it is unreachable, it is asked again until the deadline, or until the others are enough.
+        """
 
         def attach() -> None:
             self._know()
@@ -367,7 +376,7 @@ class _Member:
                 return attach()
             except ReplicaUnreachable as error:
                 self.mention(error)
-                if left == 0.0:
+                if left == 0.0 or is_enough():
                     raise
 
     def warm_up(self, retries: int, deadline: Deadline) -> None:

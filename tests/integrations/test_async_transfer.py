@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 
 from hubsync.errors import ConfigError, ReplicaUnreachable
 from hubsync.integrations import trl_checks
 from hubsync.integrations.trl import HubWeightTransfer
-from hubsync.integrations.trl_rollouts import DatedRollouts, distill
+from hubsync.integrations.trl_rollouts import DatedRollouts, _ServerSession, distill
 from hubsync.publish.config import SyncConfig
 from tests.support.adapted import lora
 from tests.support.async_ranks import RandomRollouts
@@ -155,6 +157,21 @@ def test_trls_own_requests_and_its_workers_settings_carry_the_token_of_a_proxy(
         proxy.url,
         {"Authorization": f"Bearer {TOKEN}"},
     )
+
+
+def test_the_rollout_process_sends_the_token_to_the_trained_server_and_not_to_teachers() -> None:
+    async def ask(server: str, teacher: str) -> list[int]:
+        async with aiohttp.ClientSession() as connections:
+            session = _ServerSession(connections, server, {"Authorization": f"Bearer {TOKEN}"})
+            answers = []
+            for url in (server, teacher):
+                async with session.post(f"{url}/v1/completions", json={}) as answer:
+                    answers.append(answer.status)
+            return answers
+
+    with TokenProxy("http://127.0.0.1:9") as server, TokenProxy("http://127.0.0.1:9") as teacher:
+        assert asyncio.run(ask(server.url, teacher.url)) == [502, 401]  # nothing listens behind the proxies
+        assert (server.refused, teacher.refused) == (0, 1)
 
 
 def test_a_trainer_is_attached_once(build: Callable[..., Any], config: SyncConfig) -> None:

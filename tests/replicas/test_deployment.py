@@ -284,6 +284,13 @@ def test_waiting_until_ready_waits_for_servers_that_are_not_up_yet(
     assert [replica.state for replica in deployment.status()] == ["ready"] * 3
 
 
+def test_waiting_ends_once_a_quorum_is_ready(servers: list[StandIn]) -> None:
+    servers[1].stop()
+    deployment = Deployment([server.url for server in servers], quorum=2)
+    assert [report.state for report in deployment.wait_ready(1e6)] == ["ready", "unreachable", "ready"]
+    deployment.close()
+
+
 def test_waiting_for_a_server_that_never_comes_ends_with_its_error(servers: list[StandIn]) -> None:
     servers[0].stop()
     urls = [server.url for server in servers]

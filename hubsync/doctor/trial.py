@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.errors import ConfigError
-from hubsync.format.checkpoint import Checkpoint, Patched, is_checkpoint
+from hubsync.format.checkpoint import Checkpoint, Patched, header, is_checkpoint, kept_dtypes
 from hubsync.format.digest import digest_view
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import Transition, write_anchor, write_delta
@@ -26,6 +25,9 @@ from hubsync.kernels.bits import advance, bits_of, difference
 
 FRACTION = 0.01
 _SMALL_STEP = 3
+
+
+_SERVED = "BF16"  # what float32 checkpoints are served in, unless `SyncConfig.view_dtype` says otherwise
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,20 @@ def make_random_checkpoint(source: Path, directory: Path) -> Path:
 
 
 def _table_of(directory: Path) -> TensorTable:
-    """All tensors of a checkpoint, in the order of their names."""
+    """All tensors of a checkpoint, in the order of their names, in the dtypes that a run of it publishes by default."""
     if not is_checkpoint(directory):
         raise ConfigError(
             f"{directory} holds no safetensors checkpoint: download the model first "
             "(hf download MODEL --local-dir DIR), or use --random with a directory that holds a config.json"
         )
-    specs = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                view = opened.get_slice(name)
-                dtype = view.get_dtype()
-                if dtype not in WIDTHS:
-                    raise ConfigError(
-                        f"{name} has dtype {dtype}, which hubsync does not support (nor quantized checkpoints)"
-                    )
-                specs[name] = TensorSpec(name, tuple(view.get_shape()), dtype)
-    return TensorTable([specs[name] for name in sorted(specs)])
+    found = header(directory)
+    for name, (_, dtype) in found.items():
+        if dtype not in WIDTHS:
+            raise ConfigError(f"{name} has dtype {dtype}, which hubsync does not support (nor quantized checkpoints)")
+    kept = kept_dtypes(found)
+    return TensorTable(
+        [
+            TensorSpec(name, shape, dtype if name in kept or dtype != "F32" else _SERVED)
+            for name, (shape, dtype) in sorted(found.items())
+        ]
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of
 
 from .patch import Patch, TensorValues, changes_of
-from .table import TensorTable
+from .table import WIDTHS, TensorTable
 
 _INDEX = "model.safetensors.index.json"
 
@@ -76,6 +78,37 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def header(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, safetensors dtype code) of every tensor of a checkpoint. ConfigError if a file is damaged."""
+    found = {}
+    for path in shards_of(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    view = file.get_slice(name)
+                    found[name] = tuple(view.get_shape()), str(view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read as a safetensors file: {error}") from None
+    return found
+
+
+def kept_dtypes(specs: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, str]:
+    """The tensors of a checkpoint that have another floating point dtype than most of its elements.
+
+    Checkpoints keep router biases, `A_log` and some norms in float32 beside bfloat16, and so do models that serve them.
+    A published view keeps the dtypes of these tensors, and has its own dtype for all others.
+
+    Args:
+        specs: name -> (shape, safetensors dtype code), as `header` returns it.
+    """
+    counts: dict[str, int] = defaultdict(int)
+    for shape, dtype in specs.values():
+        if dtype in WIDTHS:
+            counts[dtype] += math.prod(shape)
+    usual = max(counts, key=lambda dtype: counts[dtype], default=None)
+    return {name: dtype for name, (_, dtype) in specs.items() if dtype in WIDTHS and dtype != usual}
 
 
 class Patched(Mapping[str, torch.Tensor]):

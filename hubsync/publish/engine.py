@@ -24,7 +24,7 @@ from hubsync.publish.view.live import LiveView, table_of
 
 from .anchors import Anchors
 from .config import SyncConfig
-from .joining import bring_to_model, open_writer
+from .joining import bring_to_model, kept_in_run, open_writer
 from .publisher import Publisher
 from .rank_writer import JointWriter
 from .ranks import Ranks, join
@@ -112,7 +112,8 @@ class DeltaWeightTransferEngine:
         division = divided(ranks, tensors, config.dtype)
         ranks.together(lambda: _require_encoding(config, ranks))
         bucket = ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=key))
-        table, has_adapter = table_of(tensors, config.dtype), model.adapter is not None
+        kept = ranks.first(lambda: kept_in_run(bucket, config.dtype) or model.kept_dtypes(tensors))
+        table, has_adapter = table_of(tensors, config.dtype, kept), model.adapter is not None
         shards = None if holds_all(ranks, tensors) else division[ranks.rank]
         detector = ranks.together(
             lambda: choose_detector(tensors, table, optimizer, config, shards=shards, has_adapter=has_adapter)

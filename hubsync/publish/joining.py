@@ -7,16 +7,19 @@ import secrets
 import tempfile
 import time
 
+import torch
+
 from hubsync.bucket import Bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout, VersionInfo
 from hubsync.errors import BucketError, FormatError, NoPath, RunMismatch
+from hubsync.format.checkpoint import kept_dtypes
 from hubsync.format.digest import Digest
 from hubsync.format.keys import SigningKey
 from hubsync.format.manifest import Position, Run
 from hubsync.format.patch import Patch, TensorValues, invert
 from hubsync.format.table import TensorTable
 from hubsync.format.view_bits import ViewBits, digest_after
-from hubsync.kernels.bits import bits_of
+from hubsync.kernels.bits import bits_of, dtype_code
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.view.adapters import require_same_adapter
 
@@ -51,6 +54,20 @@ def open_writer(
         adapter=model.adapter,
     )
     return ChainWriter.create(bucket, run)
+
+
+def kept_in_run(bucket: Bucket, dtype: torch.dtype) -> dict[str, str]:
+    """Name -> dtype code of the tensors that the run in a bucket has in another dtype than `dtype`.
+
+    Empty if there is no run, or one that is served in another dtype. A trainer that resumes may lack the base.
+    """
+    data = bucket.read([Layout.RUN]).get(Layout.RUN)
+    if data is None:
+        return {}
+    specs = {spec.name: (spec.shape, spec.dtype) for spec in Run.loads(data).table}
+    kept, code = kept_dtypes(specs), dtype_code(dtype)
+    others = {name: known for name, (_, known) in specs.items() if known != code}
+    return kept if kept == others else {}
 
 
 def bring_to_model(publisher: Publisher, digest: Digest, name: str | None) -> None:

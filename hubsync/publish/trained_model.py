@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from hubsync.errors import ConfigError
-from hubsync.format.checkpoint import Checkpoint
+from hubsync.format.checkpoint import Checkpoint, header, kept_dtypes
 from hubsync.format.digest import Digest, digest_view
 from hubsync.format.manifest import Adapter, Base
 from hubsync.format.parts import write_adapter_config
@@ -49,6 +51,22 @@ class TrainedModel:
         self.adapter: Adapter | None = None
         if is_adapted(module):
             self.adapter = Adapter(adapter_config(module), self._base, base_digest(module, config.dtype))
+
+    def kept_dtypes(self, names: Iterable[str]) -> dict[str, str]:
+        """Name -> safetensors dtype code of the tensors that the view does not cast to its own dtype.
+
+        They are those that the base checkpoint keeps in another dtype than most of its elements, if it is on this
+        machine, and those that transformers keeps in float32 in any model of this class.
+        """
+        if self.adapter is not None:
+            return {}
+        kept = dict.fromkeys(filter(self._is_strictly_float32, names), "F32")
+        directory = None if self._base.model is None else local_copy(self._base)
+        return kept if directory is None else kept_dtypes(header(directory)) | kept
+
+    def _is_strictly_float32(self, name: str) -> bool:
+        modules = getattr(self._module, "_keep_in_fp32_modules_strict", None) or ()
+        return any(re.search(rf"(^|\.){module}(\.|$)", name) for module in modules)  # as transformers does
 
     def base_for(self, table: TensorTable, digest: Digest) -> Base:
         """The checkpoint that inference servers load as version 0: the one of the settings, else of the model's config.

@@ -122,7 +122,7 @@ def test_parts_of_a_parameter_are_views_of_it(address: str) -> None:
     assert torch.equal(up, fused[3, 7:])
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
     live = list(tensors.values())
-    rows = strided.element_runs(live, [Shard.whole(tensor.shape) for tensor in live])
+    rows = strided.element_runs(live, [Shard.whole(tensor.shape) for tensor in live], [torch.bfloat16] * len(live))
     assert len(rows) == len(list(model.parameters())), "each parameter is compared as a whole"
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hubsync.errors import ConfigError
 from hubsync.format.encoding import Encoding
-from hubsync.format.table import TensorTable
+from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.view.shards import Shard, local_part
 from hubsync.publish.view.strided import StridedView, whole_of
@@ -56,7 +56,7 @@ def choose_detector(
     keeps_old = has_adapter or Encoding(config.encoding).needs_base
     if shards is not None or config.detector == "snapshot" or (config.detector == "auto" and keeps_old):
         return Snapshot(tensors, table, config.snapshot_device, shards)
-    reason = why_not_sliced(tensors, optimizer)
+    reason = why_not_sliced(tensors, optimizer) or _mixed_dtypes(tensors, table)
     if reason is None:
         return Sliced(tensors, table, unwrapped(optimizer))
     if config.detector == "sliced":
@@ -82,6 +82,16 @@ def why_not_sliced(tensors: Tensors, optimizer: Any) -> str | None:
         if tensor.requires_grad and id(whole_of(tensor)) not in held:
             return f"the optimizer does not hold {name}, which is trained: another optimizer may step it"
     return _overlap(tensors)
+
+
+def _mixed_dtypes(tensors: Tensors, table: TensorTable) -> str | None:
+    """A reason if the published parts of one parameter have several dtypes."""
+    first: dict[int, TensorSpec] = {}
+    for spec in table:
+        known = first.setdefault(id(whole_of(tensors[spec.name])), spec)
+        if known.dtype != spec.dtype:
+            return f"{known.name} and {spec.name} are parts of one parameter and are published in two dtypes"
+    return None
 
 
 def _overlap(tensors: Tensors) -> str | None:

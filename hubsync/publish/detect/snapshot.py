@@ -51,7 +51,7 @@ class Snapshot:
         self._live = [tensors[spec.name] for spec in table]
         self._on_cpu = device == "cpu"
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
-        self._runs = element_runs(self._live, self.shards)
+        self._runs = element_runs(self._live, self.shards, self._dtypes)
         self._copies = [self._cast(start, run).clone() for start, run in self._runs]
         self._held = _parts(self._copies, [run for _, run in self._runs])
         self._of = TensorDigests(table, shards)

@@ -6,6 +6,8 @@ the parts that a checkpoint has of it, cast to the dtype that is served.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hubsync.errors import ConfigError
@@ -87,10 +89,18 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def table_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> TensorTable:
-    """The tensor table of a published view that is served in `dtype`."""
-    code = dtype_code(dtype)
-    return TensorTable([TensorSpec(name, tuple(tensor.shape), code) for name, tensor in tensors.items()])
+def table_of(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, kept: Mapping[str, str] | None = None
+) -> TensorTable:
+    """The tensor table of a published view that is served in `dtype`.
+
+    Args:
+        kept: name -> safetensors dtype code of the tensors that have another dtype; see `checkpoint.kept_dtypes`.
+    """
+    code, others = dtype_code(dtype), kept or {}
+    return TensorTable(
+        [TensorSpec(name, tuple(tensor.shape), others.get(name, code)) for name, tensor in tensors.items()]
+    )
 
 
 def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> None:

@@ -156,20 +156,25 @@ class ElementRun:
             yield self.indices[number], slice(firsts[number], lasts[number]), int(self.starts[number])
 
 
-def element_runs(live: Sequence[torch.Tensor], shards: Sequence[Shard]) -> list[tuple[int, ElementRun]]:
+def element_runs(
+    live: Sequence[torch.Tensor], shards: Sequence[Shard], dtypes: Sequence[torch.dtype]
+) -> list[tuple[int, ElementRun]]:
     """The elements of published tensors that this process owns, as few runs as possible.
 
     Args:
         live: the published tensors, in the table's order.
         shards: the elements owned of each.
+        dtypes: the dtype that each is published in. A run has one.
 
     Returns:
         Each run with its first element, counted in what this process holds of the live tensor that `row_of` returns.
     """
     rows: list[list[tuple[int, int, int]]] = []
     last: torch.Tensor | None = None  # the tensor of the last row
-    for index, (tensor, shard) in enumerate(zip(live, shards, strict=True)):
+    for index, (tensor, shard, dtype) in enumerate(zip(live, shards, dtypes, strict=True)):
         whole, offset = row_of(tensor)
+        if index and dtype != dtypes[index - 1]:
+            last = None
         start = offset + shard.start
         if last is whole and shard.numel == 0:
             start = rows[-1][-1][2]

@@ -81,7 +81,11 @@ class _Engine:
         report["layout"] = self.ask(WorkerMethod.LAYOUT)
         if len(report["layout"]) > 1:
             self.ask(WorkerMethod.JOIN)
-        self.settled(WorkerState.READY)
+        self.settled(WorkerState.READY, WorkerState.POISONED)
+        if any(status["state"] == WorkerState.POISONED for status in self.ask(WorkerMethod.STATUS)):
+            self.ask(WorkerMethod.HEAL)  # it loaded values of another precision than the run's
+            self.settled(WorkerState.READY)
+            report["memory"] = self.ask(memory_of)
 
     def follow(self, version: int, digest: str, report: dict[str, Any]) -> None:
         seconds = report["seconds"] = {}

@@ -29,7 +29,7 @@ from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import build_map
-from .dense import DenseTensors, masters_of
+from .dense import REMEDY, DenseTensors, masters_of
 from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
@@ -50,6 +50,7 @@ class Applier:
         hints: what the engine knows of its layout; see `live.LayoutHints`.
         masters: allows tensors that cannot be followed in place to be loaded whole instead (see `dense`): their values
             now, by name, asked for those only. Without it such tensors are refused.
+        dense_share: the largest share of the view's bytes that may be loaded whole. With more, all are refused.
 
     Raises:
         ReplicaRefused: the model as a whole cannot be mapped (see `coordinate_map`). If some tensors cannot, `layout`
@@ -68,6 +69,7 @@ class Applier:
         group: WorkerGroup | None = None,
         hints: LayoutHints | None = None,
         masters: Mapping[str, torch.Tensor] | None = None,
+        dense_share: float = 1.0,
     ):
         self.table = table
         self.position: Position | None = None
@@ -81,6 +83,8 @@ class Applier:
         self._map = build_map(self._models, table, hints)
         self._live = LiveWeights(self._map, device, self._seeds)
         loadable = sorted(self._map.refused.keys() - self._map.unloadable) if masters is not None else []
+        if sum(table[index].nbytes for index in loadable) > dense_share * table.nbytes:
+            loadable = []
         self._dense = DenseTensors(table, masters_of(table, loadable, masters or {}), self._seeds, self._models, device)
         self._sums = Sums(Digest(), ())
         self._fingerprint: dict[str, Digest] = {}
@@ -110,7 +114,8 @@ class Applier:
         refused = sorted(index for index in self._map.refused if index not in self._dense)
         if refused:
             others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-            raise ReplicaRefused(f"{self.table[refused[0]].name}: {self._map.refused[refused[0]]}{others}")
+            remedy = "" if refused[0] in self._map.unloadable else REMEDY
+            raise ReplicaRefused(f"{self.table[refused[0]].name}: {self._map.refused[refused[0]]}{others}{remedy}")
         return [*self._live.holdings(), *self._dense.holdings()]
 
     def join(self, inventories: Sequence[Inventory]) -> Digest:
@@ -127,6 +132,10 @@ class Applier:
         self._dense.owned = {holding.index: own for holding, own in zip(inventory[count:], mine[count:], strict=True)}
         self._fingerprint = self._dense_fingerprint()
         return total
+
+    def stale_parameters(self) -> list[str]:
+        """Names of the parameters that do not hold what the loader makes of the tensors that are loaded whole."""
+        return self._dense.differing(self._map.storages)
 
     def old_bits(self) -> LiveBits:
         """The old patterns that compact deltas from the current position are decoded against."""

@@ -92,6 +92,8 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Layo
             raise ReplicaRefused(
                 f"{storage.name}: the dry run of load_weights changed live weights; restart this server"
             )
+    for number in run.widened:
+        storages[number].widen()
     regions = [() if index in run.refused else _distinct(found) for index, found in enumerate(run.regions)]
     _relay(storages, models, hints)
     # Buffers that the run does not feed are the model's own: it may replace them (a rotary cache in another dtype).
@@ -124,6 +126,7 @@ def _load(
         run = DryRun(table, storages)
         run.regions = [list(found) for found in before.regions]
         run.filled, run.refused = list(before.filled), dict(before.refused)
+        run.widened, run.exact = set(before.widened), set(before.exact)
         try:
             with run:
                 model.load_weights(run.probes(frozenset(skipped)))  # type: ignore[operator]
@@ -159,6 +162,8 @@ def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], h
         transform = next((hints.relayouts[name] for name in storage.names if name in hints.relayouts), None)
         if transform is None:
             continue
+        if storage.widened:
+            raise ReplicaRefused(f"{storage.name}: it is float32, takes bfloat16 tensors, and is relaid after loading")
         parameter = parameters[storage.name]
         key = transform, tuple(parameter.shape), parameter.dtype
         try:

@@ -1,7 +1,8 @@
 """Dense fallback: tensors that cannot be followed in place are loaded whole, by the model's own loader, at each commit.
 
 A loader may compute with such a tensor (Mamba's `A` is `-exp(A_log)`), so its values cannot be read back from live
-memory. They are kept here, as *masters*, and a delta is applied to those.
+memory. They are kept here, as *masters*, and a delta is applied to those. That live memory holds what the loader makes
+of the masters is found out by loading them once more into copies (`shadow`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from hubsync.kernels.bits import bits_of
 
 from .live import LiveStorage, flat_bits
 from .regions import block
+from .shadow import ShadowLoad
 from .vote import Holding
+
+REMEDY = (
+    ". Serve the model with the run's dtype (--dtype), or set HUBSYNC_DENSE_FALLBACK=1 to have such tensors loaded "
+    "whole at each commit"
+)
 
 
 class DenseTensors:
@@ -78,6 +85,17 @@ class DenseTensors:
                 named = [(self._table[index].name, tensor.to(self._device)) for index, tensor in tensors.items()]
                 model.load_weights(iter(named))  # type: ignore[operator]
         self.masters |= tensors
+
+    def differing(self, storages: Sequence[LiveStorage]) -> list[str]:
+        """Names of the parameters that do not hold what the loaders make of the masters. Writes nothing to them."""
+        if not self.masters:
+            return []
+        shadow = ShadowLoad(storages)
+        with torch.no_grad(), shadow:
+            for model in self._models:
+                named = [(self._table[index].name, master.to(self._device)) for index, master in self.masters.items()]
+                model.load_weights(iter(named))  # type: ignore[operator]
+        return shadow.differing()
 
     def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int]) -> dict[str, Digest]:
         """Digests of the parameters that no region feeds, by name: what loaders computed of these tensors.

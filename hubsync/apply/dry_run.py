@@ -24,7 +24,7 @@ from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .live import LiveStorage, places_of
-from .regions import Region, Scatter, block, span
+from .regions import Region, Scatter, block
 
 aten = torch.ops.aten
 
@@ -52,6 +52,9 @@ class DryRun(TorchDispatchMode):
     Attributes:
         regions: by table index, where the loader would have put each element.
         filled: elements of each storage that the loader sets to a constant.
+        widened: numbers of the float32 storages that take bfloat16 elements. A bfloat16 pattern is the upper half of
+            the float32 with the same value. Their regions are in halves of elements: element i is half 2 i + 1.
+        exact: numbers of the storages that take elements in their own dtype.
         refused: table index -> why that tensor cannot be mapped; its entry in `regions` is meaningless.
         last: name of the tensor that the loader took last.
     """
@@ -61,6 +64,8 @@ class DryRun(TorchDispatchMode):
         self.regions: list[list[Region]] = [[] for _ in table]
         self.filled = [0] * len(storages)
         self.refused: dict[int, str] = {}
+        self.widened: set[int] = set()
+        self.exact: set[int] = set()
         self.last: str | None = None
         self._table = table
         self._storages = storages
@@ -126,26 +131,36 @@ class DryRun(TorchDispatchMode):
         if origin.discarded:
             self._fill(number, target, "its loader overwrites part of it with a constant")
             return
-        if probe.dtype != target.dtype or target.dtype != storage.dtype:
-            reason = (
-                f"it is {probe.dtype} in the run and {storage.dtype} in {storage.name}; serve it with the run's dtype"
-            )
-            self._refuse([probe], reason)
+        published = torch.bfloat16 if origin.widened else probe.dtype
+        widens = published == torch.bfloat16 and target.dtype == storage.dtype == torch.float32
+        if not widens and not published == target.dtype == storage.dtype:
+            self._refuse([probe], f"it is {published} in the run and {storage.dtype} in {storage.name}")
             return
         if target.numel() == 0 or origin.spoilt:
             return
+        if number in (self.exact if widens else self.widened):
+            self._refuse([probe], f"{storage.name} also takes tensors that are published in another dtype")
+            return
+        (self.widened if widens else self.exact).add(number)
         probe = probe.expand(target.shape)
         region: Region | None = None
         if origin.elements is None:
-            source, place = int(probe.storage_offset()), int(target.storage_offset())
-            region = block(number, target.shape, source, probe.stride(), place, target.stride())
+            source, place, strides = int(probe.storage_offset()), int(target.storage_offset()), target.stride()
+            if widens:
+                place, strides = 2 * place + 1, tuple(2 * stride for stride in strides)
+            region = block(number, target.shape, source, probe.stride(), place, strides)
         if region is not None:
             self.regions[origin.tensors[0]].append(region)
         else:
             self._scatter(number, target, self._numbers(probe), probe)
 
+    def _places_of(self, number: int, target: torch.Tensor) -> np.ndarray:
+        """Offsets of a live tensor's elements, as regions of its storage count them."""
+        places = places_of(target)
+        return 2 * places + 1 if number in self.widened else places
+
     def _scatter(self, number: int, target: torch.Tensor, numbers: torch.Tensor, probe: torch.Tensor) -> None:
-        sources, targets = numbers.reshape(-1).numpy(), places_of(target)
+        sources, targets = numbers.reshape(-1).numpy(), self._places_of(number, target)
         real = sources != _NOTHING
         self.filled[number] += int(np.count_nonzero(~real))
         order = np.argsort(sources[real], kind="stable")
@@ -168,13 +183,13 @@ class DryRun(TorchDispatchMode):
 
     def _refuse_overwritten(self, number: int, target: torch.Tensor, reason: str) -> bool:
         """Refuse every tensor that was loaded into `target`. Returns whether there was one."""
-        low = int(target.storage_offset())
-        extent, found = (low, low + span(target.shape, target.stride())), False
+        places = self._places_of(number, target)
+        extent, found = (int(places.min()), int(places.max()) + 1), False
         for index, regions in enumerate(self.regions):
             for region in regions:
                 if region.storage != number or not _intersect(region.target_extent, extent):
                     continue
-                if np.intersect1d(region.offsets(np.arange(region.numel)), places_of(target)).size:
+                if np.intersect1d(region.offsets(np.arange(region.numel)), places).size:
                     self.refused.setdefault(index, reason)
                     found = True
         return found
@@ -204,20 +219,34 @@ class DryRun(TorchDispatchMode):
             return out  # a view
         if func in _MOVES:
             return self._moved(func, args, kwargs, probes, out)
+        if func is aten._to_copy.default and (probes[0].dtype, kwargs["dtype"]) == (torch.bfloat16, torch.float32):
+            return self._widen(probes[0])
         if func is aten._to_copy.default:
-            to = kwargs["dtype"]
-            reason = f"the loader converts it from {probes[0].dtype} to {to}; serve it with the run's dtype"
+            reason = f"the loader converts it from {probes[0].dtype} to {kwargs['dtype']}"
         else:
             reason = f"the loader computes with it ({func})"
         self._refuse(probes, reason)
         self._spoil(out, probes)
         return out
 
+    def _widen(self, probe: torch.Tensor) -> torch.Tensor:
+        """A bfloat16 probe as float32: the same numbers."""
+        origin = self._origin(probe)
+        assert origin is not None
+        out = torch.empty(probe.shape, dtype=torch.float32, device="meta")
+        if origin.spoilt or origin.discarded:
+            self._spoil(out, [probe])
+        else:
+            numbers = self._numbers(probe).contiguous().reshape(-1)
+            self._remember(_Origin(out, origin.tensors, numbers, widened=True))
+        return out
+
     def _moved(self, func: Any, args: tuple, kwargs: dict, probes: list[torch.Tensor], out: Any) -> torch.Tensor:
         """The result of an operation of `_MOVES`: the same operation on element numbers."""
         if out.stride() == probes[0].stride() and out.shape == probes[0].shape and func is aten.clone.default:
             return probes[0].detach()  # same layout: probes are never written, so the copy can be the original
-        if any(origin.spoilt or origin.discarded for origin in map(self._origin, probes) if origin):
+        origins = [origin for origin in map(self._origin, probes) if origin]
+        if any(origin.spoilt or origin.discarded for origin in origins) or len({o.widened for o in origins}) > 1:
             self._spoil(out, probes)
             return out
 
@@ -229,7 +258,7 @@ class DryRun(TorchDispatchMode):
         if func is aten.constant_pad_nd.default:
             args, kwargs = (*args[:2], _NOTHING), {}
         moved = func(*args, **kwargs).contiguous()
-        self._remember(_Origin(out, self._tensors_of(probes), moved.reshape(-1)))
+        self._remember(_Origin(out, self._tensors_of(probes), moved.reshape(-1), widened=origins[0].widened))
         return out
 
     def _numbers(self, probe: torch.Tensor) -> torch.Tensor:
@@ -291,6 +320,7 @@ class _Origin:
             whose element p is element p of the storage.
         discarded: the loader set it to a constant, because its values are not for this rank.
         spoilt: its values were computed: wherever it goes, it is not mapped.
+        widened: it is the float32 form of a bfloat16 tensor.
     """
 
     tensor: torch.Tensor
@@ -298,6 +328,7 @@ class _Origin:
     elements: torch.Tensor | None = None
     discarded: bool = False
     spoilt: bool = False
+    widened: bool = False
 
 
 def _intersect(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -73,6 +73,8 @@ class LiveStorage:
         bits: the whole storage as a flat integer tensor of the element's width, on the model's device. Writing to it
             writes to the model.
         dtype: dtype of the parameters in it.
+        widened: it is float32 and takes bfloat16 elements, so `bits` has two numbers of 16 bits for each element. The
+            second, the upper half, is the bfloat16 pattern; the lower half must be zero.
         parameter: False if only buffers live in it.
         relayout: how its elements were permuted after loading; None if they are where the loader puts them.
     """
@@ -82,10 +84,21 @@ class LiveStorage:
         self.dtype = tensor.dtype
         self.parameter = False
         self.relayout: Relayout | None = None
+        self.widened = False
         self._tenants: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
         length = tensor.untyped_storage().nbytes() // tensor.element_size()
         flat = tensor.detach().as_strided((length,), (1,), 0)
         self.bits = flat.view(INTEGERS[tensor.element_size()])
+
+    def widen(self) -> None:
+        """See `widened`."""
+        self.bits, self.widened = self.bits.view(torch.int16), True
+
+    def lower_halves(self, region: Region) -> np.ndarray:
+        """Offsets of the lower halves in a region of widened storage that are not zero: no bfloat16 numbers. int64."""
+        places = region.offsets(np.arange(region.numel)) - 1
+        found = self.bits[torch.from_numpy(places).to(self.bits.device)].nonzero().squeeze(1)
+        return places[found.cpu().numpy()]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """One more parameter or buffer that lives here; an alias of another adds only its name."""

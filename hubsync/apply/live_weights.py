@@ -113,6 +113,10 @@ class LiveWeights:
                 if len(ranks):
                     places = self.memory.places(piece.storage, piece.offsets(ranks.cpu().numpy()))
                     yield piece, places, self.memory.read(piece.storage, places), new[ranks]
+                if storage.widened and len(offsets := storage.lower_halves(piece)):
+                    places = self.memory.places(piece.storage, offsets)
+                    old = self.memory.read(piece.storage, places)
+                    yield piece, places, old, torch.zeros_like(old)
 
     def collect_edits(self, index: int, flat: torch.Tensor, edits: EditCollector) -> None:
         """Add the edits that make a tensor equal to `flat`."""
@@ -139,6 +143,9 @@ class LiveWeights:
     def digest_of(self, index: int, region: Region) -> Digest:
         """Digest of a region of a tensor, or of a piece of one, as it is now. Call it within `aside`."""
         storage, seed = self._storages[region.storage], self.seeds[index]
+        if storage.widened:  # a number that bfloat16 does not have must not have the digest of one that it has
+            excess = sum(len(storage.lower_halves(piece)) for piece in region.pieces(_PIECE))
+            return self._digest_pieces(seed, region, storage.gather) + Digest(excess, excess)
         if region.contiguous and storage.relayout is None:
             first, last = region.target_extent
             return digest_torch(seed, storage.bits[first:last], region.source_extent[0])

@@ -33,6 +33,9 @@ from .vote import Inventory, SingleWorker, WorkerGroup
 
 logger = logging.getLogger("vllm.hubsync")
 
+DENSE_SHARE = 0.02
+"""Share of the view's bytes that may be loaded whole at each commit without being asked for."""
+
 CACHE_BYTES = 4 << 30
 """Downloads kept for other workers of the host and for healing."""
 
@@ -172,8 +175,15 @@ class ServedModel:
                 "this run publishes a LoRA adapter: start the server with --enable-lora, --max-lora-rank "
                 f"{run.adapter.config['r']} or more, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
             )
-        masters = Checkpoint(host.checkpoint, run.table) if host.dense_fallback and host.checkpoint else None
-        applier = Applier(host.models, run.table, host.device, group=self._group, hints=host.hints, masters=masters)
+        applier = Applier(
+            host.models,
+            run.table,
+            host.device,
+            group=self._group,
+            hints=host.hints,
+            masters=Checkpoint(host.checkpoint, run.table) if host.checkpoint else None,
+            dense_share=1.0 if host.dense_fallback else DENSE_SHARE,
+        )
         self.metrics["map_s"] = time.perf_counter() - started
         self._layout = {"tensors": applier.layout(), "derived": applier.derived}
         self._mapped = _Mapped(host, reader, applier, applier.inventory())
@@ -208,6 +218,11 @@ class ServedModel:
                 self._mapped = self._joined = None  # another try maps again
             raise mismatch
         mapped.applier.adopt(position)
+        stale = mapped.applier.stale_parameters()
+        if stale:
+            mapped.applier.poison(
+                f"{', '.join(stale[:3])}: the server loaded values of another precision than the run's"
+            )
         logger.info("hubsync: attached to run %s at %s", mapped.reader.run().run_id, position)
 
     # --- stage --------------------------------------------------------------------------------------

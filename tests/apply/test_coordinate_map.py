@@ -231,7 +231,7 @@ def swallowed(model: Model, tensor: torch.Tensor) -> None:
     ("load", "reason"),
     [
         (lambda model, tensor: model.w.data.copy_(tensor + 1), r"^w: the loader computes with it \(aten.add"),
-        (lambda model, tensor: model.w.data.copy_(tensor.float().exp()), "^w: the loader converts it"),
+        (lambda model, tensor: model.w.data.copy_(tensor.half()), "^w: the loader converts it"),
         (lambda model, tensor: model.w.data.fill_(tensor.max().item()), "^w: the loader computes"),
         (lambda model, tensor: model.w.data.copy_(tensor[tensor > 0]), "^w: the loader computes"),
         (lambda model, tensor: tensor.mul_(2), "^w: the loader stores it"),

@@ -1,0 +1,119 @@
+"""Each tensor has its dtype: the view's, or the one in which the base checkpoint keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bucket import LocalBucket
+from hubsync.chain import ChainReader
+from hubsync.errors import RunMismatch
+from hubsync.format.checkpoint import header, kept_dtypes
+from tests.support.tiny import Tiny, follow, patterns, train
+
+KEPT = {"scale", "bias"}
+
+
+def save_base(model: Tiny, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint with a parameter and a buffer in float32, and the rest in `dtype`."""
+    directory.mkdir()
+    names = {name for name, _ in model.named_parameters()} | {"bias"}
+    tensors = {
+        name: tensor.to(torch.float32 if name in KEPT else dtype).clone()
+        for name, tensor in model.state_dict().items()
+        if name in names
+    }
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.fixture
+def base(model: Tiny, tmp_path: Path) -> Path:
+    directory = save_base(model, tmp_path / "base")
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
+    return directory
+
+
+def expected(model: Tiny) -> dict[str, torch.Tensor]:
+    named = {**dict(model.named_parameters()), "bias": model.bias}
+    return {
+        name: tensor.detach().to(torch.float32 if name in KEPT else torch.bfloat16, copy=True)
+        for name, tensor in named.items()
+    }
+
+
+def assert_followed(model: Tiny, address: str, tmp_path: Path, base: dict[str, torch.Tensor]) -> None:
+    found = follow(address, tmp_path, base=base).tensors
+    for name, tensor in expected(model).items():
+        assert found[name].dtype == tensor.dtype
+        assert patterns(found[name]) == patterns(tensor), name
+
+
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+@pytest.mark.parametrize("encoding", ["fast", "compact"])
+def test_tensors_that_the_base_keeps_in_float32_are_published_in_float32(
+    detector: str, encoding: str, model: Tiny, base: Path, address: str, tmp_path: Path
+) -> None:
+    if (detector, encoding) == ("sliced", "compact"):
+        pytest.skip("compact deltas need the old weights")
+    start = expected(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    config = SyncConfig(bucket=address, base_model=str(base), detector=detector, encoding=encoding)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        assert engine.run.base.model == str(base), "version 0 is the base checkpoint"
+        assert {spec.name for spec in engine.run.table if spec.dtype == "F32"} == KEPT
+        for step in range(3):
+            train(model, optimizer)
+            with torch.no_grad():
+                model.bias += 1e-4  # too small for bfloat16 beside 1
+            assert engine.publish(step).result().rewritten == ()
+            assert_followed(model, address, tmp_path, start)
+        anchor = engine.anchor()
+    (directory,) = {path.parent for path in ChainReader(LocalBucket(address), tmp_path / "c").fetch(anchor)}
+    assert {name for name, (_, dtype) in header(directory).items() if dtype == "F32"} == KEPT
+
+
+def test_a_float32_base_is_served_in_the_dtype_of_the_view(model: Tiny, address: str, tmp_path: Path) -> None:
+    base = save_base(model, tmp_path / "base", torch.float32)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))) as engine:
+        assert {spec.dtype for spec in engine.run.table} == {"BF16"}
+
+
+def test_a_trainer_without_the_base_resumes_with_the_dtypes_of_the_run(
+    model: Tiny, base: Path, address: str, tmp_path: Path
+) -> None:
+    start = expected(model)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))) as engine:
+        table = engine.run.table
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model="gone")) as engine:
+        assert engine.run.table == table
+        with torch.no_grad():
+            model.scale += 1e-4
+        assert engine.publish(1).result().changed == 1
+    assert_followed(model, address, tmp_path, start)
+
+
+def test_a_run_in_another_dtype_is_another_run(model: Tiny, base: Path, address: str) -> None:
+    DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))).close()
+    config = SyncConfig(bucket=address, base_model=str(base), view_dtype="float16")
+    with pytest.raises(RunMismatch, match=r"has embed\.weight BF16"):
+        DeltaWeightTransferEngine(model, None, config)
+
+
+def test_modules_that_transformers_keeps_in_float32_are_published_in_float32(model: Tiny, address: str) -> None:
+    model._keep_in_fp32_modules_strict = ["scale", "layers.1"]
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        kept = {spec.name for spec in engine.run.table if spec.dtype == "F32"}
+    assert kept == {"scale", "layers.1.weight", "layers.1.bias"}
+
+
+def test_the_usual_dtype_is_that_of_most_elements() -> None:
+    specs = {"a": ((3,), "F32"), "b": ((2, 2), "BF16"), "c": ((9,), "I64"), "d": ((1,), "F16")}
+    assert kept_dtypes(specs) == {"a": "F32", "d": "F16"}
+    assert kept_dtypes({}) == {}

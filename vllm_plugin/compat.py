@@ -82,9 +82,9 @@ def keep_linears_live() -> None:
     """On CPU builds, make vLLM compute with the parameters themselves instead of with packed copies of them.
 
     vLLM for CPUs packs the weight of every linear layer while it loads a model (oneDNN, or AMX kernels) and replaces
-    the parameter by an empty tensor; for `lm_head` it keeps both, and computes with the copy. Packed weights cannot be
-    changed in place, and there is no setting against packing. Must run before the model is loaded. Does nothing on
-    other platforms.
+    the parameter by an empty tensor; for `lm_head` it keeps both, and computes with the copy. With AVX-512 BF16 it also
+    packs convolutions of Mamba and gated delta nets. Packed weights cannot be changed in place, and there is no setting
+    against packing. Must run before the model is loaded. Does nothing on other platforms.
     """
     global _linears_are_live
     from vllm.platforms import current_platform
@@ -97,6 +97,8 @@ def keep_linears_live() -> None:
     _custom_ops._supports_onednn = False
     if hasattr(utils, "check_cpu_sgl_kernel"):
         utils.check_cpu_sgl_kernel = lambda *_args, **_kwargs: False
+    if hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # then convolutions of linear attention are packed too
+        torch.cpu._is_avx512_bf16_supported = lambda: False
     _linears_are_live = True
     logger.info("hubsync: weights of linear layers stay unpacked on this CPU, so that they can be updated in place")
 

@@ -52,7 +52,7 @@ def test_the_version_after_a_failure_holds_every_change(
     assert same_bits(followed.tensors, view_of(model))
     assert followed.position == published.position
     manifests = ChainReader(LocalBucket(address), tmp_path / "cache").manifests()
-    assert {manifest.kind for manifest in manifests} == {"delta"}
+    assert {(manifest.kind, manifest.absolute) for manifest in manifests} == {("delta", 0)}
 
 
 def test_a_background_error_is_raised_once(

@@ -20,7 +20,7 @@ from hubsync.doctor.report import folded
 from hubsync.doctor.trial import make_trial, random_patch
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
-from tests.support.models import CONFIGS, EXPERTS, save_checkpoint, with_float32_router
+from tests.support.models import CONFIGS, EXPERTS, MIXED, save_checkpoint
 from tests.support.toy import TABLE, view
 
 # On CPUs with AMX, vLLM keeps only packed weights of latent attention, unless this backend is chosen.
@@ -28,7 +28,7 @@ LATENT = ["--attention-backend", "CPU_MLA"]
 
 
 def options(architecture: str) -> list[str]:
-    return LATENT if architecture == "deepseek_v2" else []
+    return LATENT if architecture.startswith("deepseek") else []
 
 
 # --- the trial ----------------------------------------------------------------------------------------
@@ -214,23 +214,23 @@ def test_a_config_is_enough_with_random_weights(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.server
 @pytest.mark.matrix
-def test_a_tensor_served_in_another_dtype_is_reloaded_whole_with_dense_fallback(
+def test_a_tensor_that_is_served_in_float32_is_widened_in_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_float32_router().save_pretrained(tmp_path)
-    assert main(["doctor", str(tmp_path), "--random", "--json", "--dense-fallback", *LATENT]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    dense = [report["name"] for report in answer["tensors"] if report["kind"] == "dense"]
-    assert dense == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+    MIXED["deepseek_v3"]().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path), "--random", "--json", *LATENT]) == 0
+    kinds = {report["name"]: report["kind"] for report in json.loads(capsys.readouterr().out)["tensors"]}
+    assert kinds["model.layers.1.mlp.gate.e_score_correction_bias"] == "affine"
 
 
 SPLIT = ["--tensor-parallel-size", "2"]
 SPREAD = [*SPLIT, "--enable-expert-parallel"]
+ALL = (*CONFIGS, *EXPERTS, *MIXED)
 MATRIX = [
-    *(pytest.param(name, layout, id=f"{name}-{layout_name}") for name in (*CONFIGS, *EXPERTS) for layout_name, layout in
-      (("tp1", []), ("tp2", SPLIT))),
+    *(pytest.param(name, [], id=f"{name}-tp1") for name in ALL),
+    *(pytest.param(name, SPLIT, id=f"{name}-tp2") for name in ALL),
     *(pytest.param(name, SPREAD, id=f"{name}-ep2") for name in EXPERTS),
-]  # fmt: skip
+]
 
 
 @pytest.mark.server

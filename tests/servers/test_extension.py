@@ -250,11 +250,13 @@ def test_every_byte_and_every_output_equal_those_of_a_fresh_engine(publisher: Pu
     assert_exact(publisher, attached(start, publisher), compact=True, fresh=start)
 
 
-# `make test` has norms that add one here, and experts in the doctor's tests. vLLM's reload leaves experts unpermuted.
+# `make test` has norms that add one and decays that are computed here, and experts in the doctor's tests. vLLM's reload
+# leaves experts unpermuted.
 @pytest.mark.parametrize(
     "architecture",
     [
         "gemma3",
+        "falcon_h1",
         *(pytest.param(name, marks=pytest.mark.matrix) for name in CONFIGS if name not in ("gemma3", "qwen3_tied")),
     ],
 )

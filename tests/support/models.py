@@ -68,14 +68,41 @@ EXPERTS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
-def with_float32_router() -> transformers.PretrainedConfig:
-    """A DeepSeek-V3. vLLM serves one of its tensors in float32, whatever dtype the checkpoint has."""
-    return transformers.DeepseekV3Config(**_LATENT, q_lora_rank=32, topk_method="noaux_tc", scoring_func="sigmoid")
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MAMBA = {
+    "mamba_d_ssm": 256,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 32,
+    "mamba_d_conv": 4,
+    "mamba_chunk_size": 32,
+}
+
+# vLLM serves some of their tensors in float32, whatever dtype the checkpoint has, and computes others (`-exp(A_log)`).
+MIXED: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **_LATENT, q_lora_rank=32, topk_method="noaux_tc", scoring_func="sigmoid"
+    ),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **_SPARSE, moe_intermediate_size=96, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_SPARSE, **_DELTA_NET, moe_intermediate_size=96, num_experts=8, shared_expert_intermediate_size=96
+    ),
+    "falcon_h1": lambda: transformers.FalconH1Config(**SIZES, **_MAMBA, tie_word_embeddings=False),
+}
 
 
 def save_checkpoint(architecture: str, directory: Path) -> Path:
-    """Write a random bf16 checkpoint of `architecture` (a key of `CONFIGS` or `EXPERTS`), without a tokenizer."""
-    return save({**CONFIGS, **EXPERTS}[architecture](), directory)
+    """Write a random bf16 checkpoint of an architecture (of `CONFIGS`, `EXPERTS` or `MIXED`), without a tokenizer."""
+    return save({**CONFIGS, **EXPERTS, **MIXED}[architecture](), directory)
 
 
 def save(config: transformers.PretrainedConfig, directory: Path) -> Path:

@@ -54,7 +54,9 @@ class TrainingStates:
 
     def _require_idle(self) -> None:
         if self._last is not None and not self._last.ended:
-            raise CheckpointFailed("the previous state is still being written, although its time is over")
+            raise CheckpointFailed(
+                "the previous state is still being written, although its time is over: check the disk of dcp_directory"
+            )
 
     def _hidden_directory(self, name: str) -> Path:
         try:
@@ -111,7 +113,7 @@ class StateWriting:
         """
         wait_reporting(self._has_ended, timeout, waiting_for=f"{self._target} to be written")
         if not self.ended:
-            raise CheckpointFailed(f"not written in {timeout:g} s")
+            raise CheckpointFailed(f"not written in {timeout:g} s: set a longer dcp_timeout, or check the disk")
         if self._error is not None:
             raise CheckpointFailed(_reason(self._error)) from self._error
 

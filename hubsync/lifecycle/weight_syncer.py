@@ -110,7 +110,7 @@ class WeightSyncer:
         if config.servers:
             raise ConfigError("a WeightSyncer pushes to its deployment: leave SyncConfig.servers empty")
         if not isinstance(deployment, Deployment | None):
-            raise ConfigError(f"deployment must be a Deployment([url, ...]) or None, not {deployment!r:.80}")
+            raise ConfigError(f"deployment must be a Deployment([url, ...]) or None, not a {type(deployment).__name__}")
         checked_seconds("hotload_timeout", hotload_timeout)
         checked_seconds("dcp_timeout", dcp_timeout)
         if not isinstance(warmup_max_retries, int) or warmup_max_retries < 0:
@@ -411,7 +411,10 @@ class WeightSyncer:
         self._reader.newest()
         known = self._reader.run().origin if position.version == 0 else self._reader.manifest(position.version).position
         if known != position:
-            raise RunMismatch(f"the run has {known}, this session saved {position}: another trainer publishes to it")
+            raise RunMismatch(
+                f"the run has {known}, this session saved {position}: another trainer publishes to it. Stop one of "
+                "them, and start a new session"
+            )
         self._reader.plan(self._loaded, position.version, base_available=True)
 
     def _replicas(self) -> tuple[ReplicaReport, ...]:

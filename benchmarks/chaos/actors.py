@@ -324,7 +324,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
     """Resume training at a state and join the run; answer the run's Position, or Failed and end.
 
     Commands, each answered by a Position or Failed: ("publish", None) publishes the current weights; ("publish",
-    number) first changes them to a new state; ("anchor",); ("serve", version); ("close",).
+    number, way) first changes them to a new state, see `Policy.change`; ("anchor",); ("serve", version); ("close",).
     """
     policy = setup.policy()
     setup.states.load(state, policy)
@@ -352,7 +352,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
                 case "publish":
                     if args[0] is not None:
                         state = args[0]
-                        policy.change(setup.seed, state, optimizer)
+                        policy.change(setup.seed, state, optimizer, *args[1:])
                         setup.states.save(state, policy, setup.dtype)
                     pipe.send(engine.publish(state).result().position)
                 case "anchor":

@@ -27,6 +27,7 @@ from hubsync.format.manifest import Head
 from . import actors
 from .actors import Actor, Failed, Report
 from .history import Broken, History
+from .model import WAYS
 
 Happening = Callable[[History], bool]
 
@@ -72,6 +73,15 @@ def lag(history: History) -> bool:
     for _ in range(history.chance.randint(2, 4)):
         history.publish()
     history.follow(_some_replica(history))
+    return True
+
+
+@event("written outside of steps")
+def write_outside(history: History) -> bool:
+    """One to three versions whose weights no observed optimizer step made."""
+    for _ in range(history.chance.randint(1, 3)):
+        history.publish(history.chance.choice(WAYS))
+        history.follow(_some_replica(history))
     return True
 
 

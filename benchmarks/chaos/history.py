@@ -232,11 +232,11 @@ class History:
         self._states += 1
         return self._states
 
-    def publish(self) -> Position:
-        """Train a step and publish it, with retries until it is durable."""
+    def publish(self, way: str = "step") -> Position:
+        """Change the weights in a way of `Policy.change`, and publish, with retries until it is durable."""
         publisher = self.publisher or self.start_publisher(self.newest_state())
         state = self.next_state()
-        answer = publisher.ask("publish", state)
+        answer = publisher.ask("publish", state, way)
         for _ in range(_TRIES):
             if not isinstance(answer, Failed):
                 self.say(f"published state {state}: {answer}")

@@ -28,6 +28,9 @@ POLICY: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
 }
 WIDE = {"proj": ((520, 512), torch.float32)}
 
+WAYS = ("another optimizer", "data", "numpy", "replaced")
+"""Ways to write weights outside of the steps that an engine observes."""
+
 _VOCABULARY = 64  # rows of the served embedding: padded
 
 
@@ -68,19 +71,33 @@ class Policy(torch.nn.Module):
         """The published view of these weights."""
         return {name: tensor.detach().to(dtype, copy=True) for name, tensor in self.named_parameters()}
 
-    def change(self, seed: int, number: int, optimizer: torch.optim.SGD | None = None) -> None:
+    def change(self, seed: int, number: int, optimizer: torch.optim.SGD | None = None, way: str = "step") -> None:
         """Move to another state, a function of both numbers: a training step, one bit, all weights, noise, nothing.
 
-        An optimizer (of learning rate 1) makes the change if given, as exactly as arithmetic allows.
+        Args:
+            optimizer: makes the change if given (its learning rate is 1), as exactly as arithmetic allows.
+            way: "step", or one of `WAYS`, which no hook of `optimizer` observes.
         """
-        if optimizer is None:
+        if optimizer is None and way == "step":
             self._change(seed, number)
             return
         goal = copy.deepcopy(self)
         goal._change(seed, number)
+        if way == "another optimizer":
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        if way in ("step", "another optimizer"):
+            assert optimizer is not None
+            for parameter, wanted in zip(self.parameters(), goal.parameters(), strict=True):
+                parameter.grad = parameter.detach() - wanted.detach()
+            optimizer.step()
+            return
         for parameter, wanted in zip(self.parameters(), goal.parameters(), strict=True):
-            parameter.grad = parameter.detach() - wanted.detach()
-        optimizer.step()
+            if way == "data":
+                parameter.data.copy_(wanted.data)
+            elif way == "numpy":
+                bits_of(parameter.detach())[:] = bits_of(wanted.detach())
+            else:
+                parameter.data = wanted.data.clone()
 
     @torch.no_grad()
     def _change(self, seed: int, number: int) -> None:

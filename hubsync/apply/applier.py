@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
-from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.format.manifest import Position
-from hubsync.format.patch import Patch, check
+from hubsync.format.patch import Patch, TensorValues, check
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 
@@ -34,7 +34,7 @@ from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
 from .memory import Edit, EditCollector
-from .staging import Staged, Sums, Undo, add_edits
+from .staging import Staged, Sums, Undo, add_values
 from .sweep import Sweep, first_names
 from .vote import Inventory, SingleWorker, WorkerGroup, decide, join, vote
 
@@ -174,7 +174,12 @@ class Applier:
                 if index in self._dense:
                     dense[index], change = self._dense.advanced(index, delta)
                     sums.add_master(change, self._dense.owned[index])
-                add_edits(live, index, delta, edits, sums)
+                if isinstance(delta, TensorValues):
+                    add_values(live, index, delta, edits, sums)
+                    continue
+                for part in live.held[index]:
+                    at, before, after = edits.advance(part.region, delta)
+                    sums.add(digest_change(self._seeds[index], delta.indices[at], before, after), part)
             edited = edits.finish()
         if self._group.size == 1 and sums.owned.hex != target.digest:
             raise WrongParent(

@@ -31,7 +31,7 @@ ON_GPU     := tests/kernels tests/apply/test_applier.py tests/publish/test_ranks
 GPU_PYTHON ?= python3
 
 .PHONY: help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \
-	test-gpu lint bench chaos clean
+	test-gpu lint bench chaos fuzz clean
 help:
 	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test           linters, types and tests of every promise, with real vLLM servers (15 minutes on 2 cores)"
@@ -45,6 +45,7 @@ help:
 	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-gpu       the tests that use GPUs, on a machine that has some (GPU_PYTHON=...)"
 	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
+	@echo "make fuzz           mutated deltas and documents, 300,000 of each (20 minutes at most)"
 	@echo "make bench          the codec benchmark on synthetic weights"
 	@echo "make docs           the API reference"
 	@echo "Options: JOBS=4 runs more tests at once; ARGS='-k name' goes to pytest or to the command."
@@ -132,6 +133,16 @@ bench: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos --runs 200 $(ARGS)
 
+# What a reader takes from a bucket, mutated: nothing but documented errors may come out. atheris guides it by coverage.
+FUZZ := .fuzz
+fuzz: $(READY) $(FUZZ)/.ready
+	$(BIN)/python -m tests.fuzz deltas $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(FUZZ) $(BIN)/python -m tests.fuzz documents $(ARGS)
+
+$(FUZZ)/.ready: requirements/fuzz.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(FUZZ) -r requirements/fuzz.txt
+	@touch $@
+
 # The documentation site, with an API reference from docstrings: build/docs/index.html.
 DOCS := .venv-docs
 docs: $(DOCS)/.ready
@@ -143,4 +154,4 @@ $(DOCS)/.ready: requirements/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis

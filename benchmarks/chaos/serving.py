@@ -53,7 +53,6 @@ class Engine:
     """
 
     index = 0
-    asleep = False
 
     def __init__(self, sessions: Sequence[Session], *, alone: bool):
         self.alone = alone

@@ -9,7 +9,8 @@ import logging
 import time
 
 from hubsync.bucket.base import Bucket
-from hubsync.errors import BucketError, FormatError, Untrusted
+from hubsync.errors import BucketError, FormatError
+from hubsync.format.documents import MAX_BYTES
 from hubsync.format.manifest import Head, Manifest
 
 from .layout import Layout
@@ -18,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def read_head(bucket: Bucket) -> bytes | None:
-    """The stored bytes of the head; None if it does not exist, or is not signed by the run's key.
+    """The stored bytes of the head; None if it does not exist, is too large, or is not signed by the run's key.
 
     The manifest it names is checked, and a forged head must not block the way to the others.
     """
     try:
-        return bucket.read([Layout.HEAD]).get(Layout.HEAD)
-    except Untrusted as error:
+        return bucket.read([Layout.HEAD], max_bytes=MAX_BYTES).get(Layout.HEAD)
+    except FormatError as error:
         logger.warning("ignoring the head of %s: %s", bucket.address, error)
         return None
 

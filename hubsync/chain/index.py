@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import FormatError
+from hubsync.format.documents import MAX_BYTES
 from hubsync.format.manifest import MAX_VERSION, Manifest, Position, Run
 
 from .layout import EpochNames, Layout, epoch_names, merged_names
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 256  # manifests of earlier versions, read in one call while walking back
+READ_AHEAD = 990  # manifests of earlier versions, read in one call while walking back; a call takes 1000 names
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,17 @@ class ChainIndex:
         path = Layout.manifest(manifest)
         self._check(manifest, path)
         self._manifests[path] = manifest
+
+    def extract(self, deltas: Iterable[Manifest], names: Iterable[str]) -> ChainIndex:
+        """An index of some deltas, and of those anchors and merged deltas among `names` that exist, in one call."""
+        names = list(names)
+        self._load_shortcuts(names)
+        found = ChainIndex(self._bucket, self._run)
+        found._ignored = self._ignored
+        found._manifests = {name: self._manifests[name] for name in names if name in self._manifests}
+        found._manifests |= {Layout.manifest(delta): delta for delta in deltas}
+        found._epochs, found._merged = epoch_names(found._manifests), merged_names(found._manifests)
+        return found
 
     def walk(self, start: Manifest | None, *, floor: int = 0) -> Iterator[Link]:
         """Positions from `start` (None: version 0) back to the beginning of the chain, each with the delta to it.
@@ -212,7 +224,7 @@ class ChainIndex:
         unknown = [path for path in paths if path not in self._manifests]
         if not unknown:
             return
-        for path, data in self._bucket.read(unknown).items():
+        for path, data in self._bucket.read(unknown, max_bytes=MAX_BYTES).items():
             try:
                 manifest = Manifest.loads(data)
             except FormatError as error:

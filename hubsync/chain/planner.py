@@ -119,6 +119,8 @@ class Planner:
             for plan in self._beginnings(place, end, have, base_available):
                 if best is None or plan.nbytes < best.nbytes:
                     best = plan
+            if best is not None and best.nbytes <= place.nbytes:  # places before this one cost more
+                break
             for step in self._into(place, target, undone, floor):
                 spent, count = place.nbytes + step.manifest.nbytes, place.steps + 1
                 heapq.heappush(places, _Place(spent, count, next(self._numbers), step.start, step, place))

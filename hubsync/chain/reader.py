@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hubsync.bucket.base import Bucket, Download
+from hubsync.bucket.base import Bucket
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
 from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.retry import attempts
@@ -23,6 +23,8 @@ from hubsync.retry import attempts
 from .head import read_head
 from .index import ChainIndex
 from .layout import Layout
+from .nearby import index_between
+from .part_cache import PartCache
 from .planner import Plan, Planner, Step
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class ChainReader:
         self._served: tuple[Position, int] | None = None  # (newest, its served version) by a valid head
         self._resolved: tuple[Manifest, int, Position] | None = None  # (newest, served version, position)
         self._lost: set[str] = set()  # names of manifests whose parts are gone
-        self._fetched: set[Path] = set()
+        self._part_cache: PartCache | None = None
         self._can_remember = True
 
     def run(self) -> Run:
@@ -206,8 +208,7 @@ class ChainReader:
             return Plan(have, None, False, (), position)
         if have is not None and target is not None and target.parent == have and not self._is_lost(target):
             return Plan(have, None, False, (Step(target),), position)
-        self._survey()  # anchors and merged deltas may have been added to known versions
-        plan = Planner(self._index, self.run().origin, self._lost).cheapest(target, have, base_available)
+        plan = self._cheapest(target, have, base_available)
         if plan is None:
             origin = "the base checkpoint is not available" if not base_available else "deltas are missing"
             raise NoPath(
@@ -215,6 +216,7 @@ class ChainReader:
                 f"no anchor lies on a path, and {origin}; {self._inventory()}. "
                 "Let the trainer upload an anchor (`engine.anchor()`)"
             )
+        self._parts.expect([*([plan.anchor] if plan.anchor else []), *plan.deltas])
         return plan
 
     def carry_out(self, find: Callable[[], Plan], use: Callable[[Plan], T]) -> T:
@@ -233,23 +235,15 @@ class ChainReader:
     def fetch(self, manifest: Manifest) -> list[Path]:
         """Local files of a manifest's parts, in their order, each with the stated size and SHA-256.
 
-        The files of an anchor are in one directory that `from_pretrained` can load. ObjectMissing if a part is gone;
-        `plan` then avoids paths that need it (see `carry_out`).
+        The files of an anchor are in one directory that `from_pretrained` can load. The same call downloads parts that
+        the last plan needs next. ObjectMissing if a part is gone; `plan` then avoids paths that need it (see
+        `carry_out`).
         """
-        paths = [self._cache / self.run().run_id / Layout.part(manifest, part) for part in manifest.parts]
-        downloads = [
-            Download(Layout.part(manifest, part), part.size, part.sha256, path)
-            for part, path in zip(manifest.parts, paths, strict=True)
-        ]
         try:
-            self._bucket.fetch(downloads)
+            return self._parts.fetch(manifest)
         except ObjectMissing:
             self._lost.add(Layout.manifest(manifest))
             raise
-        for path in paths:
-            os.utime(path)  # `trim` evicts the files fetched longest ago
-        self._fetched = set(paths)
-        return paths
 
     def patch(self, manifest: Manifest, old: OldBits | None = None) -> Patch:
         """The decoded delta of a manifest: all of its parts (one per publisher rank, on disjoint elements).
@@ -289,23 +283,15 @@ class ChainReader:
     def trim(self, keep_bytes: int) -> None:
         """Delete cached files of this run, the least recently used first, until at most `keep_bytes` are left.
 
-        The files of the last `fetch` stay. A file in use elsewhere is fetched again when it is next needed.
+        Files of the last download stay. A file in use elsewhere is fetched again when it is next needed.
         """
-        files = []
-        for path in (self._cache / self.run().run_id).rglob("*"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another reader trims this cache too
-                continue
-            if path.is_file():
-                files.append((status.st_mtime, status.st_size, path))
-        excess = sum(size for _, size, _ in files) - keep_bytes
-        for _, size, path in sorted(files):
-            if excess <= 0:
-                return
-            if path not in self._fetched:
-                path.unlink(missing_ok=True)
-                excess -= size
+        self._parts.trim(keep_bytes)
+
+    @property
+    def _parts(self) -> PartCache:
+        if self._part_cache is None:
+            self._part_cache = PartCache(self._bucket, self._cache / self.run().run_id)
+        return self._part_cache
 
     # --- newest and served version ------------------------------------------------------------------
 
@@ -409,6 +395,16 @@ class ChainReader:
         return self.run().origin if manifest is None else manifest.position
 
     # --- paths --------------------------------------------------------------------------------------
+
+    def _cheapest(self, target: Manifest | None, have: Position | None, base_available: bool) -> Plan | None:
+        """Lists the run only if the names of what lies between the two positions do not say enough."""
+        origin = self.run().origin
+        if have is not None and target is not None:
+            near = index_between(self._bucket, self._index, have, target)
+            if near is not None and (plan := Planner(near, origin, self._lost).cheapest(target, have, base_available)):
+                return plan
+        self._survey()  # anchors and merged deltas may have been added to known versions
+        return Planner(self._index, origin, self._lost).cheapest(target, have, base_available)
 
     def _target(self, version: int | None) -> Manifest | None:
         """Manifest of a version; None for version 0."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from hubsync.bucket.base import Bucket, Stat
 from hubsync.errors import BucketError, FormatError, NoPath
-from hubsync.format.documents import FORMAT, LAST_YEAR, seal, unseal
+from hubsync.format.documents import FORMAT, LAST_YEAR, MAX_TABLE_BYTES, seal, unseal
 from hubsync.format.manifest import MAX_VERSION, Manifest, Position
 
 from .index import ChainIndex
@@ -244,7 +244,7 @@ class Collector:
         """Object name -> since when it has been unneeded, in seconds by the storage's clock."""
         try:
             data = self._bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
-            since = {} if data is None else unseal(data, Layout.GARBAGE).get("since")
+            since = {} if data is None else unseal(data, Layout.GARBAGE, MAX_TABLE_BYTES).get("since")
         except FormatError as error:
             logger.warning("ignoring %s, so grace periods start again: %s", Layout.GARBAGE, error)
             return {}
@@ -256,7 +256,7 @@ class Collector:
 
     def _remember(self, marks: Mapping[str, float]) -> None:
         document = {"format": FORMAT, "since": dict(marks), "nonce": secrets.token_hex(8)}
-        self._bucket.commit(Layout.GARBAGE, seal(document))
+        self._bucket.commit(Layout.GARBAGE, seal(document, MAX_TABLE_BYTES))
 
     def _now(self, marks: Mapping[str, float]) -> float:
         """The storage's time: that of the object written last."""

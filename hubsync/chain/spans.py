@@ -43,12 +43,17 @@ def due(chain: Sequence[Manifest], max_span: int) -> Iterator[Span]:
         size *= 2
 
 
+def step_of(size: int) -> int:
+    """Starts of spans of one size are multiples of this, in versions."""
+    return 1 if 2 < size <= _SHORT else max(2, size // 4)
+
+
 def _starts(size: int, oldest: int, newest: int) -> Iterator[int]:
     """Starts of spans of one size: its multiples, and points between them for spans that end near the newest version.
 
     benchmarks/README.md compares alternatives, in bytes.
     """
-    step = 1 if 2 < size <= _SHORT else max(2, size // 4)
+    step = step_of(size)
     for start in range(-(-oldest // step) * step, newest - size + 1, step):
         near = newest - (start + size) <= size
         if near or start % size == 0:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 from hubsync.bucket import Bucket, open_bucket
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError
-from hubsync.format.checkpoint import Checkpoint
 from hubsync.format.keys import PublicKey, SigningKey
 from hubsync.format.manifest import Manifest
 
 if TYPE_CHECKING:
-    pass
+    from hubsync.format.checkpoint import Checkpoint
 
 
 def public_key(args: argparse.Namespace) -> PublicKey | None:
@@ -55,6 +54,8 @@ def base_checkpoint(args: argparse.Namespace, reader: ChainReader) -> Checkpoint
     directory: Path | None = args.base or (Path(model) if model is not None and Path(model).is_dir() else None)
     if directory is None:
         return None
+    from hubsync.format.checkpoint import Checkpoint  # imports torch
+
     checkpoint = Checkpoint(directory, reader.run().table)
     checkpoint.check()
     return checkpoint

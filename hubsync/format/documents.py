@@ -15,22 +15,32 @@ from typing import Any
 from hubsync.errors import FormatError, UnknownFormat
 
 FORMAT = "hubsync/2"
+MAX_BYTES = 2 << 20  # of a head or manifest: parsing takes under a second, whatever it holds
+MAX_TABLE_BYTES = 64 << 20  # of run.json, which lists all tensors, and of gc.json
 SIGNATURE = "signature"  # field of a stored document, outside of its content
 LAST_YEAR = 253e9  # seconds since 1970, in the year 9987: Python's dates end with 9999
 
 
-def seal(doc: Mapping[str, Any]) -> bytes:
-    """A document as it is stored: JSON, with a checksum over everything else in it."""
-    return json.dumps({**doc, "checksum": _checksum(doc)}, indent=1).encode()
+def seal(doc: Mapping[str, Any], max_bytes: int = MAX_BYTES) -> bytes:
+    """A document as it is stored: JSON, with a checksum over everything else in it.
+
+    FormatError if it is larger than readers accept.
+    """
+    data = json.dumps({**doc, "checksum": _checksum(doc)}, indent=1).encode()
+    _require_size(data, "the document to write", max_bytes)
+    return data
 
 
-def unseal(data: bytes, what: str) -> dict[str, Any]:
+def unseal(data: bytes, what: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Parse what `seal` wrote. `what` names the document in errors.
 
+    The size is checked first: parsing a hostile document of some megabytes would hold the GIL for many seconds.
+
     Raises:
-        FormatError: the document is malformed or damaged.
+        FormatError: the document is too large, malformed or damaged.
         UnknownFormat: the document has another `format`.
     """
+    _require_size(data, what, max_bytes)
     try:
         doc = versioned(json.loads(data), what)
         doc.pop(SIGNATURE, None)  # `hubsync.bucket.signed` checks it, for clients that have the key
@@ -41,6 +51,11 @@ def unseal(data: bytes, what: str) -> dict[str, Any]:
     if stated != found:
         raise FormatError(f"{what}: damaged, the checksum does not match the content")
     return doc
+
+
+def _require_size(data: bytes, what: str, max_bytes: int) -> None:
+    if len(data) > max_bytes:
+        raise FormatError(f"{what}: {len(data)} bytes, more than the limit of {max_bytes} for such a document")
 
 
 def canonical(doc: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 
 from hubsync.errors import FormatError
 
-from .documents import FORMAT, Fields, canonical, seal, unseal, versioned
+from .documents import FORMAT, MAX_BYTES, MAX_TABLE_BYTES, Fields, canonical, seal, unseal, versioned
 from .encoding import Encoding
 from .table import TensorTable
 from .times import Times
@@ -158,7 +158,7 @@ class Manifest:
         return asdict(self)
 
     def dumps(self) -> bytes:
-        return seal(self.to_json())
+        return seal(self.to_json(), MAX_BYTES // 2)  # the head embeds it
 
     @classmethod
     def from_json(cls, doc: object) -> Manifest:
@@ -311,12 +311,12 @@ class Run:
             "table_hash": self.table.hash,
             "table": self.table.to_json(),
         }
-        return seal(doc)
+        return seal(doc, MAX_TABLE_BYTES)
 
     @classmethod
     def loads(cls, data: bytes) -> Run:
         what = "run.json"
-        doc = unseal(data, what)
+        doc = unseal(data, what, MAX_TABLE_BYTES)
         of = Fields(doc, what)
         table = TensorTable.from_json(doc.get("table"))
         if doc.get("table_hash") != table.hash:

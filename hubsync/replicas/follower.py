@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hubsync.apply.protocol import WorkerState
 from hubsync.chain import ChainReader
 from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaBehind, RunMismatch
+from hubsync.retry import REPORT_SECONDS, Deadline
 
 from .replica import Replica
 from .reports import CommitReport, ReplicaStatus
@@ -24,6 +25,7 @@ from .server import checked_seconds
 logger = logging.getLogger(__name__)
 
 _LONGEST_PAUSE_S = 60.0
+_IDLE_S = 600.0  # between two messages that there is no newer version
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Follower:
         self._stop = threading.Event()
         self._reader: ChainReader | None = None
         self._is_known = False
+        self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
         self.on_commit: Callable[[Followed], None] = lambda followed: None
         self.on_error: Callable[[HubsyncError, float], None] = lambda error, retry_s: None
 
@@ -115,6 +118,7 @@ class Follower:
         status = self._status()
         self._require_same_run(self._reader.run().run_id, status)
         if status.position == target and status.window is None:
+            self._idle.say(f"{self._replica.server.url} is at {target}: waiting for the next version of the run")
             return None
         try:
             self._replica.wait_staged(target, self._stage_timeout, lambda now: self._is_undisturbed(status, now))
@@ -122,8 +126,9 @@ class Follower:
                 return None
             commit = self._replica.commit(target)
         except ReplicaBehind as behind:
-            logger.debug("polling again: %s", behind)
+            self._behind.say(f"{self._replica.server.url} has not reached {target}, trying again: {behind}")
             return None
+        self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
         if status.position is None or status.position == target:
             return None
         return Followed(commit, target.version - status.position.version, _downloaded(self._replica.status()))
@@ -152,6 +157,19 @@ class Follower:
     def _is_undisturbed(self, before: ReplicaStatus, now: ReplicaStatus) -> bool:
         """Whether the server is still at the position it had before. If not, another client has committed."""
         return now.position == before.position and not self._stop.is_set()
+
+
+class _Reminder:
+    """Logs what is waited for, each time that the wait has lasted some seconds more."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._next = Deadline(seconds)
+
+    def say(self, message: str) -> None:
+        if self._next.passed:
+            logger.warning("%s", message)
+            self._next = Deadline(self._seconds)
 
 
 def _explained(error: HubsyncError | OSError) -> HubsyncError:

@@ -27,6 +27,7 @@ from hubsync.errors import (
     ObjectMissing,
     RunMismatch,
 )
+from hubsync.format.documents import MAX_BYTES
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Base, Head, Manifest, Position, Run
 from hubsync.format.table import TensorSpec, TensorTable
@@ -818,6 +819,14 @@ def test_a_cache_that_cannot_be_written_is_no_failure_and_said_once(
     commit(writer)
     assert reader.newest().version == 2
     assert len([message for message in caplog.messages if "cannot record the newest version" in message]) == 1
+
+
+def test_a_head_that_is_too_large_is_not_parsed_and_not_in_the_way(
+    bucket: FaultyBucket, reader: ChainReader, tmp_path: Path
+) -> None:
+    newest = commit(ChainWriter.create(bucket, RUN))
+    (tmp_path / "bucket" / Layout.HEAD).write_bytes(b" " * (MAX_BYTES + 1))
+    assert reader.newest() == newest.position
 
 
 def test_a_new_reader_can_require_a_fresh_head(bucket: FaultyBucket, tmp_path: Path) -> None:

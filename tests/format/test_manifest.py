@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubsync.errors import FormatError
-from hubsync.format.documents import seal
+from hubsync.format.documents import MAX_BYTES, MAX_TABLE_BYTES, seal
 from hubsync.format.manifest import Base, Head, Manifest, Part, Position, Run
 from hubsync.format.table import TensorSpec, TensorTable
 
@@ -164,3 +164,21 @@ def test_random_bytes_are_never_a_document(data: bytes) -> None:
 def test_deeply_nested_json_is_refused_not_a_crash() -> None:
     with pytest.raises(FormatError):
         Manifest.loads(b"[" * 1_000_000)
+
+
+def test_a_document_that_is_too_large_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DELTA.dumps() + b" " * MAX_BYTES
+    monkeypatch.setattr("hubsync.format.documents.json.loads", lambda _: pytest.fail("was parsed"))
+    for read in (Manifest.loads, Head.loads):
+        with pytest.raises(FormatError, match="more than the limit"):
+            read(data)
+    with pytest.raises(FormatError, match="more than the limit"):
+        Run.loads(b" " * (MAX_TABLE_BYTES + 1))
+
+
+def test_no_writer_commits_a_document_that_readers_refuse() -> None:
+    parts = tuple(Part(10, "c" * 64, rank) for rank in range(12_000))
+    with pytest.raises(FormatError, match="the document to write"):
+        replace(DELTA, parts=parts).dumps()
+    largest = replace(DELTA, parts=parts[:7000])
+    assert Head.loads(Head(largest, 1).dumps()).manifest == largest

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from hubsync.bucket import open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, Layout
-from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaUnreachable, RunMismatch
+from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaBehind, ReplicaUnreachable, RunMismatch
 from hubsync.format.manifest import Head
 from hubsync.localhub import LocalHub
 from hubsync.replicas.deployment import Deployment
-from hubsync.replicas.follower import Followed, Follower
+from hubsync.replicas.follower import Followed, Follower, _Reminder
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 from tests.replicas.test_deployment import PATIENCE_S, hold, until
@@ -445,6 +445,32 @@ def test_the_command_with_once_polls_once(publisher: Publisher, server: StandIn)
         _, err = process.communicate(timeout=PATIENCE_S)
     assert "ReplicaUnreachable" in err
     assert process.returncode == 1
+
+
+def test_a_follower_that_waits_says_once_a_while_for_what(
+    follower: Follower, server: StandIn, publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    follower.step()
+    follower.step()
+    assert caplog.messages == [], "a short wait is not reported"
+    follower._idle = _Reminder(0.0)
+    follower.step()
+    (message,) = caplog.messages
+    assert message == f"{server.url} is at {publisher.positions[2]}: waiting for the next version of the run"
+
+
+def test_a_server_that_does_not_get_there_is_reported_once_a_while(
+    follower: Follower, server: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def behind(*_: object) -> None:
+        raise ReplicaBehind("another version is wanted")
+
+    monkeypatch.setattr(follower._replica, "wait_staged", behind)
+    follower.step()
+    assert not [message for message in caplog.messages if "has not reached" in message]
+    follower._behind = _Reminder(0.0)
+    follower.step()
+    assert [message for message in caplog.messages if "has not reached version 2" in message]
 
 
 def test_an_error_of_the_local_disk_is_retried(follower: Follower, server: StandIn, publisher: Publisher) -> None:

@@ -1,11 +1,13 @@
 """Records, code books, chunk rows and payload -> a patch. docs/FORMAT.md is the specification.
 
 Nothing is trusted: every number is checked against its bound before use. Memory is O(bytes of the part), because each
-change takes at least a bit of payload, plus one chunk of old weights for each thread.
+change takes at least a bit of payload, plus one chunk of old weights for each thread (tests/format/test_memory.py).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +26,35 @@ from .grid import MAX_ELEMENTS, Grid
 from .layout import ABSOLUTE, CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR, OldBits
 from .rows import BYTES, SHIFT, RowReader
 
+_JOB_CHANGES = 1 << 16  # a job decodes chunks until it has this many changes,
+_JOB_CHUNKS = 1 << 10  # or this many chunks, so that memory does not depend on the number of chunks
+
 
 @dataclass(frozen=True, eq=False)
-class _ChunkJob:
-    """One chunk to decode. Its payload begins at byte `start`."""
+class _Coded:
+    """The chunks of a tensor that have changes.
+
+    Attributes:
+        numbers: int64[r], ascending.
+        rows: int64[r, classes + FIELDS], their rows.
+        starts: int64[r + 1], where their payloads begin, and the last one ends.
+        bounds: int64[r + 1], chunk i has the changes `bounds[i] .. bounds[i + 1]` of the tensor.
+    """
 
     index: int
     spec: TensorSpec
     book: Book
     grid: Grid
-    number: int
-    counts: np.ndarray
-    rest: np.ndarray
-    start: int
+    numbers: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    bounds: np.ndarray
+
+    def jobs(self) -> list[tuple[int, int]]:
+        """Consecutive chunks, from the first to before the last, that are decoded together."""
+        key = self.bounds[:-1] // _JOB_CHANGES + np.arange(len(self.numbers)) // _JOB_CHUNKS
+        firsts = [0, *(np.flatnonzero(np.diff(key)) + 1).tolist(), len(self.numbers)]
+        return list(itertools.pairwise(firsts))
 
 
 def decode(
@@ -57,7 +75,7 @@ def decode(
     """
     known = [Book.unpack(row, classes) for row in books]
     reader = RowReader(chunks)
-    jobs: list[_ChunkJob] = []
+    coded: list[_Coded] = []
     patch: Patch = {}
     start, seen = 0, set()
     for record in tensors:
@@ -72,77 +90,97 @@ def decode(
             patch[index] = read(spec, payload[start : start + spec.nbytes])
             start += spec.nbytes
         elif mode == CODED and book < len(known):
-            own = _jobs(index, spec, known[book], _grid(spec, record), reader, start, len(payload))
-            jobs += own
-            start = own[-1].start + int(own[-1].rest[BYTES])
+            coded.append(_rows(index, spec, known[book], _grid(spec, record), reader, start, len(payload)))
+            start = int(coded[-1].starts[-1])
         else:
             raise FormatError(f"{spec.name}: unknown mode {mode}, or code book {book} of {len(known)}")
     reader.finish()
     if start != len(payload):
         raise FormatError(f"{len(payload) - start} payload bytes are left over")
     words = words_from(payload)
-    found = each(lambda job: _decode_chunk(job, words, old), jobs)
-    patch.update(_assemble(jobs, found))
+    for tensor in _decode_coded(coded, words, old):
+        patch.update(tensor)
     return dict(sorted(patch.items()))
 
 
-def _jobs(
+def _rows(
     index: int, spec: TensorSpec, book: Book, grid: Grid, reader: RowReader, start: int, available: int
-) -> list[_ChunkJob]:
+) -> _Coded:
     """The chunks of one tensor that have changes. Checks every row against its chunk and the payload."""
     numbers, rows = reader.read(book, grid.count)
-    jobs = []
-    for number, row in zip(numbers.tolist(), rows, strict=True):
-        counts, rest = row[: book.classes], row[book.classes :]
-        changes, nbytes = int(counts.sum()), int(rest[BYTES])
-        if not 0 < changes <= grid.elements(number) or changes > 8 * nbytes:
-            raise FormatError(f"{spec.name}, chunk {number}: {streams.PROBLEMS[streams.COUNTS]}")
-        if nbytes > available - start:
-            raise FormatError(f"{spec.name}, chunk {number}: its payload is missing")
-        jobs.append(_ChunkJob(index, spec, book, grid, number, counts, rest, start))
-        start += nbytes
-    if not jobs:
+    if not len(numbers):
         raise FormatError(f"{spec.name}: is listed but has no changes")
-    return jobs
+    changes, nbytes = rows[:, : book.classes].sum(axis=1), rows[:, book.classes + BYTES]
+    elements = np.fromiter(map(grid.elements, numbers.tolist()), np.int64, len(numbers))
+    impossible = (changes <= 0) | (changes > elements) | (changes > 8 * nbytes)
+    if impossible.any():
+        number = numbers[impossible.argmax()]
+        raise FormatError(f"{spec.name}, chunk {number}: {streams.PROBLEMS[streams.COUNTS]}")
+    starts = start + np.concatenate([[0], np.cumsum(nbytes)])
+    beyond = (starts > available) | (starts < 0)  # a hostile sum overflows to a negative number first
+    if beyond.any():
+        number = numbers[beyond.argmax() - 1]
+        raise FormatError(f"{spec.name}, chunk {number}: its payload is missing")
+    bounds = np.concatenate([[0], np.cumsum(changes)])
+    return _Coded(index, spec, book, grid, numbers, rows, starts, bounds)
 
 
-def _decode_chunk(job: _ChunkJob, words: np.ndarray, old: OldBits | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """(flat indices, differences) of a chunk; None if this process does not hold its old weights."""
-    classes = job.book.class_map(job.spec.dtype)
+def _decode_coded(coded: Sequence[_Coded], words: np.ndarray, old: OldBits | None) -> Iterator[Patch]:
+    """The changes of each tensor. Chunks are decoded in parallel, each into its place in the arrays of its tensor."""
+    arrays = [
+        (np.empty(rows.bounds[-1], np.int64), np.empty(rows.bounds[-1], SIGNED[rows.spec.width])) for rows in coded
+    ]
+    jobs = [(number, *chunks) for number, rows in enumerate(coded) for chunks in rows.jobs()]
+    held = [np.zeros(len(rows.numbers), bool) for rows in coded]
+
+    def decode_some(job: tuple[int, int, int]) -> None:
+        number, first, last = job
+        for row in range(first, last):
+            held[number][row] = _decode_chunk(coded[number], row, words, old, *arrays[number])
+
+    each(decode_some, jobs)
+    for rows, ours in zip(reversed(coded), reversed(held), strict=True):
+        indices, diffs = arrays.pop()  # so that those in another order are not held twice
+        if not ours.all():
+            changes = np.repeat(ours, np.diff(rows.bounds))
+            indices, diffs = indices[changes], diffs[changes]
+        if ours.any():
+            yield {rows.index: _ordered(indices, diffs, rows.grid.ascends)}
+
+
+def _decode_chunk(
+    coded: _Coded, row: int, words: np.ndarray, old: OldBits | None, indices: np.ndarray, diffs: np.ndarray
+) -> bool:
+    """Decode a chunk into its place in the tensor's flat indices and differences.
+
+    False if this process does not hold its old weights.
+    """
+    number, book, grid = int(coded.numbers[row]), coded.book, coded.grid
+    classes = book.class_map(coded.spec.dtype)
     if classes is None or old is None:
-        sizes, counted = one_class(job.book.classes, job.grid.elements(job.number)), None
+        sizes, counted = one_class(book.classes, grid.elements(number)), None
     else:
-        bits = old.rectangle(job.index, *job.grid.slices(job.number))
+        bits = old.rectangle(coded.index, *grid.slices(number))
         if bits is None:
-            return None
+            return False
         counted = kernels.count(bits, classes)
         sizes = counted.sizes
-    changes = int(job.counts.sum())
-    ranks, diffs = np.empty(changes, np.int32), np.empty(changes, SIGNED[job.spec.width])
-    shift = int(job.rest[SHIFT])
+    counts, rest = coded.rows[row, : book.classes], coded.rows[row, book.classes :]
+    shift = int(rest[SHIFT])
     shift = -(shift + 1) // 2 if shift & 1 else shift // 2
-    start, nbytes = job.start, int(job.rest[BYTES])
-    problem = streams.read(words, start, nbytes, job.counts, sizes, shift, job.book.codes, ranks, diffs)
+    own = slice(coded.bounds[row], coded.bounds[row + 1])
+    ranks = np.empty(own.stop - own.start, np.int32)
+    start, nbytes = int(coded.starts[row]), int(rest[BYTES])
+    problem = streams.read(words, start, nbytes, counts, sizes, shift, book.codes, ranks, diffs[own])
     if problem != streams.FINE:
-        raise FormatError(f"{job.spec.name}, chunk {job.number}: {streams.PROBLEMS[problem]}")
+        raise FormatError(f"{coded.spec.name}, chunk {number}: {streams.PROBLEMS[problem]}")
     if counted is not None:
-        ranks, diffs = counted.place(ranks, diffs, job.counts)
-    return job.grid.indices(job.number, ranks), diffs
+        ranks, diffs[own] = counted.place(ranks, diffs[own], counts)
+    indices[own] = grid.indices(number, ranks)
+    return True
 
 
-def _assemble(jobs: list[_ChunkJob], found: list[tuple[np.ndarray, np.ndarray] | None]) -> Patch:
-    parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    ascends = {job.index: job.grid.ascends for job in jobs}
-    for job, part in zip(jobs, found, strict=True):
-        if part is not None:
-            parts.setdefault(job.index, []).append(part)
-    indices = list(parts)
-    return dict(zip(indices, each(lambda index: _joined(parts[index], ascends[index]), indices), strict=True))
-
-
-def _joined(parts: list[tuple[np.ndarray, np.ndarray]], ascends: bool) -> TensorDelta:
-    indices = np.concatenate([part[0] for part in parts])
-    diffs = np.concatenate([part[1] for part in parts])
+def _ordered(indices: np.ndarray, diffs: np.ndarray, ascends: bool) -> TensorDelta:
     if not ascends:
         order = np.argsort(indices, kind="stable")  # merges the chunks, each of which ascends
         indices, diffs = indices[order], diffs[order]

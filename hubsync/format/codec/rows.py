@@ -71,7 +71,7 @@ class RowReader:
         used, self._position = _read(self._words, self._position, self._end, book.orders, chunks, numbers, rows)
         if used < 0:
             raise FormatError("the table of chunk rows ends too early, or has an impossible number")
-        return numbers[:used], rows[:used]
+        return numbers[:used].copy(), rows[:used].copy()
 
     def finish(self) -> None:
         """Raise FormatError unless everything has been read."""

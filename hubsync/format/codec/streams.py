@@ -298,8 +298,8 @@ def _read_magnitudes(
 ) -> tuple[int, int]:
     """Give `diffs` their magnitudes. Returns (problem, position behind)."""
     largest = 1 << (8 * diffs.itemsize - 1)
-    left = np.empty(len(diffs), np.int64)  # the changes of a class that no plane has ended yet
-    following = np.empty(len(diffs), np.int64)
+    left = np.empty(len(diffs), np.int32)  # the changes of a class that no plane has ended yet
+    following = np.empty(len(diffs), np.int32)
     first = 0
     for c in range(len(counts)):
         count, planes, usual = counts[c], 0, int(codes[c, USUAL])

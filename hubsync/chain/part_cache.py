@@ -1,0 +1,89 @@
+"""Parts of a run on this machine: downloaded, checked, and evicted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hubsync.bucket.base import Bucket, Download
+from hubsync.errors import ObjectCorrupt, ObjectMissing
+from hubsync.format.manifest import Manifest
+
+from .layout import Layout
+
+AHEAD_PARTS = 500  # most parts that are downloaded ahead in one call,
+AHEAD_BYTES = 256 << 20  # and their bytes
+
+
+class PartCache:
+    """Files of the parts of manifests, below a directory, under their names in the bucket.
+
+    Several caches, also in several processes, may share the directory.
+    """
+
+    def __init__(self, bucket: Bucket, directory: Path):
+        self._bucket = bucket
+        self._directory = directory
+        self._ahead: list[Manifest] = []  # those that will be wanted, and have not been asked for
+        self._fetched: set[Path] = set()
+
+    def expect(self, manifests: Sequence[Manifest]) -> None:
+        """The manifests whose parts will be wanted next, in this order. `fetch` downloads many of them in one call."""
+        self._ahead = list(manifests)
+
+    def fetch(self, manifest: Manifest) -> list[Path]:
+        """Local files of a manifest's parts, each with the stated size and SHA-256. ObjectMissing, ObjectCorrupt."""
+        batch = self._batch(manifest)
+        downloads = [download for wanted in batch for download in self._downloads(wanted)]
+        try:
+            self._bucket.fetch(downloads)
+        except (ObjectMissing, ObjectCorrupt):
+            if len(batch) == 1:
+                raise
+            return self.fetch(manifest)  # the fault may be in a later one, whose own call will tell
+        paths = [download.destination for download in self._downloads(manifest)]
+        for path in paths:
+            os.utime(path)  # `trim` evicts the files fetched longest ago
+        if not self._fetched.issuperset(paths):
+            self._fetched = {download.destination for download in downloads}
+        return paths
+
+    def trim(self, keep_bytes: int) -> None:
+        """Delete files, the least recently used first, until at most `keep_bytes` are left.
+
+        Files of the last download stay. A file in use elsewhere is fetched again when it is next needed.
+        """
+        files = []
+        for path in self._directory.rglob("*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another reader trims this cache too
+                continue
+            if path.is_file():
+                files.append((status.st_mtime, status.st_size, path))
+        excess = sum(size for _, size, _ in files) - keep_bytes
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                return
+            if path not in self._fetched:
+                path.unlink(missing_ok=True)
+                excess -= size
+
+    def _batch(self, manifest: Manifest) -> list[Manifest]:
+        """A manifest, and those expected after it whose parts are downloaded in the same call."""
+        if manifest not in self._ahead:
+            return [manifest]
+        ahead = self._ahead[self._ahead.index(manifest) :]
+        parts, nbytes, batch = 0, 0, ahead[:1]
+        for wanted in ahead[1:]:
+            parts, nbytes = parts + len(wanted.parts), nbytes + wanted.nbytes
+            if parts > AHEAD_PARTS or nbytes > AHEAD_BYTES:
+                break
+            batch.append(wanted)
+        self._ahead = ahead[len(batch) :]
+        return batch
+
+    def _downloads(self, manifest: Manifest) -> list[Download]:
+        names = [(part, Layout.part(manifest, part)) for part in manifest.parts]
+        return [Download(name, part.size, part.sha256, self._directory / name) for part, name in names]

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import bits_of
-from hubsync.publish.detect.digests import TensorDigests
+from hubsync.publish.detect.changes import TensorDigests
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.cast import cast

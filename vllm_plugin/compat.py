@@ -1,7 +1,7 @@
 """vLLM's workers: everything that hubsync uses of them and that moves between versions. `lora` has what adapters need.
 
-Used here: the worker's `model_runner`, `vllm_config`, `device`, `rank`, `sleep` and `reload_weights`;
-`model_runner.get_model()`, `.get_draft_model()` and `.execute_model()`; the world group of `parallel_state`; on CPU
+Used here: the worker's `model_runner`, `vllm_config`, `device` and `rank`; `model_runner.get_model()` and
+`.get_draft_model()`; the world group of `parallel_state`; on CPU
 builds the two switches of `keep_linears_live` and the packing of experts; `weight_transfer_engine` and
 `_weight_update_active`. `backend` names the base class of weight transfer engines. `make test-versions` runs all of it
 with 0.27.1 and 0.32.0.
@@ -177,6 +177,9 @@ def model_host_of(worker: Any) -> ModelHost:
     settings = read_settings(config)
     source = settings.source()
     models = _models(worker)
+    draft = getattr(config.speculative_config, "draft_model_config", None)
+    if draft is not None and len(models) == 1:
+        logger.warning("hubsync: the draft model %s is not updated", draft.model)
     _refuse_packed(models)
     return ModelHost(
         source=source,
@@ -185,6 +188,7 @@ def model_host_of(worker: Any) -> ModelHost:
         checkpoint=_checkpoint_directory(config.model_config),
         hints=_hints(models),
         dense_fallback=settings.dense_fallback,
+        serving=lambda: _models(worker),
     )
 
 
@@ -200,7 +204,6 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
     if draft is None or speculative is None or speculative.draft_model_config is None:
         return (model,)
     if speculative.draft_model_config.model != worker.vllm_config.model_config.model:
-        logger.warning("hubsync: the draft model %s is not updated", speculative.draft_model_config.model)
         return (model,)
     return model, draft
 
@@ -245,49 +248,6 @@ def _prepack(isa: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return functools.partial(cpu_prepack_moe_weight, isa=isa)
 
 
-def guard_forward(worker: Any, before: Callable[[], None]) -> None:
-    """Call `before` ahead of every forward pass of this worker, on the thread that runs it.
-
-    The model runner's method is wrapped, not the module's `forward`: captured CUDA graphs replay without it.
-    """
-    runner = worker.model_runner
-    execute = runner.execute_model
-
-    @functools.wraps(execute)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        before()
-        return execute(*args, **kwargs)
-
-    runner.execute_model = guarded
-
-
-def guard_weights(worker: Any, lost: Callable[[str], None]) -> None:
-    """Call `lost` with the reason after something other than hubsync has replaced this worker's weights.
-
-    Sleeping at level 2 discards their values and keeps their addresses; reloading writes others.
-    """
-    sleep, reload = worker.sleep, getattr(worker, "reload_weights", None)
-
-    @functools.wraps(sleep)
-    def guarded_sleep(level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        answer = sleep(level, *args, **kwargs)
-        if level >= 2:
-            lost("the server slept at level 2, which discards weights")
-        return answer
-
-    worker.sleep = guarded_sleep
-    if reload is None:
-        return
-
-    @functools.wraps(reload)
-    def guarded_reload(*args: Any, **kwargs: Any) -> Any:
-        answer = reload(*args, **kwargs)
-        lost("the server has reloaded its weights")
-        return answer
-
-    worker.reload_weights = guarded_reload
-
-
 def _refuse_unsupported(config: Any) -> None:
     parallel = config.parallel_config
     if getattr(parallel, "enable_eplb", False) or getattr(parallel, "enable_elastic_ep", False):
@@ -295,6 +255,13 @@ def _refuse_unsupported(config: Any) -> None:
     offload = getattr(getattr(config, "offload_config", None), "uva", None) or config.cache_config  # before 0.28
     if getattr(offload, "cpu_offload_gb", 0):
         raise ReplicaRefused("this server keeps weights in host memory; start it without --cpu-offload-gb")
+    if getattr(getattr(getattr(config, "offload_config", None), "prefetch", None), "offload_group_size", 0):
+        raise ReplicaRefused("this server fetches weights layer by layer; start it without --offload-group-size")
+    if getattr(config, "ec_transfer_config", None) is not None:
+        raise ReplicaRefused(
+            "this server shares outputs of its encoders with others, which keep those of old weights; start it without "
+            "--ec-transfer-config"
+        )
     if config.quant_config is not None:
         raise ReplicaRefused(
             f"this server quantises its weights ({config.model_config.quantization}); serve the run's own dtype"

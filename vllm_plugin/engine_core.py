@@ -2,7 +2,8 @@
 
 Used here, the same in vLLM 0.27 and 0.32: `EngineCore.scheduler` (`requests`, `running`,
 `kv_cache_manager.coordinator.single_type_managers`, `reset_prefix_cache`, `reset_connector_cache`), `.batch_queue`,
-`.resume_scheduler`, `.is_scheduler_paused`, `.reset_encoder_cache`, `.set_weight_version`;
+`.resume_scheduler`, `.is_scheduler_paused`, `.reset_encoder_cache`, `.set_weight_version`,
+`.model_executor.sleeping_tags`;
 `EngineCoreProc.input_queue`; `BlockPool` as in `_forget_blocks`; `Request.block_hashes` and `.cache_salt`.
 """
 
@@ -61,6 +62,10 @@ class VLLMEngineCore:
     @property
     def paused(self) -> bool:
         return bool(self._core.is_scheduler_paused())
+
+    @property
+    def asleep(self) -> bool:
+        return "weights" in getattr(self._core.model_executor, "sleeping_tags", ())
 
     @property
     def label(self) -> str:
@@ -168,6 +173,8 @@ def _forget_blocks(pool: Any) -> None:
     """
     pool.cached_block_hash_to_block = type(pool.cached_block_hash_to_block)()
     getattr(pool, "cached_block_hashes_by_block", {}).clear()
+    if watched := list(getattr(pool, "_reuse_watchers", ())):  # not in 0.27
+        pool._notify_reuse([pool.blocks[number] for number in watched])
     for block in pool.blocks:
         block.reset_hash()
     if pool.metrics_collector:

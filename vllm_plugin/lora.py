@@ -1,6 +1,7 @@
 """LoRA adapters in vLLM's workers: the loader, and the hook that sees vLLM load the run's adapter.
 
-Used here: the worker's `add_lora` and the `lora_manager` of its runner, with `PEFTHelper` and `LoRARequest`.
+Used here: the worker's `add_lora`, and the `lora_manager` of its runner with the tables of its `_adapter_manager`;
+`PEFTHelper` and `LoRARequest`.
 """
 
 from __future__ import annotations
@@ -65,6 +66,35 @@ class LoRALoader:
 
         add = getattr(self._worker.add_lora, "_hubsync_original", self._worker.add_lora)
         add(LoRARequest(name, number, str(path), load_inplace=True))
+
+    def base(self) -> list[Any]:
+        return [self._worker.model_runner.get_model()]
+
+    def copies(self, number: int) -> dict[str, Any]:
+        manager = self._worker.model_runner.lora_manager._adapter_manager
+        adapter = manager.list_adapters().get(number)
+        if adapter is None:
+            return {}
+        found: dict[str, Any] = {}
+        for name, weights in adapter.loras.items():
+            for side in ("lora_a", "lora_b"):
+                found |= {f"{name}.{side}[{at}]": tensor for at, tensor in _tensors(getattr(weights, side, None))}
+        slots = list(manager.lora_index_to_id)
+        if number in slots:  # what kernels read; absent while other adapters take all slots
+            slot = slots.index(number)
+            for name, module in manager.modules.items():
+                stacks = {key: value for key, value in vars(module).items() if key.endswith("_stacked")}
+                for key, value in stacks.items():
+                    found |= {f"{name}.{key}[{at}]": stack[slot] for at, stack in _tensors(value)}
+        return found
+
+
+def _tensors(value: Any) -> list[tuple[int, Any]]:
+    """A tensor, or those of a tuple, numbered. Lists hold views of others in another order."""
+    import torch
+
+    items = value if isinstance(value, tuple) else (value,)
+    return [(at, item) for at, item in enumerate(items) if isinstance(item, torch.Tensor)]
 
 
 def guard_adapter(worker: Any, registered: Callable[[int, Callable[[], bool]], bool]) -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from hubsync.apply.engine import Answers
-from hubsync.apply.engine_commit import EngineCommit
+from hubsync.apply.engine_commit import ASLEEP, EngineCommit
 from hubsync.apply.protocol import WorkerState, first_error
 from hubsync.errors import HubsyncError, ReplicaRefused, ReplicaUnsuitable
 
@@ -50,6 +50,8 @@ class NativeCalls:
 
     def handle(self, method: str, *args: Any, **kwargs: Any) -> list[None] | Future[None]:
         """Answer one of `METHODS`. Raises the first worker's error, once."""
+        if self._engine.asleep and method != "shutdown_weight_transfer_engine":
+            raise ReplicaRefused(ASLEEP)
         call = functools.partial(self._engine.on_workers, "call", method, args, kwargs)
         try:
             if method == "finish_weight_update":

@@ -10,6 +10,7 @@
     lora_name       HUBSYNC_LORA_NAME       name of the adapter in requests, by default `policy`
     window_timeout  HUBSYNC_WINDOW_TIMEOUT  seconds after which an open commit window counts as abandoned
     kv_cache        HUBSYNC_KV_CACHE        policy of commits through vLLM's own weight transfer calls
+    verify_share    HUBSYNC_VERIFY_SHARE    share of the time for verifying served weights again: 0.02 is 2 %, 0 never
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hubsync.apply.engine import RunSource
-from hubsync.apply.protocol import KV_POLICIES, WINDOW_TIMEOUT_S, KvPolicy
+from hubsync.apply.protocol import KV_POLICIES, VERIFY_SHARE, WINDOW_TIMEOUT_S, KvPolicy
 from hubsync.cache import default_cache
 from hubsync.errors import ConfigError
 from hubsync.format.keys import PUBLIC_KEY_VARIABLE, PublicKey
@@ -36,9 +37,10 @@ _VARIABLES = {
     "lora_name": "HUBSYNC_LORA_NAME",
     "max_head_age": "HUBSYNC_MAX_HEAD_AGE",
     "public_key": PUBLIC_KEY_VARIABLE,
+    "verify_share": "HUBSYNC_VERIFY_SHARE",
     "window_timeout": "HUBSYNC_WINDOW_TIMEOUT",
 }
-_STRICT = ("dense_fallback", "max_head_age", "public_key")  # an empty value beats the environment too
+_STRICT = ("dense_fallback", "max_head_age", "public_key", "verify_share")  # an empty value beats the environment too
 _LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
@@ -55,6 +57,7 @@ class Settings:
         lora_name: of the adapter in requests.
         window_timeout: seconds.
         kv_cache: one of `KV_POLICIES`.
+        verify_share: of the time, from 0 to 1.
         ignored: one sentence for each mistyped setting that is replaced by its default. These must not keep a server
             from reporting its errors.
         error: the first mistyped setting that keeps workers from following a run.
@@ -68,6 +71,7 @@ class Settings:
     lora_name: str
     window_timeout: float
     kv_cache: str
+    verify_share: float
     ignored: tuple[str, ...] = ()
     error: ConfigError | None = None
 
@@ -136,6 +140,7 @@ def read_settings(config: Any) -> Settings:
         lora_name=lora_name,
         window_timeout=window_timeout,
         kv_cache=str(kv_cache),
+        verify_share=_share(values["verify_share"], ignored),
         ignored=tuple(ignored),
         error=ConfigError(errors[0]) if errors else None,
     )
@@ -144,6 +149,20 @@ def read_settings(config: Any) -> Settings:
 def _flag(value: Any) -> bool:
     """Of the environment, only `1` and `true` are true."""
     return value in ("1", "true") if isinstance(value, str) else bool(value)
+
+
+def _share(value: Any, ignored: list[str]) -> float:
+    """A number from 0 to 1; the default, with a sentence in `ignored`, for anything else."""
+    if value is None:
+        return VERIFY_SHARE
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if 0 <= share <= 1:
+        return share
+    ignored.append(f"verify_share (HUBSYNC_VERIFY_SHARE) must be a number from 0 to 1, not {value!r:.80}")
+    return VERIFY_SHARE
 
 
 def _seconds(value: Any) -> float | None:

@@ -14,7 +14,8 @@ from hubsync.apply.served_model import ServedModel
 from hubsync.apply.session import Session
 from hubsync.apply.worker_methods import status as status_of
 
-from . import compat, lora
+from . import compat, guards, lora
+from .settings import read_settings
 
 
 def session_of(worker: Any) -> Session:
@@ -23,19 +24,20 @@ def session_of(worker: Any) -> Session:
     session: Session | None = getattr(worker, "_hubsync", None)
     if session is None:
         session = _adapter_session(worker) if worker.vllm_config.lora_config is not None else _model_session(worker)
-        compat.guard_forward(worker, session.before_forward)
-        compat.guard_weights(worker, session.weights_lost)
+        guards.guard_forward(worker, session.before_forward)
+        guards.guard_weights(worker, session)
         worker._hubsync = session
     return session
 
 
 def _model_session(worker: Any) -> Session:
-    return Session(ServedModel(lambda: compat.model_host_of(worker), compat.find_group()))
+    served = ServedModel(lambda: compat.model_host_of(worker), compat.find_group())
+    return Session(served, read_settings(worker.vllm_config).verify_share)
 
 
 def _adapter_session(worker: Any) -> Session:
     served = ServedAdapter(lambda: lora.adapter_host_of(worker), compat.find_group())
-    session = Session(served)
+    session = Session(served, read_settings(worker.vllm_config).verify_share)
 
     def registered(number: int, load: Callable[[], bool]) -> bool:
         return session.attempt("load the adapter", lambda: served.registered(number, load))

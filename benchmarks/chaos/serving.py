@@ -53,6 +53,7 @@ class Engine:
     """
 
     index = 0
+    asleep = False
 
     def __init__(self, sessions: Sequence[Session], *, alone: bool):
         self.alone = alone

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
-from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
 from hubsync.format.manifest import Position
-from hubsync.format.patch import Patch, check
+from hubsync.format.patch import Patch, TensorValues, check
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 
@@ -34,7 +34,7 @@ from .live import LayoutHints
 from .live_bits import LiveBits
 from .live_weights import LiveWeights, view_bits
 from .memory import Edit, EditCollector
-from .staging import Staged, Sums, Undo, add_edits
+from .staging import Staged, Sums, Undo, add_values
 from .sweep import Sweep, first_names
 from .vote import Inventory, SingleWorker, WorkerGroup, decide, join, vote
 
@@ -89,7 +89,7 @@ class Applier:
         self._sums = Sums(Digest(), ())
         self._fingerprint: dict[str, Digest] = {}
         self._undo: Undo | None = None
-        self._writes = 0
+        self._writes = self._doubts = 0
         self._lock = threading.RLock()
 
     def layout(self) -> dict[str, dict[str, object]]:
@@ -174,7 +174,12 @@ class Applier:
                 if index in self._dense:
                     dense[index], change = self._dense.advanced(index, delta)
                     sums.add_master(change, self._dense.owned[index])
-                add_edits(live, index, delta, edits, sums)
+                if isinstance(delta, TensorValues):
+                    add_values(live, index, delta, edits, sums)
+                    continue
+                for part in live.held[index]:
+                    at, before, after = edits.advance(part.region, delta)
+                    sums.add(digest_change(self._seeds[index], delta.indices[at], before, after), part)
             edited = edits.finish()
         if self._group.size == 1 and sums.owned.hex != target.digest:
             raise WrongParent(
@@ -280,12 +285,12 @@ class Applier:
         """
         with self._lock:
             self._refuse_if_poisoned()
-            position, writes, sums, fingerprint = self.position, self._writes, self._sums, self._fingerprint
+            position, changes, sums, fingerprint = self.position, self.changes, self._sums, self._fingerprint
         if position is None:
             raise ReplicaRefused("the position of the live weights is not known")
         moved, wrong = self._map.moved(), self._differing(sums, fingerprint)
         with self._lock:
-            if writes != self._writes:
+            if changes != self.changes:
                 return False
             if moved is not None:
                 self._poison(f"{moved} was replaced or moved in memory since hubsync attached")
@@ -298,12 +303,12 @@ class Applier:
     def sweep(self) -> Sweep | None:
         """Another look at weights that are verified, a slice at a time. None while `verify` must come first."""
         with self._lock:
-            return Sweep(self._live, self._sums, self._writes) if self.verified else None
+            return Sweep(self._live, self._sums, self.changes) if self.verified else None
 
     @property
-    def writes(self) -> int:
-        """How often the position has changed."""
-        return self._writes
+    def changes(self) -> int:
+        """How often the weights were written, or may have been changed by something else: what was read is old."""
+        return self._writes + self._doubts
 
     def intact(self) -> bool:
         """Are all parameters where they were, and those that no region feeds unchanged?"""
@@ -324,7 +329,7 @@ class Applier:
         with self._lock:
             self.poisoned = self.poisoned or "being healed"
             if self._map.moved() is not None:
-                self._rebuild_map()
+                self.follow(self._models, self._map.hints)
             self._undo = None
             staged = self.stage_view(tensors, target)
             self._write(staged)
@@ -339,6 +344,7 @@ class Applier:
         """A sound delta did not fit the live weights, so something may have changed them: `verify` finds out."""
         with self._lock:
             self.verified = False
+            self._doubts += 1
 
     def poison(self, reason: str) -> None:
         """The live weights are not known to be right: refuse everything but `heal` from here on."""
@@ -383,14 +389,14 @@ class Applier:
 
     # --- details ------------------------------------------------------------------------------------
 
-    def _rebuild_map(self) -> None:
-        """Parameters were moved: find them again. What this rank owns stays as it was agreed."""
-        rebuilt = build_map(self._models, self.table, self._map.hints)
-        before = [[part.region.source_key for part in held] for held in self._live.held]
-        if [[region.source_key for region in regions] for regions in rebuilt.regions] != before:
+    def follow(self, models: Sequence[torch.nn.Module], hints: LayoutHints | None) -> None:
+        """The parameters are elsewhere, or in other modules: find them. What this rank owns stays as it was agreed."""
+        rebuilt = build_map(models, self.table, hints)
+        if [region.source_key for held in rebuilt.regions for region in held] != self._live.source_keys:
             raise ReplicaRefused("the parameters of this server hold other elements than before; restart it")
-        owned = [part.owned for held in self._live.held for part in held]
-        self._map, self._live = rebuilt, LiveWeights(rebuilt, self._device, self._seeds, owned)
+        self._models[:] = models  # also those of `_dense`
+        self._map, before = rebuilt, self._live.parts
+        self._live = LiveWeights(rebuilt, self._device, self._seeds, [part.owned for part in before])
 
     def _base(self) -> tuple[Position | None, int]:
         with self._lock:
@@ -441,5 +447,4 @@ class Applier:
         return names + [name for name, digest in now.items() if digest != fingerprint.get(name)]
 
     def _dense_fingerprint(self) -> dict[str, Digest]:
-        fed = {part.region.storage for held in self._live.held for part in held}
-        return self._dense.fingerprint(self._map.storages, fed)
+        return self._dense.fingerprint(self._map.storages, {part.region.storage for part in self._live.parts})

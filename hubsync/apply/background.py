@@ -10,14 +10,26 @@ from collections.abc import Callable
 class Background:
     """Runs jobs one after the other. The first job starts the thread, which then stays.
 
+    Args:
+        idle: called while there is no job; short. Returns the seconds until it is to be called again, None if only
+            after another job.
+
     Attributes:
-        working: held during a job. Take it to keep jobs from running meanwhile.
+        working: held during a job, and while idle is called. Take it to keep jobs from running meanwhile.
+        reading: to be held by a job while it reads live weights. Take it to keep jobs from reading them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle: Callable[[], float | None] = lambda: None) -> None:
         self.working = threading.Lock()
+        self.reading = threading.Lock()
+        self._idle = idle
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+
+    @property
+    def current(self) -> bool:
+        """Is this called by a job?"""
+        return threading.current_thread() is self._thread
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run this job after all that were submitted before."""
@@ -27,7 +39,19 @@ class Background:
         self._jobs.put(job)
 
     def _work(self) -> None:
+        rest: float | None = None
         while True:
-            job = self._jobs.get()
+            job = self._next(rest)
             with self.working:
-                job()
+                if job is None:
+                    rest = self._idle()
+                else:
+                    job()
+                    rest = 0.0
+
+    def _next(self, seconds: float | None) -> Callable[[], None] | None:
+        """The next job; None if there is none within so many seconds."""
+        try:
+            return self._jobs.get(timeout=seconds)
+        except queue.Empty:
+            return None

@@ -8,7 +8,7 @@ Worker processes hold weights. Each worker
       `served_adapter.ServedAdapter` (needs an `AdapterHost`), with the `vote.WorkerGroup` of its engine;
     * exposes the methods of `worker_methods.WorkerMethods` to clients, called between two forward passes;
     * calls `Session.before_forward` ahead of every forward pass, on the same thread;
-    * calls `Session.weights_lost` after anything else has replaced its weights.
+    * calls `Session.weights_away` before, and `Session.weights_back` after, anything else that may change its weights.
 
 The engine core schedules forward passes. It
     * implements `EngineCore`, and makes one `engine_commit.EngineCommit` of it;
@@ -21,7 +21,7 @@ Importing this module imports no torch, so that processes without a model can us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,6 +81,8 @@ class ModelHost:
             run's base model it can replace an anchor.
         hints: what the engine knows of its layout. None: nothing.
         dense_fallback: load tensors whole that cannot be followed in place? Otherwise they are refused.
+        serving: returns the modules that forward passes run now, as in `models`; they are others once an engine has
+            loaded its model again. None: they never are.
     """
 
     source: RunSource
@@ -89,6 +91,7 @@ class ModelHost:
     checkpoint: Path | None = None
     hints: LayoutHints | None = None
     dense_fallback: bool = False
+    serving: Callable[[], tuple[torch.nn.Module, ...]] | None = None
 
 
 class AdapterLoader(Protocol):
@@ -100,6 +103,17 @@ class AdapterLoader(Protocol):
 
     def load(self, name: str, number: int, path: Path) -> None:
         """Load the directory at `path` in place of the adapter that is loaded as `number`. May raise anything."""
+        ...
+
+    def base(self) -> Sequence[torch.nn.Module]:
+        """The modules of the model that is adapted."""
+        ...
+
+    def copies(self, number: int) -> Mapping[str, torch.Tensor]:
+        """Every tensor that the engine has made of the adapter `number`, as it is now; empty if it has dropped it.
+
+        Copies may come and go, and be made again, on the thread of the forward passes.
+        """
         ...
 
 
@@ -150,6 +164,11 @@ class EngineCore(Protocol):
 
     @property
     def paused(self) -> bool: ...
+
+    @property
+    def asleep(self) -> bool:
+        """Are the weights not in memory, so that nothing may read them?"""
+        ...
 
     @property
     def label(self) -> str:

@@ -34,6 +34,17 @@ logger = logging.getLogger("vllm.hubsync")
 
 _RETRY_S = 1.0  # after the watchdog could not finish
 
+ASLEEP = "this server sleeps, so its weights cannot be read: wake it up first (POST /wake_up)"
+
+_READING = (
+    WorkerMethod.ATTACH,
+    WorkerMethod.JOIN,
+    WorkerMethod.STAGE,
+    WorkerMethod.COMMIT,
+    WorkerMethod.UNDO,
+    WorkerMethod.HEAL,
+    WorkerMethod.VERIFY,
+)
 _WRITING = (WorkerMethod.COMMIT, WorkerMethod.UNDO, WorkerMethod.HEAL)
 
 
@@ -65,6 +76,10 @@ class EngineCommit:
         return answers
 
     def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answers:
+        if self._engine.asleep and method in _READING:
+            raise ReplicaRefused(ASLEEP)
+        if self._engine.asleep and method == WorkerMethod.STATUS:
+            return self._engine.statuses()  # the other would begin to attach
         if method in _WRITING:
             return self._write(method, args, kwargs)
         if method == WorkerMethod.HOLD:

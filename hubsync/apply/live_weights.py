@@ -75,6 +75,11 @@ class LiveWeights:
         self.seeds = seeds
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def source_keys(self) -> list[tuple]:
+        """Which elements of the tensors the regions hold, by number."""
+        return [part.region.source_key for part in self.parts]
+
     def holdings(self) -> list[Holding]:
         """Every region with the digest that it has now."""
         with self.aside():
@@ -123,6 +128,11 @@ class LiveWeights:
         for region, places, old, new in self.compare(index, flat):
             edits.add(region.storage, places, old, new)
 
+    def plain(self, region: Region) -> bool:
+        """Is it one run of elements in memory? Others are read many times more slowly."""
+        storage = self._storages[region.storage]
+        return region.contiguous and storage.relayout is None and not storage.widened
+
     def digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
         """Digest of a region's elements, taken from a flat checkpoint tensor instead of from live memory."""
         if region.contiguous:
@@ -146,7 +156,7 @@ class LiveWeights:
         if storage.widened:  # a number that bfloat16 does not have must not have the digest of one that it has
             excess = sum(len(storage.lower_halves(piece)) for piece in region.pieces(_PIECE))
             return self._digest_pieces(seed, region, storage.gather) + Digest(excess, excess)
-        if region.contiguous and storage.relayout is None:
+        if self.plain(region):
             first, last = region.target_extent
             return digest_torch(seed, storage.bits[first:last], region.source_extent[0])
         return self._digest_pieces(seed, region, storage.gather)

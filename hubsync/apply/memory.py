@@ -17,10 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hubsync.kernels.bits import UNSIGNED
+from hubsync.format.patch import TensorDelta
+from hubsync.kernels.bits import UNSIGNED, advance, integers_of
 from hubsync.kernels.compiled import compiled
 
 from .live import LiveStorage
+from .regions import Region
 
 _BLOCK = 1 << 12  # elements written before they are read back: their cache lines fit the second level
 
@@ -154,6 +156,17 @@ class EditCollector:
         self.changed += len(places)
         self._touched.add(storage)
         self._parts[self._memory.key(storage)].append(Edit(places, old, new.to(old.dtype).to(old.device)))
+
+    def advance(self, region: Region, delta: TensorDelta) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Add the edits of a delta in one region. Returns (positions in the delta, patterns before, patterns after)."""
+        positions, offsets = region.locate(delta.indices)
+        places = self._memory.places(region.storage, offsets)
+        old = self._memory.read(region.storage, places)
+        before = unsigned(old)
+        after = advance(before, delta.diffs[positions])
+        if len(positions):
+            self.add(region.storage, places, old, integers_of(after))
+        return positions, before, after
 
     @property
     def touched(self) -> frozenset[int]:

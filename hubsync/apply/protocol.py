@@ -25,6 +25,9 @@ PROTOCOL = 1
 WINDOW_TIMEOUT_S = 15.0
 """Default number of seconds after which an open commit window counts as abandoned."""
 
+VERIFY_SHARE = 0.02
+"""Default share of the time in which a worker looks at its weights again while it has nothing else to do."""
+
 METHOD_PREFIX = "hubsync_"
 
 
@@ -42,6 +45,7 @@ class WorkerMethod:
     CLOSE = "hubsync_close"
     UNDO = "hubsync_undo"
     HEAL = "hubsync_heal"
+    VERIFY = "hubsync_verify"
 
 
 class WorkerState:

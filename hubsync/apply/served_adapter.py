@@ -1,7 +1,8 @@
 """A served LoRA adapter: versions are materialised as directories, and the engine loads them.
 
 The base model stays as it is. A version is a directory that PEFT and the engine can read, verified by its digest before
-anything loads it. The engine's copy of it (stacked, scaled, padded) has no digest, so nothing is verified afterwards.
+anything loads it. The engine's copies of it (stacked, scaled, padded) are no part of the run's digest. What is verified
+later is that they, and the base model, are what they were when they were loaded.
 
 The engine knows the adapter by one name, for which its API server has one path: a link, `current`. A client registers
 both once (for vLLM with `/v1/load_lora_adapter`). A commit moves the link and has the workers load the new directory in
@@ -17,22 +18,28 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hubsync.chain import ChainReader, Plan
 from hubsync.chain.replay import View, replay
-from hubsync.errors import HubsyncError, ReplicaRefused, WrongParent
+from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import write_adapter
 
 from .background import Background
 from .engine import AdapterHost
+from .frozen import FrozenModel, MemoryDigests, bits_by_name
 from .served_model import CACHE_BYTES, exactly
+from .sweep import first_names
 from .vote import SingleWorker, WorkerGroup
 
 logger = logging.getLogger("vllm.hubsync")
+
+_SLICE = 1 << 21  # elements looked at at once in idle moments: about a millisecond of one thread
+_LOOKS, _BETWEEN_LOOKS_S = 3, 0.02
 
 
 class ServedAdapter:
@@ -47,13 +54,18 @@ class ServedAdapter:
     """
 
     remedy = "Restart this server"
-    verified = True  # before it is loaded; the engine's copy has no digest
 
     def __init__(self, find_host: Callable[[], AdapterHost], group: WorkerGroup | None = None):
         self.metrics: dict[str, float] = {}
         self.position: Position | None = None
         self.staged: Position | None = None
+        self.verified = True  # are the engine's copies, and the base model, known to be as they were loaded?
         self.poisoned: str | None = None  # why the loaded adapter may differ from `position`
+        self._base: FrozenModel | None = None
+        self._copies = MemoryDigests({})
+        self._sweep: Iterator[bool] = iter(())
+        self._changes = 0  # how often it was loaded, or doubted
+        self._loading = False
         self._find_host = find_host
         self._group = group or SingleWorker()
         self._host: AdapterHost | None = None
@@ -99,6 +111,8 @@ class ServedAdapter:
             )
         host.loader.check(run)
         self._reader = reader
+        if self._base is None:
+            self._base = FrozenModel(host.loader.base())
         served = reader.served()
         self._materialise(served)
         _point(host.path, _directory(host, served))
@@ -121,12 +135,14 @@ class ServedAdapter:
             load: loads it; returns whether it was taken.
         """
         try:
-            self.position = self._load_together(self.position or self._ready, load)
+            with self._load_anew():
+                self.position = self._load_together(self.position or self._ready, load)
+                self._number = number
         except Exception:
             # The engine has dropped what it had before it was asked to load this: nothing is left to be poisoned.
             self._ready = self.position = self._before = self.poisoned = None
             raise
-        self._number, self.poisoned = number, None
+        self._take_for_right()
         logger.info("hubsync: serving the adapter of %s", self.position)
 
     def _load_together(self, own: Position | None, load: Callable[[], bool]) -> Position:
@@ -149,7 +165,7 @@ class ServedAdapter:
         if target not in (self.position, self.staged):
             self._expected = target
 
-    def stage(self, target: Position) -> int:
+    def stage(self, target: Position, reading: AbstractContextManager[Any]) -> int:
         try:
             plan = self._materialise(target)
             self.staged = target
@@ -218,21 +234,67 @@ class ServedAdapter:
         return before
 
     def doubt(self) -> None:
-        """Nothing to verify: the engine's copy has no digest."""
+        self._changes += 1
+        self.verified = False
 
     def verify(self) -> bool:
+        if self.poisoned is not None:
+            raise ReplicaPoisoned(f"what is served is not known to be right: {self.poisoned}")
+        changes, base = self._changes, self._base
+        assert base is not None
+        wrong = [*base.differing(), *self._wrong_copies()]
+        if self._loading or changes != self._changes:
+            return False
+        if wrong:
+            self.poison(f"the base model or the adapter has changed in memory: {first_names(wrong)}")
+            raise ReplicaPoisoned(f"what is served is not known to be right: {self.poisoned}")
+        self.verified = True
         return True
 
+    def verify_slice(self) -> bool:
+        right = next(self._sweep, None)
+        if right:
+            return False
+        self._sweep = iter(()) if self._base is None else self._base.digests.sweep(self._base.bits, _SLICE)
+        return self.verify() if right is False or self._wrong_copies() else right is None
+
     def heal(self, background: Background) -> int:
-        """Load the served version again, from its directory."""
+        """Load the served version again, from its directory. The base model cannot be rebuilt."""
         assert self.position is not None, "only what is served is healed"
         self._load(self.position)
-        self.poisoned = None
+        assert self._base is not None
+        if wrong := self._base.differing():
+            raise ReplicaPoisoned(
+                f"the base model that the adapter runs on has changed in memory ({first_names(wrong)}), and the run "
+                "does not hold it"
+            )
+        self._take_for_right()
         _, reader = self._attached()
         return reader.run().table.numel
 
     def poison(self, reason: str) -> None:
-        self.poisoned = reason
+        self.poisoned, self.verified = reason, False
+
+    def _take_for_right(self) -> None:
+        """The engine has just loaded it."""
+        self.poisoned, self.verified = None, True
+
+    def _wrong_copies(self) -> list[str]:
+        """Names of the engine's copies that are not what they were. One that is just being made is looked at again."""
+        host, _ = self._attached()
+        assert self._number is not None
+        wrong: list[str] = []
+        for attempt in range(_LOOKS):
+            if attempt:
+                time.sleep(_BETWEEN_LOOKS_S)
+            try:
+                copies = bits_by_name(host.loader.copies(self._number))
+                wrong = self._copies.differing(copies) if copies else ["the adapter, which the engine has dropped,"]
+            except (KeyError, RuntimeError):  # the other thread has changed the engine's tables meanwhile
+                continue
+            if not wrong:
+                break
+        return wrong
 
     def _move(self, target: Position) -> None:
         """Load a materialised version on all ranks; where one cannot, all go back. A collective."""
@@ -250,7 +312,8 @@ class ServedAdapter:
             except Exception as error:
                 self.poisoned = f"{refusal}; nor that of {before} again: {error}"
             raise
-        self.position, self.poisoned = target, None
+        self.position = target
+        self._take_for_right()
 
     def _raise_first(self, failure: str | None) -> None:
         """ReplicaRefused, the same on all ranks, if any of them failed. A collective."""
@@ -264,7 +327,21 @@ class ServedAdapter:
         directory = _directory(host, position)
         _point(host.path, directory)
         # Not the link: another engine of this server may move it.
-        host.loader.load(host.name, self._number, directory)
+        with self._load_anew():
+            host.loader.load(host.name, self._number, directory)
+
+    @contextmanager
+    def _load_anew(self) -> Iterator[None]:
+        """Around loading: what the engine then has made of the adapter is what it is to be from now on."""
+        host, _ = self._attached()
+        self._changes += 1  # what is being read meanwhile is neither right nor wrong
+        self._loading = True
+        try:
+            yield
+            assert self._number is not None
+            self._copies = MemoryDigests(bits_by_name(host.loader.copies(self._number)))
+        finally:
+            self._loading = False
 
     # --- details ------------------------------------------------------------------------------------
 

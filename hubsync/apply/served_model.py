@@ -7,11 +7,13 @@ a whole view (an anchor or the base checkpoint, with the deltas after it).
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,12 +31,16 @@ from .applier import Applier
 from .background import Background
 from .engine import ModelHost
 from .protocol import error_from_json, error_to_json
+from .sweep import Sweeper
 from .vote import Inventory, SingleWorker, WorkerGroup
 
 logger = logging.getLogger("vllm.hubsync")
 
 DENSE_SHARE = 0.02
 """Share of the view's bytes that may be loaded whole at each commit without being asked for."""
+
+# Elements looked at at once in idle moments: about a millisecond of one thread, and of a GPU much less.
+_SLICE, _DEVICE_SLICE = 1 << 21, 1 << 24
 
 CACHE_BYTES = 4 << 30
 """Downloads kept for other workers of the host and for healing."""
@@ -48,6 +54,16 @@ class _Mapped:
     reader: ChainReader
     applier: Applier
     inventory: Inventory
+
+    @property
+    def replaced(self) -> bool:
+        """Does the engine compute with other modules than those that are mapped?"""
+        now = None if self.host.serving is None else self.host.serving()
+        return now is not None and list(map(id, now)) != list(map(id, self.host.models))
+
+    @cached_property
+    def sweeper(self) -> Sweeper:
+        return Sweeper(self.applier)
 
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint on this machine. Only its digest tells whether it is the run's base."""
@@ -86,11 +102,19 @@ class _Mapped:
             raise NoPath(f"{plan.target} can only be reached from the base checkpoint, which is not on this machine")
         return Patched(start, table, self.reader.merged(plan.steps, ViewBits(table, start)))
 
-    def stage_along(self, plan: Plan) -> Plan:
-        """Have the applier stage the end of a plan. Compact deltas are decoded against what this rank holds."""
+    def stage_along(self, plan: Plan, reading: AbstractContextManager[Any]) -> Plan:
+        """Have the applier stage the end of a plan. Compact deltas are decoded against what this rank holds.
+
+        Downloads come first: whoever waits for `reading` does not wait for the network.
+        """
         if plan.start is None:
-            self.applier.stage_view(self.view(plan), plan.target)
-        else:
+            view = self.view(plan)
+            with reading:
+                self.applier.stage_view(view, plan.target)
+            return plan
+        for step in plan.steps:
+            self.reader.fetch(step.manifest)
+        with reading:
             patch = self.reader.merged(plan.steps, self.applier.old_bits())
             self.applier.stage_patch(patch, plan.target)
         return plan
@@ -231,10 +255,11 @@ class ServedModel:
         if self.poisoned is not None:
             raise ReplicaPoisoned(f"cannot stage {target}: {self.poisoned}; heal first")
 
-    def stage(self, target: Position) -> int:
+    def stage(self, target: Position, reading: AbstractContextManager[Any]) -> int:
         self.expect(target)
         mapped = self._require_mapped()
-        plan = mapped.reader.carry_out(lambda: mapped.plan(self.position, target), mapped.stage_along)
+        stage = functools.partial(mapped.stage_along, reading=reading)
+        plan = mapped.reader.carry_out(lambda: mapped.plan(self.position, target), stage)
         mapped.reader.trim(CACHE_BYTES)
         return plan.nbytes
 
@@ -253,11 +278,24 @@ class ServedModel:
         self._require_mapped().applier.doubt()
 
     def verify(self) -> bool:
-        return self._require_mapped().applier.verify()
+        mapped = self._require_mapped()
+        if mapped.replaced:
+            mapped.applier.poison("the server computes with other modules than those that hubsync has mapped")
+        return mapped.applier.verify()
+
+    def verify_slice(self) -> bool:
+        mapped = self._require_mapped()
+        if mapped.replaced:
+            return self.verify()
+        return mapped.sweeper.slice(_SLICE if mapped.host.device.type == "cpu" else _DEVICE_SLICE)
 
     def heal(self, background: Background) -> int:
         mapped, target = self._require_mapped(), self.position
         assert target is not None, "only weights with a position are healed"
+        if mapped.replaced:
+            host = self._find_host()
+            mapped.applier.follow(host.models, host.hints)
+            mapped = self._mapped = replace(mapped, host=host)
         with background.working:  # the reader serves one job, or healing, at a time
             view = mapped.reader.carry_out(lambda: mapped.plan(None, target), mapped.view)
             return mapped.applier.heal(view, target)

@@ -6,7 +6,11 @@ found, and how a version is prepared, loaded and verified. `served_model` and `s
 Two threads meet here. The worker's *main* thread runs forward passes and answers requests. It commits, undoes and
 heals, so a write never meets a forward pass. One *background* thread attaches, downloads, stages and verifies, one job
 after the other, and only reads weights. A verification queued by a commit therefore always ends before anything that is
-staged after it, and everything staged is based on verified weights.
+staged after it, and everything staged is based on verified weights. While there is no job it looks at verified weights
+again, a slice at a time, for a small share of the time.
+
+Whatever the engine does to its weights by itself (sleep, reload, another backend) is between `weights_away` and
+`weights_back`: nothing reads them meanwhile, and the next forward pass waits until they are verified again.
 
 With several ranks the main threads of all of them get the same requests in the same order. The collectives in `join`,
 `commit` and `undo` rest on that: whether one is made depends only on requests that all ranks had, never on how far this
@@ -17,157 +21,42 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from hubsync.errors import FormatError, HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.manifest import Position
 
 from .background import Background
-from .protocol import WorkerState, error_to_json
+from .protocol import VERIFY_SHARE, WorkerState, error_to_json
+from .served import Served
+from .verification import Verification
+from .window import CommitWindow, position_json
 
 logger = logging.getLogger("vllm.hubsync")
-
-
-class Served(Protocol):
-    """What a worker serves of a run, and how a version of it is prepared and loaded.
-
-    `attach`, `stage` and `verify` run on the background thread and only read live weights. All else runs on the main
-    thread. All methods may raise HubsyncErrors.
-    """
-
-    metrics: dict[str, float]
-    """Part of the status. The session adds its own."""
-
-    remedy: str
-    """A sentence: what an operator does when healing fails."""
-
-    @property
-    def run_id(self) -> str | None: ...
-
-    @property
-    def position(self) -> Position | None:
-        """Position of the served weights; None until it is known."""
-        ...
-
-    @property
-    def staged(self) -> Position | None: ...
-
-    @property
-    def mapped(self) -> bool:
-        """Has `attach` found what this rank holds?"""
-        ...
-
-    @property
-    def joined(self) -> bool:
-        """Have the ranks agreed on what all of them hold?"""
-        ...
-
-    @property
-    def verified(self) -> bool:
-        """Has the digest been recomputed from the served weights since the last write?"""
-        ...
-
-    @property
-    def poisoned(self) -> str | None:
-        """Why the served weights are not known to be right; None if they are."""
-        ...
-
-    def details(self) -> dict[str, Any]:
-        """More fields for the status."""
-        ...
-
-    def attach(self) -> None:
-        """Map this rank's weights and, once the ranks have joined or there is only one, find its position."""
-        ...
-
-    def join(self, obstacle: HubsyncError | None) -> HubsyncError | None:
-        """Combine the inventories of all ranks. A collective.
-
-        Args:
-            obstacle: why this rank cannot join.
-
-        Returns:
-            why the parts do not form a whole; None if they do.
-
-        Raises:
-            the first rank's obstacle, on all ranks.
-        """
-        ...
-
-    def layout(self) -> dict[str, Any] | None:
-        """The class of every tensor in this rank's memory; None before it is mapped."""
-        ...
-
-    def expect(self, target: Position) -> None:
-        """`target` is wanted next. Raise if it cannot be staged now."""
-        ...
-
-    def stage(self, target: Position) -> int:
-        """Prepare the version at `target`. Returns bytes downloaded."""
-        ...
-
-    def discard(self) -> None:
-        """Forget the staged version."""
-        ...
-
-    def commit(self, target: Position) -> int:
-        """Serve `target` on all ranks, or on none. A collective. Returns elements written."""
-        ...
-
-    def undo(self) -> Position:
-        """Take the last commit back, on all ranks or on none. A collective. Returns the position afterwards."""
-        ...
-
-    def doubt(self) -> None:
-        """A sound delta did not fit: require another verification, if there is a digest."""
-        ...
-
-    def verify(self) -> bool:
-        """Recompute the digest of the served weights. False if they changed meanwhile, so that nothing is known."""
-        ...
-
-    def heal(self, background: Background) -> int:
-        """Rebuild the served weights. Returns elements written. Take `background.working` to use the run's reader."""
-        ...
-
-    def poison(self, reason: str) -> None:
-        """From here on the served weights are not known to be right."""
-        ...
-
-
-@dataclass
-class CommitWindow:
-    """A commit that a client is driving: it has paused the server, or is about to."""
-
-    position: Position
-    token: str
-    committed: bool
-    opened: float
-
-    @property
-    def age(self) -> float:
-        """Seconds."""
-        return time.monotonic() - self.opened
-
-    def to_json(self) -> dict[str, Any]:
-        return {**_position_json(self.position), "token": self.token, "committed": self.committed, "age_s": self.age}
 
 
 class Session:
     """State of one worker.
 
     Methods raise HubsyncErrors. All but `status` must be called on the thread that runs the forward passes.
+
+    Args:
+        served: the model or adapter.
+        verify_share: of the time, for looking at verified weights again while there is nothing else to do.
     """
 
-    def __init__(self, served: Served):
+    def __init__(self, served: Served, verify_share: float = VERIFY_SHARE):
         self.served = served
+        self.verification = Verification(verify_share)
+        self._writing = False
+        self._away: str | None = None  # what the engine is doing to its weights
         self._attaching = False
         self._wanted: Position | None = None  # being staged, or queued for it
         self._window: CommitWindow | None = None
         self._error: HubsyncError | None = None
-        self._background = Background()
+        self._background = Background(self._look_again)
 
     # --- status -------------------------------------------------------------------------------------
 
@@ -198,11 +87,12 @@ class Session:
         return {
             "state": self.state,
             "run_id": served.run_id,
-            **(_position_json(position) if position else {"version": None, "digest": None}),
-            "staged": _position_json(staged) if staged else None,
+            **(position_json(position) if position else {"version": None, "digest": None}),
+            "staged": position_json(staged) if staged else None,
             "window": window.to_json() if window else None,
             "error": error_to_json(error) if error else None,
             "metrics": dict(served.metrics),
+            "verification": {"verified": position is not None and served.verified, **self.verification.to_json()},
             **served.details(),
         }
 
@@ -305,7 +195,8 @@ class Session:
         served = self.served
         before, started = served.position, time.perf_counter()
         try:
-            changed = served.commit(target)
+            with self._write():
+                changed = served.commit(target)
         except WrongParent:
             self._doubt()
             raise
@@ -318,7 +209,8 @@ class Session:
 
     def undo(self) -> None:
         """Take the last commit back. A collective."""
-        position = self.served.undo()
+        with self._write():
+            position = self.served.undo()
         self._background.submit(self._verify)
         self._mark_window(position)
 
@@ -335,28 +227,90 @@ class Session:
         served, reason = self.served, self.served.poisoned
         if reason is None:
             raise ReplicaRefused("there is nothing to heal: the weights are not poisoned")
+        if self._away is not None:
+            raise ReplicaRefused(f"the weights cannot be rebuilt now: {self._away}; wake the server up first")
         logger.warning("hubsync: rebuilding the weights: %s", reason)
         started = time.perf_counter()
-        written = served.heal(self._background)
+        with self._write():
+            written = served.heal(self._background)
         self._error = None
+        self.verification.healed, self.verification.pending = reason, None
+        self.verification.passed()
         served.metrics["heal_s"] = time.perf_counter() - started
         served.metrics["heals"] = served.metrics.get("heals", 0) + 1
         logger.warning("hubsync: the weights are at %s again; %d elements were written", served.position, written)
 
-    def weights_lost(self, reason: str) -> None:
-        """Something else has replaced the served weights. They are rebuilt before the next forward pass."""
-        if self.served.position is not None:
-            self.served.poison(reason)
+    # --- verify -------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Start looking at all served weights now. Done when the status has answered this request."""
+        self._require_position()
+        self.verification.asked += 1
+        self._background.submit(self._answer)
+
+    def weights_away(self, reason: str) -> None:
+        """The engine begins to move or replace its weights: nothing reads them until `weights_back`. Idempotent."""
+        if self._away is None:
+            self._background.reading.acquire()
+            self._doubt_weights()
+            self._away = reason
+
+    def weights_back(self) -> None:
+        """It has ended. The next forward pass waits until they are verified, or rebuilt if they are others."""
+        reason, self._away = self._away, None
+        if reason is None:
+            return
+        self._background.reading.release()
+        self.verification.pending = reason
+        self._doubt_weights()
+        self._background.submit(self._verify)
+
+    @property
+    def working(self) -> bool:
+        """Is it this session that calls the engine's functions now: to map, write or rebuild weights?"""
+        return self._writing or self._background.current
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+
+    @contextmanager
+    def weights_changing(self, reason: str) -> Iterator[None]:
+        """`weights_away` and `weights_back` around what the engine does, unless they are away already."""
+        if self._away is not None:
+            yield
+            return
+        self.weights_away(reason)
+        try:
+            yield
+        finally:
+            self.weights_back()
+
+    def _doubt_weights(self) -> None:
+        if self.served.position is not None and self.served.poisoned is None:
+            self.served.doubt()
 
     def before_forward(self) -> None:
         """Keep a model from running with weights that are not known to be right.
 
-        Called ahead of every forward pass, so its usual cost is one comparison. Poisoned weights are healed first,
-        while the forward pass waits. If that fails, ReplicaPoisoned propagates into the engine, which ends: no answer
-        is better than one of unknown weights, and the server's supervisor starts it again.
+        Called ahead of every forward pass, so its usual cost is one comparison. Weights that the engine has moved or
+        replaced are verified first, and poisoned ones are healed, while the forward pass waits. If that fails,
+        ReplicaPoisoned propagates into the engine, which ends: no answer is better than one of unknown weights, and the
+        server's supervisor starts it again.
         """
         served = self.served
-        if served.poisoned is None or served.position is None:
+        self.weights_back()
+        if served.position is None:
+            return
+        if self.verification.pending is not None:
+            while not served.verified and served.poisoned is None:
+                self._verify()
+            self.verification.pending = None
+        if served.poisoned is None:
             return
         reason = served.poisoned
         try:
@@ -371,11 +325,18 @@ class Session:
 
     def _attach(self) -> None:
         try:
-            self.served.attach()
+            with self._background.reading:
+                self.served.attach()
         except Exception as error:
             self._fail("could not attach", error)
+        else:
+            if self.served.verified and self.served.position is not None:
+                self.verification.passed()
+            if self.verification.pending is not None:
+                self._doubt_weights()
         finally:
             self._attaching = False
+        self._verify()
 
     def _stage(self) -> None:
         served, target = self.served, self._wanted
@@ -383,7 +344,7 @@ class Session:
             return
         started = time.perf_counter()
         try:
-            served.metrics["stage_bytes"] = served.stage(target)
+            served.metrics["stage_bytes"] = served.stage(target, self._background.reading)
             served.metrics["stage_s"] = time.perf_counter() - started
             self._error = None
         except Exception as error:
@@ -406,16 +367,50 @@ class Session:
             self._background.submit(self._verify)
 
     def _verify(self) -> None:
-        served, started = self.served, time.perf_counter()
-        if served.position is None or served.verified:
-            return
+        """Verify what is not verified."""
+        served = self.served
+        if served.position is not None and not served.verified and served.poisoned is None:
+            self._look_at_all()
+
+    def _answer(self) -> None:
+        """Verify because a client has asked for it."""
+        asked = self.verification.asked
+        if self._look_at_all() or self.served.poisoned is not None:
+            self.verification.answered = asked
+        else:  # a commit came in between
+            self._background.submit(self._answer)
+
+    def _look_at_all(self) -> bool:
+        with self._background.reading:
+            started = time.perf_counter()
+            if seen := self._look(self.served.verify):
+                self.served.metrics["verify_s"] = time.perf_counter() - started
+            return seen
+
+    def _look_again(self) -> float | None:
+        """Look at some verified weights while there is no job. Returns the seconds to rest."""
+        served, reading, rules = self.served, self._background.reading, self.verification
+        known = served.position is not None and served.verified
+        if rules.share == 0 or not known or not reading.acquire(blocking=False):
+            return rules.retry
         try:
-            if served.verify():
-                served.metrics["verify_s"] = time.perf_counter() - started
+            started = time.perf_counter()
+            ended = self._look(served.verify_slice)
+            return rules.rest(time.perf_counter() - started, ended)
+        finally:
+            reading.release()
+
+    def _look(self, look: Callable[[], bool]) -> bool:
+        """Whether `look` has seen that all served weights are right. What is wrong with them poisons them."""
+        try:
+            if seen := look():
+                self.verification.passed()
+            return seen
         except Exception as error:
-            if served.poisoned is None:  # without a digest the weights are as unknown as with a wrong one
-                served.poison(f"the digest could not be recomputed: {type(error).__name__}: {error}")
+            if self.served.poisoned is None:  # without a digest the weights are as unknown as with a wrong one
+                self.served.poison(f"the digest could not be recomputed: {type(error).__name__}: {error}")
             self._fail("the weights are poisoned", error)
+            return False
 
     # --- details ------------------------------------------------------------------------------------
 
@@ -434,7 +429,3 @@ class Session:
         self._error = ReplicaRefused(f"{type(error).__name__}: {error}") if unexpected else error  # type: ignore[assignment]
         level = logging.ERROR if unexpected or self.state == WorkerState.POISONED else logging.WARNING
         logger.log(level, "hubsync: %s: %s", what, error, exc_info=unexpected)
-
-
-def _position_json(position: Position) -> dict[str, Any]:
-    return {"version": position.version, "digest": position.digest}

@@ -8,13 +8,13 @@ from functools import cached_property
 
 import torch
 
-from hubsync.format.digest import Digest, digest_change
+from hubsync.format.digest import Digest
 from hubsync.format.manifest import Position
-from hubsync.format.patch import TensorDelta, TensorValues
-from hubsync.kernels.bits import advance, integers_of
+from hubsync.format.patch import TensorValues
+from hubsync.kernels.bits import integers_of
 
 from .live_weights import HeldRegion, LiveWeights
-from .memory import Edit, EditCollector, unsigned
+from .memory import Edit, EditCollector
 
 
 class Sums:
@@ -90,23 +90,9 @@ class Undo:
         return Staged(staged.target, staged.start, edits, staged.touched, self.sums, staged.changed, self.dense)
 
 
-def add_edits(
-    live: LiveWeights, index: int, delta: TensorDelta | TensorValues, edits: EditCollector, sums: Sums
-) -> None:
-    """Add the edits of one tensor's delta, and the change of its digests. O(changes), or O(tensor) for new values."""
-    if isinstance(delta, TensorValues):
-        flat = integers_of(delta.patterns)
-        for part in live.held[index]:
-            sums.add(live.digest_of_source(index, part.region, flat) - sums.regions[part.number], part)
-        live.collect_edits(index, flat, edits)
-        return
+def add_values(live: LiveWeights, index: int, new: TensorValues, edits: EditCollector, sums: Sums) -> None:
+    """Add the edits that give one tensor new values, and the change of its digests. O(tensor)."""
+    flat = integers_of(new.patterns)
     for part in live.held[index]:
-        positions, offsets = part.region.locate(delta.indices)
-        if len(positions) == 0:
-            continue
-        places = live.memory.places(part.region.storage, offsets)
-        old = live.memory.read(part.region.storage, places)
-        before = unsigned(old)
-        after = advance(before, delta.diffs[positions])
-        sums.add(digest_change(live.seeds[index], delta.indices[positions], before, after), part)
-        edits.add(part.region.storage, places, old, integers_of(after))
+        sums.add(live.digest_of_source(index, part.region, flat) - sums.regions[part.number], part)
+    live.collect_edits(index, flat, edits)

@@ -14,6 +14,8 @@ from .staging import Sums
 if TYPE_CHECKING:
     from .applier import Applier
 
+_COST_OF_SCATTERED = 16
+
 
 class Sweep:
     """Compares each region with its digest. Regions may be larger or smaller than a slice.
@@ -21,11 +23,11 @@ class Sweep:
     Args:
         live: the weights.
         sums: their digests.
-        writes: number of writes before it began. After another write it is void: what it reads next may be newer.
+        changes: `Applier.changes` when it began. After another one it is void: what it reads next may be newer.
     """
 
-    def __init__(self, live: LiveWeights, sums: Sums, writes: int):
-        self.writes = writes
+    def __init__(self, live: LiveWeights, sums: Sums, changes: int):
+        self.changes = changes
         self.ended = False
         self._live = live
         self._expected = list(sums.regions)
@@ -33,9 +35,12 @@ class Sweep:
         self._part: HeldRegion | None = None
         self._pieces: Iterator[Region] = iter(())
         self._found = Digest()
+        self._cost = 1
 
     def read(self, elements: int) -> bool:
         """Read the next slice: pieces of at most `elements` elements, until these are `elements` together.
+
+        Elements that are not one run in memory count as several, because they take more time.
 
         Returns:
             False as soon as a region does not have its digest.
@@ -47,7 +52,7 @@ class Sweep:
                 if piece is not None:
                     assert self._part is not None
                     self._found += self._live.digest_of(self._part.index, piece)
-                    left -= piece.numel
+                    left -= piece.numel * self._cost
                     continue
                 if self._part is not None and self._found != self._expected[self._part.number]:
                     return False
@@ -55,7 +60,9 @@ class Sweep:
                 if self._part is None:
                     self.ended = True
                     return True
-                self._pieces, self._found = self._part.region.pieces(elements), Digest()
+                self._cost = 1 if self._live.plain(self._part.region) else _COST_OF_SCATTERED
+                self._pieces = self._part.region.pieces(max(1, elements // self._cost))
+                self._found = Digest()
         return True
 
 
@@ -76,7 +83,7 @@ class Sweeper:
             ReplicaPoisoned: they are wrong, as in `Applier.verify`.
         """
         applier, sweep = self._applier, self._sweep
-        if sweep is None or not applier.verified or sweep.writes != applier.writes:
+        if sweep is None or not applier.verified or sweep.changes != applier.changes:
             sweep = self._sweep = applier.sweep()
         if sweep is None:
             return False
@@ -85,7 +92,7 @@ class Sweeper:
             return False
         self._sweep = None
         if right and applier.intact():
-            return sweep.writes == applier.writes
+            return sweep.changes == applier.changes
         return applier.verify()  # names all that differ, unless a write came in between
 
 

@@ -112,6 +112,12 @@ class WorkerMethods:
         self._hubsync_session().heal()
         return _done(self)
 
+    @answering
+    def hubsync_verify(self) -> Answer:
+        """Start looking at all live weights now; `verification` of the status says when it is done."""
+        self._hubsync_session().verify()
+        return _done(self)
+
 
 def status(session: Session, about: dict[str, Any]) -> Answer:
     """A worker's status. Asking has no effect.

@@ -16,13 +16,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import constants
-from huggingface_hub.utils import build_hf_headers, get_session, parse_ratelimit_headers
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import get_hf_hub_version, get_session, parse_ratelimit_headers
 
 from hubsync import __version__
 from hubsync.errors import BucketError, BucketUnavailable
 from hubsync.retry import Deadline, attempts
 
+from .abandonable import within
 from .hub_errors import FOREIGN, HubPlace, by_connection, by_status, refused
 
 SILENCE_SECONDS = 20.0  # longest wait for the next byte of an answer, or for a connection
@@ -90,11 +91,16 @@ class HubApi:
         self._url = f"{self.endpoint}/api/buckets/{bucket}"
 
     def headers(self) -> dict[str, str]:
-        """Headers of a request. The token is looked up each time: the user may log in while a follower runs."""
-        headers: dict[str, str] = build_hf_headers(
-            token=self._token, library_name="hubsync", library_version=__version__
-        )
-        return headers
+        """Headers of a request. The token is looked up each time: the user may log in while a follower runs.
+
+        Looking it up may use the network (an OAuth token that is refreshed). `build_hf_headers` would also ask the
+        public Hub for names of coding agents.
+        """
+        token = self._token
+        if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+            token = within(SILENCE_SECONDS, get_token, "read the Hub's token")
+        known = {"User-Agent": f"hubsync/{__version__}; hf_hub/{get_hf_hub_version()}"}
+        return known if not token else known | {"Authorization": f"Bearer {token}"}
 
     # --- bucket -------------------------------------------------------------------------------------
 

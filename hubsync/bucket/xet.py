@@ -21,6 +21,7 @@ from hf_xet import SKIP_SHA256, XetConfig, XetFileInfo, XetSession
 from hubsync.errors import BucketUnavailable
 from hubsync.retry import REPORT_SECONDS, Deadline
 
+from .abandonable import LEFT_BEHIND
 from .hub_api import Token
 from .hub_errors import FOREIGN, HubPlace, by_transfer
 
@@ -32,7 +33,6 @@ STALL_SECONDS = 60.0  # a transfer that moves no byte for this long is given up
 _BUFFER, _SLOWEST = 8 << 20, 64 << 10  # bytes, bytes per second
 _CHECKED = 500_000_000  # bytes per second
 _CANCEL_SECONDS = 10.0  # time for a cancelled transfer to end
-_MOST_LEFT_BEHIND = 8  # threads
 
 # Unless the environment sets them (HF_XET_CLIENT_...). By itself hf_xet retries a failing server for almost five
 # minutes per request, too long for a training loop with a next step to publish. With these it gives up after about
@@ -107,7 +107,7 @@ class _Transfer:
 
     def run(self, limit: float) -> Any:
         """Its result. BucketUnavailable after a silence of `limit` seconds."""
-        _left_behind.check(self._action, self._place)
+        LEFT_BEHIND.check(self._place.failed(self._action))
         self._thread.start()
         try:
             self._watch(limit)
@@ -167,36 +167,10 @@ class _Transfer:
                 logger.debug("hf_xet could not cancel a transfer: %s", error)
         self._thread.join(_CANCEL_SECONDS)
         if self._thread.is_alive():
-            _left_behind.add(self._thread)
+            LEFT_BEHIND.add(self._thread)
 
 
 _VALIDATED = "total_shard_validation_entries_completed"
-
-
-class _LeftBehind:
-    """Threads of transfers that did not end when they were cancelled."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-
-    def add(self, thread: threading.Thread) -> None:
-        with self._lock:
-            self._threads.append(thread)
-
-    def check(self, action: str, place: HubPlace) -> None:
-        """BucketUnavailable if there are too many."""
-        with self._lock:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            if len(self._threads) < _MOST_LEFT_BEHIND:
-                return
-        raise BucketUnavailable(
-            f"{place.failed(action)}: {_MOST_LEFT_BEHIND} earlier transfers hang and cannot be cancelled. No other is "
-            "begun until one ends. If the network is well again, restart this process"
-        )
-
-
-_left_behind = _LeftBehind()
 
 
 class _Sessions:

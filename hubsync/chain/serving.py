@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from hubsync.bucket.base import Bucket
-from hubsync.errors import ChainError
+from hubsync.errors import ChainError, FormatError
 from hubsync.format.manifest import Head, Position
 
+from .head import read_head
 from .index import ChainIndex
 from .layout import Layout
 from .reader import ChainReader
+from .visible import once_visible
 
 _TRIES = 5  # the publisher may commit its next version at the same moment
 
@@ -36,7 +39,10 @@ def serve(bucket: Bucket, reader: ChainReader, version: int | None) -> Position:
             position = newest.position
         else:
             position = reader.run().origin if version == 0 else reader.manifest(version).position
-        bucket.commit(Layout.HEAD, Head(newest, position.version, time.time()).dumps())
+        head = Head(newest, position.version, time.time())
+        bucket.commit(Layout.HEAD, head.dumps())
+        if bucket.lag:  # the survey is evidence only after this write is visible
+            once_visible(bucket, partial(_successor, bucket, head), Layout.HEAD)
         index.survey()
         if index.newest() == newest:  # else the head belongs to an older version, and is ignored
             return position
@@ -44,3 +50,15 @@ def serve(bucket: Bucket, reader: ChainReader, version: int | None) -> Position:
         f"the publisher of {bucket.address} committed a version during each of {_TRIES} attempts to write the head: "
         "stop it, or let it save versions without serving them"
     )
+
+
+def _successor(bucket: Bucket, head: Head) -> Head | None:
+    """The stored head if it is this one or of a newer version; None if storage still shows an older one."""
+    data = read_head(bucket)
+    try:
+        stored = None if data is None else Head.loads(data)
+    except FormatError:
+        return None
+    if stored is None or (stored.written < head.written and stored.manifest.version <= head.manifest.version):
+        return None
+    return stored

@@ -13,9 +13,9 @@ from hubsync.format.manifest import MAX_VERSION
 ADDRESS = "hf://buckets/NAMESPACE/NAME/RUN, or a directory"
 
 
-def add_address(parser: argparse.ArgumentParser) -> None:
+def add_address(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """The positional ADDRESS."""
-    parser.add_argument("address", metavar="ADDRESS", help=f"the run: {ADDRESS}")
+    parser.add_argument("address", metavar="ADDRESS", nargs="?" if optional else None, help=f"the run: {ADDRESS}")
 
 
 def add_read_access(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
-"""`hubsync verify`: download a run, replay it, and check every hash and digest."""
+"""`hubsync verify`: download a run, replay it, and check every hash and digest; or the weights that a server serves."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -13,20 +14,67 @@ if TYPE_CHECKING:
     from hubsync.chain.replay import View
     from hubsync.format.manifest import Manifest, Position
 
-HELP = "download a run, replay it, and check every hash and digest"
+HELP = "download a run, replay it, and check every hash and digest; or the weights of a server"
 DESCRIPTION = """\
 Download every delta and anchor of a run, replay them, and check all hashes and digests. Exit code 0: everything that
 can still be replayed is right. 1: damage, or something that needs --base to be replayed.
+
+With --server URL instead: have every worker of that server recompute the digest of the weights that it serves, while it
+generates. Exit code 0: they are the version's, bit for bit. 1: they are not, or were not and the server has rebuilt
+them, or that cannot be known.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_address(parser)
+    options.add_address(parser, optional=True)
+    parser.add_argument("--server", metavar="URL", help="verify what this server serves, such as http://127.0.0.1:8000")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="time the server may take (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="API key of the server (default: VLLM_API_KEY)",
+    )
     options.add_base(parser, "needed to replay deltas before the first anchor")
     options.add_read_access(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from hubsync.errors import ConfigError
+
+    if (args.address is None) == (args.server is None):
+        raise ConfigError("give the ADDRESS of a run, or a server with --server URL, and not both")
+    return _verify_run(args) if args.server is None else _verify_server(args)
+
+
+def _verify_server(args: argparse.Namespace) -> int:
+    from hubsync.replicas.engines import connect
+    from hubsync.replicas.replica import Replica
+    from hubsync.replicas.server import checked_seconds
+
+    server = connect(args.server, args.api_key)
+    try:
+        status = Replica(server).verify(checked_seconds("--timeout", args.timeout))
+    finally:
+        server.close()
+    for rank in status.ranks:
+        looks = rank["verification"]
+        seconds = rank["metrics"].get("verify_s", 0.0)
+        print(
+            f"rank {rank['rank']}: right, verified {looks['passes']} times, last {looks['age_s']:.1f} s ago in "
+            f"{seconds:.3f} s; again in {100 * looks['share']:g} % of idle time"
+        )
+    print(f"{server.url} serves {status.position}, bit for bit")
+    return 0
+
+
+def _verify_run(args: argparse.Namespace) -> int:
     from hubsync.chain.replay import View
 
     from .access import base_checkpoint, reading, with_merged

@@ -81,7 +81,8 @@ class Demo:
                 f"the server must serve the demo's starting policy. Copy {base} to its machine, start it with\n"
                 f"  VLLM_SERVER_DEV_MODE=1 HUBSYNC_BUCKET={self.bucket} vllm serve {base} "
                 f"--worker-extension-cls {EXTENSION} --logprobs-mode processed_logprobs --max-model-len 512\n"
-                f"and run the demo again with --workdir {self.workdir}"
+                f"(on a CPU with the settings in README.md, Without a GPU), and run the demo again with --workdir "
+                f"{self.workdir}"
             )
         return base
 

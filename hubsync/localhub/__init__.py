@@ -1,7 +1,8 @@
 """A Hugging Face Hub with real buckets in one process and one directory, for development and tests.
 
 The unmodified `huggingface_hub` and `hf_xet` clients work against it: point `HF_ENDPOINT` (or `endpoint=`) at it.
-It binds loopback only, and is not a storage service: it trusts the client's content hashes and never deletes content.
+It binds loopback only, and is not a storage service: it checks content hashes of small uploads only (see `xet`), and
+never deletes content.
 
     with LocalHub("hub") as hub:
         bucket = open_bucket("hf://buckets/me/demo/run", create=True, endpoint=hub.url)

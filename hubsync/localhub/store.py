@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .xet import EMPTY_FILE, Chunk, MalformedError, Segment, XetShard
+from .xet import EMPTY_FILE, Chunk, MalformedError, Segment, XetShard, check_file, check_xorb
 
 _SCHEMA = """
 pragma journal_mode = wal;
@@ -186,9 +186,10 @@ class Store:
         return [Chunk(*chunk) for chunk in json.loads(rows[0][0])] if rows else None
 
     def save_xorb(self, xorb: str, chunks: list[Chunk], data: bytes) -> bool:
-        """False if it is already there."""
+        """False if it is already there. MalformedError if its content has another hash."""
         if self.chunks(xorb) is not None:
             return False
+        check_xorb(xorb, chunks)
         _save(self._xorbs / xorb, data)
         rows = json.dumps([astuple(chunk) for chunk in chunks])
         self._rows("insert or ignore into xorb values (?, ?)", xorb, rows)
@@ -209,8 +210,8 @@ class Store:
         for xorb, sizes in shard.xorbs.items():
             if [chunk.size for chunk in self._known_chunks(xorb)] != sizes:
                 raise MalformedError(f"shard: xorb {xorb} has other chunks")
-        for segment in {segment for segments in shard.files.values() for segment in segments}:
-            self._check_segment(segment)
+        for file, segments in shard.files.items():
+            check_file(file, [chunk for segment in segments for chunk in self._chunks_of(segment)])
         name = secrets.token_hex(16)
         _save(self._shards / name, shard.answer)
         with self.transaction():
@@ -228,11 +229,13 @@ class Store:
             raise MalformedError(f"shard: unknown xorb {xorb}")
         return chunks
 
-    def _check_segment(self, segment: Segment) -> None:
-        sizes = [chunk.size for chunk in self._known_chunks(segment.xorb)]
-        inside = 0 <= segment.start < segment.end <= len(sizes)
-        if not inside or sum(sizes[segment.start : segment.end]) != segment.size:
+    def _chunks_of(self, segment: Segment) -> list[Chunk]:
+        chunks = self._known_chunks(segment.xorb)
+        found = chunks[segment.start : segment.end]
+        inside = 0 <= segment.start < segment.end <= len(chunks)
+        if not inside or sum(chunk.size for chunk in found) != segment.size:
             raise MalformedError(f"shard: a file refers to bytes that xorb {segment.xorb} does not have")
+        return found
 
     def _rows(self, sql: str, *values: object) -> list[tuple]:
         with self._lock:

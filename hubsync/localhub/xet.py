@@ -1,15 +1,18 @@
 """The two binary formats that hf_xet uploads: xorbs (packed chunks) and shards (the chunks of files).
 
-Only what a server must understand is parsed, and every length is checked before use. Content hashes are not
-recomputed: they are keyed BLAKE3 Merkle trees, which the standard library does not have. What can be checked
-cheaply is: sizes, counts and ranges of a shard must fit the xorbs it refers to.
+Only what a server must understand is parsed, and every length is checked before use. Content hashes are recomputed
+for xorbs of up to `_HASHED` bytes, and for files of such xorbs. For larger ones, sizes, counts and ranges of a shard
+must fit the xorbs it refers to, and hashes are believed.
 """
 
 from __future__ import annotations
 
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .hashes import chunk_hashes, file_hash, hash_text, xorb_hash
+from .unpack import unpacked
 
 MAX_XORB_BYTES = 80 << 20  # hf_xet stays below 64 MiB of content; headers and a trailer come on top
 EMPTY_FILE = "0" * 64
@@ -22,6 +25,8 @@ _HAS_VERIFICATION = 1 << 31
 _HAS_METADATA = 1 << 30
 _FOOTER = 200
 _VALID_FOR = 14 * 86400
+_HASHED = 8 << 20  # bytes, unpacked: more would take seconds
+_UNPACKED = 1 << 20  # compressed bytes, likewise
 
 
 class MalformedError(ValueError):
@@ -30,10 +35,14 @@ class MalformedError(ValueError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of a xorb: where it ends in the serialized xorb, and its size once unpacked, in bytes."""
+    """One chunk of a xorb: where it ends in the serialized xorb, its size once unpacked, in bytes, and its hash.
+
+    The hash is "" where it was not computed.
+    """
 
     end: int
     size: int
+    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,26 +65,49 @@ class XetShard:
     answer: bytes  # a shard with footer, the reply to a look-up of one of the findable chunks
 
 
-def hash_text(raw: bytes) -> str:
-    """The text form of a hash: four little-endian u64, each as 16 hex digits."""
-    return "{:016x}{:016x}{:016x}{:016x}".format(*struct.unpack("<4Q", raw))
-
-
 def parse_xorb(data: bytes) -> list[Chunk]:
     """Chunks of a serialized xorb: header (u8 version, u24 packed size, u8 scheme, u24 size), packed bytes, ..."""
-    chunks, at = [], 0
+    chunks: list[Chunk] = []
+    packed_chunks: list[tuple[bytes, int, int]] = []
+    at = 0
     while at < len(data) and not data.startswith(_XORB_TRAILER, at):
         if at + 8 > len(data):
             raise MalformedError("xorb: truncated chunk header")
         packed = int.from_bytes(data[at + 1 : at + 4], "little")
         size = int.from_bytes(data[at + 5 : at + 8], "little")
+        scheme = data[at + 4]
         at += 8 + packed
         if at > len(data) or packed == 0 or size == 0:
             raise MalformedError("xorb: chunk length out of bounds")
         chunks.append(Chunk(at, size))
+        packed_chunks.append((data[at - packed : at], scheme, size))
     if not chunks:
         raise MalformedError("xorb: no chunks")
-    return chunks
+    return _hashed(chunks, packed_chunks)
+
+
+def check_xorb(xorb: str, chunks: list[Chunk]) -> None:
+    """MalformedError if a xorb has another hash. Believed if a chunk has none."""
+    if all(chunk.hash for chunk in chunks) and xorb_hash([(chunk.hash, chunk.size) for chunk in chunks]) != xorb:
+        raise MalformedError(f"xorb: its content does not have the hash {xorb}")
+
+
+def check_file(file: str, chunks: list[Chunk]) -> None:
+    """MalformedError if a file of these chunks has another hash. Believed if a chunk has none."""
+    if all(chunk.hash for chunk in chunks) and file_hash([(chunk.hash, chunk.size) for chunk in chunks]) != file:
+        raise MalformedError(f"shard: a file's content does not have the hash {file}")
+
+
+def _hashed(chunks: list[Chunk], packed_chunks: list[tuple[bytes, int, int]]) -> list[Chunk]:
+    """The chunks with their hashes, unless that takes too long."""
+    compressed = sum(len(packed) for packed, scheme, _ in packed_chunks if scheme)
+    if sum(chunk.size for chunk in chunks) > _HASHED or compressed > _UNPACKED:
+        return chunks
+    try:
+        hashes = chunk_hashes([unpacked(*packed) for packed in packed_chunks])
+    except ValueError as error:
+        raise MalformedError(f"xorb: a chunk cannot be unpacked: {error}") from None
+    return [replace(chunk, hash=text) for chunk, text in zip(chunks, hashes, strict=True)]
 
 
 def parse_shard(data: bytes) -> XetShard:

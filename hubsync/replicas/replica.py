@@ -39,7 +39,16 @@ from hubsync.errors import (
 from hubsync.format.manifest import Position
 from hubsync.retry import Deadline, attempts
 
-from .reports import CommitReport, PauseWindow, ReplicaStatus, commit_report, longest_turn, merged_status, position_of
+from .reports import (
+    CommitReport,
+    PauseWindow,
+    ReplicaStatus,
+    commit_report,
+    heals,
+    longest_turn,
+    merged_status,
+    position_of,
+)
 from .server import InferenceServer
 
 logger = logging.getLogger(__name__)
@@ -201,6 +210,38 @@ class Replica:
             return status.position == position and status.state != WorkerState.APPLIED
 
         self._until(verified, timeout, f"verify {position}")
+
+    def verify(self, timeout: float = 600.0) -> ReplicaStatus:
+        """Have every worker look at all of its live weights now, while requests go on. Returns the status afterwards.
+
+        Raises:
+            ReplicaPoisoned: they are wrong, or were wrong and the server has rebuilt them meanwhile.
+            ReplicaRefused: the server knows no version that they should be.
+        """
+        before = self._settled(timeout)
+        self._raise_if_lost(before)
+        if before.position is None:
+            raise ReplicaRefused(
+                f"{self.server.url} is {before.state}: it does not know which version its weights should be. Bring it "
+                "to one first, for example with `hubsync follow --once`"
+            )
+        asked = [rank["verification"]["asked"] for rank in self.server.rpc(WorkerMethod.VERIFY)]
+
+        def answered(status: ReplicaStatus) -> bool:
+            self._raise_if_lost(status)
+            answers = [rank["verification"]["answered"] for rank in status.ranks]
+            if len(answers) != len(asked) or any(rank["verification"]["asked"] == 0 for rank in status.ranks):
+                raise ReplicaRefused(f"{self.server.url} was restarted meanwhile: attach it first")
+            return all(answer >= number for answer, number in zip(answers, asked, strict=True))
+
+        after = self._until(answered, timeout, "verify its weights")
+        for rank, (then, now) in enumerate(zip(before.ranks, after.ranks, strict=True)):
+            if heals(now) > heals(then):
+                raise ReplicaPoisoned(
+                    f"{self.server.url}: rank {rank} was wrong: {now['verification']['healed']}. It has rebuilt its "
+                    f"weights, and they are those of {after.position} now"
+                )
+        return after
 
     def heal(self) -> None:
         """Rebuild poisoned weights from the run, and drop what the wrong weights have cached.

@@ -26,6 +26,24 @@ class PauseWindow:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What a server says of its live weights, merged from all of its ranks.
+
+    Attributes:
+        verified: whether no write is unverified. False also before the position is known.
+        age_s: seconds since all weights were last looked at and found right, on the rank where that is longest ago;
+            None if a rank has not yet done it.
+        share: of the time in which idle workers look at them again, on the rank where it is smallest.
+        healed: why weights were rebuilt last, on the first rank that has; None if none has.
+    """
+
+    verified: bool
+    age_s: float | None
+    share: float
+    healed: str | None
+
+
+@dataclass(frozen=True)
 class ReplicaStatus:
     """The status of one server, merged from all of its ranks.
 
@@ -38,6 +56,7 @@ class ReplicaStatus:
         run_id: the run that the server follows, or None.
         atomic: whether it can commit without a pause. False where data parallel engines share forward passes.
         spans_engines: whether a forward pass of one engine waits for another engine.
+        verification: of the live weights; None from a server that does not state it.
         adapter: model name that requests use for the LoRA adapter that the server follows; None for a whole model.
         adapter_path: the adapter's directory on the server's host.
         ranks: the untouched answers, in rank order.
@@ -51,6 +70,7 @@ class ReplicaStatus:
     run_id: str | None
     atomic: bool
     spans_engines: bool
+    verification: Verified | None
     adapter: str | None
     adapter_path: str | None
     ranks: tuple[dict[str, Any], ...]
@@ -102,6 +122,7 @@ def merged_status(url: str, ranks: list[dict[str, Any]]) -> ReplicaStatus:
         error=error_from_json(failures[0], f"{url}: ") if failures else None,
         run_id=ranks[0].get("run_id"),
         atomic=all(rank["engine"]["atomic"] for rank in ranks),
+        verification=_verified([rank.get("verification") for rank in ranks]),
         spans_engines=any(int(rank.get("parallel", {}).get("dp", 1)) > 1 for rank in ranks),
         adapter=None if adapter is None else str(adapter["name"]),
         adapter_path=None if adapter is None else str(adapter["path"]),
@@ -122,6 +143,24 @@ def commit_report(position: Position, applied: list[dict[str, Any]], pause_s: fl
 
 def longest_turn(applied: list[dict[str, Any]]) -> float:
     return max(float(rank["engine"]["turn_s"]) for rank in applied)
+
+
+def heals(rank: dict[str, Any]) -> int:
+    """How often a rank has rebuilt its weights."""
+    return int((rank.get("metrics") or {}).get("heals", 0))
+
+
+def _verified(ranks: list[dict[str, Any] | None]) -> Verified | None:
+    known = [rank for rank in ranks if rank is not None]
+    if len(known) < len(ranks):
+        return None
+    ages = [rank["age_s"] for rank in known]
+    return Verified(
+        verified=all(bool(rank["verified"]) for rank in known),
+        age_s=None if None in ages else max(map(float, ages)),
+        share=min(float(rank["share"]) for rank in known),
+        healed=next((str(rank["healed"]) for rank in known if rank["healed"]), None),
+    )
 
 
 def _window(rank: dict[str, Any]) -> PauseWindow:

@@ -41,6 +41,13 @@ class FileLoader:
         self.fails = False
         self.largest = 8
         self.meanwhile: Callable[[], object] = lambda: None
+        self.model = torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+
+    def base(self) -> list[torch.nn.Module]:
+        return [self.model]
+
+    def copies(self, number: int) -> Tensors:
+        return self.loaded
 
     def check(self, run: Run) -> None:
         if run.adapter is not None and run.adapter.config["r"] > self.largest:
@@ -61,7 +68,7 @@ class Worker:
         source = RunSource(address, directory / "cache")
         self.host = AdapterHost(source, self.loader, directory / "adapters", "policy")
         self.served = ServedAdapter(lambda: self.host, ranks.ranks()[rank] if ranks else None)
-        self.session = Session(self.served)
+        self.session = Session(self.served, verify_share=0)  # tests of it say so
 
     def settled(self) -> dict:
         deadline = time.monotonic() + 60
@@ -236,13 +243,28 @@ def test_staging_again_rewrites_a_version_that_failed_to_load(worker: Worker) ->
     worker.assert_serves(2)
 
 
+def drop(worker: Worker) -> None:
+    """The engine loses the adapter, as when it sleeps at level 2."""
+    with worker.session.weights_changing("the server slept at level 2"):
+        worker.loader.loaded = {}
+    poisoned(worker)
+
+
+def poisoned(worker: Worker) -> str:
+    """Why, once it is."""
+    deadline = time.monotonic() + 30
+    while worker.session.state != "poisoned":
+        assert time.monotonic() < deadline, worker.session.status()
+        time.sleep(0.005)
+    return worker.session.status()["error"]["message"]
+
+
 def test_a_dropped_adapter_is_loaded_before_the_next_forward_pass_or_that_pass_fails(
     worker: Worker,
 ) -> None:
-    worker.loader.loaded = {}
-    worker.session.weights_lost("the server slept")
+    drop(worker)
     worker.loader.fails = True
-    with pytest.raises(ReplicaPoisoned, match="slept"):
+    with pytest.raises(ReplicaPoisoned, match="has dropped"):
         worker.session.before_forward()
     worker.session.before_forward()
     worker.assert_serves(1)
@@ -267,11 +289,11 @@ def test_an_adapter_that_vllm_rejects_is_not_served(address: str, tmp_path: Path
 
 
 def test_position_is_kept_when_reloading_the_served_version_fails(worker: Worker) -> None:
-    worker.session.weights_lost("the server slept")
+    drop(worker)
     worker.loader.fails = True
     with pytest.raises(ReplicaRefused, match="no space"):
         worker.session.commit(POSITIONS[1])
-    worker.session.weights_lost("the server slept")
+    drop(worker)
     worker.session.before_forward()
     worker.assert_serves(1)
 
@@ -288,7 +310,7 @@ def test_after_a_failed_registration_nothing_is_loaded_and_forward_passes_go_on(
     worker.follow(3)
     worker.session.stage(POSITIONS[2])
     worker.settled()
-    worker.session.weights_lost("the server slept")
+    drop(worker)
     worker.loader.fails = True
     assert not worker.register()
     worker.session.before_forward()
@@ -337,6 +359,78 @@ def test_a_registration_that_fails_on_one_rank_fails_on_all(address: str, tmp_pa
         list(threads.map(Worker.attached, workers))
     for worker in workers:
         worker.assert_serves(3)
+
+
+# --- verified again: the engine's copies, and the base model
+
+
+@pytest.fixture
+def watched(address: str, tmp_path: Path) -> Worker:
+    """It looks again nearly all the time, so that tests are short."""
+    worker = Worker(address, tmp_path)
+    worker.session = Session(worker.served, verify_share=0.9)
+    return worker.attached()
+
+
+def test_a_copy_that_something_has_changed_is_found_named_and_loaded_again(watched: Worker) -> None:
+    watched.follow(2)
+    name = TABLE[1].name
+    watched.loader.loaded[name].view(torch.int16)[0, 0] ^= 1
+    assert name in poisoned(watched)
+    watched.session.before_forward()
+    watched.assert_serves(2)
+    assert name in watched.session.status()["verification"]["healed"]
+
+
+def test_the_frozen_base_is_verified_and_no_forward_pass_runs_on_another(watched: Worker) -> None:
+    with torch.no_grad():
+        watched.loader.model.weight.view(torch.int16)[3, 7] ^= 1
+    assert "has changed in memory: weight differs" in poisoned(watched)
+    with pytest.raises(ReplicaPoisoned, match=r"the base model .* \(weight differs\), .* Restart this server"):
+        watched.session.before_forward()
+
+
+def test_right_adapters_are_not_loaded_again_after_the_server_slept(worker: Worker) -> None:
+    worker.loader.fails = True  # so it would be noticed
+    with worker.session.weights_changing("the server slept at level 1"):
+        pass
+    worker.session.before_forward()
+    worker.assert_serves(1)
+    status = worker.session.status()
+    assert (status["state"], status["metrics"].get("heals")) == ("ready", None)
+
+
+def test_a_copy_that_is_being_made_is_looked_at_again(worker: Worker) -> None:
+    right, looks = worker.loader.loaded, iter([RuntimeError, KeyError, None])
+
+    def copies(number: int) -> Tensors:
+        if error := next(looks):
+            raise error("dictionary changed size during iteration")
+        return right
+
+    worker.loader.copies = copies  # type: ignore[method-assign]
+    worker.session.verify()
+    deadline = time.monotonic() + 30
+    while worker.session.verification.answered < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert worker.session.state == "ready"
+
+
+def test_an_adapter_that_is_just_being_loaded_is_no_deviation(worker: Worker) -> None:
+    looks: list[bool] = []
+
+    def look() -> None:
+        worker.loader.meanwhile = lambda: None
+        worker.loader.loaded = {}  # as an engine may have it for a moment
+        looks.append(worker.served.verify())
+
+    worker.session.stage(POSITIONS[2])
+    worker.settled()
+    worker.loader.meanwhile = look
+    worker.session.commit(POSITIONS[2])
+    assert looks == [False]
+    worker.assert_serves(2)
 
 
 def test_workers_may_move_the_link_at_the_same_time(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class ModelEngine:
     def __init__(self) -> None:
         self.index = 0
         self.alone = self.still = True
+        self.asleep = False
         self.paused = False
         self.label = "1"
         self.log: list[str] = []
@@ -139,6 +140,18 @@ def test_caches_weights_and_label_change_in_one_turn(
     about = answers[0]["engine"]
     assert (about["index"], about["atomic"], about["label"], about["window_timeout_s"]) == (0, True, "2", 15.0)
     assert about["turn_s"] > 0
+
+
+def test_nothing_reads_the_weights_of_a_server_that_sleeps(core: EngineCommit, engine: ModelEngine) -> None:
+    engine.asleep = True
+    for method in ("attach", "join", "stage", "commit", "undo", "heal", "verify"):
+        (answer,) = core.handle(f"hubsync_{method}", *NEW)
+        assert answer["error"] == {
+            "type": "ReplicaRefused",
+            "message": "this server sleeps, so its weights cannot be read: wake it up first (POST /wake_up)",
+        }
+    assert [answer["version"] for answer in core.handle("hubsync_status")] == [1, 1]
+    assert engine.log == [], "the workers were asked for nothing that has an effect"
 
 
 def test_an_unknown_policy_is_an_answer(core: EngineCommit, engine: ModelEngine) -> None:
@@ -294,6 +307,13 @@ def test_one_worker_error_is_raised_once_and_ends_the_update_on_all(
     with pytest.raises(NoPath, match="no such version"):
         native.handle(method)
     assert engine.log[-1] == "abandon"
+
+
+def test_vllms_calls_are_refused_while_the_server_sleeps(native: NativeCalls, engine: ModelEngine) -> None:
+    engine.asleep = True
+    with pytest.raises(ReplicaRefused, match="this server sleeps"):
+        native.handle("start_weight_update")
+    native.handle("shutdown_weight_transfer_engine")
 
 
 def test_background_errors_of_native_calls_are_raised(native: NativeCalls, engine: ModelEngine) -> None:

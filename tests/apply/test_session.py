@@ -16,6 +16,7 @@ from hubsync.apply.engine import ModelHost, RunSource
 from hubsync.apply.live_weights import LiveWeights
 from hubsync.apply.served_model import ServedModel
 from hubsync.apply.session import Session
+from hubsync.apply.verification import Verification
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
@@ -77,7 +78,7 @@ class Replica:
     def __init__(self, directory: Path, address: str, tensors: Tensors = VIEWS[0], checkpoint: Path | None = None):
         self.model: Model = loaded(tensors)
         self.host = ModelHost(RunSource(address, directory / "cache"), (self.model,), torch.device("cpu"), checkpoint)
-        self.session = Session(ServedModel(lambda: self.host))
+        self.session = Session(ServedModel(lambda: self.host), verify_share=0)  # tests of it say so
 
     def settled(self) -> dict:
         """The status once the background thread is idle."""
@@ -445,8 +446,8 @@ def test_a_checkpoint_that_is_an_anchor_is_not_used_as_the_base(tmp_path: Path, 
     trainer.anchor(tmp_path / "anchor")
     replica = Replica(tmp_path, trainer.address, VIEWS[1], checkpoint=tmp_path / "anchor").attached()
     replica.follow(trainer.publish(2))
-    replica.model.qkv.data[0] = 0
-    replica.session.weights_lost("a test")
+    with replica.session.weights_changing("a test"):
+        replica.model.qkv.data[0] = 0
     replica.session.before_forward()
     replica.assert_serves(2)
 
@@ -461,10 +462,194 @@ def test_compact_deltas_are_decoded_against_live_weights(tmp_path: Path) -> None
     trainer.publish(2)
     replica.follow(trainer.publish(3, compact=True))
     assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
-    replica.model.qkv.data[0] = 0
-    replica.session.weights_lost("a test")
+    with replica.session.weights_changing("a test"):
+        replica.model.qkv.data[0] = 0
     replica.session.before_forward()
     assert_same(memory(replica.model), memory(loaded(VIEWS[3])))
+
+
+# --- verified again
+
+
+@pytest.fixture
+def healable(tmp_path: Path, trainer: Trainer, base: Path) -> Replica:
+    """A replica that can rebuild its weights, and never looks at them again by itself."""
+    return Replica(tmp_path, trainer.address, checkpoint=base).attached()
+
+
+def poisoned(replica: Replica) -> str:
+    """The error, once the state is poisoned."""
+    deadline = time.monotonic() + 30
+    while (status := replica.session.status())["state"] != "poisoned":
+        assert time.monotonic() < deadline, status
+        time.sleep(0.005)
+    assert status["error"]["type"] == "ReplicaPoisoned"
+    return status["error"]["message"]
+
+
+def test_a_bit_flipped_long_after_the_commit_is_found_and_named(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    """Nothing is staged, as in a frozen reference. Most of the time, so that the test is short."""
+    replica = Replica(tmp_path, trainer.address, checkpoint=base)
+    replica.session = Session(ServedModel(lambda: replica.host), verify_share=0.9)
+    replica.attached().follow(trainer.publish(1))
+    wait_for_passes(replica, replica.session.status()["verification"]["passes"] + 1)
+    damage_where(replica.model, 5)
+    assert "the live weights are not those of version 1" in poisoned(replica)
+    assert poisoned(replica).endswith("down differs")
+    replica.session.before_forward()
+    replica.assert_serves(1)
+    verification = replica.session.status()["verification"]
+    assert verification["healed"].endswith("down differs")
+    wait_for_passes(replica, verification["passes"] + 1)
+
+
+def wait_for_passes(replica: Replica, passes: int) -> None:
+    deadline = time.monotonic() + 30
+    while replica.session.status()["verification"]["passes"] < passes:
+        assert time.monotonic() < deadline, replica.session.status()
+        time.sleep(0.005)
+
+
+def test_share_of_the_time() -> None:
+    rules = Verification(0.02)
+    assert rules.rest(0.001, ended=False) == pytest.approx(0.049)
+    assert rules.rest(0.001, ended=True) == 1.0, "a small model is not looked at all the time"
+    assert rules.rest(1.0, ended=True) == pytest.approx(49.0)
+    assert Verification(1.0).rest(0.001, ended=False) == 0
+    assert Verification(0).retry is None
+
+
+def test_looking_again_yields_to_jobs(tmp_path: Path, trainer: Trainer) -> None:
+    replica = Replica(tmp_path, trainer.address)
+    replica.session = Session(ServedModel(lambda: replica.host), verify_share=1.0)
+    replica.attached()
+    for version in (1, 2, 3):
+        replica.follow(trainer.publish(version))
+    replica.assert_serves(3)
+
+
+def wait_until_answered(session: Session) -> dict:
+    deadline = time.monotonic() + 30
+    while (verification := session.status()["verification"])["answered"] < verification["asked"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return verification
+
+
+def test_a_client_can_ask_for_a_verification(healable: Replica, trainer: Trainer) -> None:
+    session = healable.session
+    before = wait_until_answered(session)
+    assert (before["share"], before["asked"], before["healed"]) == (0, 0, None)
+    session.verify()
+    after = wait_until_answered(session)
+    assert (after["passes"], after["answered"]) == (before["passes"] + 1, 1)
+    assert 0 <= after["age_s"] < 30
+    assert session.status()["state"] == "ready", "a request changes nothing"
+    damage_where(healable.model, 7)
+    session.verify()
+    assert wait_until_answered(session)["passes"] == after["passes"]
+    assert poisoned(healable).endswith("down differs")
+
+
+def test_each_rank_looks_at_its_own_part_alone(ranks: RankPair) -> None:
+    """No collective: only one of them has a session that is asked."""
+    ranks.all("attach")
+    ranks.states()
+    ranks.all("join")
+    ranks.states()
+    with torch.no_grad():
+        ranks.models[1].last.view(torch.int16)[0, 0] ^= 1
+    for session in ranks.sessions:
+        session.verify()
+        wait_until_answered(session)
+    assert ranks.states() == ["ready", "poisoned"]
+    assert "the live weights of rank 1 are not those of version 0" in str(ranks.sessions[1].served.poisoned)
+
+
+def test_a_worker_without_a_position_has_nothing_to_verify(tmp_path: Path, trainer: Trainer) -> None:
+    with pytest.raises(ReplicaRefused, match="detached"):
+        Replica(tmp_path, trainer.address).session.verify()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_no_forward_pass_before_weights_that_the_engine_touched_are_verified(
+    healable: Replica, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    monkeypatch.setattr(healable.session._background, "submit", lambda job: None)  # it has no time until then
+    with healable.session.weights_changing("the server has reloaded its weights"):
+        healable.model.down.data[0, 0] = 1 if damaged else healable.model.down.data[0, 0]
+    status = healable.session.status()
+    assert (status["state"], status["verification"]["pending"]) == ("applied", "the server has reloaded its weights")
+    healable.session.before_forward()
+    healable.assert_serves(0)
+    status = healable.session.status()
+    assert (status["state"], status["verification"]["pending"]) == ("ready", None)
+    assert ("heals" in status["metrics"]) == damaged, "right weights are not rebuilt"
+
+
+def test_nothing_reads_weights_while_the_server_sleeps(healable: Replica, trainer: Trainer) -> None:
+    """Jobs wait, also one that was asked for before."""
+    session, first, second = healable.session, trainer.publish(1), trainer.publish(2)
+    healable.stage(first)
+    session.weights_away("the server slept at level 1")
+    session.weights_away("the server slept at level 1")
+    down = healable.model.down.data.clone()
+    healable.model.down.data.zero_()  # stands for memory that is not there
+    session.stage(second)
+    session.verify()
+    with pytest.raises(ReplicaRefused, match="still being recomputed"):
+        session.commit(first)
+    assert session.status()["state"] == "applied"
+    assert session._background.reading.locked()
+    healable.model.down.data.copy_(down)
+    session.weights_back()
+    session.weights_back()
+    wait_until_answered(session)
+    assert healable.settled()["state"] == "staged"
+    session.commit(second)
+    healable.settled()
+    healable.assert_serves(2)
+
+
+def test_a_forward_pass_ends_what_was_left_open(healable: Replica) -> None:
+    """An update by another backend that never finished."""
+    healable.session.weights_away("another backend has updated the weights of this server")
+    healable.model.down.data.zero_()
+    healable.session.before_forward()
+    healable.assert_serves(0)
+
+
+def test_weights_changed_while_attaching_are_not_taken_for_right(
+    tmp_path: Path, trainer: Trainer, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(tmp_path, trainer.address, checkpoint=base)
+    find = ChainReader.find
+
+    def change_meanwhile(reader: ChainReader, digest: str) -> Position | None:
+        replica.session.verification.pending = "the server has reloaded its weights"  # `weights_changing` would wait
+        replica.model.down.data.zero_()
+        return find(reader, digest)
+
+    monkeypatch.setattr(ChainReader, "find", change_meanwhile)
+    replica.session.attach()
+    assert poisoned(replica).endswith("down differs")
+    replica.session.before_forward()
+    replica.assert_serves(0)
+
+
+def test_a_model_that_was_loaded_again_elsewhere_is_mapped_again(tmp_path: Path, trainer: Trainer, base: Path) -> None:
+    replica = Replica(tmp_path, trainer.address, checkpoint=base)
+    current = [replica.model]
+    replica.host = replace(replica.host, serving=lambda: tuple(current))
+    replica.attached().follow(trainer.publish(1))
+    with replica.session.weights_changing("the server has loaded its model again"):
+        replica.model = current[0] = loaded(VIEWS[0])
+        replica.host = replace(replica.host, models=tuple(current))
+    assert "other modules" in poisoned(replica)
+    replica.session.before_forward()
+    replica.assert_serves(1)
+    replica.follow(trainer.publish(2))
+    replica.assert_serves(2)
 
 
 # --- several ranks
@@ -489,7 +674,7 @@ class RankPair:
             for rank, model in enumerate(self.models)
         ]
         self.sessions = [
-            Session(ServedModel(lambda rank=rank: self.hosts[rank], seat))  # type: ignore[misc]
+            Session(ServedModel(lambda rank=rank: self.hosts[rank], seat), verify_share=0)  # type: ignore[misc]
             for rank, seat in enumerate(Meeting().ranks())
         ]
 

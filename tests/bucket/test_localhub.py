@@ -24,6 +24,8 @@ from hubsync.bucket import Download, Upload, open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.errors import ConfigError
 from hubsync.localhub import LocalHub
+from hubsync.localhub.blake3 import keyed_hashes
+from hubsync.localhub.hashes import chunk_hashes, file_hash, xorb_hash
 from hubsync.localhub.xet import MalformedError, parse_shard, parse_xorb
 from tests.support.fixtures_hub import READ_ONLY_TOKEN, TOKEN
 
@@ -303,17 +305,26 @@ def record(raw: bytes, *numbers: int) -> bytes:
     return raw + struct.pack("<4I", *numbers)
 
 
-def make_shard(size: int, start: int, end: int, sizes: tuple[int, ...]) -> bytes:
+ZEROS = list(zip(chunk_hashes([bytes(10), bytes(20)]), (10, 20), strict=True))  # the chunks of make_xorb(10, 20)
+XORB, FILE = xorb_hash(ZEROS), file_hash(ZEROS)
+
+
+def raw(text: str) -> bytes:
+    """The bytes of a hash from its text form."""
+    return struct.pack("<4Q", *struct.unpack(">4Q", bytes.fromhex(text)))
+
+
+def make_shard(size: int, start: int, end: int, sizes: tuple[int, ...], file: str = FILE) -> bytes:
     """One file of one segment in one xorb with the given chunks."""
-    file, xorb, bookend = b"\1" * 32, b"\2" * 32, record(b"\xff" * 32, 0, 0, 0, 0)
+    xorb, bookend = raw(XORB), record(b"\xff" * 32, 0, 0, 0, 0)
     return b"".join(
         [
             b"HFRepoMetaData".ljust(48, b"\0"),
-            record(file, 0, 1, 0, 0),
+            record(raw(file), 0, 1, 0, 0),
             record(xorb, 0, size, start, end),
             bookend,
             record(xorb, 0, len(sizes), sum(sizes), 0),
-            *(record(bytes([n + 3]) * 32, 0, chunk, 0, 0) for n, chunk in enumerate(sizes)),
+            *(record(raw(ZEROS[n % 2][0]), 0, chunk, 0, 0) for n, chunk in enumerate(sizes)),
             bookend,
         ]
     )
@@ -323,6 +334,7 @@ def make_shard(size: int, start: int, end: int, sizes: tuple[int, ...]) -> bytes
     ("shard", "status"),
     [
         (make_shard(30, 0, 2, (10, 20)), 200),
+        (make_shard(30, 0, 2, (10, 20), file=HASH), 400),
         (make_shard(30, 0, 2, (20, 10)), 400),
         (make_shard(31, 0, 2, (10, 20)), 400),
         (make_shard(30, 0, 3, (10, 20)), 400),
@@ -330,18 +342,44 @@ def make_shard(size: int, start: int, end: int, sizes: tuple[int, ...]) -> bytes
         (make_shard(30, 0, 2, (10, 20))[:-48], 400),
         (b"something else", 400),
     ],
-    ids=["right", "other-chunks", "too-many-bytes", "past-the-end", "nothing", "truncated", "no-shard"],
+    ids=["right", "other-hash", "other-chunks", "too-many-bytes", "past-the-end", "nothing", "truncated", "no-shard"],
 )
 def test_a_shard_must_fit_the_xorbs_it_refers_to(tmp_path: Path, shard: bytes, status: int) -> None:
     with LocalHub(tmp_path) as hub:
         get(hub, "/api/buckets/me/b", method="POST", json={})
         token = get(hub, "/api/buckets/me/b/xet-write-token").json()["accessToken"]
-        assert (
-            get(hub, "/v1/shards", token, "POST", content=make_shard(30, 0, 2, (10, 20))).status_code == 400
-        )  # no xorb yet
-        xorb = get(hub, "/v1/xorbs/default/" + "02" * 32, token, "POST", content=make_xorb(10, 20))
+        early = get(hub, "/v1/shards", token, "POST", content=make_shard(30, 0, 2, (10, 20)))
+        assert early.status_code == 400  # no xorb yet
+        wrong = get(hub, f"/v1/xorbs/default/{HASH}", token, "POST", content=make_xorb(10, 20))
+        assert wrong.status_code == 400
+        xorb = get(hub, f"/v1/xorbs/default/{XORB}", token, "POST", content=make_xorb(10, 20))
         assert xorb.json() == {"was_inserted": True}
         assert get(hub, "/v1/shards", token, "POST", content=shard).status_code == status
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1023, 1024, 1025, 2048, 2049, 9000, 300_000])
+@pytest.mark.parametrize("make", [os.urandom, bytes, lambda size: (b"compressible" * size)[:size]])
+def test_hashes_are_those_of_hf_xet(tmp_path: Path, size: int, make) -> None:
+    """hf_xet uploads to a Hub that checks the hash of each xorb and file, for all kinds of compression."""
+    with LocalHub(tmp_path) as hub:
+        bucket = open_bucket("hf://buckets/me/b/run", create=True, endpoint=hub.url)
+        data = make(size)
+        bucket.put([Upload("object", data)])
+        assert bucket.read(["object"]) == {"object": data}
+        names = [path.name for path in (tmp_path / "xorbs").iterdir()]
+        assert all(chunk.hash for name in names for chunk in hub._store.chunks(name) or [])
+
+
+def test_hashes_of_the_official_test_vectors() -> None:
+    """https://github.com/BLAKE3-team/BLAKE3/blob/master/test_vectors/test_vectors.json, keyed"""
+    text = bytes(n % 251 for n in range(31744))
+    hashes = keyed_hashes(b"whats the Elvish word for friend", [b"", text[:1], text[:1024], text])
+    assert [value.hex()[:32] for value in hashes] == [
+        "92b2b75604ed3c761f9d6f62392c8a92",
+        "6d7878dfff2f485635d39013278ae14f",
+        "75c46f6f3d9eb4f55ecaaee480db732e",
+        "efa53b389ab67c593dba624d898d0f73",
+    ]
 
 
 @pytest.mark.parametrize("length", range(1, len(make_xorb(5, 9))))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hubsync.bucket import Download, Upload, open_bucket, xet
+from hubsync.bucket import Download, Upload, abandonable, open_bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.errors import BucketUnavailable
 from hubsync.localhub import LocalHub
@@ -141,21 +141,32 @@ def test_pages_that_do_not_end_are_an_error(
         hub_bucket.list()
 
 
-def test_transfers_that_cannot_be_cancelled_are_limited(
+def test_threads_that_cannot_be_ended_are_limited(
     hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left_behind, end = xet._LeftBehind(), threading.Event()
-    monkeypatch.setattr(xet, "_left_behind", left_behind)
-    stuck = [threading.Thread(target=end.wait, daemon=True) for _ in range(xet._MOST_LEFT_BEHIND)]
-    for thread in stuck:  # stand-ins for transfers
-        thread.start()
-        left_behind.add(thread)
-    with pytest.raises(BucketUnavailable, match="8 earlier transfers hang"):
-        hub_bucket.commit("head.json", b"1")
+    """Reading the token may use the network: huggingface_hub refreshes some."""
+    monkeypatch.setattr("hubsync.bucket.hub_api.SILENCE_SECONDS", 0.05)
+    end = threading.Event()
+    monkeypatch.setattr("hubsync.bucket.hub_api.get_token", lambda: end.wait() and None)
+    bucket = open_bucket(hub_bucket.address, token=TOKEN, endpoint=local_hub.url)
+    bucket._api._token = None  # type: ignore[attr-defined]
+    for _ in range(abandonable.MOST):
+        with pytest.raises(BucketUnavailable, match="cannot read the Hub's token: no answer for 0 s"):
+            bucket.stat(["head.json"])
+    for attempt in (lambda: bucket.stat(["head.json"]), lambda: hub_bucket.commit("head.json", b"1")):
+        with pytest.raises(BucketUnavailable, match="8 earlier transfers hang"):
+            attempt()
     end.set()
-    for thread in stuck:
-        thread.join()
+    for thread in threading.enumerate():
+        if thread.name == "hubsync-call":
+            thread.join()
     hub_bucket.commit("head.json", b"1")
+
+
+def test_errors_of_a_call_with_a_deadline_pass() -> None:
+    with pytest.raises(ZeroDivisionError):
+        abandonable.within(10, lambda: 1 / 0, "divide")
+    assert abandonable.within(10, lambda: 5, "count") == 5
 
 
 EXIT = """

@@ -11,6 +11,7 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter
 from hubsync.chain.replay import replay
+from hubsync.chain.serving import serve
 from hubsync.errors import BucketUnavailable, Fenced
 from hubsync.localhub import LocalHub
 from tests.support.faults import FaultyBucket
@@ -103,6 +104,18 @@ def test_a_reader_that_is_told_of_a_version_waits_until_it_is_visible(
     local_hub.lag(LAG)
     told = history.publish()
     assert history.go(reader, history.views and reader.newest(), to=told.version).target == told.position
+
+
+def test_a_rollback_from_outside_survives_a_version_that_was_invisible(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path
+) -> None:
+    history = History(hub_bucket)
+    first, reader = history.publish(), history.reader(tmp_path)
+    local_hub.lag(LAG)
+    history.publish()
+    serve(hub_bucket, reader, first.version)
+    local_hub.reset()
+    assert history.reader(tmp_path / "another").served() == first.position
 
 
 def test_the_newest_version_never_goes_back(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from hubsync.errors import (
 )
 from hubsync.publish import publisher as publisher_module
 from hubsync.publish.detect import changes as changes_module
-from hubsync.publish.detect import digests as digests_module
 from hubsync.publish.detect.changes import Detected
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.live import published_tensors
@@ -179,7 +178,7 @@ def test_the_training_thread_only_compares(
         for module, name in [
             (changes_module, "find_changes"),
             (changes_module, "difference"),
-            (digests_module, "digest_change"),
+            (changes_module, "digest_change"),
             (publisher_module, "write_delta"),
         ]:
             watch(module, name)

@@ -48,6 +48,10 @@ class ModelServer(VLLMServer):
         self.paused = False
         self.labels = ["default"] * engines
         self.caches = [BASE] * engines  # position whose keys and values a request could hit
+        self.looks = {"verified": True, "share": 0.02, "passes": 1, "age_s": 3.0, "asked": 0, "answered": 0}
+        self.healed: str | None = None
+        self.wrong: str | None = None  # found by the next verification
+        self.heals_itself = False  # before the client asks again
         self.refusing: list[int] = []  # engines that refuse their next commit, one entry per refusal
         self.calls: list[str] = []
         self.fault: Callable[[str, bool], None] = lambda call, before: None
@@ -99,9 +103,18 @@ class ModelServer(VLLMServer):
                 "digest": position.digest,
                 "staged": self.staged and {"version": self.staged.version, "digest": self.staged.digest},
                 "window": self.window and {**self.window, "age_s": self.window_age_s},
+                "verification": {**self.looks, "healed": self.healed},
+                "metrics": {"heals": 0 if self.healed is None else 1},
+                "error": {"type": "ReplicaPoisoned", "message": self.wrong} if self.state == "poisoned" else None,
             }
             for rank, position in enumerate(self.positions[engine])
         ]
+
+    def hubsync_verify(self, engine: int) -> list[dict[str, Any]]:
+        self.looks = {**self.looks, "asked": 1, "answered": 1, "age_s": 0.0}
+        if self.wrong is not None:
+            self.state, self.healed = ("ready", self.wrong) if self.heals_itself else ("poisoned", None)
+        return [{"verification": self.looks} for _ in self.positions[engine]]
 
     def hubsync_attach(self, engine: int) -> list[dict[str, Any]]:
         return [{} for _ in self.positions[engine]]
@@ -435,3 +448,42 @@ def test_a_closed_port_is_unreachable() -> None:
         server = VLLMServer(f"http://127.0.0.1:{probe.getsockname()[1]}")
         with pytest.raises(ReplicaUnreachable, match="is the vLLM server up"):
             server.health()
+
+
+# --- verify
+
+
+def test_status_says_when_the_weights_were_verified() -> None:
+    status = Replica(ModelServer(2)).status()
+    assert status.verification is not None
+    assert (status.verification.verified, status.verification.age_s, status.verification.share) == (True, 3.0, 0.02)
+
+
+def test_every_worker_is_asked_to_verify_and_has_answered() -> None:
+    server = ModelServer(2)
+    status = Replica(server).verify()
+    assert server.calls == ["hubsync_status", "hubsync_verify", "hubsync_status"]
+    assert (status.position, status.verification and status.verification.age_s) == (BASE, 0.0)
+
+
+@pytest.mark.parametrize("heals_itself", [False, True])
+def test_wrong_weights_are_an_error_also_if_the_server_has_rebuilt_them(heals_itself: bool) -> None:
+    server = ModelServer()
+    server.wrong, server.heals_itself = "the live weights are not those of version 0: down differs", heals_itself
+    with pytest.raises(ReplicaPoisoned, match="down differs.*has rebuilt" if heals_itself else "down differs"):
+        Replica(server).verify()
+
+
+def test_a_server_without_a_version_cannot_be_verified() -> None:
+    server = ModelServer()
+    server.state, server.positions = "mapped", [[None]]  # type: ignore[list-item]
+    server.hubsync_status = lambda engine: [{"state": "mapped", "verification": None}]  # type: ignore[method-assign]
+    with pytest.raises(ReplicaRefused, match="hubsync follow --once"):
+        Replica(server).verify()
+
+
+def test_a_server_that_is_restarted_during_the_verification_is_an_error() -> None:
+    server = ModelServer()
+    server.hubsync_verify = lambda engine: [{"verification": {"asked": 1, "answered": 0}}]  # type: ignore[method-assign]
+    with pytest.raises(ReplicaRefused, match="was restarted meanwhile"):
+        Replica(server).verify()

@@ -6,6 +6,7 @@ The server has both adapters, the worker extension and the weight transfer backe
 from __future__ import annotations
 
 import random
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hubsync.cli.main import main
 from hubsync.demo.compare import greedy
 from hubsync.replicas.replica import Replica
 from tests.support.site import REPORTS_VERSIONS, Load, Site, client, generate, wait_running
@@ -56,6 +58,22 @@ def test_running_requests_go_on_and_report_both_versions(site: Site, kv_cache: s
     if REPORTS_VERSIONS:
         assert [span["version"] for span in answers[0]["weight_versions"]] == [str(old.version), str(new.version)]
     assert len(answers[0]["token_ids"]) == 400
+
+
+# --- verification on request
+
+
+def test_a_server_proves_its_weights_while_it_generates(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    with Load(site.url):
+        assert main(["verify", "--server", site.url]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(
+        re.match(r"rank \d: right, verified \d+ times, last [\d.]+ s ago in [\d.]+ s", line) for line in lines[:-1]
+    )
+    assert lines[-1] == f"{site.url} serves {site.position}, bit for bit"
+    verification = Replica(site.server).status().verification
+    assert verification is not None
+    assert (verification.verified, verification.share) == (True, 0.02)
 
 
 # --- clients that die

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from hubsync.apply.session import Session
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
-from vllm_plugin import compat
+from vllm_plugin import compat, guards
+from vllm_plugin.settings import read_settings
 
 
 def worker(**changes: Any) -> SimpleNamespace:
@@ -108,6 +110,11 @@ def test_a_mistyped_setting_is_named(value: object) -> None:
         ({"parallel_config": SimpleNamespace(enable_eplb=True)}, "moves experts between workers"),
         ({"parallel_config": SimpleNamespace(enable_elastic_ep=True)}, "moves experts between workers"),
         ({"offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1))}, "keeps weights in host memory"),
+        (
+            {"offload_config": SimpleNamespace(uva=None, prefetch=SimpleNamespace(offload_group_size=8))},
+            "without --offload-group-size",
+        ),
+        ({"ec_transfer_config": object()}, "without --ec-transfer-config"),
         ({"cache_config": SimpleNamespace(cpu_offload_gb=1)}, "keeps weights in host memory"),
         (
             {
@@ -137,19 +144,114 @@ def test_the_guard_runs_before_every_forward_pass() -> None:
     calls: list[object] = []
     subject = worker()
     subject.model_runner.execute_model = lambda step, extra=None: calls.append((step, extra)) or "output"
-    compat.guard_forward(subject, lambda: calls.append("guard"))
+    guards.guard_forward(subject, lambda: calls.append("guard"))
     assert subject.model_runner.execute_model("step", extra=1) == "output"
     assert calls == ["guard", ("step", 1)]
 
 
-def test_sleeping_and_reloading_report_lost_weights() -> None:
-    lost: list[str] = []
-    subject = SimpleNamespace(sleep=lambda level=1: f"slept {level}", reload_weights=lambda: "reloaded")
-    compat.guard_weights(subject, lost.append)
-    assert (subject.sleep(), lost) == ("slept 1", [])
-    assert subject.sleep(level=2) == "slept 2"
-    assert subject.reload_weights() == "reloaded"
-    assert lost == ["the server slept at level 2, which discards weights", "the server has reloaded its weights"]
+class Recorder:
+    """Stands for the session: records what it is told."""
+
+    working = False
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.away = False
+
+    def weights_away(self, reason: str) -> None:
+        if not self.away:
+            self.log.append(reason)
+        self.away = True
+
+    def weights_back(self) -> None:
+        if self.away:
+            self.log.append("back")
+        self.away = False
+
+    weights_changing = Session.weights_changing
+    _away = property(lambda self: self.away or None)
+
+    def told(self) -> list[str]:
+        log, self.log = self.log, []
+        return log
+
+
+def test_the_session_is_told_of_everything_that_vllm_does_to_weights() -> None:
+    session, subject = Recorder(), worker()
+    subject.sleep = lambda level=1: session.log.append(f"sleep {level}")
+    subject.wake_up = lambda tags=None: session.log.append("wake")
+    subject.load_model = subject.reset_weights = lambda: session.log.append("zero")
+    subject.reload_weights = lambda weights_path=None: session.log.append("load")
+    subject.model_runner.get_model().load_weights = lambda weights: session.log.append("load")
+    for _ in range(2):  # the second time adds nothing
+        guards.guard_weights(subject, session)  # type: ignore[arg-type]
+    subject.sleep(0)
+    assert session.told() == ["sleep 0"], "scheduling only"
+    subject.sleep(level=2)
+    subject.wake_up(tags=["kv_cache"])
+    assert session.told() == ["the server slept at level 2", "sleep 2", "wake"]
+    subject.wake_up(["weights"])
+    subject.wake_up()
+    assert session.told() == ["wake", "back", "the server has woken up", "wake", "back"]
+    subject.reload_weights(weights_path="elsewhere")
+    assert session.told() == ["the server has reloaded its weights", "load", "back"]
+    subject.load_model()
+    assert session.told() == ["the server has loaded its model again", "zero", "back"]
+    subject.reset_weights()
+    assert session.told() == ["the server has set its weights to zero", "zero", "back"]
+    model = subject.model_runner.get_model()
+    model.load_weights([])
+    assert session.told() == ["something has called the model's load_weights", "load", "back"]
+    session.working = True
+    model.load_weights([])
+    assert session.told() == ["load"], "hubsync itself"
+
+
+def test_weights_are_away_during_an_update_by_another_backend() -> None:
+    session, subject = Recorder(), worker()
+
+    def update(chunk: object) -> None:
+        session.log.append("update")
+        if chunk is None:
+            subject._weight_update_active = False
+            raise ValueError("as vLLM does")
+
+    subject.start_weight_update = lambda: setattr(subject, "_weight_update_active", True)
+    subject.update_weights = update
+    subject.finish_weight_update = lambda: setattr(subject, "_weight_update_active", False)
+    guards.guard_weights(subject, session)  # type: ignore[arg-type]
+    away = "another backend has updated the weights of this server"
+    subject.start_weight_update()
+    subject.update_weights({})
+    subject.finish_weight_update()
+    assert session.told() == [away, "update", "back"]
+    subject.start_weight_update()
+    with pytest.raises(ValueError, match="as vLLM does"):
+        subject.update_weights(None)
+    assert session.told() == [away, "update", "back"]
+
+
+def test_updates_through_hubsyncs_backend_are_its_own() -> None:
+    session, subject = Recorder(), worker(weight_transfer_config=SimpleNamespace(backend="hubsync"))
+    subject.update_weights = lambda chunk: session.log.append("update")
+    guards.guard_weights(subject, session)  # type: ignore[arg-type]
+    subject.update_weights({})
+    assert session.told() == ["update"]
+
+
+@pytest.mark.parametrize(("value", "share"), [("0", 0.0), ("0.5", 0.5), (1, 1.0), (None, 0.02)])
+def test_the_share_of_idle_verification(value: Any, share: float) -> None:
+    pinned = {} if value is None else {"hubsync": {"verify_share": value}}
+    settings = read_settings(SimpleNamespace(additional_config=pinned))
+    assert (settings.verify_share, settings.ignored) == (share, ())
+
+
+@pytest.mark.parametrize("wrong", ["2", "-1", "nan", "much", ""])
+def test_a_mistyped_share_is_replaced_by_the_default(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUBSYNC_VERIFY_SHARE", wrong)
+    settings = read_settings(SimpleNamespace(additional_config={}))
+    assert settings.verify_share == 0.02
+    assert "HUBSYNC_VERIFY_SHARE) must be a number from 0 to 1" in settings.ignored[0]
 
 
 def test_a_draft_of_another_checkpoint_is_not_followed() -> None:

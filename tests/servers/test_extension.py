@@ -112,6 +112,11 @@ class Engine:
             [sorted((token, value.logprob) for token, value in step.items()) for step in output.logprobs],
         ]
 
+    def cached_tokens(self) -> int:
+        """How much of a long prompt is found in the prefix cache. Afterwards most of it is there."""
+        prompt = {"prompt_token_ids": 8 * PROMPT["prompt_token_ids"]}
+        return self.llm.generate([prompt], self._sampling, use_tqdm=False)[0].num_cached_tokens
+
     def settled(self) -> dict:
         """The status of all workers, once no background thread has anything left to do."""
         deadline = time.monotonic() + 60
@@ -156,6 +161,7 @@ def _in_process() -> Iterator[None]:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",  # workers in processes of their own do not end by themselves
             "OMP_NUM_THREADS": "1",
+            "HUBSYNC_VERIFY_SHARE": "0",  # the test of it says so: the others look at weights that they have damaged
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # the functions above travel to workers in other processes
         }.items():
             patch.setenv(key, value)
@@ -304,10 +310,13 @@ def test_pipeline_stages_hold_their_parts_exactly(publisher: Publisher, start: S
 
 def test_draft_layers_of_the_checkpoint_follow(tmp_path: Path, start: Start) -> None:
     publisher = Publisher(tmp_path, save_with_draft_layer(tmp_path / "base"))
-    speculative = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    speculative = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}, "block_size": 32}
     engine = start(publisher.base, publisher, **speculative)
     assert engine.attach()["state"] == "ready"
+    assert engine.cached_tokens() == 0
+    assert engine.cached_tokens() > 0
     engine.follow(publisher.publish(1, small_steps))
+    assert engine.cached_tokens() == 0, "neither layers nor draft layers find keys and values of old weights"
     fresh = start(publisher.checkpoint(1), publisher, **speculative)
     assert engine.memory(memory_with_draft_of) == fresh.memory(memory_with_draft_of)
     assert engine.generate() == fresh.generate()
@@ -337,7 +346,8 @@ def test_wrong_weights_never_run(publisher: Publisher, start: Start) -> None:
     healed = engine.memory()
     engine.call(load_checkpoint, str(publisher.checkpoint(1)))
     assert engine.memory() == healed
-    assert engine.generate() == output  # rebuilt once more: hubsync takes no load but its own for right
+    assert engine.generate() == output
+    assert engine.settled()["metrics"]["heals"] == 1, "what vLLM has loaded is verified, and the same"
 
     (publisher.base / "model.safetensors").unlink()
     commit_over_a_flipped_bit(2)
@@ -345,18 +355,68 @@ def test_wrong_weights_never_run(publisher: Publisher, start: Start) -> None:
         engine.generate()
 
 
-def test_weights_that_were_replaced_are_rebuilt(publisher: Publisher, start: Start) -> None:
-    """Sleeping at level 2 discards weights, on a GPU; reloading writes those of the first checkpoint."""
+def test_whatever_vllm_does_to_weights_is_verified_before_the_next_forward_pass(
+    publisher: Publisher, start: Start
+) -> None:
+    """On a CPU vLLM ignores sleep: the weights stay right, so they are verified and not rebuilt."""
     engine = start(publisher.base, publisher)
     engine.attach()
     engine.follow(publisher.publish(1, small_steps))
     followed, output = engine.memory(), engine.generate()
-    for replace in (lambda worker: worker.sleep(2), lambda worker: worker.reload_weights()):
-        engine.call(replace)
-        assert engine.settled()["state"] == "poisoned"
+    looks = engine.settled()["verification"]
+    assert (looks["verified"], looks["share"], looks["healed"]) == (True, 0.0, None)
+
+    def does(act: Callable[[Any], object], healed: int) -> None:
+        engine.call(act)
         assert engine.generate() == output
-        assert engine.settled()["state"] == "ready"
+        status = engine.settled()
+        assert (status["state"], status["version"], status["metrics"].get("heals", 0)) == ("ready", 1, healed)
+        assert status["verification"]["pending"] is None
         assert engine.memory() == followed
+
+    for level in (1, 2):
+        does(lambda worker, level=level: (worker.sleep(level), worker.wake_up())[0], 0)  # type: ignore[misc]
+    does(lambda worker: worker.sleep(2), 0)  # a forward pass without waking up
+    does(lambda worker: worker.reload_weights(), 1)  # those of the first checkpoint
+    assert "differ" in engine.settled()["verification"]["healed"]
+    does(load_other_weights, 2)
+    if hasattr(engine.call(type_of), "reset_weights"):
+        does(lambda worker: worker.reset_weights(), 3)
+
+
+def type_of(worker: Any) -> type:
+    return type(worker)
+
+
+def load_other_weights(worker: Any) -> None:
+    """What extensions of other frameworks do."""
+    model = worker.model_runner.get_model()
+    name = "model.layers.0.mlp.down_proj.weight"
+    shape = dict(model.named_parameters())[name].shape
+    model.load_weights([(name, torch.ones(shape, dtype=torch.bfloat16))])
+
+
+def test_a_bit_that_flips_while_nothing_is_staged_is_found(
+    publisher: Publisher, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In idle moments, and when a client asks."""
+    monkeypatch.delenv("HUBSYNC_VERIFY_SHARE")
+    engine = attached(start, publisher)
+    output = engine.generate()
+    engine.call(flip_a_bit, 11)
+    deadline = time.monotonic() + 120
+    while (status := engine.call("hubsync_status"))["state"] != "poisoned":
+        assert time.monotonic() < deadline, status
+        time.sleep(0.1)
+    assert status["error"]["message"].endswith("model.embed_tokens.weight differs")
+    assert engine.generate() == output
+    assert engine.settled()["metrics"]["heals"] == 1
+
+    asked = engine.call("hubsync_verify")["verification"]["asked"]
+    while (looks := engine.call("hubsync_status")["verification"])["answered"] < asked:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert looks["verified"]
 
 
 def test_requests_never_raise(publisher: Publisher, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,9 @@ def test_a_follower_goes_back_to_an_older_version_and_forward_again_to_the_very_
     follower.step()
     assert site.position == newest
     assert torch.equal(site.logprobs(), at_newest)
+    verified = site.replica.verify().verification
+    assert verified is not None
+    assert (verified.verified, verified.healed) == (True, None), "vLLM's copies, and the base model, are unchanged"
 
 
 def test_what_is_not_staged_is_not_loaded(site: Site) -> None:

@@ -26,12 +26,13 @@ if multiprocessing.parent_process() is None:
         HF_HUB_DISABLE_TELEMETRY="1",
     )
 
-from hubsync.bucket import Bucket, LocalBucket, hub
+from hubsync.bucket import Bucket, LocalBucket, hub, hub_api
 from hubsync.bucket.hub import HubBucket
 from hubsync.localhub import LocalHub
 
 # A minute passes quickly here: names of the local Hub are visible at once unless a test delays them.
 hub.LAG_SECONDS, hub._RESEND_SECONDS, hub._MISSING_SECONDS = 1.0, 0.3, 0.2
+hub_api.PATIENCE_SECONDS = 6.0
 
 TOKEN, READ_ONLY_TOKEN = "hf_writer", "hf_reader"
 

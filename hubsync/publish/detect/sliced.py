@@ -30,8 +30,7 @@ from hubsync.publish.view.cast import cast, integers
 from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.strided import ElementRun, row_of, whole_of
 
-from .changes import Change, Detected, PendingChanges, compare, compose_all, split_by_tensor
-from .digests import TensorDigests
+from .changes import Change, Detected, PendingChanges, TensorDigests, compare, compose_all, split_by_tensor
 from .snapshot import Snapshot
 from .stepping import BUCKET, SlicedSteps
 

@@ -20,8 +20,7 @@ from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import Shard, local_part, require_held
 from hubsync.publish.view.strided import ElementRun, element_runs, row_of
 
-from .changes import Change, Detected, compare, split_by_tensor
-from .digests import TensorDigests
+from .changes import Change, Detected, TensorDigests, compare, split_by_tensor
 
 
 class Snapshot:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 60.0  # a transfer that moves no byte for this long is given up
 # Bytes count as moved when the kernel has taken them, so the end of an upload is silent while its buffer drains, even
 # over a slow line; and then the storage checks what it got.
-_BUFFER, _SLOWEST = 8 << 20, 64 << 10  # bytes, bytes per second
+_BUFFER, _SLOWEST = 4 << 20, 128 << 10  # bytes, bytes per second
 _CHECKED = 500_000_000  # bytes per second
 _CANCEL_SECONDS = 10.0  # time for a cancelled transfer to end
 

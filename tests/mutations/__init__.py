@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-PROMISES = (*range(1, 9), 10)
+PROMISES = range(1, 11)
 _FIELD = r"^{}: (.+)$"
 
 

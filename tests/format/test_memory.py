@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
 from hubsync.format.parts import read_delta
 from hubsync.format.patch import check
 from hubsync.format.table import TensorTable
-from tests.support.worst_parts import made
+from tests.support.worst_parts import made, stated_bound
 
 SIZE = 24_000  # bytes of a part
-FORMAT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
 
 
 class Unread:
@@ -22,13 +19,6 @@ class Unread:
 
     def rectangle(self, index: int, rows: slice, cols: slice) -> None:
         raise AssertionError("read the old weights")
-
-
-def stated() -> int:
-    """The bound of docs/FORMAT.md, in bytes for a byte."""
-    found = re.search(r"\(hubsync: (\d+) bytes for a byte", FORMAT)
-    assert found is not None
-    return int(found[1])
 
 
 @pytest.mark.parametrize(("name", "table", "part"), [(name, *part) for name, part in made(SIZE).items()])
@@ -39,4 +29,4 @@ def test_the_worst_parts_stay_within_the_stated_bound(name: str, table: TensorTa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     check(table, patch)
-    assert peak / len(part) < stated(), f"{peak / len(part):.0f} bytes for a byte"
+    assert peak / len(part) < stated_bound(), f"{peak / len(part):.0f} bytes for a byte"

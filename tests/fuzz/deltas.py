@@ -25,6 +25,7 @@ from hubsync.kernels.bits import SIGNED, TORCH_DTYPES, UNSIGNED
 from tests.support.worst_parts import made
 
 from .bytestrings import MARKED, mutated
+from .session import memory, reset_peak
 
 REJECTIONS = (FormatError, ConfigError)
 TABLE = TensorTable(
@@ -112,12 +113,22 @@ def read(data: bytes) -> None:
         raise AssertionError(f"the decoder accepted an unsound patch: {error}") from error
 
 
-def read_worst(nbytes: int) -> int:
-    """Read the parts that take the most memory. Returns the size of the largest."""
-    parts = made(nbytes)
-    for table, part in parts.values():
+def warm_up() -> None:
+    """Read the corpus, which compiles the decoder."""
+    for part in corpus():
+        read_delta(part, TABLE, None, old_weights())
+
+
+def worst_memory(nbytes: int) -> tuple[str, float]:
+    """Of the parts that take the most memory: the name of the worst, and its bytes of memory for a byte of the part."""
+    found = []
+    for name, (table, part) in made(nbytes).items():
+        reset_peak()
+        before = memory("VmRSS")
         read_delta(part, table, None, old_weights())
-    return max(len(part) for _, part in parts.values())
+        found.append(((memory("VmHWM") - before) / len(part), name))
+    ratio, name = max(found)
+    return name, ratio
 
 
 def _mutated_inside(part: bytes, rng: Random) -> bytes:

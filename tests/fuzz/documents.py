@@ -83,6 +83,12 @@ def seeds() -> list[bytes]:
     return [bytes([kinds.index(kind)]) + content for kind, content in found]
 
 
+def warm_up() -> None:
+    """Read the seeds: each is sound."""
+    for seed in seeds():
+        read(seed)
+
+
 def make(rng: Random) -> bytes:
     """A mutated document of any kind."""
     return mutate(rng.choice(seeds()), rng)

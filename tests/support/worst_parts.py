@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +18,14 @@ from hubsync.format.table import WIDTHS, TensorSpec, TensorTable
 
 Made = tuple[TensorTable, bytes]
 _NO_OLD_WEIGHTS = 255  # `low`: all elements are of class 0
+
+
+def stated_bound() -> int:
+    """The bound of docs/FORMAT.md, in bytes of memory for a byte of a part."""
+    text = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
+    found = re.search(r"\(hubsync: (\d+) bytes for a byte", text)
+    assert found is not None
+    return int(found[1])
 
 
 def made(size: int) -> dict[str, Made]:

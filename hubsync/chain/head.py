@@ -18,8 +18,11 @@ from .layout import Layout
 logger = logging.getLogger(__name__)
 
 
+REJECTED = b""
+
+
 def read_head(bucket: Bucket) -> bytes | None:
-    """The stored bytes of the head; None if it does not exist, is too large, or is not signed by the run's key.
+    """The stored bytes of the head; None if it does not exist, `REJECTED` if it is too large or not signed by the key.
 
     The manifest it names is checked, and a forged head must not block the way to the others.
     """
@@ -27,7 +30,7 @@ def read_head(bucket: Bucket) -> bytes | None:
         return bucket.read([Layout.HEAD], max_bytes=MAX_BYTES).get(Layout.HEAD)
     except FormatError as error:
         logger.warning("ignoring the head of %s: %s", bucket.address, error)
-        return None
+        return REJECTED
 
 
 class HeadWriter:

@@ -20,7 +20,7 @@ from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectM
 from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
 from hubsync.retry import attempts
 
-from .head import read_head
+from .head import REJECTED, read_head
 from .index import ChainIndex
 from .layout import Layout
 from .nearby import index_between
@@ -89,12 +89,12 @@ class ChainReader:
         head = self._parse(data)
         if self._mark is None:
             self._require_fresh(head)
-        # One listing per bad head, not one per poll.
+        # One listing per bad head, not one per poll. But a rejected one may be another each time.
         changed, self._seen_head = data != self._seen_head, data
         in_order = head is not None and (self._mark is None or _order(head.manifest) >= _order(self._mark))
         if head is not None and in_order:
             self._raise_mark(head.manifest)
-        if first_use or (changed and not in_order):
+        if first_use or data == REJECTED or (changed and not in_order):
             self._survey()
         return head
 

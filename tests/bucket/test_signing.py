@@ -109,6 +109,20 @@ def test_a_forged_head_is_ignored(
     assert "ignoring the head" in caplog.text
 
 
+def test_a_reader_goes_on_while_each_new_head_is_replaced_by_a_forged_one(
+    run: str, tmp_path: Path, key_file: str
+) -> None:
+    follower, head = reader(run, tmp_path / "cache", KEY.public), named(run, "head")
+    model = torch.nn.Linear(64, 64)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=run, signing_key=key_file)) as engine:
+        for _ in range(3):
+            with torch.no_grad():
+                model.weight.add_(1)
+            engine.publish().result()
+            signed(head, run, FOREIGN)
+            assert follower.newest() == follower.served() == engine.position
+
+
 def test_a_run_is_continued_with_its_own_key_only(run: str, tmp_path: Path, key_file: str) -> None:
     model = torch.nn.Linear(64, 64)
     with pytest.raises(ConfigError, match="is signed: continue it with the same signing_key"):

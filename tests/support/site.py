@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm_plugin import compat
 from .publisher import Publisher, small_steps
 
 # Responses of vLLM 0.27 do not report which weights made which tokens.
-REPORTS_VERSIONS = not compat.vllm_version().startswith("0.27")
+REPORTS_VERSIONS = find_spec("vllm") is not None and not compat.vllm_version().startswith("0.27")
 SCALE_OUT = ["--enable-scale-out"] if REPORTS_VERSIONS else []
 
 

@@ -39,7 +39,7 @@ PATH = [
     "hubsync/format/parts.py",
     "hubsync/format/codec/encode.py",
     "hubsync/format/codec/grid.py",
-    "hubsync/chain/uploads.py",
+    "hubsync/chain/part_files.py",
     "hubsync/bucket/local.py",
     "hubsync/chain/reader.py",
     "hubsync/format/codec/decode.py",

@@ -24,7 +24,7 @@ from .head import REJECTED, read_head
 from .index import ChainIndex
 from .layout import Layout
 from .nearby import index_between
-from .part_cache import PartCache
+from .part_files import PartCache
 from .planner import Plan, Planner, Step
 
 if TYPE_CHECKING:

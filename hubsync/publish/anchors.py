@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hubsync.chain import ChainReader, VersionInfo
-from hubsync.chain.uploads import anchor_sources, upload_parts
+from hubsync.chain.part_files import anchor_sources, upload_parts
 from hubsync.chain.version_info import NO_INFO
 from hubsync.errors import BucketError
 from hubsync.format.manifest import Manifest, Position

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from hubsync.bucket import Bucket
 from hubsync.chain import Layout
-from hubsync.chain.uploads import anchor_sources, upload_parts
+from hubsync.chain.part_files import anchor_sources, upload_parts
 from hubsync.errors import BucketError, FormatError
 from hubsync.format.checkpoint import shards_of
 from hubsync.format.digest import digest_view

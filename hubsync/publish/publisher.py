@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hubsync.chain import VersionInfo
-from hubsync.chain.uploads import upload_parts
+from hubsync.chain.part_files import upload_parts
 from hubsync.errors import ChainError, ConfigError
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding

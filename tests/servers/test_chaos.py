@@ -21,7 +21,7 @@ pytestmark = [
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
 # A history in which the follower of a real server is killed, and that restarts the server never: each start takes long.
-FOLLOWER_KILLED = 580
+FOLLOWER_KILLED = 626
 
 # Seeds of faults that outlast all tries, one of each effect: a status that is retried and one that is not, a dropped
 # connection, a lost answer, corrupted bytes, late names, and a storage that says nothing.
@@ -50,8 +50,8 @@ def assert_exact(report: Any) -> None:
 
 
 def test_every_replica_is_exact_or_reports_that_it_is_out_of_service() -> None:
-    """Twelve histories share all kinds of events."""
-    report = chaos("--json", "--cover", "--runs", 12)
+    """Twelve histories share all kinds of events. With these seeds every event finds what it strikes."""
+    report = chaos("--json", "--cover", "--runs", 12, "--seed", 48)
     assert_exact(report)
     assert report["runs"] == 12
     assert set(report["histories_by_fault"]) == set(chaos("--kinds"))

@@ -25,7 +25,7 @@ from hubsync.format.manifest import Position
 from hubsync.kernels.bits import bits_of
 from tests.support.models import CONFIGS, VOCABULARY, save_checkpoint, save_with_draft_layer
 from tests.support.publisher import Publisher, any_bits, small_steps
-from tests.support.site import core_per_worker
+from tests.support.site import REPORTS_VERSIONS, core_per_worker
 
 pytestmark = pytest.mark.server
 
@@ -262,7 +262,10 @@ def test_every_byte_and_every_output_equal_those_of_a_fresh_engine(publisher: Pu
     "architecture",
     [
         "gemma3",
-        "falcon_h1",
+        pytest.param(
+            "falcon_h1",
+            marks=pytest.mark.skipif(not REPORTS_VERSIONS, reason="vLLM 0.27 for CPUs with AMX packs convolutions"),
+        ),
         *(pytest.param(name, marks=pytest.mark.matrix) for name in CONFIGS if name not in ("gemma3", "qwen3_tied")),
     ],
 )

@@ -1,6 +1,6 @@
 """Frozen memory: digests of memory that is no version of a run, to tell later whether it is still the same.
 
-Adapters need it: the base model that they run on is frozen, and engines keep adapters in layouts of their own.
+Used for adapters: their base model is frozen, and engines store adapters in their own layouts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MemoryDigests:
         self._digests = {name: digest_torch(tensor_seed(name), flat) for name, flat in bits.items()}
 
     def differing(self, bits: Bits) -> list[str]:
-        """Names of what is there now with other values. What is gone, or new, is not looked at."""
+        """Names of tensors whose values have changed. Missing and new tensors are ignored."""
         known = {name: flat for name, flat in bits.items() if name in self._digests}
         return [name for name, flat in known.items() if digest_torch(tensor_seed(name), flat) != self._digests[name]]
 

@@ -170,7 +170,7 @@ class HubBucket(Bucket):
     def _create(self) -> None:
         try:
             private = self._api.is_private(patience=OPEN_SECONDS)
-        except (BucketMissing, BucketDenied):  # denied: the Hub's answer for a missing one if nobody is logged in
+        except (BucketMissing, BucketDenied):  # without a token the Hub also denies access to missing repositories
             self._api.create(patience=OPEN_SECONDS)
             return
         if not private:

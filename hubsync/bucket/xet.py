@@ -95,7 +95,7 @@ def download(files: Sequence[tuple[str, int, Path]], token: Token, action: str, 
 
 
 class _Transfer:
-    """One transfer in a thread of its own, and the watch over it."""
+    """One transfer in its own thread, cancelled when it stops moving."""
 
     def __init__(self, act: Callable[[Callable[[Any], None]], T], nbytes: int, action: str, place: HubPlace):
         self._act, self._nbytes, self._action, self._place = act, nbytes, action, place

@@ -295,10 +295,10 @@ class Replica:
     def _labelled(self, status: ReplicaStatus) -> ReplicaStatus:
         """Have responses state the served version. Returns the status afterwards.
 
-        A commit sets the label itself. If another client commits between our status and our label, ours is wrong, so
-        the status is read again.
+        A commit sets the label itself, so this has work only after an attach. If another client commits between our
+        status and our label, ours is wrong until the status is read again.
         """
-        while status.position is not None:
+        while status.position is not None and not _states(status, status.position):
             self.server.set_weight_version(str(status.position.version))
             before, status = status, self.status()
             if status.position == before.position:
@@ -370,3 +370,9 @@ class Replica:
             f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
             "see the server's log, or allow more time"
         )
+
+
+def _states(status: ReplicaStatus, position: Position) -> bool:
+    """Whether all engines say that their responses state this version."""
+    labels = {rank.get("engine", {}).get("label") for rank in status.ranks}
+    return labels == {str(position.version)}

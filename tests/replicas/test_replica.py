@@ -86,7 +86,7 @@ class ModelServer(VLLMServer):
         for engine in range(len(self.positions)):
             about = {"index": engine, "atomic": self.atomic, "paused": self.paused, "window_timeout_s": 15.0}
             for answer in getattr(self, method)(engine, *args):
-                results.append({**answer, "engine": {"turn_s": 0.003, **about}})
+                results.append({**answer, "engine": {"turn_s": 0.003, "label": self.labels[engine], **about}})
         for rank, result in enumerate(results):
             if "error" in result and method != "hubsync_status":
                 raise error_from_json(result["error"], f"rank {rank}: ")
@@ -219,15 +219,26 @@ def test_ranks_join_once_all_have_mapped_their_weights(spans_engines: bool) -> N
 def test_committing_the_served_position_is_a_no_op() -> None:
     server = staged_server(atomic=False)
     assert Replica(server).commit(BASE).pause_s == 0
-    assert server.calls == ["hubsync_status", "label", "hubsync_status"]
+    assert server.calls == ["hubsync_status"]
+
+
+def test_a_label_that_is_right_is_not_sent_again() -> None:
+    """Sent late, it would be wrong if another client had committed meanwhile."""
+    server = staged_server()
+    Replica(server).commit(NEXT)
+    server.calls.clear()
+    Replica(server).commit(NEXT)
+    Replica(server).attach()
+    assert "label" not in server.calls
 
 
 @pytest.mark.parametrize("look", [lambda replica: replica.attach(), lambda replica: replica.commit(BASE)])
 def test_a_late_label_does_not_hide_the_commit_of_another_client(
     look: Callable[[Replica], object],
 ) -> None:
-    """As when a follower and a pushing publisher share a server."""
+    """As when a follower and a pushing publisher share a server that has just attached."""
     server = staged_server()
+    server.labels = ["default"]
 
     def commit_in_between(call: str, before: bool) -> None:
         if call == "label" and before:

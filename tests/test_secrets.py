@@ -114,7 +114,6 @@ def ask_everything(watch: Watch, url: str, api_key: str | None) -> None:
         server.pause,
         server.resume,
         server.generate_a_token,
-        lambda: server.set_weight_version("1"),
         lambda: server.load_adapter("policy", "/adapter"),
         lambda: server.rpc("hubsync_status"),
         Replica(server).check,

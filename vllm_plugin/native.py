@@ -98,7 +98,10 @@ class NativeCalls:
                 raise ReplicaRefused("this server must be paused while its workers join: pause it first")
             _raise_first(self._engine.on_workers("join"))
             return False
-        return not states & {WorkerState.DETACHED, WorkerState.ATTACHING, WorkerState.MAPPED}
+        if states & {WorkerState.DETACHED, WorkerState.ATTACHING, WorkerState.MAPPED}:
+            return False
+        self._commit.label(ranks)
+        return True
 
 
 def _is_staged(ranks: Answers) -> bool:

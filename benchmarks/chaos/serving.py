@@ -165,8 +165,6 @@ def _answer(engine: Engine, path: str, body: Any) -> Any:
             return {"results": engine.request(body["method"], *body["args"])}
         case "/pause" | "/resume":
             engine.between(lambda: setattr(engine, "paused", path == "/pause"))
-        case "/update_weight_version":
-            engine.between(lambda: engine.set_label(body["new_version"]))
         case "/version":
             return {"version": _VLLM}
         case "/get_world_size":

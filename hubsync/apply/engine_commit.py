@@ -10,6 +10,9 @@ A commit is one such request, and everything that belongs to it happens within i
 So a client cannot leave anything half done, and no forward pass is scheduled in between. Where a forward pass may still
 be on its way through pipeline stages when the next turn begins, the turn waits for it.
 
+A version that the workers found by themselves (attached) becomes the label in the turn in which they first state it. A
+client could only set it later, when another client may have committed something else.
+
 Where forward passes wait for those of other engines (experts spread over data parallel engines), the client must pause
 the engines first. It announces that (`hubsync_open`), and from then on a *watchdog* runs: if the client has not closed
 its window in time, it counts as dead, and the engine resumes by itself.
@@ -62,6 +65,7 @@ class EngineCommit:
         self._window: str | None = None  # token of the commit window that the watchdog waits for
         self._ended: str | None = None  # token of the window that the watchdog ended last, until another is opened
         self._cancel: Callable[[], None] = lambda: None
+        self._labelled: tuple[Any, Any] | None = None  # position that the label was set for
 
     def handle(self, method: str, *args: Any, **kwargs: Any) -> Answers:
         """Answer a `hubsync_*` request of a client. Errors are answers, as those of the workers are."""
@@ -70,6 +74,7 @@ class EngineCommit:
         except (HubsyncError, TypeError) as error:  # TypeError: a request with wrong arguments
             logger.warning("hubsync: %s", error)
             answers = [{"error": error_to_json(error)}]
+        self.label(answers)
         about = self._about()
         for answer in answers:
             answer["engine"] = about | answer.get("engine", {})
@@ -144,12 +149,22 @@ class EngineCommit:
         answers = write()
         # After an error too: a worker whose write failed after the vote has the position of the others, and is rebuilt
         # there.
-        positions = _positions(answers if first_error(answers) is None else engine.statuses())
-        if len(positions) == 1:
-            engine.set_label(str(positions.pop()[0]))
+        self._labelled = None
+        self.label(answers if first_error(answers) is None else engine.statuses())
         for answer in answers:
             answer["engine"] = {"turn_s": time.perf_counter() - started}
         return answers
+
+    def label(self, ranks: Answers) -> None:
+        """Set the label to the position in which all workers are, in the turn in which they have stated it.
+
+        Once for each position: later labels of the server's owner stay (`/finish_weight_update`).
+        """
+        positions = _positions(ranks)
+        if len(positions) != 1 or any(rank.get("version") is None for rank in ranks) or self._labelled in positions:
+            return
+        self._labelled = positions.pop()
+        self._engine.set_label(str(self._labelled[0]))
 
     def _why_not_still(self) -> str:
         if self._engine.paused:

@@ -120,7 +120,7 @@ class Replica:
             self._join(status)
             status = self._settled(timeout)
         self._raise_if_lost(status)
-        return self._labelled(self._without_window())
+        return self._without_window()
 
     def stage(self, position: Position) -> None:
         """Start staging `position` in the background. Idempotent; a newer target replaces an older one."""
@@ -170,7 +170,6 @@ class Replica:
         """
         status = self._without_window()
         if status.all_at(position):
-            self._labelled(status)
             return CommitReport(position, pause_s=0.0, commit_s=0.0, stage_s=0.0, changed=0)
         pause = not status.atomic if self._pause is None else self._pause
         if not pause:
@@ -292,19 +291,6 @@ class Replica:
             else:
                 time.sleep(_PAUSE_S)
 
-    def _labelled(self, status: ReplicaStatus) -> ReplicaStatus:
-        """Have responses state the served version. Returns the status afterwards.
-
-        A commit sets the label itself, so this has work only after an attach. If another client commits between our
-        status and our label, ours is wrong until the status is read again.
-        """
-        while status.position is not None and not _states(status, status.position):
-            self.server.set_weight_version(str(status.position.version))
-            before, status = status, self.status()
-            if status.position == before.position:
-                break
-        return status
-
     def _commit(self, position: Position) -> list[dict[str, Any]]:
         """The commit request. Data parallel engines vote independently; those that did not commit are tried again."""
         commit = WorkerMethod.COMMIT, position.version, position.digest, self.kv_cache
@@ -370,9 +356,3 @@ class Replica:
             f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
             "see the server's log, or allow more time"
         )
-
-
-def _states(status: ReplicaStatus, position: Position) -> bool:
-    """Whether all engines say that their responses state this version."""
-    labels = {rank.get("engine", {}).get("label") for rank in status.ranks}
-    return labels == {str(position.version)}

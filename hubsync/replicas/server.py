@@ -41,9 +41,6 @@ class InferenceServer(Protocol):
     def resume(self) -> None:
         """Let frozen requests go on."""
 
-    def set_weight_version(self, version: str) -> None:
-        """Set the weight version that responses state. Does nothing if the engine's responses state none."""
-
     def generate_a_token(self) -> None:
         """Run the model once, on a prompt of one token."""
 

@@ -19,7 +19,6 @@ from .http_client import API_KEY_VARIABLE, access_to, new_client
 from .server import checked_url
 
 OLDEST = (0, 26)
-_LABELS_SINCE = (0, 27)
 
 DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
@@ -56,7 +55,6 @@ class VLLMServer:
         self.access = access_to(checked_url(url), api_key)
         self.url = self.access.url
         self.timeout = timeout
-        self._labels = True
         self._http = new_client(self.access)
 
     def close(self) -> None:
@@ -73,7 +71,6 @@ class VLLMServer:
         found = _VERSION.match(version)
         # Source builds without tags call themselves 0.1.dev...; nothing can be read from those.
         released = (int(found[1]), int(found[2])) if found and "dev" not in version else None
-        self._labels = released is None or released >= _LABELS_SINCE
         if released is not None and released < OLDEST:
             raise ReplicaUnsuitable(
                 f"{self.url} runs vLLM {version}; hubsync needs vLLM >= {OLDEST[0]}.{OLDEST[1]}: upgrade the server"
@@ -97,11 +94,6 @@ class VLLMServer:
     def reset_prefix_cache(self) -> bool:
         """Drop all cached prefixes. Returns False and drops nothing while a running request holds blocks."""
         return bool(self._post("/reset_prefix_cache")["success"])
-
-    def set_weight_version(self, version: str) -> None:
-        """Set the weight version that responses state. Does nothing on vLLM 0.26, whose responses state none."""
-        if self._labels:
-            self._post("/update_weight_version", json={"new_version": version})
 
     def weight_version(self) -> str:
         return self._read("/weight_info", lambda answer: str(answer["weight_version"]))

@@ -151,7 +151,36 @@ def test_nothing_reads_the_weights_of_a_server_that_sleeps(core: EngineCommit, e
             "message": "this server sleeps, so its weights cannot be read: wake it up first (POST /wake_up)",
         }
     assert [answer["version"] for answer in core.handle("hubsync_status")] == [1, 1]
-    assert engine.log == [], "the workers were asked for nothing that has an effect"
+    assert engine.log == ["label 1"], "the workers were asked for nothing that has an effect"
+
+
+def test_the_turn_that_states_a_found_position_labels_it(core: EngineCommit, engine: ModelEngine) -> None:
+    engine.label = "default"
+    found = [dict(worker) for worker in engine.workers]
+    for worker in engine.workers:
+        worker |= {"state": "attaching", "version": None, "digest": None}
+    assert core.handle("hubsync_status")[0]["engine"]["label"] == "default"
+    engine.workers[0] = found[0]
+    assert core.handle("hubsync_status")[0]["engine"]["label"] == "default", "one rank does not know its position yet"
+    engine.workers[1] = found[1]
+    assert core.handle("hubsync_status")[0]["engine"]["label"] == "1"
+
+
+def test_a_status_answered_before_the_commit_of_another_client_labels_nothing_after_it(
+    core: EngineCommit, engine: ModelEngine
+) -> None:
+    engine.label = "default"
+    core.handle("hubsync_status")
+    core.handle("hubsync_commit", *NEW)
+    assert core.handle("hubsync_status")[0]["engine"]["label"] == "2"
+    assert [line for line in engine.log if line.startswith("label")] == ["label 1", "label 2"]
+
+
+def test_a_label_that_the_owner_has_chosen_stays(core: EngineCommit, engine: ModelEngine) -> None:
+    core.handle("hubsync_commit", *NEW)
+    engine.label = "step-200"  # `/finish_weight_update` with a weight_version
+    core.handle("hubsync_status")
+    assert engine.label == "step-200"
 
 
 def test_an_unknown_policy_is_an_answer(core: EngineCommit, engine: ModelEngine) -> None:
@@ -295,6 +324,7 @@ def test_vllms_calls_attach_stage_and_commit(native: NativeCalls, engine: ModelE
     native.handle("update_weights", update_info={})
     native.handle("finish_weight_update")
     calls = ["init_weight_transfer_engine", "join", "start_weight_update", "update_weights"]
+    calls.insert(2, "label 1")  # found by the workers
     assert engine.log == [*calls, "settle", "isolate", "hubsync_commit", "label 2"]
 
 

@@ -104,8 +104,6 @@ class StandIn(ModelServer):
                 return 500, {"error": {"message": "not yet"}}
             self.generated += 1
             return 200, {"choices": [{"text": "x"}]}
-        if path == "/update_weight_version":
-            self.set_weight_version(body["new_version"])
         if path in ("/pause", "/resume"):
             getattr(self, path[1:])()
         constant = {

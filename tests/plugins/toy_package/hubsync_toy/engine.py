@@ -48,9 +48,6 @@ class NullServer:
     def resume(self) -> None:
         pass
 
-    def set_weight_version(self, version: str) -> None:
-        pass
-
     def generate_a_token(self) -> None:
         pass
 

@@ -93,6 +93,16 @@ class ChainIndex:
         found = (self._manifests.get(Layout.anchor(epoch, position.version)) for epoch in epochs)
         return next((anchor for anchor in found if anchor is not None and anchor.position == position), None)
 
+    def newest_anchor(self) -> Manifest | None:
+        """The readable anchor of the highest version of the last survey. Reads no other manifest."""
+        places = {(version, epoch) for epoch, names in self._epochs.items() for version in names.anchors}
+        for version, epoch in sorted(places, reverse=True):
+            path = Layout.anchor(epoch, version)
+            self._load_shortcuts([path])
+            if path in self._manifests:
+                return self._manifests[path]
+        return None
+
     def anchors(self) -> list[Manifest]:
         """All committed anchors of the last survey, newest first."""
         places = [(epoch, version) for epoch, names in self._epochs.items() for version in sorted(names.anchors)]

@@ -104,7 +104,8 @@ class Planner:
         Searches from the target backwards, the cheapest place first, so that only relevant manifests are read.
         """
         end = self._origin if target is None else target.position
-        floor = self._floor(end, have, base_available)
+        floor = self._floor(end, have)
+        local = have is not None or base_available  # a start that costs no download, however far back
         undone = self._undone(have, end, floor)
         places = [_Place(0, 0, next(self._numbers), end)]
         best: Plan | None = None
@@ -119,19 +120,19 @@ class Planner:
             for plan in self._beginnings(place, end, have, base_available):
                 if best is None or plan.nbytes < best.nbytes:
                     best = plan
-            if best is not None and best.nbytes <= place.nbytes:  # places before this one cost more
+            # Places before this one cost more. An older anchor has as many bytes as this one, and more deltas after it.
+            if best is not None and (best.nbytes <= place.nbytes or not local):
                 break
-            for step in self._into(place, target, undone, floor):
+            ahead = floor if place.position.version > floor else 0
+            for step in self._into(place, target, undone, ahead):
                 spent, count = place.nbytes + step.manifest.nbytes, place.steps + 1
                 heapq.heappush(places, _Place(spent, count, next(self._numbers), step.start, step, place))
         return best
 
-    def _floor(self, end: Position, have: Position | None, base_available: bool) -> int:
-        """The lowest version to read ahead."""
+    def _floor(self, end: Position, have: Position | None) -> int:
+        """The lowest version to read ahead at first: where a path is likely to start."""
         if have is not None:
             return min(have.version, end.version)
-        if base_available:
-            return 0
         anchored = (version for names in self._index.epochs.values() for version in names.anchors)
         return max((version for version in anchored if version <= end.version), default=0)
 

@@ -11,13 +11,14 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hubsync.bucket.base import Bucket
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
-from hubsync.format.manifest import MAX_VERSION, Head, Manifest, Position, Run
+from hubsync.format.manifest import MAX_VERSION, SIDE_FILES, Head, Manifest, Position, Run
 from hubsync.retry import attempts
 
 from .head import REJECTED, read_head
@@ -244,6 +245,15 @@ class ChainReader:
         except ObjectMissing:
             self._lost.add(Layout.manifest(manifest))
             raise
+
+    def side_files(self) -> list[Path]:
+        """Config, tokenizer and so on of the newest anchor, without its weights. Empty if there is no anchor."""
+        if not self._index.epochs:
+            self._survey()
+        anchor = self._index.newest_anchor()
+        if anchor is None:
+            return []
+        return self.fetch(replace(anchor, parts=tuple(part for part in anchor.parts if part.file in SIDE_FILES)))
 
     def patch(self, manifest: Manifest, old: OldBits | None = None) -> Patch:
         """The decoded delta of a manifest: all of its parts (one per publisher rank, on disjoint elements).

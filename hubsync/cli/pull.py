@@ -73,13 +73,11 @@ def _plan(reader: ChainReader, version: int | None, base: Mapping[str, torch.Ten
 
 def _side_files(reader: ChainReader, base: Path | None) -> list[Path]:
     """Config, tokenizer and so on, from the newest anchor or the base model."""
-    anchors = [manifest for manifest in reader.manifests() if manifest.kind == "anchor"]
-    if anchors:
-        paths = reader.fetch(anchors[-1])
-    else:
-        model = base or Path(str(reader.run().base.model))
-        paths = sorted(model.iterdir()) if model.is_dir() else []
-    return [path for path in paths if path.name in SIDE_FILES - {_INDEX}]
+    found = reader.side_files()
+    model = base or Path(str(reader.run().base.model))
+    if not found and model.is_dir():
+        found = sorted(model.iterdir())
+    return [path for path in found if path.name in SIDE_FILES - {_INDEX}]
 
 
 def _write_checkpoint(out: Path, view: View, run: Run, side_files: list[Path], base: Checkpoint | None) -> int:

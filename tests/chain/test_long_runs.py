@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,6 +76,25 @@ def test_a_plan_equals_the_one_from_a_listing(reader: ChainReader, monkeypatch: 
     near = [reader.plan(position(start), to=1510) for start in starts]
     monkeypatch.setattr("hubsync.chain.reader.index_between", lambda *_: None)
     assert near == [reader.plan(position(start), to=1510) for start in starts]
+
+
+@pytest.mark.parametrize(("base_available", "most"), [(False, 7), (True, 1000)])
+def test_a_start_from_nothing_reads_what_follows_the_nearest_anchor(
+    bucket: FaultyBucket, reader: ChainReader, monkeypatch: pytest.MonkeyPatch, base_available: bool, most: int
+) -> None:
+    """With the base model at hand all deltas from version 0 may be fewer bytes than the anchor."""
+    names: list[str] = []
+    real = bucket.inner.read
+
+    def watched(paths: Sequence[str], *, max_bytes: int) -> dict[str, bytes]:
+        names.extend(paths)
+        return real(paths, max_bytes=max_bytes)
+
+    monkeypatch.setattr(bucket.inner, "read", watched)
+    plan = reader.plan(None, to=1503, base_available=base_available)
+    assert plan.anchor is not None
+    assert len({name for name in names if name.endswith("/manifest.json") or "/versions/" in name}) <= most
+    assert bucket.calls["read"] <= 8
 
 
 def test_from_far_behind_one_listing_of_the_run_answers(bucket: FaultyBucket, reader: ChainReader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
+from hubsync.bucket.base import Download
 from hubsync.chain import ChainReader, Layout
 from hubsync.chain.retention import Collector, Policy
 from hubsync.errors import BucketMissing, ConfigError, NoPath, ObjectCorrupt, WrongParent
@@ -177,6 +179,37 @@ def test_pull_from_an_anchor_needs_no_base(address: str, model: torch.nn.Linear,
         engine.anchor()
     assert hubsync("pull", address, tmp_path / "out") == 0
     assert is_the_view_of(tmp_path / "out", model)
+
+
+def test_pull_reads_no_more_of_the_run_than_it_needs(
+    address: str, base: Path, model: torch.nn.Linear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest anchor and the deltas after it; of a newer anchor only config and tokenizer."""
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
+        for turn in range(4):
+            with torch.no_grad():
+                model.weight[turn] += 1
+            engine.publish(turn).result()
+            if turn in (0, 3):
+                engine.anchor()
+        newest = engine.position.version
+    read: list[str] = []
+    real_read, real_fetch = LocalBucket.read, LocalBucket.fetch
+
+    def watched_read(self: LocalBucket, paths: Sequence[str], **limits: int) -> dict[str, bytes]:
+        read.extend(paths)
+        return real_read(self, paths, **limits)
+
+    def watched_fetch(self: LocalBucket, downloads: Sequence[Download]) -> None:
+        read.extend(download.path for download in downloads)
+        real_fetch(self, downloads)
+
+    monkeypatch.setattr(LocalBucket, "read", watched_read)
+    monkeypatch.setattr(LocalBucket, "fetch", watched_fetch)
+    assert hubsync("pull", address, tmp_path / "out", "--version", newest - 2) == 0
+    versions = {int(name.rpartition("/")[2][:8]) for name in read if "/versions/" in name or "/deltas/" in name}
+    assert versions == {newest - 2}
+    assert not any(f"/anchors/{newest:08d}/model" in name for name in read)
 
 
 def test_pull_that_fails_writes_nothing(address: str, base: Path, tmp_path: Path) -> None:

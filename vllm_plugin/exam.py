@@ -3,9 +3,9 @@
     python -m vllm_plugin.exam SPEC.json REPORT.json
 
 SPEC: `checkpoint` (directory), `options` (of vLLM's `LLM`) and `target` (`version` and `digest` to go to, or null).
-REPORT: `memory`, a hash of every parameter and buffer, for each rank by name; `error`, or null. With a target also
-`layout` (of each rank, as `hubsync_layout` answers), `followed` and `undone` (`memory` after the commit and after it
-was undone), and `seconds` of the phases. Bucket and cache come from the environment, as in a server.
+REPORT: `memory`, a hash of every tensor that a model reaches, for each rank by name; `error`, or null. With a target
+also `layout` (of each rank, as `hubsync_layout` answers), `followed` and `undone` (`memory` after the commit and after
+it was undone), and `seconds` of the phases. Bucket and cache come from the environment, as in a server.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ _TIMEOUT_S = 3600.0
 
 
 def memory_of(worker: Any) -> dict[str, str]:
-    """Hash of every parameter and buffer of the worker's model, and of its draft model."""
+    """Hash of every tensor that the worker's model, and its draft model, can reach."""
     import torch
+
+    from .reachable import reachable_tensors
 
     runner = worker.model_runner
     draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
@@ -32,10 +34,18 @@ def memory_of(worker: Any) -> dict[str, str]:
     hashes = {}
     for prefix, model in models.items():
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        for name, tensor in named:
+        for name, tensor in (*reachable_tensors(model), *named):
+            if tensor.is_meta or tensor.layout != torch.strided:
+                continue
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             hashes[prefix + name] = hashlib.blake2b(flat.cpu().numpy(), digest_size=16).hexdigest()
     return hashes
+
+
+def _has_tokenizer(checkpoint: Path) -> bool:
+    """vLLM needs one to start a vision-language model, and the exam of other models needs none."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
+    return any((checkpoint / name).is_file() for name in names)
 
 
 class _Refused(Exception):
@@ -49,7 +59,7 @@ class _Engine:
         self._llm = LLM(
             model=checkpoint,
             worker_extension_cls="vllm_plugin.DeltaWorkerExtension",
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not _has_tokenizer(Path(checkpoint)),
             **options,
         )
 

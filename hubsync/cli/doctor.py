@@ -8,15 +8,18 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = "check whether a model can be synced exactly, on real vLLM engines"
 DESCRIPTION = """\
 Load the model as vLLM would, report how each tensor lies in memory, apply a random 1 % delta in place, compare every
-parameter and buffer bit for bit with a fresh load of the patched checkpoint, undo the delta and compare again. Exit
-code 0: exact. 1: a mismatch, or a refusal with its reason.
+tensor of the served model bit for bit with a fresh load of the patched checkpoint, undo the delta and compare again.
+Exit code 0: exact. 1: a mismatch, or a refusal with its reason.
 """
 
 
@@ -54,12 +57,20 @@ def run(args: argparse.Namespace) -> int:
     with TemporaryDirectory(dir=args.workdir, prefix="hubsync-doctor-") as name:
         workdir = Path(name)
         base = make_random_checkpoint(args.model, workdir / "random") if args.random else args.model.resolve()
-        diagnosis = examine(make_trial(base, workdir), _engine_options(args), workdir)
+        trial = make_trial(base, workdir, dtype=_published_dtype(args.dtype))
+        diagnosis = examine(trial, _engine_options(args), workdir)
     if args.json:
         print(json.dumps({"exact": diagnosis.exact, **asdict(diagnosis)}, indent=2))
     else:
         print_diagnosis(diagnosis)
     return 0 if diagnosis.exact else 1
+
+
+def _published_dtype(served: str) -> torch.dtype:
+    """The dtype of a run that a server of this dtype follows in place: float16, or the default."""
+    import torch
+
+    return torch.float16 if served in ("float16", "half") else torch.bfloat16
 
 
 def _engine_options(args: argparse.Namespace) -> dict[str, Any]:

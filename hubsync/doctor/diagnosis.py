@@ -53,8 +53,8 @@ class Diagnosis:
         derived: parameters of the served model that are computed from others, and recomputed after each commit.
         ranks: number of workers.
         changed: number of elements that the trial changed.
-        compared: number of parameters and buffers, over all workers.
-        wrong_after_commit: parameters and buffers that differ from a fresh load of the patched checkpoint, as
+        compared: number of tensors that the served models reach, over all workers.
+        wrong_after_commit: tensors that differ from a fresh load of the patched checkpoint, as
             `rank N: name`.
         wrong_after_undo: the same for the base checkpoint, after the undo.
         error: error of the workers, `Type: message`, or None.

@@ -53,7 +53,7 @@ def _print_comparison(console: Console, diagnosis: Diagnosis) -> None:
         (diagnosis.wrong_after_undo, "the original weights after the undo"),
     ):
         same = diagnosis.compared - len(wrong)
-        console.print(f"{same} of {diagnosis.compared} parameters and buffers equal {reference}, bit for bit")
+        console.print(f"{same} of {diagnosis.compared} tensors of the served model equal {reference}, bit for bit")
         for name in wrong[:_MAX_NAMES]:
             console.print(f"  differs: {name}")
         if len(wrong) > _MAX_NAMES:

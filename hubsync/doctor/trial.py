@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +17,18 @@ import torch
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.errors import ConfigError
-from hubsync.format.checkpoint import Checkpoint, Patched, header, is_checkpoint, kept_dtypes
+from hubsync.format.checkpoint import Checkpoint, Patched, header, is_checkpoint
 from hubsync.format.digest import digest_view
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import Transition, write_anchor, write_delta
 from hubsync.format.patch import Patch, TensorDelta
-from hubsync.format.table import WIDTHS, TensorSpec, TensorTable
+from hubsync.format.table import WIDTHS, TensorTable
 from hubsync.kernels.bits import advance, bits_of, difference
+from hubsync.publish.view.live import table_of
+from hubsync.publish.view.stated import stated_by
 
 FRACTION = 0.01
 _SMALL_STEP = 3
-
-
-_SERVED = "BF16"  # what float32 checkpoints are served in, unless `SyncConfig.view_dtype` says otherwise
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ class Trial:
     changed: int
 
 
-def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
-    """Write the run and the patched checkpoint to `workdir`. ConfigError if `base` is no safetensors checkpoint."""
-    table = _table_of(base)
+def make_trial(base: Path, workdir: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Trial:
+    """Write the run and the patched checkpoint to `workdir`. ConfigError if `base` is no safetensors checkpoint.
+
+    Args:
+        dtype: dtype of the run, as `SyncConfig.view_dtype`.
+    """
+    table = _table_of(base, dtype)
     tensors = Checkpoint(base, table)
     start = Position(0, digest_view(table, tensors).hex)
     patch = random_patch(table, tensors, seed)
@@ -71,7 +76,7 @@ def make_trial(base: Path, workdir: Path, seed: int = 0) -> Trial:
     directory = workdir / "patched"
     directory.mkdir()
     for file in base.iterdir():
-        if file.is_file() and not file.name.startswith("model") and file.suffix != ".safetensors":
+        if _is_side_file(file):
             shutil.copy(file, directory)
     write_anchor(directory, table, patched)
     return Trial(base, directory, address, target, table, changed)
@@ -97,38 +102,62 @@ def random_patch(table: TensorTable, tensors: Mapping[str, torch.Tensor], seed: 
 
 
 def make_random_checkpoint(source: Path, directory: Path) -> Path:
-    """Write a checkpoint with random weights to `directory`, for a `config.json` or a directory with one."""
+    """Write a checkpoint with random weights to `directory`, for a `config.json` or a directory with one.
+
+    Other files of the directory are copied: tokenizer and processor, which vision-language models cannot do without.
+    """
     import transformers
 
     config_dir = source if source.is_dir() else source.parent
     try:
         config = transformers.AutoConfig.from_pretrained(config_dir)
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = _auto_class(config).from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot build a causal language model from {source}: {error}") from None
+        raise ConfigError(f"transformers cannot build a language model from {source}: {error}") from None
     with torch.no_grad():
         for parameter in model.parameters():  # as initialised, norms and biases are constant and would hide a swap
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
     model.save_pretrained(directory)
+    for file in filter(_is_side_file, config_dir.iterdir()):
+        if not (directory / file.name).exists():
+            shutil.copy(file, directory)
     return directory
 
 
-def _table_of(directory: Path) -> TensorTable:
-    """All tensors of a checkpoint, in the order of their names, in the dtypes that a run of it publishes by default."""
+def _is_side_file(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith("model") and file.suffix not in (".safetensors", ".bin")
+
+
+def _table_of(directory: Path, dtype: torch.dtype) -> TensorTable:
+    """All tensors of a checkpoint, in the order of their names, as a trainer that starts from it publishes them."""
     if not is_checkpoint(directory):
         raise ConfigError(
             f"{directory} holds no safetensors checkpoint: download the model first "
             "(hf download MODEL --local-dir DIR), or use --random with a directory that holds a config.json"
         )
     found = header(directory)
-    for name, (_, dtype) in found.items():
-        if dtype not in WIDTHS:
-            raise ConfigError(f"{name} has dtype {dtype}, which hubsync does not support (nor quantized checkpoints)")
-    kept = kept_dtypes(found)
-    return TensorTable(
-        [
-            TensorSpec(name, shape, dtype if name in kept or dtype != "F32" else _SERVED)
-            for name, (shape, dtype) in sorted(found.items())
-        ]
-    )
+    for name, (_, code) in found.items():
+        if code not in WIDTHS:
+            raise ConfigError(f"{name} has dtype {code}, which hubsync does not support (nor quantized checkpoints)")
+    tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in sorted(found.items())}
+    return table_of(tensors, dtype, stated_by(found, _class_of(directory), tensors).kept)
+
+
+def _class_of(directory: Path) -> type | None:
+    """The class with which transformers loads a checkpoint; None if transformers has none."""
+    try:
+        names = json.loads((directory / "config.json").read_text()).get("architectures") or [""]
+    except (OSError, ValueError):
+        return None
+    import transformers
+
+    return getattr(transformers, names[0], None)
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that makes the whole model: a vision-language model's text part is another class."""
+    import transformers
+
+    mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if type(config) in mapping else transformers.AutoModelForCausalLM

@@ -19,6 +19,9 @@ from .table import WIDTHS, TensorTable
 
 _INDEX = "model.safetensors.index.json"
 
+Specs = Mapping[str, tuple[tuple[int, ...], str]]
+"""Tensors of a checkpoint: name -> (shape, safetensors dtype code)."""
+
 
 class Checkpoint(Mapping[str, torch.Tensor]):
     """The tensors of a table from a local safetensors checkpoint, in the dtypes of the table. Opens one at a time.
@@ -94,14 +97,11 @@ def header(directory: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def kept_dtypes(specs: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, str]:
+def kept_dtypes(specs: Specs) -> dict[str, str]:
     """The tensors of a checkpoint that have another floating point dtype than most of its elements.
 
     Checkpoints keep router biases, `A_log` and some norms in float32 beside bfloat16, and so do models that serve them.
     A published view keeps the dtypes of these tensors, and has its own dtype for all others.
-
-    Args:
-        specs: name -> (shape, safetensors dtype code), as `header` returns it.
     """
     counts: dict[str, int] = defaultdict(int)
     for shape, dtype in specs.values():

@@ -22,6 +22,7 @@ from hubsync.format.view_bits import ViewBits, digest_after
 from hubsync.kernels.bits import bits_of, dtype_code
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.view.adapters import require_same_adapter
+from hubsync.publish.view.stated import Stated
 
 from .publisher import Publisher
 from .trained_model import TrainedModel
@@ -56,18 +57,18 @@ def open_writer(
     return ChainWriter.create(bucket, run)
 
 
-def kept_in_run(bucket: Bucket, dtype: torch.dtype) -> dict[str, str]:
-    """Name -> dtype code of the tensors that the run in a bucket has in another dtype than `dtype`.
+def stated_in_run(bucket: Bucket, dtype: torch.dtype) -> Stated | None:
+    """What the run in a bucket has: shapes, and tensors of another dtype than `dtype`. A trainer may lack the base.
 
-    Empty if there is no run, or one that is served in another dtype. A trainer that resumes may lack the base.
+    None if there is no run, or one that is served in another dtype.
     """
     data = bucket.read([Layout.RUN]).get(Layout.RUN)
     if data is None:
-        return {}
+        return None
     specs = {spec.name: (spec.shape, spec.dtype) for spec in Run.loads(data).table}
     kept, code = kept_dtypes(specs), dtype_code(dtype)
     others = {name: known for name, (_, known) in specs.items() if known != code}
-    return kept if kept == others else {}
+    return Stated({name: shape for name, (shape, _) in specs.items()}, kept) if kept == others else None
 
 
 def bring_to_model(publisher: Publisher, digest: Digest, name: str | None) -> None:

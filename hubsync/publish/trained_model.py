@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from hubsync.errors import ConfigError
-from hubsync.format.checkpoint import Checkpoint, header, kept_dtypes
+from hubsync.format.checkpoint import Checkpoint, Specs, header
 from hubsync.format.digest import Digest, digest_view
 from hubsync.format.manifest import Adapter, Base
 from hubsync.format.parts import write_adapter_config
@@ -21,6 +20,7 @@ from hubsync.format.table import TensorTable
 from hubsync.publish.detect.stepping import unwrapped
 from hubsync.publish.view.adapters import adapter_config, base_digest, is_adapted
 from hubsync.publish.view.deepspeed import is_deepspeeds, steps_masters
+from hubsync.publish.view.stated import Stated, differences, stated_by
 
 from .base_copy import local_copy
 from .config import SyncConfig
@@ -52,21 +52,13 @@ class TrainedModel:
         if is_adapted(module):
             self.adapter = Adapter(adapter_config(module), self._base, base_digest(module, config.dtype))
 
-    def kept_dtypes(self, names: Iterable[str]) -> dict[str, str]:
-        """Name -> safetensors dtype code of the tensors that the view does not cast to its own dtype.
+    def stated(self, names: Iterable[str]) -> Stated:
+        """What the view of the model takes over from the base checkpoint, if that is on this machine."""
+        return Stated() if self.adapter is not None else stated_by(self._base_specs(), self._module, names)
 
-        They are those that the base checkpoint keeps in another dtype than most of its elements, if it is on this
-        machine, and those that transformers keeps in float32 in any model of this class.
-        """
-        if self.adapter is not None:
-            return {}
-        kept = dict.fromkeys(filter(self._is_strictly_float32, names), "F32")
-        directory = None if self._base.model is None else local_copy(self._base)
-        return kept if directory is None else kept_dtypes(header(directory)) | kept
-
-    def _is_strictly_float32(self, name: str) -> bool:
-        modules = getattr(self._module, "_keep_in_fp32_modules_strict", None) or ()
-        return any(re.search(rf"(^|\.){module}(\.|$)", name) for module in modules)  # as transformers does
+    def _base_specs(self) -> Specs:
+        directory = None if self._base.model is None or self.adapter is not None else local_copy(self._base)
+        return {} if directory is None else header(directory)
 
     def base_for(self, table: TensorTable, digest: Digest) -> Base:
         """The checkpoint that inference servers load as version 0: the one of the settings, else of the model's config.
@@ -79,13 +71,18 @@ class TrainedModel:
         directory = None if self._base.model is None else local_copy(self._base)
         if directory is None:
             return self._base
-        try:
-            checkpoint = Checkpoint(directory, table)
-            checkpoint.check()
-            holds = digest_view(table, checkpoint) == digest
-        except ConfigError:  # a tensor is missing, or has another shape
-            holds = False
-        if holds:
+        differing = differences(header(directory), {spec.name: spec.shape for spec in table})
+        if differing is not None:
+            logger.warning(
+                "the model has other tensors than %s (%s): uploading it whole as version 0. A server that was started "
+                "from %s refuses the run: start servers from that upload, and check once with `hubsync pull` and "
+                "`hubsync doctor` that vLLM loads it",
+                self._base.model,
+                differing,
+                self._base.model,
+            )
+            return Base()
+        if digest_view(table, Checkpoint(directory, table)) == digest:
             return self._base
         logger.warning("the model does not hold the weights of %s: uploading it whole as version 0", self._base.model)
         return Base()

@@ -311,6 +311,18 @@ def test_a_split_part_is_held_as_rows_or_as_a_run_unless_it_is_scattered() -> No
     assert Place((4, 1, 2), (2, 7, 1), 0).is_contiguous
 
 
+def test_ranks_hold_whole_rows_of_a_part_that_is_transposed_within_rows() -> None:
+    """FSDP2 shards experts [4, 3, 2], which are published as [4, 2, 3]."""
+    whole = torch.arange(24.0).reshape(4, 3, 2)
+    place = Place((4, 2, 3), (6, 1, 2), 0)
+    assert [place.within(start, start + 12) for start in (0, 12)] == [
+        Box((0, 0, 0), (2, 2, 3)),
+        Box((2, 0, 0), (2, 2, 3)),
+    ]
+    assert place.within(0, 9) is None, "one and a half experts"
+    assert torch.equal(whole.as_strided(place.shape, place.stride), whole.transpose(1, 2))
+
+
 @given(st.data())
 def test_owners_of_any_piece_find_the_changes_of_every_tensor(data: st.DataObject) -> None:
     """Consecutive parts, a scattered one and a gap, divided among ranks anywhere, compared in runs of any length."""

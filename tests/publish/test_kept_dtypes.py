@@ -1,13 +1,14 @@
-"""Each tensor has its dtype: the view's, or the one in which the base checkpoint keeps it."""
+"""Each tensor has its dtype: the view's, or the one in which the base checkpoint keeps it; and the base's layout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import LocalBucket
@@ -108,6 +109,65 @@ def test_modules_that_transformers_keeps_in_float32_are_published_in_float32(mod
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:
         kept = {spec.name for spec in engine.run.table if spec.dtype == "F32"}
     assert kept == {"scale", "layers.1.weight", "layers.1.bias"}
+
+
+def retouched(base: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(base / "model.safetensors")
+    change(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("detector", ["auto", "snapshot"])
+def test_tensors_that_the_base_has_transposed_are_published_transposed(
+    detector: str, model: Tiny, base: Path, address: str, tmp_path: Path
+) -> None:
+    def transpose(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["embed.weight"] = tensors["embed.weight"].t().contiguous()
+
+    retouched(base, transpose)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start = load_file(base / "model.safetensors")
+    config = SyncConfig(bucket=address, base_model=str(base), detector=detector)
+    with DeltaWeightTransferEngine(model, optimizer, config) as engine:
+        assert engine.run.base.model == str(base), "servers of the base are at version 0"
+        train(model, optimizer)
+        engine.publish()
+        engine.anchor()
+    found = follow(address, tmp_path, base=start).tensors["embed.weight"]
+    assert patterns(found) == patterns(model.embed.weight.detach().bfloat16().t())
+    with DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, base_model="gone")) as engine:
+        assert engine.position.version == 1, "a trainer without the base has the layout of the run"
+
+
+def lose(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["layers.0.weight"]
+
+
+def grow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.0.weight"] = torch.zeros(7, 6, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lose, "layers.0.weight is not in it"),
+        (grow, "layers.0.weight has shape [7, 6] in it, and [6, 6] in the model"),
+    ],
+)
+def test_a_trainer_names_the_tensors_in_which_the_model_is_not_the_base(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    words: str,
+    model: Tiny,
+    base: Path,
+    address: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    retouched(base, change)
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))) as engine:
+        assert engine.run.base.model is None
+        assert engine.position.version == 0
+    assert words in caplog.text
+    assert "refuses the run: start servers from that upload" in caplog.text
 
 
 def test_the_usual_dtype_is_that_of_most_elements() -> None:

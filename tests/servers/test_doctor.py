@@ -104,8 +104,8 @@ def test_an_exact_model_is_a_yes(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"followed": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal a fresh load"),
-        ({"undone": [{"w": "wrong"}]}, "0 of 1 parameters and buffers equal the original weights after the undo"),
+        ({"followed": [{"w": "wrong"}]}, "0 of 1 tensors of the served model equal a fresh load"),
+        ({"undone": [{"w": "wrong"}]}, "0 of 1 tensors of the served model equal the original weights after the undo"),
         ({"followed": [{"w": "new", "lost": "x"}]}, "differs: rank 0: lost"),
         ({"error": {"type": "ReplicaRefused", "message": "a: why"}}, "No. ReplicaRefused: a: why"),
     ],

@@ -8,6 +8,7 @@ position, so it cannot be published.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,28 @@ def published(tensors: Tensors, places: Places) -> Tensors:
         for tensor_name, place in places.get(name, {name: None}).items():
             found[tensor_name] = tensor if place is None else StridedView(tensor_name, tensor, place)
     return found
+
+
+def transposed_as(tensor: torch.Tensor, place: Place | None, shape: tuple[int, ...] | None) -> Place | None:
+    """The position of a published tensor with two dimensions exchanged, if that gives it `shape`; else `place`.
+
+    Args:
+        tensor: the live tensor.
+        place: position in it; None for the whole tensor.
+    """
+    if place is None:
+        whole = _stand_in(tensor)
+        found = Place(tuple(whole.shape), whole.stride(), 0)
+    else:
+        found = place
+    if shape is None or len(shape) != len(found.shape) or shape == found.shape:
+        return place
+    for first, second in itertools.combinations(range(len(shape)), 2):
+        order = list(range(len(shape)))
+        order[first], order[second] = second, first
+        if tuple(found.shape[dim] for dim in order) == shape:
+            return Place(shape, tuple(found.stride[dim] for dim in order), found.offset)
+    return place
 
 
 def _traced(kind: str, saved: Callable[[Tensors], Tensors], tensors: Tensors, prefix: str) -> Places:

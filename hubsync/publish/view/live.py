@@ -15,7 +15,7 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import dtype_code
 
 from .adapters import FrozenBase, adapter_tensors, is_adapted
-from .conversion import Places, places_in, published
+from .conversion import Places, places_in, published, transposed_as
 from .deepspeed import Partition, is_partitioned
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
@@ -44,6 +44,20 @@ class LiveView:
         if saving is not None:
             prefix, inner = saving
             self._places = places_in(inner, found, prefix)
+
+    def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Publish tensors transposed where the base checkpoint, or the run, has two of their dimensions exchanged.
+
+        transformers loads the experts of some checkpoints transposed and saves them so (Qwen3-VL-MoE), but servers load
+        the layout of the checkpoint.
+
+        Args:
+            shapes: published name -> shape there. Other names are ignored, and so are shapes that are no exchange.
+        """
+        live = live_tensors(self._model)
+        for name, tensor in live.items():
+            parts = self._places.get(name, {name: None})
+            self._places[name] = {part: transposed_as(tensor, place, shapes.get(part)) for part, place in parts.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now."""
@@ -90,12 +104,13 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def table_of(
-    tensors: dict[str, torch.Tensor], dtype: torch.dtype, kept: Mapping[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, kept: Mapping[str, str] | None = None
 ) -> TensorTable:
-    """The tensor table of a published view that is served in `dtype`.
+    """The tensor table of a published view that is served in `dtype`. Trainer and doctor build it with this.
 
     Args:
-        kept: name -> safetensors dtype code of the tensors that have another dtype; see `checkpoint.kept_dtypes`.
+        tensors: only their names and shapes matter.
+        kept: name -> safetensors dtype code of the tensors that have another dtype; see `dtypes.kept_by`.
     """
     code, others = dtype_code(dtype), kept or {}
     return TensorTable(

@@ -45,6 +45,13 @@ class Place:
         )
 
     @cached_property
+    def _has_whole_rows(self) -> bool:
+        """Whether the elements of each of its rows are consecutive, in any order, and the rows too."""
+        row = math.prod(self.shape[1:])
+        inside = sum((size - 1) * stride for size, stride in zip(self.shape[1:], self.stride[1:], strict=True)) + 1
+        return len(self.shape) > 0 and self.stride[0] == row == inside
+
+    @cached_property
     def stop(self) -> int:
         """Position after its last element."""
         if 0 in self.shape:
@@ -57,12 +64,12 @@ class Place:
             return Shard.whole(self.shape).box
         if stop <= self.offset or self.stop <= start:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
-        if not self.is_contiguous:
+        if not self._has_whole_rows:
             return None
         row = math.prod(self.shape[1:])
         first, end = max(start - self.offset, 0), min(stop, self.stop) - self.offset
         if first % row or end % row:
-            return Box((first,), (end - first,))
+            return Box((first,), (end - first,)) if self.is_contiguous else None
         return Box((first // row, *(0,) * (len(self.shape) - 1)), ((end - first) // row, *self.shape[1:]))
 
 

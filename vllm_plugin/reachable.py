@@ -29,14 +29,14 @@ def reachable_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
         if isinstance(value, torch.Tensor):
             yield path, value
             continue
-        found += [(f"{path}.{name}" if path else name, held) for name, held in _held_by(value)]
+        found += reversed([(f"{path}.{name}" if path else name, held) for name, held in _held_by(value)])
 
 
 def _held_by(value: Any) -> Iterable[tuple[str, Any]]:
     if isinstance(value, torch.nn.Module):
         own = [pair for owner in (value._parameters, value._buffers, value._modules) for pair in owner.items()]
         rest = [(name, held) for name, held in vars(value).items() if name not in _OF_MODULES and _may_hold(name, held)]
-        return rest + own  # the last is looked at first: tensors have the names of parameters
+        return own + rest
     if isinstance(value, Mapping):
         return [(str(key), held) for key, held in value.items() if _may_hold(str(key), held)]
     if isinstance(value, _CONTAINERS):

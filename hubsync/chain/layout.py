@@ -4,6 +4,7 @@
 run.json
 head.json
 gc.json                                                              since when objects are unneeded
+claims/5e6f7a8b.json                                                 while a trainer creates the run
 epochs/00000003-1a2b3c4d/epoch.json                                  marker of a writer
 epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
 epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
@@ -37,6 +38,12 @@ class Layout:
     HEAD = "head.json"
     EPOCHS = "epochs"
     GARBAGE = "gc.json"
+    CLAIMS = "claims"
+
+    @staticmethod
+    def claim(name: str) -> str:
+        """What a process writes before it creates a run. See `creation`."""
+        return f"claims/{name}.json"
 
     @staticmethod
     def epoch(epoch: str) -> str:

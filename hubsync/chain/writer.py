@@ -43,7 +43,7 @@ class ChainWriter:
 
     @classmethod
     def create(cls, bucket: Bucket, run: Run) -> ChainWriter:
-        """Create a run. RunMismatch if the bucket already holds one.
+        """Create a run. RunMismatch if the bucket already holds one. See `creation.claimed` where names may be late.
 
         If `run.base.model` is None, the bucket does not hold version 0: commit an anchor of `run.origin` next.
         """
@@ -81,7 +81,12 @@ class ChainWriter:
                 f"the run in {bucket.address} belongs to another model: {_first_difference(run.table, table)}. "
                 "Choose another prefix for a new run"
             )
-        return cls(bucket, run)
+        writer = cls(bucket, run)
+        # What we read at first may have been deleted or replaced before. It is visible now, as our epoch is.
+        data = bucket.read([Layout.RUN]).get(Layout.RUN) if bucket.lag else data
+        if data is None or Run.loads(data).run_id != run.run_id:
+            raise RunMismatch(f"the run in {bucket.address} was deleted or replaced a moment ago: start again")
+        return writer
 
     @property
     def run(self) -> Run:

@@ -11,6 +11,7 @@ import torch
 
 from hubsync.bucket import Bucket
 from hubsync.chain import ChainReader, ChainWriter, Layout, VersionInfo
+from hubsync.chain.creation import claimed
 from hubsync.errors import BucketError, FormatError, NoPath, RunMismatch
 from hubsync.format.checkpoint import kept_dtypes
 from hubsync.format.digest import Digest
@@ -37,24 +38,25 @@ def open_writer(
 
     RunMismatch if the run is one of another model, or if there is one although `resume` is False.
     """
-    if bucket.read([Layout.RUN]):
-        if not resume:
-            raise RunMismatch(
-                f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
-            )
-        writer = ChainWriter.resume(bucket, table, signs=key is not None)
-        require_same_adapter(writer.run.adapter, model.adapter)
-        return writer
-    run = Run(
-        run_id=secrets.token_hex(16),
-        table=table,
-        digest=digest.hex,
-        base=model.base_for(table, digest),
-        created=time.time(),
-        public_key=None if key is None else key.public.hex,
-        adapter=model.adapter,
-    )
-    return ChainWriter.create(bucket, run)
+    with claimed(bucket) as exists:
+        if exists:
+            if not resume:
+                raise RunMismatch(
+                    f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
+                )
+            writer = ChainWriter.resume(bucket, table, signs=key is not None)
+            require_same_adapter(writer.run.adapter, model.adapter)
+            return writer
+        run = Run(
+            run_id=secrets.token_hex(16),
+            table=table,
+            digest=digest.hex,
+            base=model.base_for(table, digest),
+            created=time.time(),
+            public_key=None if key is None else key.public.hex,
+            adapter=model.adapter,
+        )
+        return ChainWriter.create(bucket, run)
 
 
 def stated_in_run(bucket: Bucket, dtype: torch.dtype) -> Stated | None:

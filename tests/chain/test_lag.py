@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.bucket.base import Bucket
 from hubsync.bucket.hub import HubBucket
-from hubsync.chain import ChainReader, ChainWriter
+from hubsync.chain import ChainReader, ChainWriter, Layout
+from hubsync.chain.creation import claimed
 from hubsync.chain.replay import replay
 from hubsync.chain.serving import serve
-from hubsync.errors import BucketUnavailable, Fenced
+from hubsync.errors import BucketUnavailable, Fenced, RunMismatch
+from hubsync.format.manifest import Base, Run
+from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.localhub import LocalHub
 from tests.support.faults import FaultyBucket
 from tests.support.fixtures_hub import TOKEN
@@ -37,6 +42,80 @@ def test_a_run_is_created_and_continued(hub_bucket: HubBucket, local_hub: LocalH
     local_hub.reset()
     reader = ChainReader(hub_bucket, tmp_path)
     assert [m.position for m in reader.manifests()] == [first.position, second.position]
+
+
+def begin(bucket: Bucket, run: Run) -> ChainWriter:
+    """As a trainer that joins the run, whatever its run would be called."""
+    with claimed(bucket) as exists:
+        return ChainWriter.resume(bucket, run.table) if exists else ChainWriter.create(bucket, run)
+
+
+def new_run(number: int) -> Run:
+    table = TensorTable([TensorSpec("weight", (4, 64), "BF16")])
+    return Run(f"{number:032x}", table, "0" * 32, Base("base/model"), 1.0)
+
+
+def run_in(bucket: Bucket) -> str:
+    return Run.loads(bucket.read([Layout.RUN])[Layout.RUN]).run_id
+
+
+def test_a_trainer_restarted_before_its_run_is_visible_joins_it(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    """It died right after it had created the run."""
+    local_hub.lag(1.0)
+    faulty = FaultyBucket(hub_bucket)
+    faulty.fail("commit", when="after", nth=2, error=KeyboardInterrupt())  # the claim is first
+    with pytest.raises(KeyboardInterrupt):
+        begin(faulty, new_run(1))
+    assert not hub_bucket.read([Layout.RUN]), "it is not visible yet"
+    again = begin(hub_bucket, new_run(2))
+    assert again.run.run_id == new_run(1).run_id
+    local_hub.reset()
+    assert run_in(hub_bucket) == new_run(1).run_id
+    assert not list(hub_bucket.list(Layout.CLAIMS))
+
+
+def test_a_trainer_that_must_create_a_run_refuses_one_that_was_invisible(
+    hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", local_hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    local_hub.lag(0.5)
+    hub_bucket.commit(Layout.RUN, new_run(1).dumps())
+    with pytest.raises(RunMismatch, match="already holds a run, and resume is False"):
+        DeltaWeightTransferEngine(torch.nn.Linear(2, 2), None, SyncConfig(bucket=hub_bucket.address, resume=False))
+    local_hub.reset()
+    assert run_in(hub_bucket) == new_run(1).run_id
+
+
+@pytest.mark.parametrize("lag", [0.0, LAG])
+def test_trainers_that_start_at_once_never_make_two_runs(
+    hub_bucket: HubBucket, local_hub: LocalHub, lag: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One creates it. The others join it, and the newest of them goes on."""
+    monkeypatch.setattr("hubsync.bucket.hub.LAG_SECONDS", 4.0)
+    local_hub.lag(lag)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [one.run.run_id for one in pool.map(lambda number: begin(hub_bucket, new_run(number)), range(3))]
+    local_hub.reset()
+    assert set(runs) == {run_in(hub_bucket)}
+
+
+def test_a_claim_of_a_trainer_that_died_delays_the_next_one_and_no_more(
+    hub_bucket: HubBucket, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hubsync.bucket.hub.LAG_SECONDS", 0.5)
+    monkeypatch.setattr("hubsync.retry.REPORT_SECONDS", 0.1)
+    hub_bucket.commit(Layout.claim("00000000"), b"{}")
+    assert begin(hub_bucket, new_run(1)).run.run_id == run_in(hub_bucket) == new_run(1).run_id
+    assert "still waiting for another trainer that creates a run" in caplog.text
+
+
+def test_a_run_that_was_just_deleted_is_not_continued(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
+    history = History(hub_bucket)
+    local_hub.lag(LAG)
+    hub_bucket.delete([Layout.RUN])
+    with pytest.raises(RunMismatch, match="was deleted or replaced a moment ago: start again"):
+        ChainWriter.resume(hub_bucket, history.table)
 
 
 def test_a_replaced_writer_commits_at_most_one_version_and_its_number_is_left_out(

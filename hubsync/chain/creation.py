@@ -1,4 +1,4 @@
-"""Is there a run already? A storage that shows writes late cannot tell by itself: no conditional write, no order of reads.
+"""Is there a run already? A storage that shows writes late cannot tell by itself.
 
 So a trainer that finds none writes a *claim* first. Once its claim is visible, everything that was written before it is
 visible too: a run that another process (this trainer before its restart) had just created, and the claims of others

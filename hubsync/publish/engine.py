@@ -100,19 +100,22 @@ class DeltaWeightTransferEngine:
         trained = self.ranks.together(lambda: TrainedModel(module, config, processing_class))
         warn_of_lost_updates(tensors, config.dtype)
         warn_of_unpublished(module, optimizer)
-        self._publisher = self._joined(view, optimizer, trained)
+        self._publisher = self._joined(view, tensors, optimizer, trained)
         self._hook = None if stepped is None else stepped.register_step_post_hook(self._count_step).remove
 
-    def _joined(self, view: LiveView, optimizer: Any, model: TrainedModel) -> Publisher:
+    def _joined(
+        self, view: LiveView, tensors: dict[str, torch.Tensor], optimizer: Any, model: TrainedModel
+    ) -> Publisher:
         """The publisher of this rank, after the run holds the model's weights."""
         config, ranks = self.config, self.ranks
         key = ranks.together(lambda: _signing_key(config))
+        division = divided(ranks, tensors, config.dtype)
         ranks.together(lambda: _require_encoding(config, ranks))
         bucket = ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=key))
-        stated = ranks.first(lambda: stated_in_run(bucket, config.dtype) or model.stated(view.tensors()))
-        ranks.together(lambda: view.lay_out(stated.shapes))
-        tensors = ranks.together(view.tensors)
-        division = divided(ranks, tensors, config.dtype)
+        stated = ranks.first(lambda: stated_in_run(bucket, config.dtype) or model.stated(tensors))
+        if ranks.together(lambda: view.lay_out(stated.shapes)):
+            tensors = ranks.together(view.tensors)
+            division = divided(ranks, tensors, config.dtype)
         table, has_adapter = table_of(tensors, config.dtype, stated.kept), model.adapter is not None
         shards = None if holds_all(ranks, tensors) else division[ranks.rank]
         detector = ranks.together(

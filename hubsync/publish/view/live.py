@@ -45,7 +45,7 @@ class LiveView:
             prefix, inner = saving
             self._places = places_in(inner, found, prefix)
 
-    def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Publish tensors transposed where the base checkpoint, or the run, has two of their dimensions exchanged.
 
         transformers loads the experts of some checkpoints transposed and saves them so (Qwen3-VL-MoE), but servers load
@@ -53,11 +53,17 @@ class LiveView:
 
         Args:
             shapes: published name -> shape there. Other names are ignored, and so are shapes that are no exchange.
+
+        Returns:
+            whether that changes the view.
         """
-        live = live_tensors(self._model)
-        for name, tensor in live.items():
+        changes = False
+        for name, tensor in live_tensors(self._model).items():
             parts = self._places.get(name, {name: None})
-            self._places[name] = {part: transposed_as(tensor, place, shapes.get(part)) for part, place in parts.items()}
+            found = {part: transposed_as(tensor, place, shapes.get(part)) for part, place in parts.items()}
+            if found != parts:
+                self._places[name], changes = found, True
+        return changes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now."""

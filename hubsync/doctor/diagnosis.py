@@ -137,21 +137,21 @@ def _run(
     spec.write_text(json.dumps({"checkpoint": str(checkpoint), "options": dict(options), "target": target}))
     environment = {**_ENVIRONMENT, **_binding(options), **os.environ}
     environment |= {"HUBSYNC_BUCKET": trial.address, "HUBSYNC_CACHE": str(workdir / "cache")}
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [sys.executable, "-m", "vllm_plugin.exam", str(spec), str(report)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-    if done.returncode != 0 or not report.is_file():
+    code = _finished([sys.executable, "-m", "vllm_plugin.exam", str(spec), str(report)], environment, log)
+    if code != 0 or not report.is_file():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        raise ReplicaUnsuitable(
-            f"vLLM ended with code {done.returncode} on {checkpoint}; the end of its output:\n{tail}"
-        )
+        raise ReplicaUnsuitable(f"vLLM ended with code {code} on {checkpoint}; the end of its output:\n{tail}")
     answer: dict[str, Any] = json.loads(report.read_text())
     return answer
+
+
+def _finished(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Run a command and return its exit code. Its output goes to `log`."""
+    with log.open("wb") as output:
+        done = subprocess.run(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    return done.returncode
 
 
 def _binding(options: Mapping[str, Any]) -> dict[str, str]:

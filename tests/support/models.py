@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -76,7 +77,6 @@ _DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 _MAMBA = {
-    "mamba_d_ssm": 256,
     "mamba_n_heads": 8,
     "mamba_d_head": 32,
     "mamba_n_groups": 1,
@@ -84,31 +84,84 @@ _MAMBA = {
     "mamba_d_conv": 4,
     "mamba_chunk_size": 32,
 }
+_UNTIED = {**SIZES, "tie_word_embeddings": False}
+_EXPERTS = {**_SPARSE, "moe_intermediate_size": 96}
+_NO_LAYERS = {key: value for key, value in _UNTIED.items() if key != "num_hidden_layers"}
+_NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 # vLLM serves some of their tensors in float32, whatever dtype the checkpoint has, and computes others (`-exp(A_log)`).
 MIXED: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **_LATENT, q_lora_rank=32, topk_method="noaux_tc", scoring_func="sigmoid"
-    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**_LATENT, q_lora_rank=32, **_NOAUX),
     "glm4_moe": lambda: transformers.Glm4MoeConfig(
-        **_SPARSE, moe_intermediate_size=96, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1
+        **_EXPERTS, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1
+    ),
+    "glm4_moe_lite": lambda: transformers.Glm4MoeLiteConfig(
+        **_LATENT, q_lora_rank=32, mlp_layer_types=["dense", "sparse"]
     ),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **_SPARSE, **_DELTA_NET, moe_intermediate_size=96, num_experts=8, shared_expert_intermediate_size=96
+        **_EXPERTS, **_DELTA_NET, num_experts=8, shared_expert_intermediate_size=96
     ),
-    "falcon_h1": lambda: transformers.FalconH1Config(**SIZES, **_MAMBA, tie_word_embeddings=False),
+    "minimax_m2": lambda: transformers.MiniMaxM2Config(
+        **{**_SPARSE, "intermediate_size": 96}, num_local_experts=8, scoring_func="sigmoid", use_routing_bias=True
+    ),
+    "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
+        **SIZES, moe_intermediate_size=96, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1
+    ),
+    "lfm2_moe": lambda: transformers.Lfm2MoeConfig(
+        **_IMPLIED_HEAD_DIM | {"num_hidden_layers": 3}, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2,
+        num_dense_layers=1, layer_types=["conv", "full_attention", "conv"],
+    ),
+    "gemma3n": lambda: transformers.Gemma3nTextConfig(
+        **SIZES | {"num_hidden_layers": 4, "intermediate_size": 256}, sliding_window=128, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY, laurel_rank=8, activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
+    ),
+    "falcon_h1": lambda: transformers.FalconH1Config(**_UNTIED, **_MAMBA, mamba_d_ssm=256),
+    "granite_hybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **_IMPLIED_HEAD_DIM | {"intermediate_size": 96}, **_MAMBA, mamba_expand=2, num_local_experts=8,
+        num_experts_per_tok=2, shared_intermediate_size=96, layer_types=["linear_attention", "full_attention"],
+        position_embedding_type="rope", tie_word_embeddings=True,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **_NO_LAYERS, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"], ssm_state_size=32,
+        mamba_num_heads=8, mamba_head_dim=32, n_groups=2, chunk_size=32,
+    ),
+    "mamba2": lambda: transformers.Mamba2Config(
+        **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")},
+        bos_token_id=None, eos_token_id=None, pad_token_id=0, num_heads=8, head_dim=32, state_size=32, n_groups=2,
+        chunk_size=32,
+    ),
+}  # fmt: skip
+
+# What vLLM reads from config.json, and real ones have, but transformers' configs do not write.
+_ADDED = {
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "deepseek_v3": _NOAUX,
 }
 
 
 def save_checkpoint(architecture: str, directory: Path) -> Path:
     """Write a random bf16 checkpoint of an architecture (of `CONFIGS`, `EXPERTS` or `MIXED`), without a tokenizer."""
-    return save({**CONFIGS, **EXPERTS, **MIXED}[architecture](), directory)
+    save({**CONFIGS, **EXPERTS, **MIXED}[architecture](), directory)
+    extend_config(directory, _ADDED.get(architecture, {}))
+    return directory
+
+
+def extend_config(directory: Path, added: dict[str, Any]) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | added, indent=1))
 
 
 def save(config: transformers.PretrainedConfig, directory: Path) -> Path:
     """Write a random bf16 checkpoint of any causal language model."""
+    return save_model(transformers.AutoModelForCausalLM.from_config, config, directory)
+
+
+def save_model(make: Callable[..., Any], config: transformers.PretrainedConfig, directory: Path) -> Path:
+    """Write a random bf16 checkpoint of the model that an auto class makes of a config."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model = make(config).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases are initialised equal: no test could see a swap
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
@@ -121,10 +174,8 @@ def save_with_draft_layer(directory: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     save_checkpoint("qwen2", directory)
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
-    (directory / "config.json").write_text(json.dumps(config))
-    tensors, hidden = load_file(directory / "model.safetensors"), config["hidden_size"]
+    extend_config(directory, {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1})
+    tensors, hidden = load_file(directory / "model.safetensors"), SIZES["hidden_size"]
     layer, draft = "model.layers.0.", "model.mtp_layers.0."
     shapes = {draft + name.removeprefix(layer): tensors[name].shape for name in tensors if name.startswith(layer)}
     shapes |= {f"{draft}{name}_layernorm.weight": torch.Size([hidden]) for name in ("token", "hidden")}

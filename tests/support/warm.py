@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _MODULES = (
     "vllm.model_executor.models.qwen3",
 )
 _PR_SET_PDEATHSIG = 1
+_TIMEOUT_S = 900.0
 
 
 class WarmServerProcess(ServerProcess):
@@ -40,6 +42,12 @@ class WarmServerProcess(ServerProcess):
     def _launch(self, command: list[str], environment: dict[str, str]) -> Any:
         assert command[:2] == [sys.executable, "-m"]
         return _Forked(_launcher(), command[2], command[3:], environment, self.log)
+
+
+def run_warm(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    """Run `python -m MODULE ARGUMENTS` in a process that is forked. Returns its exit code."""
+    assert list(command[:2]) == [sys.executable, "-m"]
+    return _Forked(_launcher(), command[2], list(command[3:]), dict(environment), log).wait(_TIMEOUT_S)
 
 
 @cache

@@ -1,0 +1,139 @@
+"""The whole way of a model: trained, published, followed by an engine of the base, pulled, loaded by a fresh engine.
+
+Both engines must have the same tokens, log-probabilities, and bits in every tensor that their models reach.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hubsync import DeltaWeightTransferEngine, SyncConfig
+from hubsync.cli.main import main
+from hubsync.doctor.diagnosis import _ENVIRONMENT
+from hubsync.format.checkpoint import header
+from tests.support.models import VOCABULARY, save_checkpoint
+from tests.support.vision_models import HAS_TORCHVISION, VISION, save_vision_checkpoint, transform
+from tests.support.warm import run_warm
+
+pytestmark = pytest.mark.server
+
+_OPTIONS = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+}
+_LATENT = ("deepseek_v3", "glm4_moe_lite")
+_PROMPTS = [[(7 * at * at + seed) % VOCABULARY for at in range(24)] for seed in (3, 5)]
+
+
+def engine_report(checkpoint: Path, workdir: Path, address: str, targets: list[Any], **options: Any) -> dict[str, Any]:
+    """What `engine_run` reports of an engine of this checkpoint that has followed a run to the targets."""
+    workdir.mkdir()
+    spec, report, log = workdir / "spec", workdir / "report", workdir / "log"
+    spec.write_text(
+        json.dumps(
+            {"checkpoint": str(checkpoint), "options": _OPTIONS | options, "targets": targets, "prompts": _PROMPTS}
+        )
+    )
+    environment = {**_ENVIRONMENT, **os.environ, "HUBSYNC_BUCKET": address, "HUBSYNC_CACHE": str(workdir / "cache")}
+    command = [sys.executable, "-m", "tests.support.engine_run", str(spec), str(report)]
+    assert run_warm(command, environment, log) == 0, log.read_text()[-3000:]
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert found["error"] is None, found["error"]
+    return found
+
+
+def train(model: Any, address: str, base: Path, settings: Mapping[str, Any]) -> list[list[Any]]:
+    """Two optimizer steps on text, each published. Also changes buffers, as trainers change biases of routers."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".visual." not in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    positions = []
+    with DeltaWeightTransferEngine(
+        model, optimizer, SyncConfig(bucket=address, base_model=str(base), **settings)
+    ) as engine:
+        assert engine.run.base.model == str(base)
+        for step in range(2):
+            tokens = torch.randint(0, VOCABULARY - 200, (2, 16), generator=torch.Generator().manual_seed(step))
+            logits = model(input_ids=tokens).logits
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if "bias" in name:
+                        buffer += 1e-3
+            engine.publish()
+            engine.wait()
+            positions.append([engine.position.version, engine.position.digest])
+    return positions
+
+
+def assert_pipe(base: Path, tmp_path: Path, *, model: Any = None, settings: Any = None, **options: Any) -> Path:
+    """Returns the pulled checkpoint."""
+    address, pulled = str(tmp_path / "bucket"), tmp_path / "pulled"
+    cls = (
+        transformers.AutoModelForImageTextToText
+        if "vision_config" in _config(base)
+        else transformers.AutoModelForCausalLM
+    )
+    model = model or cls.from_pretrained(base, dtype=torch.float32)
+    targets = train(model, address, base, settings or {})
+    assert [version for version, _ in targets] == [1, 2]
+    followed = engine_report(base, tmp_path / "followed", address, targets, **options)
+    assert main(["pull", address, str(pulled), "--base", str(base)]) == 0
+    fresh = engine_report(pulled, tmp_path / "fresh", address, [], **options)
+    assert followed["answers"] == fresh["answers"]
+    assert len(fresh["memory"][0]) > 10
+    for ours, expected in zip(followed["memory"], fresh["memory"], strict=True):
+        assert ours == expected, sorted(
+            name for name in ours.keys() | expected.keys() if ours.get(name) != expected.get(name)
+        )
+    return pulled
+
+
+def _config(base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    return config
+
+
+def test_a_hybrid_of_mamba_and_attention_is_exact(tmp_path: Path) -> None:
+    """Its loader computes `-exp(A_log)` in float32."""
+    assert_pipe(save_checkpoint("falcon_h1", tmp_path / "base"), tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe", "qwen3_next", "mamba2", "qwen3_moe"])
+def test_text_models_are_exact(architecture: str, tmp_path: Path) -> None:
+    backend = {"attention_backend": "CPU_MLA"} if architecture in _LATENT else {}
+    assert_pipe(save_checkpoint(architecture, tmp_path / "base"), tmp_path, **backend)
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
+@pytest.mark.parametrize("architecture", VISION)
+def test_vision_language_models_are_exact(architecture: str, tmp_path: Path) -> None:
+    assert_pipe(save_vision_checkpoint(architecture, tmp_path / "base"), tmp_path)
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
+@pytest.mark.parametrize("architecture", ["qwen3_5", "qwen3_5_moe"])
+def test_tensors_that_the_checkpoint_keeps_in_float32_are_exact(architecture: str, tmp_path: Path) -> None:
+    """Qwen3.5 as it is published. `A_log` is no bfloat16 number, and vLLM serves it in float32."""
+    base = save_vision_checkpoint(architecture, tmp_path / "base")
+    for words in (".A_log", ".linear_attn.norm.weight"):
+        transform(base, words, lambda tensor: tensor.float() + 2**-20)
+    pulled = assert_pipe(base, tmp_path)
+    assert {name.split(".")[-1] for name, (_, dtype) in header(pulled).items() if dtype == "F32"} == {"A_log", "weight"}

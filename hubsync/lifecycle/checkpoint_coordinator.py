@@ -3,7 +3,7 @@
 A save is work under a name: saves of one name run one after the other, saves of different names concurrently. A step
 consists of the saves that all ranks register for it. Once the last of them is durable, rank 0 makes the step visible by
 one call of `commit`, which writes a manifest, moves a "latest" file, or notifies servers. If one of them fails on any
-rank, the step never becomes visible, and every rank gets the reason.
+rank, or takes too long, the step never becomes visible, and every rank gets the reason.
 
     coordinator = CheckpointCoordinator(commit)
     ticket = engine.publish(step, serve=False)  # detects the changes now, uploads in the background
@@ -18,13 +18,27 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 
 from hubsync.errors import CheckpointFailed, ConfigError, RankError
 from hubsync.publish.ranks import Ranks, SingleRank, join
 from hubsync.retry import Deadline, wait_reporting
+
+SAVE_SECONDS = 2700.0  # default of `save_timeout`
+
+
+@dataclass
+class _Save:
+    """One save in the background. `given_up`: its time is over, although it may still run."""
+
+    name: str
+    global_step: int
+    is_state_dict: bool
+    ended: Future[None]
+    deadline: Deadline
+    given_up: bool = False
 
 
 @dataclass
@@ -58,22 +72,23 @@ class CheckpointCoordinator:
         commit: called with (step, is_state_dict) to make a step visible, on rank 0 alone, once for each; step after
             step in the order of their registration.
         alone: coordinate this process only, regardless of torch.distributed.
+        save_timeout: seconds in which a save must be durable. After that its step fails, and later saves of its name
+            fail as long as it still runs: two of them would write to one destination.
     """
 
-    def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False):
+    def __init__(self, commit: Callable[[int, bool], None], *, alone: bool = False, save_timeout: float = SAVE_SECONDS):
         self._commit = commit
+        self._timeout = save_timeout
         self._ranks: Ranks = SingleRank() if alone else join()
         self._closed = False
         self._changed = threading.Condition()  # guards all below
         self._steps: dict[int, _SavedStep] = {}
         self._unraised: list[CheckpointFailed] = []
-        self._lanes: dict[str, ThreadPoolExecutor] = {}
-        self._saves: dict[str, Future[None]] = {}  # the last one of every name
-        self._monitor = ThreadPoolExecutor(1, thread_name_prefix="hubsync-checkpoint-monitor")
+        self._saves: dict[str, _Save] = {}  # the last one of every name
         self._decisions: list[Future[None]] = []
 
     def save_async(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
-        """Run `work` in the background. First waits for the previous save of this name.
+        """Run `work` in the background. First waits for the previous save of this name, until its time is over.
 
         Args:
             name: name of the destination, such as "model" or "optimizer".
@@ -85,20 +100,26 @@ class CheckpointCoordinator:
         with self._changed:
             before = self._saves.get(name)
         if before is not None:
-            _wait([before], math.inf, f"the previous save of {name!r}")
+            self._await_save(before)
         with self._changed:
-            if name not in self._lanes:
-                self._lanes[name] = ThreadPoolExecutor(1, thread_name_prefix=f"hubsync-checkpoint-{name}")
             unraised = self._take_unraised()
             self._step(global_step).begun[is_state_dict] += 1
-            self._saves[name] = self._lanes[name].submit(self._save_or_note, name, work, global_step, is_state_dict)
+            save = _Save(name, global_step, is_state_dict, Future(), Deadline(self._timeout))
+            # Another thread may have begun one of this name meanwhile.
+            before, self._saves[name] = self._saves.get(name), save
+            _in_background(f"hubsync-checkpoint-{name}", lambda: self._save_or_note(save, before, work), save.ended)
         _raise_if_any(unraised)
 
     def save_sync(self, work: Callable[[], object], global_step: int, is_state_dict: bool = False) -> None:
         """Run `work` in this thread, as saves with collectives need. Raises the error of `work`."""
         self._require_open()
         self._step(global_step).begun[is_state_dict] += 1
-        self._save("", work, global_step, is_state_dict)
+        try:
+            work()
+        except BaseException as error:
+            self._fail(global_step, is_state_dict, f"a save failed: {error!r}")
+            raise
+        self._count(global_step, is_state_dict)
         _raise_if_any(self._take_unraised())
 
     def register_and_monitor(
@@ -126,36 +147,38 @@ class CheckpointCoordinator:
             step.awaited[is_state_dict] += 1
             unraised = self._take_unraised()
             self._decisions = [decision for decision in self._decisions if not decision.done()]
-            self._decisions.append(self._monitor.submit(self._decide, global_step, is_state_dict))
+            before, decision = self._decisions[-1:], Future[None]()
+            self._decisions.append(decision)
+            _in_background(
+                "hubsync-checkpoint-monitor", lambda: self._decide(global_step, is_state_dict, before), decision
+            )
         _raise_if_any(unraised)
 
     def wait_all(self, timeout: float | None = None) -> None:
         """Wait until all saves have ended, and every registered step is visible or has failed.
 
         Raises:
-            TimeoutError: it takes longer than `timeout` seconds. The saves go on.
+            TimeoutError: it takes longer than `timeout` seconds; default is until the time of each save is over, and
+                for commits twice `save_timeout` after that: another rank may be as late. What is under way goes on.
             CheckpointFailed: a save, another rank or a commit failed, or a step has other saves than were registered.
         """
         deadline = Deadline(math.inf if timeout is None else timeout)
         with self._changed:
             saves = list(self._saves.values())
-        if not _wait(saves, deadline, "background saves"):
+        if not all(self._await_save(save, deadline) for save in saves):
             raise TimeoutError("saves are still under way; they go on")
         with self._changed:
             decisions = list(self._decisions)
             self._expect_no_more()
-        if not _wait(decisions, deadline, "saved steps to become visible"):
+        commits = Deadline(2 * self._timeout) if timeout is None else deadline
+        if not _wait(decisions, commits, "saved steps to become visible"):
             raise TimeoutError("commits are still under way; they go on")
         _raise_if_any(self._take_unraised())
 
     def close(self) -> None:
-        """`wait_all`, then end the threads. Closing twice is allowed."""
+        """`wait_all`, and accept no more work. Closing twice is allowed."""
         self._closed = True
-        try:
-            self.wait_all()
-        finally:
-            for thread in (*self._lanes.values(), self._monitor):
-                thread.shutdown()
+        self.wait_all()
 
     def __enter__(self) -> CheckpointCoordinator:
         return self
@@ -165,37 +188,68 @@ class CheckpointCoordinator:
     ) -> None:
         try:
             self.close()
-        except CheckpointFailed:
+        except (CheckpointFailed, TimeoutError):
             if error is None:
                 raise
 
     # --- saves
 
-    def _save_or_note(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
+    def _save_or_note(self, save: _Save, before: _Save | None, work: Callable[[], object]) -> None:
         try:
-            self._save(name, work, global_step, is_state_dict)
-        except BaseException as error:
-            failure = CheckpointFailed(f"save {name!r} of step {global_step} failed: {error!r}; it is not visible")
-            failure.__cause__ = error
-            self._note(failure)
-
-    def _save(self, name: str, work: Callable[[], object], global_step: int, is_state_dict: bool) -> None:
-        try:
+            if before is not None:
+                self._await_save(before)
+                _require_ended(before)
             work()
         except BaseException as error:
-            with self._changed:
-                what = f"save {name!r}" if name else "a save"
-                self._step(global_step).errors.setdefault(is_state_dict, f"{what} failed: {error!r}")
-                self._changed.notify_all()
-            raise
+            if not save.given_up:
+                self._fail_save(save, f"failed: {error!r}", error)
+            return
+        with self._changed:
+            if not save.given_up:
+                self._count(save.global_step, save.is_state_dict)
+
+    def _await_save(self, save: _Save, deadline: Deadline | None = None) -> bool:
+        """Wait until a save has ended or its time is over. False if the given deadline was earlier.
+
+        After its time it is given up: its step fails.
+        """
+        what = f"the save {save.name!r} of step {save.global_step}"
+        within = save.deadline if deadline is None or deadline.left > save.deadline.left else deadline
+        if _wait([save.ended], within, what):
+            return True
+        if not save.deadline.passed:
+            return False
+        with self._changed:
+            given_up, save.given_up = save.given_up, True
+        if not given_up:
+            self._fail_save(save, f"is not durable after {self._timeout:g} s")
+        return True
+
+    def _fail_save(self, save: _Save, how: str, cause: BaseException | None = None) -> None:
+        self._fail(save.global_step, save.is_state_dict, f"save {save.name!r} {how}")
+        failure = CheckpointFailed(f"save {save.name!r} of step {save.global_step} {how}; it is not visible")
+        failure.__cause__ = cause
+        self._note(failure)
+
+    def _fail(self, global_step: int, is_state_dict: bool, how: str) -> None:
+        with self._changed:
+            self._step(global_step).errors.setdefault(is_state_dict, how)
+            self._changed.notify_all()
+
+    def _count(self, global_step: int, is_state_dict: bool) -> None:
         with self._changed:
             self._step(global_step).durable[is_state_dict] += 1
             self._changed.notify_all()
 
     # --- steps
 
-    def _decide(self, global_step: int, is_state_dict: bool) -> None:
-        """Wait for this rank's part of a step, gather the others' results, and have rank 0 commit it."""
+    def _decide(self, global_step: int, is_state_dict: bool, before: list[Future[None]]) -> None:
+        """Wait for this rank's part of a step, gather the others' results, and have rank 0 commit it.
+
+        Args:
+            before: the decision before this one, which must have ended.
+        """
+        _wait(before, math.inf, "the step before to become visible")  # each decision ends
 
         def is_decided() -> bool:
             return step.error(is_state_dict) is not None or step.complete(is_state_dict)
@@ -203,7 +257,9 @@ class CheckpointCoordinator:
         with self._changed:
             step = self._step(global_step)
             what = f"the saves of step {global_step}"
-            wait_reporting(lambda s: self._changed.wait_for(is_decided, s), waiting_for=what)
+            in_time = wait_reporting(lambda s: self._changed.wait_for(is_decided, s), self._timeout, waiting_for=what)
+            if not in_time:
+                step.errors.setdefault(is_state_dict, f"not all of its saves are durable after {self._timeout:g} s")
             own = step.error(is_state_dict)
         try:
             error = self._agree(global_step, is_state_dict, own)
@@ -215,7 +271,7 @@ class CheckpointCoordinator:
                 step.visible.add(is_state_dict)
                 return
             step.errors.setdefault(is_state_dict, error)
-        if own is None:  # else the caller gets the error of the save
+        if own is None or not in_time:  # else the caller gets the error of the save
             self._note(CheckpointFailed(f"step {global_step} is not visible: {error}"))
 
     def _agree(self, global_step: int, is_state_dict: bool, own: str | None) -> str | None:
@@ -273,6 +329,14 @@ def _kinds(is_state_dict: bool) -> tuple[bool, ...]:
     return (True,) if is_state_dict else (True, False)
 
 
+def _require_ended(save: _Save) -> None:
+    if not save.ended.done():
+        raise CheckpointFailed(
+            f"the save of step {save.global_step} under this name still runs, although its time is over: check where "
+            "it writes to, or allow more time (save_timeout)"
+        )
+
+
 def _raise_if_any(unraised: list[CheckpointFailed]) -> None:
     if unraised:
         raise CheckpointFailed("; ".join(map(str, unraised))) from unraised[0].__cause__
@@ -280,3 +344,17 @@ def _raise_if_any(unraised: list[CheckpointFailed]) -> None:
 
 def _wait(futures: list[Future[None]], timeout: float | Deadline, what: str) -> bool:
     return wait_reporting(lambda seconds: not wait(futures, seconds).not_done, timeout, waiting_for=what)
+
+
+def _in_background(name: str, act: Callable[[], None], ended: Future[None]) -> None:
+    """Run `act` in a thread that does not keep the process from ending, as work that hangs would."""
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=run, name=name, daemon=True).start()

@@ -37,6 +37,7 @@ from .training_states import StateWriting, TrainingStates
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_TYPES = ("base", "delta")
+_GRACE_S = 60.0  # the parts of `save_dcp` end by themselves after `dcp_timeout`
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -136,7 +137,9 @@ class WeightSyncer:
             self.session = self._ranks.first(lambda: secrets.token_hex(4))
             self._is_pushing = self._ranks.first(lambda: deployment is not None)
             self._states = TrainingStates(states, self._ranks)
-            self._coordinator = CheckpointCoordinator(self._show_state, alone=self._ranks.size == 1)
+            self._coordinator = CheckpointCoordinator(
+                self._show_state, alone=self._ranks.size == 1, save_timeout=dcp_timeout + _GRACE_S
+            )
             self._cache = tempfile.TemporaryDirectory(prefix="hubsync-syncer-")
             self._reader = ChainReader(open_bucket(config.bucket, token=config.token), self._cache.name)
         except BaseException as error:

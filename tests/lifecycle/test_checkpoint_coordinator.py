@@ -257,6 +257,55 @@ def test_an_error_of_the_training_loop_is_not_replaced_by_a_save_error() -> None
         train()
 
 
+# --- time
+
+
+def test_a_save_that_hangs_fails_its_step_and_no_wait_is_endless() -> None:
+    """As on a disk that does not answer. The next save of its name would write to the same place."""
+    visible, hung = Commits(), Held()
+    coordinator = CheckpointCoordinator(visible, save_timeout=0.1)
+    coordinator.save_async("model", hung, 1)
+    coordinator.register_and_monitor(1, checkpoint_thread_count=1)
+    with pytest.raises(CheckpointFailed, match=r"'model' of step 1 is not durable after 0.1 s; it is not visible"):
+        coordinator.wait_all()
+    coordinator.register_and_monitor(2, checkpoint_thread_count=1)
+    coordinator.save_async("model", done, 2)
+    with pytest.raises(CheckpointFailed, match="step 1 under this name still runs, although its time is over"):
+        coordinator.wait_all()
+    coordinator.save_async("optimizer", done, 3)
+    coordinator.register_and_monitor(3, checkpoint_thread_count=1)
+    coordinator.wait_all()
+    hung.end.set()
+    coordinator.close()
+    assert visible == [(3, False)]
+
+
+def test_saves_that_were_registered_and_are_never_made_do_not_delay_other_steps_for_ever() -> None:
+    visible, seen = Commits(), threading.Event()
+
+    def commit(step: int, is_state_dict: bool) -> None:
+        visible(step, is_state_dict)
+        seen.set()
+
+    coordinator = CheckpointCoordinator(commit, save_timeout=0.1)
+    coordinator.register_and_monitor(1, checkpoint_thread_count=1)
+    coordinator.save_async("model", done, 2)
+    coordinator.register_and_monitor(2, checkpoint_thread_count=1)
+    assert seen.wait(60)
+    with pytest.raises(CheckpointFailed, match=r"step 1 is not visible: .*not all of its saves are durable after"):
+        coordinator.close()
+    assert visible == [(2, False)]
+
+
+def test_a_commit_that_hangs_does_not_hold_close() -> None:
+    stuck = Held()
+    coordinator = CheckpointCoordinator(lambda step, is_state_dict: stuck(), save_timeout=0.05)
+    coordinator.register_and_monitor(1)
+    with pytest.raises(TimeoutError, match="commits are still under way; they go on"):
+        coordinator.close()
+    stuck.end.set()
+
+
 def test_system_exit_in_a_commit_is_an_ordinary_error() -> None:
     def commit(step: int, is_state_dict: bool) -> None:
         raise SystemExit(3)

@@ -21,6 +21,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .device_patch import DevicePatch
 from .documents import wrong_format
 from .encoding import Encoding
 from .manifest import Adapter, Manifest, Position, Run
@@ -44,7 +45,7 @@ class Transition:
 
 def write_delta(
     table: TensorTable,
-    patch: Patch,
+    patch: Patch | DevicePatch,
     transition: Transition,
     *,
     rank: int = 0,
@@ -54,12 +55,17 @@ def write_delta(
     """The bytes of one part of a delta. The same arguments give the same bytes.
 
     Args:
-        patch: the changes of this rank; may be empty. FormatError if it is not a sound patch of views of `table`.
+        patch: the changes of this rank; may be empty. FormatError if it is not a sound patch of views of `table`. Of a
+            `DevicePatch` only what is on the host is looked through.
         rank: the publisher rank; information only.
         encoding: fast or compact. A compact part is a third smaller or less; only `old` decodes it.
         old: the view of the parent, at least all of every tensor that changes. Only read where `encoding.needs_base`.
     """
-    check(table, patch)
+    if isinstance(patch, DevicePatch):
+        patch.check(table)
+        check(table, patch.host)
+    else:
+        check(table, patch)
     metadata = {**_identity(table, transition), "encoding": encoding.value, "rank": str(rank)}
     if not encoding.needs_base:
         return _serialize(encode(table, patch), metadata)
@@ -133,8 +139,8 @@ def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> bytes:
     buffers, end = [], 0
     for name, (code, dtype) in _DTYPES.items():
         array: np.ndarray = getattr(encoded, name)
-        buffers.append(array.astype(dtype, copy=False).tobytes())
-        start, end = end, end + len(buffers[-1])
+        buffers.append(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)  # a payload is large
+        start, end = end, end + buffers[-1].nbytes
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

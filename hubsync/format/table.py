@@ -13,12 +13,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from hubsync.errors import FormatError
 
 # safetensors dtype code -> bits per element. Elements are bit patterns of this width, never numbers.
 WIDTHS = {"BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "F8_E5M2": 8}
+DTYPES = tuple(WIDTHS)
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 MAX_TENSORS = 1 << 20
@@ -58,6 +61,22 @@ class TensorSpec:
         if len(self.shape) < 2:
             return 1, self.numel
         return self.shape[0], math.prod(self.shape[1:])
+
+
+class Columns(NamedTuple):
+    """A tensor table as int64 arrays of one entry for each tensor.
+
+    Attributes:
+        rows, cols: `TensorSpec.matrix`.
+        dtype: number in `DTYPES`.
+    """
+
+    rows: np.ndarray
+    cols: np.ndarray
+    numel: np.ndarray
+    width: np.ndarray
+    nbytes: np.ndarray
+    dtype: np.ndarray
 
 
 class TensorTable(Sequence[TensorSpec]):
@@ -125,6 +144,14 @@ class TensorTable(Sequence[TensorSpec]):
                 raise FormatError(f"tensor table: bad shape or dtype for {row[0]!r}")
             specs.append(TensorSpec(row[0], tuple(row[1]), row[2]))
         return cls(specs)
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The table as arrays: a model may have 20,000 tensors, too many for Python code at every step."""
+        rows, cols = np.array([spec.matrix for spec in self], np.int64).reshape(-1, 2).T
+        width = np.array([spec.width for spec in self], np.int64)
+        dtype = np.array([DTYPES.index(spec.dtype) for spec in self], np.int64)
+        return Columns(rows, cols, rows * cols, width, rows * cols * width // 8, dtype)
 
     @cached_property
     def hash(self) -> str:

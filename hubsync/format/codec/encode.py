@@ -3,33 +3,36 @@
 Three stages. Each is a pure function of the results of the stages before:
 
 1. `_cut` and `_sort`: the changes of each chunk, in class order.
-2. `_fit`: the code book with the fewest bits. All tensors of one dtype share it.
+2. `fit`: the code book with the fewest bits. All tensors of one dtype share it.
 3. `_write`: each chunk as bits.
 
 Chunks are independent jobs, on as many threads as torch is given. A job makes few calls of compiled code, because
-threads that return to Python often wait for each other.
+threads that return to Python often wait for each other. `device` does all stages for changes on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 
 from hubsync import kernels
+from hubsync.format.device_patch import DevicePatch
 from hubsync.format.patch import TensorDelta, TensorValues
-from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.format.table import WIDTHS, TensorTable
 from hubsync.kernels.classes import CLASSES, ClassMap
 from hubsync.kernels.parallel import add_up, each
 
 from . import costs, streams
-from .book import FIELDS, GAP, LIST_REST, MAX_K, MAX_PLANES, NO_PLANE, RICE, TAIL, USUAL, Book, columns, one_class
-from .costs import MAX_GAP_K
-from .grid import Grid
-from .layout import ABSOLUTE, CODED, DENSE, RECORD_COLUMNS, OldBits
-from .rows import SHIFT, RowWriter, zigzag
+from .book import MAX_K, Book, columns, one_class
+from .device import DeviceChunks, DeviceGroup, can_encode
+from .fit import fit, fit_orders
+from .grid import Grid, contiguous_sizes
+from .layout import ABSOLUTE, CODE, CODED, DENSE, RECORD_COLUMNS, Measured, OldBits, key_of, parts_of
+from .rows import BYTES, RowWriter, zigzag
 
 _SAMPLE = 1024  # changes of a chunk whose old exponents are read
 _SAMPLED_CHUNKS = 64
@@ -66,7 +69,7 @@ class _SortedChunk:
     """A chunk in class order.
 
     Attributes:
-        number: of the chunk in its grid.
+        key: of the chunk (`layout.key_of`).
         counts: int64[classes], changes of each class.
         sizes: int64[classes], elements of each class.
         diffs: signed[n].
@@ -75,7 +78,7 @@ class _SortedChunk:
         gap_cost: int64[classes, MAX_GAP_K], bits of the gaps for each Rice parameter.
     """
 
-    number: int
+    key: int
     counts: np.ndarray
     sizes: np.ndarray
     diffs: np.ndarray
@@ -84,22 +87,94 @@ class _SortedChunk:
     gap_cost: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class _WrittenChunk:
-    """A chunk as bits: its number in the grid, the columns of its row, and uint8[bytes]."""
+class _HostChunks:
+    """Chunks in main memory, in class order: what they hold (`fit.Counts`), and their bits."""
 
-    number: int
-    counts: np.ndarray
-    shift: int
-    payload: np.ndarray
+    def __init__(self, chunks: Sequence[_SortedChunk], classes: int):
+        self._chunks, self._classes = chunks, classes
+        self._payloads: list[np.ndarray] = []
+
+    def gap_cost(self) -> np.ndarray:
+        return np.sum([chunk.gap_cost for chunk in self._chunks], axis=0)
+
+    def lists(self) -> np.ndarray:
+        return np.sum([chunk.counts > 0 for chunk in self._chunks], axis=0)
+
+    def magnitude_counts(self) -> np.ndarray:
+        (found,) = add_up(
+            lambda chunk, totals: costs.magnitude_counts(chunk.counts, chunk.diffs, *totals),
+            self._chunks,
+            lambda: (np.zeros((self._classes, costs.MAGNITUDES), np.int64),),
+        )
+        return found
+
+    def distance_counts(self, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        zeros = ((self._classes, costs.DISTANCES), (2, self._classes, MAX_K + 1))
+        found, beyond = add_up(
+            lambda chunk, totals: costs.distance_counts(chunk.counts, chunk.diffs, usual, *totals),
+            self._chunks,
+            lambda: tuple(np.zeros(shape, np.int64) for shape in zeros),
+        )
+        return found, beyond
+
+    def measure(self, book: Book) -> Measured:
+        """Write the chunks: to measure them is as much work."""
+        written = each(partial(_write, book), self._chunks)
+        self._payloads = [payload for _, payload in written]
+        shifts = zigzag(np.array([shift for shift, _ in written], np.int64))
+        rest = np.stack([shifts, np.array([len(payload) for payload in self._payloads], np.int64)], axis=1)
+        counts = np.array([chunk.counts for chunk in self._chunks], np.int64)
+        return Measured(self._keys(), np.concatenate([counts, rest], axis=1))
+
+    def payload(self, is_kept: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(key, bytes) of those chunks of `measure` that are kept."""
+        kept = zip(self._keys().tolist(), self._payloads, is_kept, strict=True)
+        return [(key, payload) for key, payload, is_own in kept if is_own]
+
+    def _keys(self) -> np.ndarray:
+        return np.array([chunk.key for chunk in self._chunks], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The changes of all tensors that share a code book: in main memory, in their grids, and on a device."""
+
+    table: TensorTable
+    dtype: str
+    changes: dict[int, TensorDelta]
+    grids: dict[int, Grid]
+    old: OldBits | None
+    classes: int
+    device: DeviceChunks | None
+
+    def grid_sizes(self, tensors: np.ndarray) -> np.ndarray:
+        """int64[n, 2], chunk_rows and chunk_cols of these tensors."""
+        if self.device is not None:
+            return np.stack(
+                contiguous_sizes(self.table.columns.rows[tensors], self.table.columns.cols[tensors]), axis=1
+            )
+        grids = [self.grids[index] for index in tensors.tolist()]
+        return np.array([(grid.chunk_rows, grid.chunk_cols) for grid in grids], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class _CodedGroup:
-    """Tensors with one code book: table index -> written chunks, or all differences (uint8[bytes]) if smaller."""
+    """The records of a group.
+
+    Attributes:
+        records: int64[T, RECORD_COLUMNS], ascending by tensor; the row of the book is missing in those that need it.
+        chunks: number of chunks of the coded tensors.
+        numbers: int64[r], ascending: which of these chunks have changes.
+        columns: int64[r, classes + FIELDS], of the rows of these.
+        payload: the bytes of the records, in pieces.
+    """
 
     book: Book
-    tensors: dict[int, list[_WrittenChunk] | np.ndarray]
+    records: np.ndarray
+    chunks: int
+    numbers: np.ndarray
+    columns: np.ndarray
+    payload: list[np.ndarray]
 
 
 def encode(
@@ -112,68 +187,98 @@ def encode(
     """Encode a sound patch.
 
     Args:
-        patch: table index -> changes or new values of the tensor.
+        patch: table index -> changes or new values of the tensor. The bits of a `DevicePatch` are the same, and made
+            where its changes are, unless `old` or `grid_of` is given.
         old: the weights that the patch applies to. With them, changes are coded by class (*compact*). It must hold all
             of every tensor that changes.
         grid_of: (rows, cols) -> the grid of a tensor; by default the one for the encoding.
     """
+    device = None
+    if old is None and grid_of is None and isinstance(patch, DevicePatch) and can_encode(patch):
+        device, patch = DeviceChunks(table, patch), patch.host
     grid_of = grid_of or (Grid.contiguous if old is None else Grid.tiles)
     changes = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorDelta)}
     values = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorValues)}
     grids = {index: grid_of(*table[index].matrix) for index in changes}
     # Vectors are too small to be cut, and a rank may hold a part of one (a bias): they are not coded by class.
     kinds = {index: (table[index].dtype, old is not None and grid.rows > 1) for index, grid in grids.items()}
+    first = {kind: index for index, kind in reversed(kinds.items())}
+    on_device = {} if device is None else device.first_tensors()
+    for dtype, index in on_device.items():
+        first[dtype, False] = min(index, first.get((dtype, False), index))
     classes = 1 if old is None else CLASSES
     groups = []
-    for kind in dict.fromkeys(kinds.values()):
+    for kind in sorted(first, key=first.__getitem__):
         own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
-        groups.append(_encode_group(table, changes, own, old if kind[1] else None, classes))
-    return _assemble(groups, grids, values, columns(classes))
+        there = device if kind[0] in on_device else None
+        group = _Group(table, kind[0], changes, own, old if kind[1] else None, classes, there)
+        groups.append(_encode_group(group))
+    return _assemble(groups, values, columns(classes))
 
 
-def _encode_group(
-    table: TensorTable, patch: dict[int, TensorDelta], grids: dict[int, Grid], old: OldBits | None, classes: int
-) -> _CodedGroup:
+def _encode_group(group: _Group) -> _CodedGroup:
     """Encode tensors of one dtype. Without `old` all elements are of class 0."""
-    spec = table[next(iter(grids))]
-    cut = each(lambda index: _cut(index, patch[index], grids[index]), list(grids))
+    classes = group.classes
+    cut = each(lambda index: _cut(index, group.changes[index], group.grids[index]), list(group.grids))
     chunks = [chunk for own in cut for chunk in own]
-    low = _lowest_class(spec.dtype, chunks, old, classes)
-    in_order = each(partial(_sort, None if old is None else ClassMap.of(spec.dtype, low), old, classes), chunks)
-    book = _fit(low, in_order, spec.width)
-    written = iter(each(partial(_write, book), in_order))
-    tensors: dict[int, list[_WrittenChunk] | np.ndarray] = {}
-    for index, own in zip(grids, cut, strict=True):
-        bits = [next(written) for _ in own]
-        tensors[index] = _dense(table[index], patch[index]) if _is_larger_than_dense(bits, table[index]) else bits
-    coded = [chunk for own in tensors.values() if isinstance(own, list) for chunk in own]
-    return _CodedGroup(replace(book, orders=_fit_orders(coded, len(book.orders))), tensors)
+    host, device = None, None
+    if group.device is not None:
+        chunks += _crowded(group, group.device)
+        device = group.device.group(group.dtype)
+    low = _lowest_class(group.dtype, chunks, group.old, classes)
+    if chunks:
+        by = None if group.old is None else ClassMap.of(group.dtype, low)
+        host = _HostChunks(each(partial(_sort, by, group.old, classes), chunks), classes)
+    parts: list[_HostChunks | DeviceGroup] = [part for part in (host, device) if part is not None]
+    book = fit(low, parts, WIDTHS[group.dtype])
+    measured = [part.measure(book) for part in parts]
+    keys = np.concatenate([own.keys for own in measured])
+    order = np.argsort(keys, kind="stable")
+    rows = np.concatenate([own.columns for own in measured])[order]
+
+    tensor_of, numbers = parts_of(keys[order])
+    tensors, starts, of = np.unique(tensor_of, return_index=True, return_inverse=True)
+    nbytes = np.add.reduceat(rows[:, classes + BYTES] + 2 * classes + 8, starts)
+    is_dense = nbytes > group.table.columns.nbytes[tensors]
+    records, chunk_counts = _records(group, tensors, is_dense)
+    is_kept = ~is_dense[of]
+    rows, numbers = rows[is_kept], (numbers + (np.cumsum(chunk_counts) - chunk_counts)[of])[is_kept]
+
+    kept = np.empty_like(is_kept)
+    kept[order] = is_kept
+    pieces = _dense_tensors(group, tensors[is_dense])
+    pieces += [] if host is None else host.payload(kept[: len(chunks)])
+    payload = _in_order(pieces, None if device is None else device.payload(kept[len(chunks) :]))
+    return _CodedGroup(replace(book, orders=fit_orders(rows)), records, int(chunk_counts.sum()), numbers, rows, payload)
 
 
-def _assemble(
-    groups: Sequence[_CodedGroup], grids: dict[int, Grid], values: dict[int, TensorValues], width: int
-) -> Encoded:
+def _records(group: _Group, tensors: np.ndarray, is_dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64[T, RECORD_COLUMNS], int64[T]): the records of tensors, and the chunks of each, none of dense ones."""
+    sizes = group.grid_sizes(tensors)
+    shapes = np.stack([group.table.columns.rows[tensors], group.table.columns.cols[tensors]], axis=1)
+    records = np.concatenate([tensors[:, None], sizes, np.full((len(tensors), 1), CODED)], axis=1)
+    records[is_dense, 1:] = 0, 0, DENSE
+    return records, np.where(is_dense, 0, (-(-shapes // sizes)).prod(axis=1))
+
+
+def _assemble(groups: Sequence[_CodedGroup], values: dict[int, TensorValues], width: int) -> Encoded:
     rows = RowWriter()
-    records: list[tuple[int, int, int, int]] = []
-    payload = [np.zeros(0, np.uint8)]
+    records: list[np.ndarray] = [np.zeros((0, RECORD_COLUMNS), np.int64)]
+    payload: list[np.ndarray] = []
     for number, group in enumerate(groups):
-        for index, chunks in group.tensors.items():
-            if isinstance(chunks, np.ndarray):
-                records.append((index, 0, 0, DENSE))
-                payload.append(chunks)
-                continue
-            grid = grids[index]
-            records.append((index, grid.chunk_rows, grid.chunk_cols, CODED | number << 8))
-            rows.append(group.book, np.array([chunk.number for chunk in chunks]), _rows(chunks), grid.count)
-            payload += [chunk.payload for chunk in chunks]
+        group.records[group.records[:, CODE] == CODED, CODE] |= number << 8
+        records.append(group.records)
+        if group.chunks:
+            rows.append(group.book, group.numbers, group.columns, group.chunks)
+        payload += group.payload
     for index, new in values.items():
-        records.append((index, 0, 0, ABSOLUTE))
+        records.append(np.array([[index, 0, 0, ABSOLUTE]]))
         payload.append(_little_endian(new.patterns).view(np.uint8))
     return Encoded(
-        np.array(records, np.uint32).reshape(-1, RECORD_COLUMNS),
+        np.concatenate(records).astype(np.uint32),
         np.array([group.book.pack() for group in groups], np.uint8).reshape(-1, width),
         rows.data(),
-        np.concatenate(payload),
+        payload[0] if len(payload) == 1 else np.concatenate([np.zeros(0, np.uint8), *payload]),
     )
 
 
@@ -190,6 +295,15 @@ def _cut(index: int, delta: TensorDelta, grid: Grid) -> list[_CutChunk]:
     ]
 
 
+def _crowded(group: _Group, device: DeviceChunks) -> list[_CutChunk]:
+    """The chunks that the device leaves to the host."""
+    out = []
+    for index, number, positions, diffs in device.crowded(group.dtype):
+        place = Grid.contiguous(*group.table[index].matrix).slices(number)
+        out.append(_CutChunk(index, number, *place, positions, diffs))
+    return out
+
+
 def _sort(by: ClassMap | None, old: OldBits | None, classes: int, chunk: _CutChunk) -> _SortedChunk:
     """Bring the changes into class order, and list their gaps. Without `old` all elements are of class 0."""
     if by is None or old is None:
@@ -200,7 +314,7 @@ def _sort(by: ClassMap | None, old: OldBits | None, classes: int, chunk: _CutChu
         sizes, class_of, ranks = kernels.rank(_rectangle(chunk, old), chunk.positions, by)
         counts, ranks, diffs = costs.by_class(classes, class_of, ranks, chunk.diffs)
     listed, gaps, gap_cost = costs.list_gaps(counts, sizes, ranks)
-    return _SortedChunk(chunk.number, counts, sizes, diffs, listed, gaps, gap_cost)
+    return _SortedChunk(key_of(chunk.index, chunk.number), counts, sizes, diffs, listed, gaps, gap_cost)
 
 
 def _rectangle(chunk: _CutChunk, old: OldBits) -> kernels.Bits:
@@ -232,122 +346,39 @@ def _lowest_class(dtype: str, chunks: Sequence[_CutChunk], old: OldBits | None, 
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)
 
 
-# --- 2: the code parameters with the fewest bits ----------------------------------------------------
-
-
-def _fit(low: int, chunks: Sequence[_SortedChunk], width: int) -> Book:
-    """The code book for these chunks. Orders of the row columns are fitted later, to the rows that are written."""
-    count = len(chunks[0].counts)
-    codes = np.full((count, 3 + MAX_PLANES), NO_PLANE, np.uint8)
-    codes[:, GAP] = np.argmin(np.sum([chunk.gap_cost for chunk in chunks], axis=0), axis=1)
-    (magnitudes,) = add_up(
-        lambda chunk, totals: costs.magnitude_counts(chunk.counts, chunk.diffs, *totals),
-        chunks,
-        lambda: (np.zeros((count, costs.MAGNITUDES), np.int64),),
-    )
-    codes[:, USUAL] = np.maximum(1, np.argmax(magnitudes[:, : 1 << (width - 1)], axis=1))
-    found, beyond = add_up(
-        lambda chunk, totals: costs.distance_counts(chunk.counts, chunk.diffs, codes[:, USUAL], *totals),
-        chunks,
-        lambda: (np.zeros((count, costs.DISTANCES), np.int64), np.zeros((2, count, MAX_K + 1), np.int64)),
-    )
-    lists = np.sum([chunk.counts > 0 for chunk in chunks], axis=0)
-    for c in range(count):
-        codes[c, TAIL:] = _fit_magnitudes(found[c], beyond[:, c], int(lists[c]), width)
-    return Book(low, np.zeros(count + FIELDS, np.uint8), codes)
-
-
-def _fit_magnitudes(found: np.ndarray, beyond: np.ndarray, lists: int, width: int) -> np.ndarray:
-    """The code of the distances of one class: uint8[1 + MAX_PLANES], the tail and the planes.
-
-    Args:
-        found: int64[DISTANCES], number of changes with each distance.
-        beyond: int64[2, MAX_K + 1], bits of larger distances in an Exp-Golomb or Rice code.
-        lists: number of chunks. Each has a list in every plane.
-    """
-    code = np.full(1 + MAX_PLANES, NO_PLANE, np.uint8)
-    best, spent, chosen = np.inf, 0.0, 0
-    left = int(found.sum()) + int(beyond[0, 0] > 0)
-    for planes in range(MAX_PLANES + 1):
-        tail_cost, tail = _best_tail(found[planes:], beyond, width)
-        if spent + tail_cost < best:
-            best, chosen, code[0] = spent + tail_cost, planes, tail
-        if planes == MAX_PLANES or left <= 0:
-            break
-        ending = int(found[planes])
-        list_cost, code[1 + planes] = _best_list(ending, left, lists)
-        spent += list_cost
-        left -= ending
-    code[1 + chosen :] = NO_PLANE
-    return code
-
-
-def _tail_bits() -> np.ndarray:
-    """int64[2, MAX_K + 1, DISTANCES]: bits of a number in an Exp-Golomb and in a Rice code of every parameter."""
-    k, values = np.arange(MAX_K + 1)[:, None], np.arange(costs.DISTANCES)
-    exp_golomb = 2 * np.floor(np.log2(values + (1 << k))).astype(np.int64) - k + 1
-    return np.stack([exp_golomb, (values >> k) + k + 1])
-
-
-_TAIL_BITS = _tail_bits()
-
-
-def _best_list(ending: int, left: int, lists: int) -> tuple[float, int]:
-    """(bits, code) of a plane in which `ending` of `left` changes end: it lists either these, or the others."""
-    options = []
-    for listed, flag in ((left - ending, LIST_REST), (ending, 0)):
-        share = listed / left
-        k = np.arange(MAX_GAP_K)
-        with np.errstate(divide="ignore"):
-            quotients = 1 / -np.expm1(np.exp2(k) * np.log1p(-share)) if 0 < share < 1 else np.ones(len(k))
-        last = min(left / lists, 1 / share if share else np.inf) / np.exp2(k) + k + 1  # of a list, up to its end
-        cost = listed * (k + quotients) + lists + min(lists, listed) * last
-        options.append((float(cost.min()), flag | int(np.argmin(cost))))
-    return min(options)
-
-
-def _best_tail(found: np.ndarray, beyond: np.ndarray, width: int) -> tuple[float, int]:
-    """(bits, code) of distances, counted from the first that no plane ends."""
-    orders = min(width, MAX_K) + 1
-    bits = beyond[:, :orders] + _TAIL_BITS[:, :orders, : len(found)] @ found
-    kind, k = divmod(int(np.argmin(bits)), bits.shape[1])
-    return float(bits[kind, k]), k | (RICE if kind else 0)
-
-
-def _fit_orders(chunks: Sequence[_WrittenChunk], count: int) -> np.ndarray:
-    """uint8[count], the Exp-Golomb orders of the columns of these chunks' rows."""
-    if not chunks:
-        return np.zeros(count, np.uint8)
-    rows = _rows(chunks)
-    return np.array([np.argmin(costs.exp_golomb_cost(rows[:, c].copy())) for c in range(count)], np.uint8)
-
-
 # --- 3: each chunk as bits --------------------------------------------------------------------------
 
 
-def _write(book: Book, chunk: _SortedChunk) -> _WrittenChunk:
-    shift, payload = streams.write(
-        chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.gap_cost, chunk.diffs, book.codes
-    )
-    return _WrittenChunk(chunk.number, chunk.counts, shift, payload)
+def _write(book: Book, chunk: _SortedChunk) -> tuple[int, np.ndarray]:
+    """(shift, uint8[bytes])"""
+    return streams.write(chunk.counts, chunk.sizes, chunk.listed, chunk.gaps, chunk.gap_cost, chunk.diffs, book.codes)
 
 
-def _rows(chunks: Sequence[_WrittenChunk]) -> np.ndarray:
-    """int64[chunks, classes + FIELDS]: the columns of their rows."""
-    rest = np.array([[chunk.shift, len(chunk.payload)] for chunk in chunks], np.int64).reshape(-1, FIELDS)
-    rest[:, SHIFT] = zigzag(rest[:, SHIFT])
-    return np.concatenate([np.array([chunk.counts for chunk in chunks], np.int64), rest], axis=1)
+def _dense_tensors(group: _Group, tensors: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(key, uint8[bytes]): the difference of every element of these tensors."""
+    deltas = group.changes
+    if group.device is not None and len(tensors):
+        deltas = {**group.device.patch.deltas(tensors.tolist()), **deltas}
+    dense = []
+    for index in tensors.tolist():
+        diffs = np.zeros(group.table[index].numel, deltas[index].diffs.dtype.newbyteorder("<"))
+        diffs[deltas[index].indices] = deltas[index].diffs
+        dense.append((key_of(index, 0), diffs.view(np.uint8)))
+    return dense
 
 
-def _is_larger_than_dense(chunks: Iterable[_WrittenChunk], spec: TensorSpec) -> bool:
-    return sum(len(chunk.payload) + chunk.counts.nbytes // 4 + 8 for chunk in chunks) > spec.nbytes
-
-
-def _dense(spec: TensorSpec, delta: TensorDelta) -> np.ndarray:
-    """uint8[bytes]: the difference of every element."""
-    dense = np.zeros(spec.numel, delta.diffs.dtype.newbyteorder("<"))
-    dense[delta.indices] = delta.diffs
-    return dense.view(np.uint8)
+def _in_order(
+    pieces: list[tuple[int, np.ndarray]], device: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+) -> list[np.ndarray]:
+    """Bytes by ascending key: those with a key each, and those of a `DeviceGroup.payload`."""
+    pieces.sort(key=itemgetter(0))
+    if device is None:
+        return [piece for _, piece in pieces]
+    keys, ends, data = device
+    cuts = np.append(0, ends)[np.searchsorted(keys, [key for key, _ in pieces])]
+    first, *runs = np.split(data, cuts)
+    following = [part for (_, piece), run in zip(pieces, runs, strict=True) for part in (piece, run)]
+    return [first, *following]
 
 
 def _little_endian(patterns: np.ndarray) -> np.ndarray:

@@ -97,6 +97,13 @@ class Grid:
         return _indices(positions, rows.start, cols.start, cols.stop - cols.start, self.cols)
 
 
+def contiguous_sizes(rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(chunk_rows, chunk_cols) of `Grid.contiguous` for many tensors, int64."""
+    chunk_cols = np.clip(cols, 1, _USUAL)
+    chunk_rows = np.where(chunk_cols == cols, np.clip(_USUAL // chunk_cols, 1, np.maximum(1, rows)), 1)
+    return chunk_rows, chunk_cols
+
+
 def _part(size: int, parts: int) -> int:
     """Size of a part, for the largest number of equal parts that divides `parts`."""
     while size % parts:

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -51,6 +52,7 @@ PID_FILE = "server.pid"  # in a replica's directory: the process group of its vL
 
 
 _fork = multiprocessing.get_context("fork")
+loggers: list[int] = []  # of the actors of this process
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,20 @@ class Actor:
         self.process.join()
         self.pipe.close()
 
+    def fill_disk(self, room: int) -> None:
+        """No file of this process can grow beyond `room` bytes, as on a disk that is full: writes end early, or fail.
+
+        The kernel says "file too large" instead of "no space left". Logs are written by another process.
+        """
+        self._limit_files(room)
+
+    def free_disk(self) -> None:
+        self._limit_files(resource.RLIM_INFINITY)
+
+    def _limit_files(self, size: int) -> None:
+        assert self.process.pid is not None
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
     def stop(self) -> None:
         """SIGSTOP: all threads stop wherever they are."""
         assert self.process.pid is not None
@@ -235,10 +251,28 @@ class Actor:
 def start(name: str, target: Callable[..., None], setup: Setup, *args: Any) -> Actor:
     """Fork an actor. Call it in a process that never started a thread."""
     ours, theirs = _fork.Pipe()
-    process = _fork.Process(target=_run, args=(name, target, setup, theirs, *args), name=name)
+    log = _logger(setup.home / "logs" / f"{name}.log")
+    process = _fork.Process(target=_run, args=(name, target, setup, log, theirs, *args), name=name)
     process.start()
     theirs.close()
+    os.close(log)
     return Actor(name, process, ours, setup.home / name, setup.patience_s)
+
+
+def _logger(path: Path) -> int:
+    """A pipe to a process that appends to a log, and ends with the last writer: the writing end."""
+    reading, writing = os.pipe()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    into = [(os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_OPEN, 1, str(path), flags, 0o644)]
+    loggers.append(os.posix_spawnp("cat", ["cat"], os.environ, file_actions=into))
+    os.close(reading)
+    os.set_inheritable(writing, False)
+    return writing
+
+
+def reap_loggers() -> None:
+    """Forget the processes that write the logs, of actors that have ended."""
+    loggers[:] = [number for number in loggers if os.waitpid(number, os.WNOHANG) == (0, 0)]
 
 
 def end_group(number: int) -> None:
@@ -249,11 +283,10 @@ def end_group(number: int) -> None:
         pass
 
 
-def _run(name: str, target: Callable[..., None], setup: Setup, pipe: Connection, *args: Any) -> None:
-    log = (setup.home / "logs" / f"{name}.log").open("ab", buffering=0)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+def _run(name: str, target: Callable[..., None], setup: Setup, log: int, pipe: Connection, *args: Any) -> None:
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     # Each actor stands for a machine, so no cache is shared. hf_xet reads this at its first use.
     os.environ["HF_XET_CACHE"] = str(setup.home / name / "xet")
     if setup.hub_url is not None:
@@ -325,6 +358,7 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
 
     Commands, each answered by a Position or Failed: ("publish", None) publishes the current weights; ("publish",
     number, way) first changes them to a new state, see `Policy.change`; ("anchor",); ("serve", version); ("close",).
+    ("train", number) only changes them, and is answered by True.
     """
     policy = setup.policy()
     setup.states.load(state, policy)
@@ -349,12 +383,12 @@ def publisher(pipe: Connection, setup: Setup, state: int) -> None:
     for command, *args in _commands(pipe):
         try:
             match command:
-                case "publish":
+                case "train" | "publish":
                     if args[0] is not None:
                         state = args[0]
                         policy.change(setup.seed, state, optimizer, *args[1:])
                         setup.states.save(state, policy, setup.dtype)
-                    pipe.send(engine.publish(state).result().position)
+                    pipe.send(command == "train" or engine.publish(state).result().position)
                 case "anchor":
                     pipe.send(engine.anchor().position)
                 case "serve":

@@ -24,9 +24,9 @@ from typing import Any
 from hubsync.format.documents import SIGNATURE
 from hubsync.format.manifest import Head
 
-from . import actors
+from . import actors, adapters
 from .actors import Actor, Failed, Report
-from .history import Broken, History
+from .history import Broken, Divergence, History
 from .model import WAYS
 
 Happening = Callable[[History], bool]
@@ -404,6 +404,82 @@ def kill_hub(history: History) -> bool:
     history.publish()
     history.follow(replica)
     return True
+
+
+# --- full disks ---------------------------------------------------------------------------------------
+
+_ROOM = (0, 100, 2000)  # bytes that a file may have on a full disk
+
+
+@event("disk of a trainer full")
+def fill_disk_of_trainer(history: History) -> bool:
+    """Of TMPDIR and caches, and of the bucket if it is a directory. No change is lost, and none is half published."""
+    publisher, state = _publisher(history), history.next_state()
+    publisher.ask("train", state)
+    publisher.fill_disk(history.chance.choice(_ROOM))
+    answers = [publisher.ask("publish", None), publisher.ask("anchor")]
+    publisher.free_disk()
+    failures = [answer for answer in answers if isinstance(answer, Failed)]
+    for failure in failures:
+        history.hear(publisher.name, failure)
+    answer = publisher.ask("publish", None)
+    if isinstance(answer, Failed):
+        raise Broken(f"the disk has room again, and nothing can be published: {answer}")
+    history.judge_claim(answer, state)
+    history.follow(_some_replica(history))
+    return bool(failures)
+
+
+@event("disk of a server full")
+def fill_disk_of_server(history: History) -> bool:
+    """Of its cache and TMPDIR. It keeps its version, and follows once there is room."""
+    if history.setup.vllm:
+        return False  # the server is another process
+    replica = _some_replica(history)
+    history.publish_change()
+    replica.fill_disk(history.chance.choice(_ROOM))
+    answer = history.follow(replica)
+    replica.free_disk()
+    again = history.follow(replica)
+    if isinstance(again, Failed) and again.error != "NoPath":
+        raise Broken(f"the disk has room again, and {replica.name} does not follow: {again}")
+    return isinstance(answer, Failed)
+
+
+@event("disk of a follower full")
+def fill_disk_of_follower(history: History) -> bool:
+    """At any point of following, with that of its server or without. It goes on by itself once there is room."""
+    replica = _followed_replica(history)
+    full = [_follower_of(history, replica)]
+    if history.chance.random() < 0.5 and not history.setup.vllm:
+        full.append(replica)
+    room = history.chance.choice(_ROOM)
+    history.publish()
+    _wait_anywhere(history)
+    for actor in full:
+        actor.fill_disk(room)
+    history.publish_change()
+    _wait_anywhere(history)
+    for actor in full:
+        actor.free_disk()
+    return isinstance(history.await_follower(replica, history.publish_change()), Report)
+
+
+@event("adapter merged")
+def merge_adapter(history: History) -> bool:
+    """A LoRA trainer in a run of its own: its adapter is merged into the base and unmerged, which rounds."""
+    name = f"adapter-trainer-{time.monotonic_ns()}"
+    trainer = actors.start(name, adapters.merge_and_unmerge, history.setup, history.home / name)
+    try:
+        found: adapters.Merged = trainer.answer()
+    finally:
+        trainer.kill()
+    history.say(f"{name}: {found}")
+    if found.drifted and not (found.error == "ConfigError" and "frozen base model" in found.message):
+        raise Divergence(f"{found.drifted} elements of an adapter's base have changed, and the trainer says {found}")
+    if found.newest != found.before or not found.exact:
+        raise Divergence(f"an adapter's run holds something else than was published: {found}")
+    return found.drifted > 0
 
 
 # --- faults of the Hub --------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ class History:
         for actor in [self.publisher, *self.followers, *self.replicas, *self._references, self.hub]:
             if actor is not None:
                 actor.kill()
+        actors.reap_loggers()
 
     # --- the publisher ------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class History:
             answer = publisher.answer()
             if not isinstance(answer, Failed):
                 self.say(f"{publisher.name} resumed at state {state}: {answer}")
-                self._judge_claim(answer, state)
+                self.judge_claim(answer, state)
                 self.publisher = publisher
                 return publisher
             self.hear(publisher.name, answer)
@@ -240,7 +241,7 @@ class History:
         for _ in range(_TRIES):
             if not isinstance(answer, Failed):
                 self.say(f"published state {state}: {answer}")
-                self._judge_claim(answer, state)
+                self.judge_claim(answer, state)
                 return answer
             self.hear(publisher.name, answer)
             if answer.error == "Fenced":
@@ -412,7 +413,7 @@ class History:
                         f"{who}, rank {rank}: {different} bytes of {name} at {position} differ from state {state}"
                     )
 
-    def _judge_claim(self, position: Position, state: int) -> None:
+    def judge_claim(self, position: Position, state: int) -> None:
         """Raise Divergence if the digest of a published version is not that of the publisher's weights."""
         if position.digest != self._digest(self.setup.states.view(state)):
             raise Divergence(f"the publisher reports state {state} as {position}, which has another digest")

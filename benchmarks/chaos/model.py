@@ -28,7 +28,7 @@ POLICY: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
 }
 WIDE = {"proj": ((520, 512), torch.float32)}
 
-WAYS = ("another optimizer", "data", "numpy", "replaced")
+WAYS = ("another optimizer", "data", "numpy", "replaced", "rounded")
 """Ways to write weights outside of the steps that an engine observes."""
 
 _VOCABULARY = 64  # rows of the served embedding: padded
@@ -81,6 +81,9 @@ class Policy(torch.nn.Module):
         if optimizer is None and way == "step":
             self._change(seed, number)
             return
+        if way == "rounded":
+            self._round(seed, number)
+            return
         goal = copy.deepcopy(self)
         goal._change(seed, number)
         if way == "another optimizer":
@@ -98,6 +101,15 @@ class Policy(torch.nn.Module):
                 bits_of(parameter.detach())[:] = bits_of(wanted.detach())
             else:
                 parameter.data = wanted.data.clone()
+
+    @torch.no_grad()
+    def _round(self, seed: int, number: int) -> None:
+        """Add to each weight and subtract the same again, as merging an adapter and unmerging it does."""
+        generator = np.random.default_rng((seed, number))
+        for tensor in self.parameters():
+            added = torch.from_numpy(np.asarray(generator.normal(0, 0.3, tuple(tensor.shape)))).to(tensor.dtype)
+            tensor.data += added
+            tensor.data -= added
 
     @torch.no_grad()
     def _change(self, seed: int, number: int) -> None:

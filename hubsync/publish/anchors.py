@@ -1,8 +1,7 @@
 """Anchors: uploads of the whole model as it was last published.
 
-With several ranks, this is the only code that assembles a tensor from its shards, because a tensor of an anchor lies in
-one file. The ranks take turns, file by file: one rank receives the tensors of a file and writes it. So memory, disk and
-upload are shared.
+With several ranks each tensor is assembled from its shards, because a tensor of an anchor lies in one file. The ranks
+take turns, file by file: one rank receives the tensors of a file and writes it. So memory, disk and upload are shared.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from hubsync.chain import ChainReader, VersionInfo
 from hubsync.chain.part_files import anchor_sources, upload_parts
 from hubsync.chain.version_info import NO_INFO
 from hubsync.errors import BucketError
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
-from hubsync.kernels.bits import TORCH_DTYPES
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.view.division import assembled
 from hubsync.publish.view.shards import Shard
 
 from .base_copy import copy_base
@@ -60,7 +57,7 @@ class Anchors:
         self._writer = writer
         self._detector = detector
         self._model = model
-        self._division = division
+        self.division = division
         self._config = config
         self._newest: Manifest | None = None
         self._newest_at = writer.position  # the last anchor of an earlier trainer is unknown
@@ -152,28 +149,10 @@ class Anchors:
         for number, (file, names) in enumerate(files.items()):
             turn, gathered = number % ranks.size, {}
             for name in names:
-                tensor = _gathered(self._detector, self._division, ranks, table.index_of(name), turn)
+                index = table.index_of(name)
+                tensor = assembled(ranks, self.division, index, self._detector.part(index), turn)
                 if tensor is not None:
-                    gathered[name] = tensor
+                    gathered[name] = tensor.view(table[index].shape)
             # A round, so that all ranks stop here if the disk of one is full.
             ranks.together(lambda: write_anchor_file(directory / file, gathered) if gathered else None)  # noqa: B023
         ranks.first(lambda: write_anchor_index(directory, table, files))
-
-
-def _gathered(
-    snapshot: Snapshot, division: Sequence[Sequence[Shard]], ranks: Ranks, index: int, to: int
-) -> torch.Tensor | None:
-    """One whole tensor, on the CPU of rank `to`; None on the other ranks."""
-    spec = snapshot.table[index]
-    width = spec.width // 8
-    mine = snapshot.part(index).cpu().view(torch.uint8)
-    parts = ranks.collect(mine, [shards[index].numel * width for shards in division], to)
-    if parts is None:
-        return None
-    whole = torch.empty(spec.numel, dtype=TORCH_DTYPES[spec.dtype], device="cpu")
-    into = whole.view(torch.uint8).view(-1, width)
-    for part, shards in zip(parts, division, strict=True):
-        elements = part.view(-1, width)
-        for first, last, indices in shards[index].pieces():
-            into[torch.from_numpy(indices)] = elements[first:last]
-    return whole.view(spec.shape)

@@ -37,6 +37,7 @@ from .config import SyncConfig
 from .rank_writer import JointWriter
 from .ranks import Ranks
 from .results import Phase, Published, RankShare, Ticket
+from .whole_values import with_whole_values
 
 if TYPE_CHECKING:
     from hubsync.replicas.deployment import Deployment
@@ -177,17 +178,20 @@ class Publisher:
         """This rank's changes, whether any rank has changes, and when this rank looked for them."""
         found: list[tuple[Detected, Phase]] = []
 
-        def detect() -> bool:
+        def detect() -> tuple[bool, list[int]]:
             phase = Phase.begun()
             self.detector.follow(self._view.tensors())
             self._view.require_frozen()
             detected = self.detector.detect()
             found.append((detected, phase.ended()))
-            return not detected.is_empty
+            return not detected.is_empty, list(detected.values)
 
-        has_changed = any(self.ranks.gather(detect))
+        reports = self.ranks.gather(detect)
         detected, phase = found[0]
-        return detected, has_changed, phase
+        written = {index for _, indices in reports for index in indices}
+        if written and detected.shards is not None:
+            detected = with_whole_values(self.ranks, self.anchors.division, self.detector, detected, written)
+        return detected, any(changed for changed, _ in reports), phase
 
     def _submit(self, detected: Detected, info: VersionInfo, detection: Phase) -> Ticket:
         publish = partial(self._publish, detected, info, detection)
@@ -259,7 +263,7 @@ class Publisher:
     def _upload_own(self, draft: Manifest, detected: Detected, detection: Phase) -> tuple[RankShare, tuple[Part, ...]]:
         """Encode the changes that this rank owns, and make them durable. A rank without changes uploads nothing."""
         encoding = Phase.begun()
-        files = [] if detected.is_empty else [self._encoded(draft, detected.patch)]
+        files = [self._encoded(draft, detected.patch)] if detected.patch else []
         encoding = encoding.ended()
         upload = Phase.begun()
         parts = upload_parts(self.writer.bucket, draft, files, self.ranks.rank)

@@ -92,6 +92,37 @@ def test_a_replica_ends_with_the_trained_weights(how: str, ranks: int, tmp_path:
         assert how == "ddp" or seen["largest"] <= -(-1031 // (2 if how == "hsdp" else ranks)) * 24
 
 
+def damages(rank: int, address: str, how: str) -> tuple[list[Published], list[dict[str, torch.Tensor]]]:
+    """Another rank's copy is damaged each time, once together with changes and once without."""
+    model, optimizer, engine = engine_of(how, address)
+    versions, views = [], []
+    with engine:
+        for step in range(1, 5):
+            if step != 2:
+                train(model, optimizer, step)
+            detector = engine._publisher.detector
+            assert isinstance(detector, Snapshot)
+            index = detector.table.index_of("embed.weight")
+            if rank == step - 1 and len(detector.part(index)):
+                detector.part(index)[0] = 3
+            versions.append(engine.publish().result())
+            views.append(whole_view(model))
+    return versions, views
+
+
+@pytest.mark.parametrize(("how", "ranks"), [("ddp", 2), ("fsdp2", 2), ("dtensor", 3)])
+def test_a_damaged_copy_of_one_rank_is_healed_by_new_values(how: str, ranks: int, tmp_path: Path) -> None:
+    results = run(ranks, damages, tmp_path / "run", how)
+    versions, views = results[0]
+    damaged = [step < ranks for step in range(4)]
+    assert [version.rewritten == ("embed.weight",) for version in versions] == damaged
+    reader = ChainReader(LocalBucket(str(tmp_path / "run")), tmp_path / "cache")
+    assert [m.absolute for m in reader.manifests() if m.kind == "delta"] == [int(one) for one in damaged]
+    for version, view in zip(versions, views, strict=True):
+        assert same_bits(replay(reader, reader.plan(None, version.version)).tensors, view)
+    assert all([v.position for v in others] == [v.position for v in versions] for others, _ in results[1:])
+
+
 def test_replicas_share_the_work(tmp_path: Path) -> None:
     results = run(2, publishes, tmp_path / "run", "ddp")
     first, second = results[0][0][-1].ranks

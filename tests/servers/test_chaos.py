@@ -21,7 +21,7 @@ pytestmark = [
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
 # A history in which the follower of a real server is killed, and that restarts the server never: each start takes long.
-FOLLOWER_KILLED = 626
+FOLLOWER_KILLED = 4177
 
 # Seeds of faults that outlast all tries, one of each effect: a status that is retried and one that is not, a dropped
 # connection, a lost answer, corrupted bytes, late names, and a storage that says nothing.

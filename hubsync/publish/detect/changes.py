@@ -43,11 +43,12 @@ class Detected:
 
     Attributes:
         changes: table index -> the tensor's changes; no empty ones.
-        values: table index -> bit patterns (unsigned, flat) of a tensor that was also written where no change was
-            seen, so that its changes are not known. Disjoint from `changes`.
+        values: table index -> bit patterns (unsigned, flat) of the owned elements of a tensor that was also written
+            where no change was seen, so that its changes are not known. Disjoint from `changes`.
         before: table index -> digest of the last durable version, or of this process's part of it.
         after: table index -> digest of the live tensor, after the changes or with the new values.
         shards: table index -> the elements of the tensor that this process owns; None for all.
+        whole: table index -> `values` of the whole tensor, of those that this process publishes; None for `values`.
     """
 
     changes: dict[int, Change]
@@ -55,6 +56,7 @@ class Detected:
     before: Sequence[Digest]
     after: Sequence[Digest]
     shards: Sequence[Shard] | None = None
+    whole: dict[int, np.ndarray] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -78,12 +80,13 @@ class Detected:
     @cached_property
     def patch(self) -> Patch:
         """The changes in checkpoint coordinates. Computed at the first use: in the background."""
+        whole = self.values if self.whole is None else self.whole
         return {
             **{
                 index: TensorDelta(globally(self.shards, index, change.indices), difference(change.old, change.new))
                 for index, change in self.changes.items()
             },
-            **{index: TensorValues(patterns) for index, patterns in self.values.items()},
+            **{index: TensorValues(patterns) for index, patterns in whole.items()},
         }
 
 

@@ -6,12 +6,12 @@ the weights. The copy is proved too: its digest after the changes must be that o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from hubsync.errors import ChainError
 from hubsync.format.digest import Digest
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of, integers_of
@@ -21,6 +21,10 @@ from hubsync.publish.view.shards import Shard, local_part, require_held
 from hubsync.publish.view.strided import ElementRun, element_runs, row_of
 
 from .changes import Change, Detected, TensorDigests, compare, split_by_tensor
+
+logger = logging.getLogger(__name__)
+
+_DAMAGED = "the copy of %s that changes are detected against was written to: publishing its new values"
 
 
 class Snapshot:
@@ -68,10 +72,7 @@ class Snapshot:
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
-        """Compare the live tensors with the snapshot. Needs memory for one cast run of elements, and O(changes).
-
-        ChainError if the snapshot was written to, and this process owns a part of the tensor only.
-        """
+        """Compare the live tensors with the snapshot. Needs memory for one cast run of elements, and O(changes)."""
         changes: dict[int, Change] = {}
         values: dict[int, np.ndarray] = {}
         after = list(self.digests)
@@ -83,7 +84,7 @@ class Snapshot:
                 after[index] = self._of.of(index, owned)
                 if after[index] == self._of.after(index, self.digests[index], found.get(index)):
                     continue
-                self._require_whole(index)
+                logger.warning(_DAMAGED, self.table[index].name)
                 found.pop(index, None)
                 values[index] = bits_of(owned.cpu())
             changes |= found
@@ -123,13 +124,6 @@ class Snapshot:
         view = self._cast(start, run).to(copy.device)  # a model may move to another device
         live = local_part(row_of(self._live[run.indices[0]])[0])
         return view.clone() if view.untyped_storage().data_ptr() == live.untyped_storage().data_ptr() else view
-
-    def _require_whole(self, index: int) -> None:
-        if self._shards is not None:
-            raise ChainError(
-                f"the copy of {self.table[index].name} that changes are detected against has been written to, and this "
-                "rank holds a part of the tensor only: make a new engine, which uploads the whole model"
-            )
 
 
 def _parts(copies: Sequence[torch.Tensor], runs: Sequence[ElementRun]) -> list[torch.Tensor]:

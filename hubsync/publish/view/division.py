@@ -46,6 +46,30 @@ def holds_all(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> bool:
     return ranks.size == 1 and not any(hasattr(whole_of(tensor), "to_local") for tensor in tensors.values())
 
 
+def assembled(
+    ranks: Ranks, division: Sequence[Sequence[Shard]], index: int, mine: torch.Tensor, to: int
+) -> torch.Tensor | None:
+    """All elements of a tensor, flat, on the CPU of rank `to`; None on the other ranks. A round of `ranks`.
+
+    Args:
+        division: rank -> the elements of each tensor that it owns.
+        index: of the tensor.
+        mine: the elements that this rank owns, flat.
+    """
+    width = mine.element_size()
+    owned = [shards[index] for shards in division]
+    parts = ranks.collect(mine.cpu().view(torch.uint8), [shard.numel * width for shard in owned], to)
+    if parts is None:
+        return None
+    whole = torch.empty(sum(shard.numel for shard in owned), dtype=mine.dtype, device="cpu")
+    into = whole.view(torch.uint8).view(-1, width)
+    for part, shard in zip(parts, owned, strict=True):
+        elements = part.view(-1, width)
+        for first, last, indices in shard.pieces():
+            into[torch.from_numpy(indices)] = elements[first:last]
+    return whole
+
+
 def _require_equal_replicas(
     ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype, held: Sequence[Sequence[Box]]
 ) -> None:

@@ -16,6 +16,10 @@ OLD_TRL := .trl-1.13
 EXTRAS       := .extras
 EXTRAS_READY := $(EXTRAS)/.ready
 
+# torchvision, for tests of vision-language models: beside the environment, where transformers would take other paths.
+VISION       := .vision
+VISION_READY := $(VISION)/.ready
+
 # Tests run in this many processes: one per core of the smallest machine that is supported.
 JOBS   ?= 2
 PYTEST := $(BIN)/pytest -n $(JOBS)
@@ -39,7 +43,7 @@ help:
 	@echo "make test-all       everything but test-gpu (hours)"
 	@echo "make test-long      random histories, the full demo and a soak test"
 	@echo "make test-mutations breaks every promise, and requires its test to fail"
-	@echo "make test-matrix    every architecture in every layout (20 minutes)"
+	@echo "make test-matrix    every architecture in every layout, with a table (30 minutes)"
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
 	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
@@ -95,9 +99,21 @@ test-mutations: $(READY)
 test-long: $(READY)
 	$(PYTEST) -m long $(ARGS)
 
-# Every architecture that is promised, alone, tensor parallel and expert parallel.
-test-matrix: $(READY)
-	$(PYTEST) -m matrix $(ARGS)
+# Every architecture that is promised, alone, tensor parallel and expert parallel. Prints the table of docs/models.md.
+test-matrix: $(READY) $(VISION_READY)
+	PYTHONPATH=$(CURDIR)/$(VISION) $(PYTEST) -m matrix $(ARGS)
+	$(BIN)/python -m tests.support.matrix
+
+# Its processors for images and videos need no compiled code, and there is no CPU build on PyPI: the compiled code, which
+# cannot be loaded without CUDA, is left out, and the operators that torchvision expects from it are declared.
+$(VISION_READY): $(READY) requirements/vision.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VISION) -r requirements/vision.txt
+	rm -rf $(VISION)/torchvision/*.so $(VISION)/torchvision.libs
+	printf '%s\n' 'import torch' \
+		'for name in ("nms", "qnms"):' \
+		'    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")' \
+		>> $(VISION)/torchvision/extension.py
+	@touch $@
 
 # The older end of the supported vLLM range; make test has the newer one.
 test-versions: $(OLD_READY)
@@ -154,4 +170,4 @@ $(DOCS)/.ready: requirements/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) $(VISION) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,17 @@ from hubsync.errors import ReplicaRefused
 from hubsync.format.table import TensorTable
 
 from .dry_run import DryRun
-from .live import Address, LayoutHints, LiveStorage, class_of, find_addresses, find_relayout, find_storages, first_moved
+from .live import (
+    Address,
+    LayoutHints,
+    LiveStorage,
+    Relayout,
+    class_of,
+    find_addresses,
+    find_relayout,
+    find_storages,
+    first_moved,
+)
 from .regions import Region, overlap
 
 _ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refused
@@ -157,20 +167,20 @@ def _distinct(regions: Sequence[Region]) -> tuple[Region, ...]:
 def _relay(storages: Sequence[LiveStorage], models: Sequence[torch.nn.Module], hints: LayoutHints) -> None:
     """Find the permutation of every parameter that was relaid after loading; equal ones are shared."""
     parameters = {name: tensor for model in models for name, tensor in model.named_parameters(remove_duplicate=False)}
-    found: dict[object, object] = {}
+    found: dict[object, Relayout] = {}
     for storage in storages:
         transform = next((hints.relayouts[name] for name in storage.names if name in hints.relayouts), None)
         if transform is None:
             continue
-        if storage.widened:
-            raise ReplicaRefused(f"{storage.name}: it is float32, takes bfloat16 tensors, and is relaid after loading")
         parameter = parameters[storage.name]
-        key = transform, tuple(parameter.shape), parameter.dtype
+        key = transform, tuple(parameter.shape), parameter.dtype, storage.widened
         try:
             relayout = found.get(key) or find_relayout(transform, parameter)
         except ReplicaRefused as error:
             raise ReplicaRefused(f"{storage.name}: {error}") from None
-        found[key] = storage.relayout = relayout  # type: ignore[assignment]
+        if storage.widened and key not in found:
+            relayout = relayout.in_halves()
+        found[key] = storage.relayout = relayout
 
 
 def _refreshers(storages: Sequence[LiveStorage], hints: LayoutHints) -> dict[int, tuple[str, ...]]:

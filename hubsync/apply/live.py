@@ -37,6 +37,11 @@ class Relayout:
         inside = offsets % self.period
         return offsets - inside + self.places[inside]
 
+    def in_halves(self) -> Relayout:
+        """The same permutation, with offsets in halves of elements: element i is halves 2 i and 2 i + 1."""
+        pairs = 2 * self.places.astype(np.int64)
+        return Relayout(np.stack([pairs, pairs + 1], 1).reshape(-1))
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -95,9 +100,10 @@ class LiveStorage:
         self.bits, self.widened = self.bits.view(torch.int16), True
 
     def lower_halves(self, region: Region) -> np.ndarray:
-        """Offsets of the lower halves in a region of widened storage that are not zero: no bfloat16 numbers. int64."""
+        """Lower halves in a region of widened storage that are not zero: int64, before `relayout`."""
         places = region.offsets(np.arange(region.numel)) - 1
-        found = self.bits[torch.from_numpy(places).to(self.bits.device)].nonzero().squeeze(1)
+        live = places if self.relayout is None else self.relayout.live(places)
+        found = self.bits[torch.from_numpy(live).to(self.bits.device)].nonzero().squeeze(1)
         return places[found.cpu().numpy()]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -192,21 +198,30 @@ def first_moved(addresses: Iterable[Address]) -> str | None:
 def find_relayout(transform: Callable[[torch.Tensor], torch.Tensor], parameter: torch.Tensor) -> Relayout:
     """The permutation that an opaque transform of the engine makes, per first-dimension slice (an expert).
 
-    Element numbers go through it in two 16-bit halves, so it must move whole 16-bit elements and nothing else.
-    ReplicaRefused if it does not, or if slices are permuted differently or exchange elements.
+    Element numbers go through it in two 16-bit halves where elements have 16 bits, so it must move whole elements and
+    nothing else. ReplicaRefused if it does not, or if slices are permuted differently or exchange elements.
     """
     shape, period = parameter.shape, parameter[0].numel()
     slices = min(2, shape[0])
     numbers = torch.arange(slices * period, dtype=torch.int32).reshape(slices, *shape[1:])
-    halves = [transform(half.to(torch.int16).view(parameter.dtype)) for half in (numbers & 0xFFFF, numbers >> 16)]
-    low, high = (half.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF for half in halves)
-    came_from = (high << 16 | low).reshape(slices, period).numpy().astype(np.int64)
+    came_from = _moved_numbers(transform, numbers, parameter.dtype).reshape(slices, period).numpy().astype(np.int64)
     expected = came_from[0] + np.arange(slices)[:, None] * period
     if not (np.array_equal(came_from, expected) and np.array_equal(np.sort(came_from[0]), np.arange(period))):
         raise ReplicaRefused("its elements are mixed or changed after loading, not only moved within an expert")
     places = np.empty(period, np.int32 if period < 1 << 31 else np.int64)
     places[came_from[0]] = np.arange(period)
     return Relayout(places)
+
+
+def _moved_numbers(
+    transform: Callable[[torch.Tensor], torch.Tensor], numbers: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Element numbers (int32) after a transform that takes and gives tensors of `dtype`."""
+    if dtype.itemsize == numbers.element_size():
+        return transform(numbers.view(dtype)).contiguous().view(torch.int32)
+    halves = [transform(half.to(torch.int16).view(dtype)) for half in (numbers & 0xFFFF, numbers >> 16)]
+    low, high = (half.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF for half in halves)
+    return high << 16 | low
 
 
 def _tensors(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hubsync.apply.applier import Applier
+from hubsync.apply.live import LayoutHints
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused
 from hubsync.format.patch import TensorValues
 from hubsync.format.table import TensorSpec, TensorTable
@@ -124,6 +125,58 @@ def test_old_weights_of_widened_tensors_are_their_published_patterns() -> None:
     for index, spec in enumerate(TABLE):
         rows, cols = (slice(0, size) for size in spec.matrix)
         assert (old.rectangle(index, rows, cols) == bits_of(V0[spec.name]).reshape(spec.matrix)).all(), spec.name
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """A kernel's layout of experts: pairs of rows, column by column."""
+    experts, rows, columns = tensor.shape
+    return tensor.reshape(experts, rows // 2, 2, columns).transpose(2, 3).contiguous().reshape(tensor.shape)
+
+
+class Experts(nn.Module):
+    """Served in float32, and permuted after loading, as vLLM for CPUs does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3, 4, 6), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.w.data[int(name)].copy_(tensor)
+
+
+def packed_experts(tensors: View) -> Experts:
+    model = Experts()
+    model.load_weights(tensors.items())
+    model.w.data.copy_(packed(model.w.data))
+    return model
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_widened_tensors_are_followed_where_they_were_permuted_after_loading(absolute: bool) -> None:
+    table = TensorTable([TensorSpec(str(number), (4, 6), "BF16") for number in range(3)])
+    first = {str(number): torch.randn(4, 6).bfloat16() for number in range(3)}
+    second = nudged(first, 1, 0.3)
+    start, end = (position_of(version, tensors, table) for version, tensors in enumerate((first, second)))
+    model = packed_experts(first)
+    hints = LayoutHints(relayouts={"w": packed})
+    applier = Applier(model, table, torch.device("cpu"), hints=hints)
+    assert applier.join([applier.inventory()]).hex == start.digest
+    applier.adopt(start)
+    if absolute:
+        applier.stage_view(second, end)
+    else:
+        applier.stage_patch(patch_between(first, second, table), end)
+    applier.commit(end)
+    assert_same(memory(model), memory(packed_experts(second)))
+    assert applier.verify()
+    applier.undo()
+    assert_same(memory(model), memory(packed_experts(first)))
+    model.w.data.view(torch.int32)[1, 2, 3] += 1
+    with pytest.raises(ReplicaPoisoned):
+        applier.verify()
+    applier.heal(first, start)
+    assert_same(memory(model), memory(packed_experts(first)))
 
 
 def damage_upper(model: Model) -> None:

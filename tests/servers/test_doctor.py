@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hubsync.cli import doctor
 from hubsync.cli.main import main
 from hubsync.doctor import diagnosis
 from hubsync.doctor.diagnosis import TensorReport
@@ -20,15 +22,20 @@ from hubsync.doctor.report import folded
 from hubsync.doctor.trial import make_trial, random_patch
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
+from tests.support import matrix
 from tests.support.models import CONFIGS, EXPERTS, MIXED, save_checkpoint
 from tests.support.toy import TABLE, view
+from tests.support.vision_models import HAS_TORCHVISION, VISION, save_vision_checkpoint
+from tests.support.warm import run_warm
+
+needs_torchvision = pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
 
 # On CPUs with AMX, vLLM keeps only packed weights of latent attention, unless this backend is chosen.
 LATENT = ["--attention-backend", "CPU_MLA"]
 
 
 def options(architecture: str) -> list[str]:
-    return LATENT if architecture.startswith("deepseek") else []
+    return LATENT if architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite") else []
 
 
 # --- the trial ----------------------------------------------------------------------------------------
@@ -178,14 +185,22 @@ def test_a_refusal_names_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture
-def diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are forked from a process that has imported vLLM."""
+    monkeypatch.setattr(diagnosis, "_finished", run_warm)
+
+
+@pytest.fixture
+def diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: None) -> Callable[..., dict[str, Any]]:
     def diagnose(architecture: str, *arguments: str) -> dict[str, Any]:
-        base = save_checkpoint(architecture, tmp_path / "base")
+        save = save_vision_checkpoint if architecture in VISION else save_checkpoint
+        base = save(architecture, tmp_path / "base")
         code = main(["doctor", str(base), "--json", *options(architecture), *arguments])
         answer = json.loads(capsys.readouterr().out)
+        config = json.loads((base / "config.json").read_text())
         shutil.rmtree(base)
         assert (code, answer["error"], answer["exact"]) == (0, None, True), answer
-        return answer
+        return {"class": config["architectures"][0], **answer}
 
     return diagnose
 
@@ -200,36 +215,100 @@ def test_experts_on_two_workers_are_exact(diagnosed: Callable[..., dict[str, Any
 
 @pytest.mark.server
 @pytest.mark.matrix
-def test_latent_attention_is_exact(diagnosed: Callable[..., dict[str, Any]]) -> None:
-    diagnosed("deepseek_v2")
-
-
-@pytest.mark.server
-@pytest.mark.long
+@pytest.mark.usefixtures("warm")
 def test_a_config_is_enough_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     EXPERTS["gpt_oss"]().save_pretrained(tmp_path)
     assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["exact"]
 
 
+@needs_torchvision
 @pytest.mark.server
 @pytest.mark.matrix
-def test_a_tensor_that_is_served_in_float32_is_widened_in_place(
+@pytest.mark.usefixtures("warm")
+def test_the_random_model_of_a_vision_language_config_has_its_tower(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    MIXED["deepseek_v3"]().save_pretrained(tmp_path)
-    assert main(["doctor", str(tmp_path), "--random", "--json", *LATENT]) == 0
-    kinds = {report["name"]: report["kind"] for report in json.loads(capsys.readouterr().out)["tensors"]}
-    assert kinds["model.layers.1.mlp.gate.e_score_correction_bias"] == "affine"
+    save_vision_checkpoint("qwen3_5", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
+    names = [report["name"] for report in json.loads(capsys.readouterr().out)["tensors"]]
+    assert any(".visual." in name for name in names)
 
 
-SPLIT = ["--tensor-parallel-size", "2"]
-SPREAD = [*SPLIT, "--enable-expert-parallel"]
-ALL = (*CONFIGS, *EXPERTS, *MIXED)
+# --- other dtypes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("qwen3_tied", ["--dtype", "float16"]),
+        ("glm4_moe", ["--dtype", "float16"]),  # its router is float32
+        ("falcon_h1", ["--dtype", "float16"]),
+        ("qwen3_tied", ["--dtype", "float32"]),
+        ("qwen3_moe", ["--dtype", "float32"]),
+        ("deepseek_v3", ["--dtype", "float32"]),
+        ("falcon_h1", ["--dtype", "float32"]),
+        ("qwen3_next", ["--dtype", "float32"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_servers_of_other_dtypes_are_exact(
+    architecture: str, arguments: list[str], diagnosed: Callable[..., dict[str, Any]]
+) -> None:
+    answer = diagnosed(architecture, *arguments)
+    if arguments[-1] == "float32":
+        assert not [row for row in answer["tensors"] if row["kind"] == "dense" and "A_log" not in row["name"]]
+
+
+@pytest.mark.server
+@pytest.mark.matrix
+@pytest.mark.usefixtures("warm")
+def test_a_server_of_another_dtype_is_refused_with_a_way_out_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A float16 run on a server in float32: other bits, and more than are loaded whole without being asked for."""
+    base = save_checkpoint("qwen3_tied", tmp_path / "base")
+    tensors = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    arguments = ["--dtype", "float32"]
+    trial = make_trial(base, tmp_path, dtype=torch.float16)
+    refused = diagnosis.examine(trial, engine_options(*arguments), make(tmp_path / "refused"))
+    assert refused.error is not None
+    assert "HUBSYNC_DENSE_FALLBACK=1" in refused.error
+    assert "--dtype" in refused.error
+    allowed = engine_options(*arguments, "--dense-fallback")
+    assert diagnosis.examine(trial, allowed, make(tmp_path / "allowed")).exact
+    served = engine_options("--dtype", "float16")
+    assert diagnosis.examine(trial, served, make(tmp_path / "served")).exact
+
+
+def make(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+def engine_options(*arguments: str) -> dict[str, Any]:
+    """The arguments of `LLM` that the command makes of its own."""
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    return doctor._engine_options(parser.parse_args(["model", *arguments]))
+
+
+# --- every architecture -------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "tp1": [],
+    "tp2": ["--tensor-parallel-size", "2"],
+    "ep2": ["--tensor-parallel-size", "2", "--enable-expert-parallel"],
+}
+ALL = (*CONFIGS, *EXPERTS, *MIXED, *VISION)
 MATRIX = [
-    *(pytest.param(name, [], id=f"{name}-tp1") for name in ALL),
-    *(pytest.param(name, SPLIT, id=f"{name}-tp2") for name in ALL),
-    *(pytest.param(name, SPREAD, id=f"{name}-ep2") for name in EXPERTS),
+    pytest.param(name, layout, id=f"{name}-{layout}", marks=[needs_torchvision] if name in VISION else [])
+    for layout in LAYOUTS
+    for name in (EXPERTS if layout == "ep2" else ALL)
 ]
 
 
@@ -237,6 +316,6 @@ MATRIX = [
 @pytest.mark.matrix
 @pytest.mark.parametrize(("architecture", "layout"), MATRIX)
 def test_every_architecture_in_every_layout_is_exact(
-    architecture: str, layout: list[str], diagnosed: Callable[..., dict[str, Any]]
+    architecture: str, layout: str, diagnosed: Callable[..., dict[str, Any]]
 ) -> None:
-    diagnosed(architecture, *layout)
+    matrix.record(architecture, layout, diagnosed(architecture, *LAYOUTS[layout]))

@@ -114,7 +114,9 @@ def test_a_hybrid_of_mamba_and_attention_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe", "qwen3_next", "mamba2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture", ["deepseek_v3", "glm4_moe", "glm4_moe_lite", "qwen3_next", "mamba2", "qwen3_moe"]
+)
 def test_text_models_are_exact(architecture: str, tmp_path: Path) -> None:
     backend = {"attention_backend": "CPU_MLA"} if architecture in _LATENT else {}
     assert_pipe(save_checkpoint(architecture, tmp_path / "base"), tmp_path, **backend)

@@ -47,12 +47,12 @@ _SPARSE = {**SIZES, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 _LATENT = {
     **_SPARSE,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
     "moe_intermediate_size": 96,
     "n_shared_experts": 1,
     "n_routed_experts": 8,
-    "kv_lora_rank": 64,
-    "qk_rope_head_dim": 32,
+    "kv_lora_rank": 512,  # with the next, a size that vLLM computes attention for
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "first_k_dense_replace": 1,

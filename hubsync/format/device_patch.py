@@ -22,7 +22,8 @@ TENSOR, FIRST, COUNT, OFFSET = range(4)  # columns of `DevicePatch.spans`
 class DevicePatch(Mapping[int, TensorDelta | TensorValues]):
     """Changes of 16-bit tensors on a device, and a patch of other tensors. Usable wherever a `Patch` is read.
 
-    As a mapping it copies all changes to the host, once.
+    As a mapping it copies all changes to the host, once. Tensors are read on the current stream of the calling thread:
+    who made them on another one lets it wait for that.
 
     Attributes:
         numbers: int64[n] on the device, strictly ascending: the number of each changed element.

@@ -18,7 +18,7 @@ from hubsync import kernels
 from hubsync.errors import FormatError
 from hubsync.format.codec import Grid, decode, encode
 from hubsync.format.codec import device as device_codec
-from hubsync.format.codec.encode import Encoded
+from hubsync.format.codec.encode import Encoded, prepare
 from hubsync.format.codec.grid import contiguous_sizes
 from hubsync.format.device_patch import DevicePatch
 from hubsync.format.manifest import Position
@@ -202,6 +202,44 @@ def test_numbers_outside_all_spans_are_ignored() -> None:
     expected: Patch = {8: TensorDelta(patch[8].indices[inside], patch[8].diffs[inside])}
     assert part == expected
     assert_equal(encode(TABLE, part), encode(TABLE, expected))
+
+
+@on_device
+def test_positions_in_a_payload_have_more_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hubsync.kernels.gpu import encode as gpu
+
+    patch: Patch = {index: delta_of(TABLE[index].numel, 0.1, "tailed", index) for index in (0, 2, 6)}
+    write, first = gpu.write, (1 << 28) + 3  # bytes
+
+    def write_far_behind(*arguments: torch.Tensor) -> None:
+        *others, begins, words = arguments
+        far = torch.zeros(len(words) + first // 4 + 1, dtype=torch.int32, device=DEVICE)
+        write(*others, begins + 8 * first, far)
+        words.view(torch.uint8).copy_(far.view(torch.uint8)[first : first + words.nbytes])
+
+    monkeypatch.setattr(gpu, "write", write_far_behind)
+    assert_equal(encode(TABLE, on_the_device(patch, whole(0, 2, 6))), encode(TABLE, patch))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too much for Triton's interpreter")
+@pytest.mark.parametrize("share", [0.01, 0.4])
+@pytest.mark.parametrize("kind", ["ones", "nines", "any"])
+def test_millions_of_changes_get_the_bytes_of_the_cpu(share: float, kind: str) -> None:
+    table = TensorTable([TensorSpec(f"w{n}", (3000, 1000 + n), "BF16") for n in range(10)])
+    patch: Patch = {}
+    for index, spec in enumerate(table):
+        rng = np.random.default_rng(index)
+        indices = np.flatnonzero(rng.random(spec.numel) < share)
+        patch[index] = TensorDelta(indices, steps(rng, len(indices), kind))
+    on_gpu = on_the_device(patch, {index: (0, spec.numel) for index, spec in enumerate(table)})
+    coded = encode(table, on_gpu)
+    assert_equal(coded, encode(table, patch))
+    assert decoded(coded, table) == patch
+
+
+@on_device
+def test_preparing_compiles_what_encoding_needs() -> None:
+    prepare(torch.device(DEVICE))
 
 
 @on_device

@@ -18,11 +18,12 @@ from functools import partial
 from operator import itemgetter
 
 import numpy as np
+import torch
 
 from hubsync import kernels
 from hubsync.format.device_patch import DevicePatch
 from hubsync.format.patch import TensorDelta, TensorValues
-from hubsync.format.table import WIDTHS, TensorTable
+from hubsync.format.table import WIDTHS, TensorSpec, TensorTable
 from hubsync.kernels.classes import CLASSES, ClassMap
 from hubsync.kernels.parallel import add_up, each
 
@@ -214,6 +215,13 @@ def encode(
         group = _Group(table, kind[0], changes, own, old if kind[1] else None, classes, there)
         groups.append(_encode_group(group))
     return _assemble(groups, values, columns(classes))
+
+
+def prepare(device: torch.device) -> None:
+    """Compile what encoding on this device needs: seconds in the first process on a machine."""
+    one = torch.ones(1, dtype=torch.int16, device=device)
+    spec = TensorSpec("any", (64,), "BF16")
+    encode(TensorTable([spec]), DevicePatch(one.long(), one, 2 * one, np.array([[0, 0, spec.numel, 0]]), {}))
 
 
 def _encode_group(group: _Group) -> _CodedGroup:

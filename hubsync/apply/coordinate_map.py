@@ -33,6 +33,7 @@ from .live import (
     first_moved,
 )
 from .regions import Region, overlap
+from .vote import RELOAD
 
 _ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refused
 
@@ -96,7 +97,9 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Layo
         run, skipped = _load(model, run, table, storages)
         unloadable |= skipped
     if (name := first_moved(addresses)) is not None:
-        raise ReplicaRefused(f"{name}: the model's load_weights replaces this parameter instead of filling it")
+        raise ReplicaRefused(
+            f"{name}: the model's load_weights replaces this parameter instead of filling it. {RELOAD}"
+        )
     for storage, sample in zip(storages, samples, strict=True):
         if not torch.equal(storage.sample(), sample):
             raise ReplicaRefused(
@@ -156,7 +159,10 @@ def _load(
 
 def _explain(error: Exception) -> str:
     cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"{cause} (another model than the run's, or a layout that was changed after loading)"
+    return (
+        f"{cause} (another model than the run's: start the server from the run's base model; or a layout that was "
+        "changed after loading: choose other kernels, such as --moe-backend triton on GPUs)"
+    )
 
 
 def _distinct(regions: Sequence[Region]) -> tuple[Region, ...]:
@@ -208,7 +214,7 @@ def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
         targets = [region for _, region in pairs]
         if overlap(targets, "target", len(storage.bits)):
             names = ", ".join(dict.fromkeys(name for name, _ in pairs))
-            raise ReplicaRefused(f"{names}: two elements land in one place of {storage.name}")
+            raise ReplicaRefused(f"{names}: two elements land in one place of {storage.name}. {RELOAD}")
         fed = padding + sum(region.numel for region in targets)
         if (
             not storage.parameter
@@ -220,5 +226,6 @@ def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
             continue
         part = f"only {fed} of {storage.used} elements" if fed else "no element"
         raise ReplicaRefused(
-            f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model"
+            f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model. "
+            "Start the server from the run's base model or one of its anchors, without options that add weights"
         )

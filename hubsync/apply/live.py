@@ -207,7 +207,10 @@ def find_relayout(transform: Callable[[torch.Tensor], torch.Tensor], parameter: 
     came_from = _moved_numbers(transform, numbers, parameter.dtype).reshape(slices, period).numpy().astype(np.int64)
     expected = came_from[0] + np.arange(slices)[:, None] * period
     if not (np.array_equal(came_from, expected) and np.array_equal(np.sort(came_from[0]), np.arange(period))):
-        raise ReplicaRefused("its elements are mixed or changed after loading, not only moved within an expert")
+        raise ReplicaRefused(
+            "its elements are mixed or changed after loading, not only moved within an expert. Choose another kernel "
+            "for experts, such as --moe-backend triton on GPUs"
+        )
     places = np.empty(period, np.int32 if period < 1 << 31 else np.int64)
     places[came_from[0]] = np.arange(period)
     return Relayout(places)

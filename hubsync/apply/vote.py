@@ -21,6 +21,9 @@ from hubsync.format.table import TensorTable
 from .protocol import error_from_json, error_to_json
 from .regions import Region, overlap
 
+RELOAD = "hubsync cannot follow this model in place: restart the server from what `hubsync pull` writes instead"
+"""The way out where no setting helps."""
+
 
 class WorkerGroup(Protocol):
     """The workers of one engine. `gather` is a collective: all of them must call it, in the same order."""
@@ -100,13 +103,13 @@ def _check_whole(name: str, numel: int, regions: Sequence[Region]) -> None:
     held = sum(region.numel for region in regions)
     if held == 0 and numel:
         raise ReplicaRefused(
-            f"{name}: the model's load_weights ignores it; it is tied to another tensor, "
-            "or not part of the served model"
+            f"{name}: the model's load_weights ignores it; it is tied to another tensor, or not part of the served "
+            "model. Publish the model that the server loads, without it (a value head, a copy of tied weights)"
         )
     if held < numel:
-        raise ReplicaRefused(f"{name}: the model's load_weights uses only {held} of {numel} elements")
+        raise ReplicaRefused(f"{name}: the model's load_weights uses only {held} of {numel} elements. {RELOAD}")
     if held > numel or overlap(regions, "source", numel):
-        raise ReplicaRefused(f"{name}: the model keeps elements of it in more than one place")
+        raise ReplicaRefused(f"{name}: the model keeps elements of it in more than one place. {RELOAD}")
 
 
 # --- vote -------------------------------------------------------------------------------------------

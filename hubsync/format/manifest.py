@@ -38,6 +38,8 @@ SIDE_FILES = frozenset(
         "tokenizer.json",
         "tokenizer_config.json",
         "tokenizer.model",
+        "tiktoken.model",
+        "tekken.json",
         "special_tokens_map.json",
         "added_tokens.json",
         "vocab.json",
@@ -45,6 +47,7 @@ SIDE_FILES = frozenset(
         "chat_template.jinja",
         "chat_template.json",
         "preprocessor_config.json",
+        "video_preprocessor_config.json",
         "processor_config.json",
         "model.safetensors.index.json",
     }

@@ -231,17 +231,61 @@ def test_a_narrower_live_parameter_is_refused_with_the_way_out() -> None:
         applier.inventory()
 
 
-def test_a_parameter_that_takes_two_published_dtypes_is_refused_by_name() -> None:
+class Both(nn.Module):
+    """A float32 parameter that takes a bfloat16 tensor and a float32 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.both.data[:4].copy_(tensor) if name == "a" else self.both.data[4:].copy_(tensor)
+
+
+def test_a_parameter_that_takes_two_published_dtypes_is_refused_with_a_way_out_that_works() -> None:
     table = TensorTable([TensorSpec("a", (4,), "BF16"), TensorSpec("b", (4,), "F32")])
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.both = nn.Parameter(torch.zeros(8), requires_grad=False)
-
-        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-            for name, tensor in weights:
-                self.both.data[:4].copy_(tensor) if name == "a" else self.both.data[4:].copy_(tensor)
-
-    with pytest.raises(ReplicaRefused, match="b: both also takes tensors that are published in another dtype"):
+    first = {"a": torch.randn(4).bfloat16(), "b": torch.randn(4)}
+    with pytest.raises(ReplicaRefused, match=r"^b: both also takes tensors .*another dtype.*HUBSYNC_DENSE_FALLBACK=1"):
         Applier(Both(), table, torch.device("cpu")).inventory()
+    assert_follows(Both, table, first)
+
+
+class Halves(nn.Module):
+    """Serves float16 in float32: the same numbers, and other bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for _, tensor in weights:
+            self.w.data.copy_(tensor)
+
+
+def test_float16_that_is_served_in_float32_is_loaded_whole() -> None:
+    """Subnormal numbers too, and a negative zero."""
+    table = TensorTable([TensorSpec("w", (6,), "F16")])
+    assert_follows(Halves, table, {"w": torch.tensor([1.5, -0.0, 6e-8, 65504.0, -3e-6, 0.1]).half()})
+
+
+def assert_follows(make: Callable[[], nn.Module], table: TensorTable, first: View) -> None:
+    """With dense fallback, a commit and an undo leave what fresh loads leave."""
+
+    def loaded(tensors: View) -> nn.Module:
+        model = make()
+        model.load_weights(tensors.items())  # type: ignore[operator]
+        return model
+
+    second = nudged(first, 1, 0.5)
+    start, end = (position_of(version, tensors, table) for version, tensors in enumerate((first, second)))
+    model = loaded(first)
+    applier = Applier(model, table, torch.device("cpu"), masters=first)
+    assert applier.join([applier.inventory()]).hex == start.digest
+    applier.adopt(start)
+    applier.stage_patch(patch_between(first, second, table), end)
+    applier.commit(end)
+    assert_same(memory(model), memory(loaded(second)))
+    assert applier.verify()
+    applier.undo()
+    assert_same(memory(model), memory(loaded(first)))

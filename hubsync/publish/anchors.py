@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from hubsync.chain import ChainReader, VersionInfo
@@ -19,8 +18,7 @@ from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.snapshot import Snapshot
-from hubsync.publish.view.division import assembled
-from hubsync.publish.view.shards import Shard
+from hubsync.publish.view.division import Division, assembled
 
 from .base_copy import copy_base
 from .config import SyncConfig
@@ -40,7 +38,7 @@ class Anchors:
         writer: writes the run.
         detector: holds the view.
         model: writes the configs and tokenizer of anchors.
-        division: rank -> the elements of each tensor that it owns.
+        division: which rank owns what.
         config: its `anchor_every` and `anchor_fraction`.
 
     Methods with `ranks` are rounds: all ranks call them in the same order.
@@ -51,7 +49,7 @@ class Anchors:
         writer: JointWriter,
         detector: Detector,
         model: TrainedModel,
-        division: Sequence[Sequence[Shard]],
+        division: Division,
         config: SyncConfig,
     ):
         self._writer = writer
@@ -150,7 +148,7 @@ class Anchors:
             turn, gathered = number % ranks.size, {}
             for name in names:
                 index = table.index_of(name)
-                tensor = assembled(ranks, self.division, index, self._detector.part(index), turn)
+                tensor = assembled(ranks, self.division.owned, index, self._detector.part(index), turn)
                 if tensor is not None:
                     gathered[name] = tensor.view(table[index].shape)
             # A round, so that all ranks stop here if the disk of one is full.

@@ -117,7 +117,7 @@ class DeltaWeightTransferEngine:
             tensors = ranks.together(view.tensors)
             division = divided(ranks, tensors, config.dtype)
         table, has_adapter = table_of(tensors, config.dtype, stated.kept), model.adapter is not None
-        shards = None if holds_all(ranks, tensors) else division[ranks.rank]
+        shards = None if holds_all(ranks, tensors) else division.owned[ranks.rank]
         detector = ranks.together(
             lambda: choose_detector(tensors, table, optimizer, config, shards=shards, has_adapter=has_adapter)
         )

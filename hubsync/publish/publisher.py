@@ -29,6 +29,7 @@ from hubsync.format.times import Times
 from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.changes import Detected
+from hubsync.publish.view.division import GroupDigests
 from hubsync.publish.view.live import LiveView
 
 from .anchors import Anchors
@@ -177,21 +178,24 @@ class Publisher:
     def _detect(self) -> tuple[Detected, bool, Phase]:
         """This rank's changes, whether any rank has changes, and when this rank looked for them."""
         found: list[tuple[Detected, Phase]] = []
+        division, tensors, table = self.anchors.division, self._view.tensors, self.detector.table
 
-        def detect() -> tuple[bool, list[int]]:
-            phase = Phase.begun()
-            self.detector.follow(self._view.tensors())
+        def detect() -> tuple[bool, list[int], GroupDigests]:
+            phase, live = Phase.begun(), tensors()
+            self.detector.follow(live)
             self._view.require_frozen()
             detected = self.detector.detect()
+            replicated = division.replicas.digests(live, table)
             found.append((detected, phase.ended()))
-            return not detected.is_empty, list(detected.values)
+            return not detected.is_empty, list(detected.values), replicated
 
         reports = self.ranks.gather(detect)
+        division.replicas.require_equal(self.ranks, [digests for *_, digests in reports], tensors, table)
         detected, phase = found[0]
-        written = {index for _, indices in reports for index in indices}
+        written = {index for _, indices, _ in reports for index in indices}
         if written and detected.shards is not None:
-            detected = with_whole_values(self.ranks, self.anchors.division, self.detector, detected, written)
-        return detected, any(changed for changed, _ in reports), phase
+            detected = with_whole_values(self.ranks, division.owned, self.detector, detected, written)
+        return detected, any(changed for changed, *_ in reports), phase
 
     def _submit(self, detected: Detected, info: VersionInfo, detection: Phase) -> Ticket:
         publish = partial(self._publish, detected, info, detection)

@@ -92,6 +92,40 @@ def test_a_replica_ends_with_the_trained_weights(how: str, ranks: int, tmp_path:
         assert how == "ddp" or seen["largest"] <= -(-1031 // (2 if how == "hsdp" else ranks)) * 24
 
 
+def drifts(rank: int, address: str, what: str) -> tuple[tuple[str, str] | None, dict[str, torch.Tensor]]:
+    """Ranks whose replicas are no longer equal, in one step of three."""
+    model, optimizer, engine = engine_of("ddp", address)
+    found = None
+    with engine:
+        for step in range(1, 4):
+            train(model, optimizer, step)
+            if what == "a buffer":
+                model.module.shift += rank
+            if what == "a parameter" and step == 2:
+                change = torch.full_like(model.module.up.bias, float(rank))
+                model.module.up.bias.data += change
+                found = outcome(engine.publish)
+                model.module.up.bias.data -= change
+            engine.publish().result()
+    return found, whole_view(model)
+
+
+@pytest.mark.parametrize("what", ["a parameter", "a buffer"])
+def test_no_version_is_a_mixture_of_ranks(what: str, tmp_path: Path) -> None:
+    """Parameters that differ between replicas are refused, at every publish. Buffers are those of the lowest rank."""
+    (found, trained), (also_found, other) = run(2, drifts, tmp_path / "run", what)
+    assert found == also_found
+    if what == "a parameter":
+        assert found is not None
+        assert found[0] == "ConfigError"
+        assert "up.bias differs between ranks 0 and 1, which both hold it, so nothing is published" in found[1]
+    else:
+        assert not torch.equal(trained["shift"], other["shift"])
+    view = follow(tmp_path / "run", tmp_path)
+    assert same_bits(view.tensors, trained)
+    assert view.position.version == 3
+
+
 def damages(rank: int, address: str, how: str) -> tuple[list[Published], list[dict[str, torch.Tensor]]]:
     """Another rank's copy is damaged each time, once together with changes and once without."""
     model, optimizer, engine = engine_of(how, address)

@@ -1,23 +1,104 @@
-"""Dividing the view among ranks when an engine is made, and checking that all ranks train one model."""
+"""Dividing the view among ranks, and checking that all ranks train one model, then and at every publish."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
 
 from hubsync.errors import ConfigError
-from hubsync.format.digest import Digest, digest_torch
+from hubsync.format.digest import Digest, digest_torch, tensor_seed
+from hubsync.format.table import TensorTable
+from hubsync.kernels.bits import TORCH_DTYPES
 from hubsync.publish.ranks import Ranks
 
 from .cast import cast, integers
+from .deepspeed import Partition, is_partitioned
 from .shards import Box, Shard, divide, held_box
 from .strided import whole_of
 
+GroupDigests = dict[tuple[int, ...], Digest]
+"""Ranks that hold the same elements -> digest of them."""
 
-def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> list[list[Shard]]:
-    """Rank -> the elements of each tensor that it owns. Rounds of `ranks`.
+
+@dataclass(frozen=True)
+class Division:
+    """Which rank publishes what.
+
+    Attributes:
+        owned: rank -> the elements of each tensor that it owns.
+        replicas: the parameters that several ranks hold.
+    """
+
+    owned: list[list[Shard]]
+    replicas: Replicas
+
+
+class Replicas:
+    """The parameters that several ranks hold. Each publishes a part of them, so they must stay equal.
+
+    Buffers may differ, as statistics do that each rank computes from its own data: the lowest rank publishes its own.
+
+    Args:
+        names: of the tensors.
+        held: rank -> the box of each tensor that it holds.
+        rank: this one.
+    """
+
+    def __init__(self, names: Sequence[str], held: Sequence[Sequence[Box]], rank: int):
+        self._groups: dict[tuple[int, ...], list[str]] = {}  # ranks with equal boxes, this one among them -> names
+        for index, name in enumerate(names):
+            group = tuple(other for other, boxes in enumerate(held) if boxes[index] == held[rank][index])
+            if len(group) > 1 and held[rank][index].numel:
+                self._groups.setdefault(group, []).append(name)
+
+    def digests(self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype) -> GroupDigests:
+        """Digests of what this rank holds now, as it is served. Reads all of it."""
+        return {
+            group: sum((_digest_of_held(name, tensors[name], served) for name in names), Digest())
+            for group, names in self._groups.items()
+        }
+
+    def require_equal(
+        self,
+        ranks: Ranks,
+        found: Sequence[GroupDigests],
+        tensors: Callable[[], Mapping[str, torch.Tensor]],
+        served: TensorTable | torch.dtype,
+    ) -> None:
+        """ConfigError, on all ranks, unless the digests that all of them have found agree. A round only if not.
+
+        Args:
+            found: rank -> its `digests`.
+        """
+        groups = {group for digests in found for group in digests}
+        if all(len({found[rank][group] for rank in group}) == 1 for group in groups):
+            return
+        named = ranks.gather(lambda: self._by_name(tensors(), served))
+        for rank, digests in enumerate(named):
+            for name, (group, digest) in digests.items():
+                other = next((other for other in group if named[other][name][1] != digest), None)
+                if other is not None:
+                    raise ConfigError(
+                        f"{name} differs between ranks {rank} and {other}, which both hold it, so nothing is "
+                        "published: give all ranks the same weights (DistributedDataParallel does, or broadcast those "
+                        "of rank 0)"
+                    )
+
+    def _by_name(
+        self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], Digest]]:
+        return {
+            name: (group, _digest_of_held(name, tensors[name], served))
+            for group, names in self._groups.items()
+            for name in names
+        }
+
+
+def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Division:
+    """Which rank owns which elements of each tensor. Rounds of `ranks`.
 
     Args:
         tensors: this rank's live tensors.
@@ -36,9 +117,21 @@ def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
                     "or replicated (pipeline stages are not supported)"
                 )
     held = [boxes for _, boxes in gathered]
-    owned = divide(list(tensors), shapes, held)
-    _require_equal_replicas(ranks, tensors, dtype, held)
-    return owned
+    buffers = {index for index, tensor in enumerate(tensors.values()) if _is_buffer(tensor)}
+    owned = divide(list(tensors), shapes, held, whole=buffers)
+    parameters = [index for index in range(len(shapes)) if index not in buffers]
+    names = list(tensors)
+    replicas = Replicas(
+        [names[index] for index in parameters], [[boxes[index] for index in parameters] for boxes in held], ranks.rank
+    )
+    found = ranks.gather(lambda: replicas.digests(tensors, dtype))
+    replicas.require_equal(ranks, found, lambda: tensors, dtype)
+    return Division(owned, replicas)
+
+
+def _is_buffer(tensor: torch.Tensor) -> bool:
+    whole = whole_of(tensor)
+    return not (isinstance(whole, torch.nn.Parameter) or is_partitioned(whole) or isinstance(whole, Partition))
 
 
 def holds_all(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> bool:
@@ -70,26 +163,6 @@ def assembled(
     return whole
 
 
-def _require_equal_replicas(
-    ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype, held: Sequence[Sequence[Box]]
-) -> None:
-    """ConfigError unless ranks that hold the same box hold the same weights: each publishes a part of it."""
-    replicated = {
-        name: [boxes[index] for boxes in held]
-        for index, name in enumerate(tensors)
-        if len({boxes[index] for boxes in held}) < len(held)
-    }
-    digests = ranks.gather(lambda: {name: _digest_of_held(tensors[name], dtype) for name in replicated})
-    for name, boxes in replicated.items():
-        first: dict[Box, int] = {}
-        for rank, box in enumerate(boxes):
-            other = first.setdefault(box, rank)
-            if digests[other][name] != digests[rank][name]:
-                raise ConfigError(
-                    f"{name} differs between ranks {other} and {rank}, which both hold it: give all ranks the same "
-                    "weights (DistributedDataParallel does) before the engine is made"
-                )
-
-
-def _digest_of_held(tensor: torch.Tensor, dtype: torch.dtype) -> Digest:
-    return digest_torch(0, integers(cast(tensor, dtype)))
+def _digest_of_held(name: str, tensor: torch.Tensor, served: TensorTable | torch.dtype) -> Digest:
+    dtype = served if isinstance(served, torch.dtype) else TORCH_DTYPES[served[served.index_of(name)].dtype]
+    return digest_torch(tensor_seed(name), integers(cast(tensor, dtype)))

@@ -9,7 +9,7 @@ of equal length. So every element has one owner, replicas have equal work, and f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -158,12 +158,18 @@ def require_held(name: str, tensor: torch.Tensor, box: Box) -> None:
         )
 
 
-def divide(names: Sequence[str], shapes: Sequence[tuple[int, ...]], held: Sequence[Sequence[Box]]) -> list[list[Shard]]:
+def divide(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    held: Sequence[Sequence[Box]],
+    whole: Collection[int] = (),
+) -> list[list[Shard]]:
     """Rank -> the elements of each tensor that it owns. Every element has exactly one owner.
 
     Args:
         names, shapes: names and shapes of the tensors.
         held: rank -> the box of each tensor that it holds. Equal arguments give equal results on every rank.
+        whole: indices of tensors whose boxes are not split: the lowest rank that holds one owns it.
 
     Raises:
         ConfigError: the boxes of a tensor do not add up to the whole tensor.
@@ -181,7 +187,7 @@ def divide(names: Sequence[str], shapes: Sequence[tuple[int, ...]], held: Sequen
                 "every rank of the process group must make an engine of the same model"
             )
         for box, ranks in holders.items():
-            lines.setdefault(tuple(ranks), []).append((index, box))
+            lines.setdefault(tuple(ranks[:1] if index in whole else ranks), []).append((index, box))
     for replicas, line in lines.items():
         for index, rank, shard in _cut(line, replicas, shapes):
             owned[rank][index] = shard

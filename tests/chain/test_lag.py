@@ -63,7 +63,12 @@ def test_a_trainer_restarted_before_its_run_is_visible_joins_it(hub_bucket: HubB
     """It died right after it had created the run."""
     local_hub.lag(1.0)
     faulty = FaultyBucket(hub_bucket)
-    faulty.fail("commit", when="after", nth=2, error=KeyboardInterrupt())  # the claim is first
+
+    def die_afterwards(path: str) -> None:
+        if path == Layout.RUN:
+            faulty.fail("commit", when="after", error=KeyboardInterrupt())
+
+    faulty.before_commit = die_afterwards
     with pytest.raises(KeyboardInterrupt):
         begin(faulty, new_run(1))
     assert not hub_bucket.read([Layout.RUN]), "it is not visible yet"

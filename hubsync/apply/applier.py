@@ -139,12 +139,12 @@ class Applier:
 
     def old_bits(self) -> LiveBits:
         """The old patterns that compact deltas from the current position are decoded against."""
-        regions = [[part.region for part in held] for held in self._live.held]
-        return LiveBits(self.table, self._map.storages, regions, self._dense.masters)
+        return LiveBits(self.table, self._map.storages, self._map.regions, self._dense.masters)
 
-    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of the tensors whose live patterns differ from these, in table order."""
-        return self._live.differing(tensors)
+    @property
+    def live(self) -> LiveWeights:
+        """The mapped elements, to be read."""
+        return self._live
 
     def adopt(self, position: Position) -> None:
         """Declare that the live weights, just read, are at this position."""

@@ -106,6 +106,25 @@ class LiveWeights:
                     names.append(spec.name)
         return names
 
+    def holds_unrounded(self, name: str, stored: torch.Tensor) -> bool:
+        """Whether the live values of a tensor are these, in float32, although the run publishes it in bfloat16."""
+        if stored.dtype != torch.float32:
+            return False
+        flat = flat_bits(stored.contiguous())
+        for part in self.held[self._table.index_of(name)]:
+            storage = self._storages[part.region.storage]
+            if not storage.widened:
+                return False
+            whole = storage.bits.view(torch.int32)
+            for piece in part.region.pieces(_PIECE):
+                ranks = np.arange(piece.numel)
+                places = torch.from_numpy(storage.offsets(piece, ranks) // 2).to(whole.device)
+                expected = flat[torch.from_numpy(piece.indices(ranks))].to(whole.device)
+                with self.aside():
+                    if not torch.equal(whole[places], expected):
+                        return False
+        return True
+
     def compare(
         self, index: int, flat: torch.Tensor
     ) -> Iterator[tuple[Region, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -82,6 +82,25 @@ class _Mapped:
             return False
         return digest_view(self.applier.table, checkpoint).hex == self.reader.run().digest
 
+    def unrounded(self) -> tuple[Position, list[str]] | None:
+        """The version that the checkpoint on this machine is, and the tensors that were loaded from it unrounded.
+
+        Checkpoints keep some tensors in float32, and models serve them so. A run whose trainer held them in bfloat16
+        publishes them rounded. None if the live weights are not what a load of the checkpoint gives.
+        """
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return None
+        try:
+            checkpoint.check()
+        except ConfigError:  # a tensor is missing, or has another shape
+            return None
+        different = self.applier.live.differing(checkpoint)
+        if not all(self.applier.live.holds_unrounded(name, checkpoint.as_stored(name)) for name in different):
+            return None
+        position = self.reader.find(digest_view(self.applier.table, checkpoint).hex)
+        return None if position is None else (position, different)
+
     def plan(self, have: Position | None, target: Position) -> Plan:
         """The path from `have` to exactly `target`."""
         plan = self.reader.plan(have, to=target.version, base_available=self.host.checkpoint is not None)
@@ -235,14 +254,16 @@ class ServedModel:
         mapped, digest = self._mapped, self._joined
         assert mapped is not None
         assert digest is not None
-        position = mapped.reader.find(digest.hex)
+        position, stale = mapped.reader.find(digest.hex), []
+        if position is None:
+            position, stale = mapped.unrounded() or (None, [])
         if position is None:
             mismatch = RunMismatch(_explain_mismatch(mapped, digest.hex))
             if self._group.size == 1:
                 self._mapped = self._joined = None  # another try maps again
             raise mismatch
         mapped.applier.adopt(position)
-        stale = mapped.applier.stale_parameters()
+        stale += mapped.applier.stale_parameters()
         if stale:
             mapped.applier.poison(
                 f"{', '.join(stale[:3])}: the server loaded values of another precision than the run's"
@@ -336,7 +357,7 @@ def _explain_mismatch(mapped: _Mapped, digest: str) -> str:
     complaint, and the model would compute nonsense with them.
     """
     checkpoint = mapped.checkpoint()
-    different = mapped.applier.differing(checkpoint) if checkpoint is not None else []
+    different = mapped.applier.live.differing(checkpoint) if checkpoint is not None else []
     if different:
         others = f" and {len(different) - 3} more" if len(different) > 3 else ""
         return (

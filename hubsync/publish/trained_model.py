@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class TrainedModel:
         if is_adapted(module):
             self.adapter = Adapter(adapter_config(module), self._base, base_digest(module, config.dtype))
 
-    def stated(self, names: Iterable[str]) -> Stated:
+    def stated(self, tensors: Mapping[str, torch.Tensor]) -> Stated:
         """What the view of the model takes over from the base checkpoint, if that is on this machine."""
-        return Stated() if self.adapter is not None else stated_by(self._base_specs(), self._module, names)
+        return Stated() if self.adapter is not None else stated_by(self._base_specs(), self._module, tensors)
 
     def _base_specs(self) -> Specs:
         directory = None if self._base.model is None or self.adapter is not None else local_copy(self._base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from hubsync.chain import ChainReader, ChainWriter
 from hubsync.errors import HubsyncError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.encoding import Encoding
 from hubsync.format.keys import SigningKey
-from hubsync.format.manifest import Position, Run
+from hubsync.format.manifest import Base, Position, Run
 from hubsync.format.parts import Transition, write_anchor, write_delta
+from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from tests.support.sharded import SIZE, Meeting, Shard, random_view
 from tests.support.sharded import TABLE as SHARDED
@@ -182,6 +184,52 @@ def test_a_relaid_out_weight_is_named(tmp_path: Path, trainer: Trainer, base: Pa
     error = replica.settled()["error"]
     assert error["type"] == "RunMismatch"
     assert error["message"].startswith("q: the live weights are not those of the checkpoint")
+
+
+class Gated(torch.nn.Module):
+    """Serves its gate in float32, as vLLM's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.zeros(4, 8), requires_grad=False)
+        self.w = torch.nn.Parameter(torch.zeros(9, 8, dtype=torch.bfloat16), requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            getattr(self, name).data.copy_(tensor)
+
+
+GATED = TensorTable([TensorSpec("gate", (4, 8), "BF16"), TensorSpec("w", (9, 8), "BF16")])
+
+
+@pytest.mark.parametrize("changed", [None, "gate", "w"])
+def test_tensors_that_the_server_loaded_unrounded_are_rounded_at_once(changed: str | None, tmp_path: Path) -> None:
+    """The checkpoint keeps the gate in float32, and the run publishes it in bfloat16. Other weights are refused."""
+    stored = {"gate": torch.randn(4, 8), "w": torch.randn(9, 8).bfloat16()}
+    rounded = {name: tensor.bfloat16() for name, tensor in stored.items()}
+    (tmp_path / "base").mkdir()
+    save_file(stored, tmp_path / "base" / "model.safetensors")
+    start = position_of(0, rounded, GATED)
+    run = Run(RUN_ID, GATED, start.digest, base=Base(str(tmp_path / "base")), created=time.time())
+    ChainWriter.create(open_bucket(str(tmp_path / "bucket"), create=True), run)
+    replica = Replica(tmp_path, str(tmp_path / "bucket"), checkpoint=tmp_path / "base")
+    model = Gated()
+    model.load_weights(stored.items())
+    if changed is not None:
+        getattr(model, changed).data[1, 2] += 1
+    replica.host = replace(replica.host, models=(model,))
+    replica.session.attach()
+    status = replica.settled()
+    if changed is not None:
+        assert (status["state"], status["error"]["type"]) == ("refused", "RunMismatch")
+        return
+    assert status["state"] == "poisoned"
+    replica.session.before_forward()
+    status = replica.session.status()
+    assert (status["state"], status["version"], status["digest"]) == ("ready", 0, start.digest)
+    fresh = Gated()
+    fresh.load_weights(rounded.items())
+    assert_same(memory(model), memory(fresh))
 
 
 def test_requests_before_attaching_are_refused_with_the_remedy(tmp_path: Path, trainer: Trainer) -> None:

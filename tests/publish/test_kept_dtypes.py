@@ -77,6 +77,17 @@ def test_tensors_that_the_base_keeps_in_float32_are_published_in_float32(
     assert {name for name, (_, dtype) in header(directory).items() if dtype == "F32"} == KEPT
 
 
+def test_a_model_in_bfloat16_publishes_in_bfloat16_what_the_base_keeps_in_float32(
+    model: Tiny, base: Path, address: str
+) -> None:
+    """Servers of the base round these tensors when they attach. `scale` alone is float32 in the model."""
+    model.to(torch.bfloat16)
+    model.scale.data = model.scale.data.float()
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))) as engine:
+        assert engine.run.base.model == str(base)
+        assert {spec.name for spec in engine.run.table if spec.dtype == "F32"} == {"scale"}
+
+
 def test_a_float32_base_is_served_in_the_dtype_of_the_view(model: Tiny, address: str, tmp_path: Path) -> None:
     base = save_base(model, tmp_path / "base", torch.float32)
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model=str(base))) as engine:

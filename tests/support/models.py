@@ -102,7 +102,7 @@ MIXED: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         **_EXPERTS, **_DELTA_NET, num_experts=8, shared_expert_intermediate_size=96
     ),
     "minimax_m2": lambda: transformers.MiniMaxM2Config(
-        **{**_SPARSE, "intermediate_size": 96}, num_local_experts=8, scoring_func="sigmoid", use_routing_bias=True
+        **{**_SPARSE, "intermediate_size": 96}, num_local_experts=8, rotary_dim=16
     ),
     "ernie4_5_moe": lambda: transformers.Ernie4_5_MoeConfig(
         **SIZES, moe_intermediate_size=96, moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1

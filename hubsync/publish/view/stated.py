@@ -6,10 +6,13 @@ Servers load a base checkpoint, so a view has its layouts, and its dtypes where 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from hubsync.format.checkpoint import Specs, kept_dtypes
+from hubsync.format.table import WIDTHS
 
 _SHOWN = 3
 
@@ -27,18 +30,26 @@ class Stated:
     kept: Mapping[str, str] = field(default_factory=dict)
 
 
-def stated_by(base: Specs, model: object, names: Iterable[str]) -> Stated:
+def stated_by(base: Specs, model: object, tensors: Mapping[str, torch.Tensor]) -> Stated:
     """What a view of a model takes over from its base checkpoint.
+
+    A tensor that the model holds in a narrower dtype than the checkpoint has the dtype of the view: to publish it in
+    float32 would give servers of the base checkpoint other values.
 
     Args:
         base: tensors of the base checkpoint; empty if it is not on this machine.
         model: the model, or its class: transformers names modules that are float32 in any model of a class.
-        names: the published tensors.
+        tensors: the published tensors, as the model holds them.
     """
     modules = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     patterns = [re.compile(rf"(^|\.){module}(\.|$)") for module in modules]  # as transformers does
-    strict = {name: "F32" for name in names if any(pattern.search(name) for pattern in patterns)}
-    return Stated({name: shape for name, (shape, _) in base.items()}, kept_dtypes(base) | strict)
+    strict = {name: "F32" for name in tensors if any(pattern.search(name) for pattern in patterns)}
+    kept = {
+        name: code
+        for name, code in (kept_dtypes(base) | strict).items()
+        if name in tensors and 8 * tensors[name].element_size() >= WIDTHS[code]
+    }
+    return Stated({name: shape for name, (shape, _) in base.items()}, kept)
 
 
 def differences(base: Specs, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

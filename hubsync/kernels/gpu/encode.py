@@ -26,7 +26,7 @@ MAX_PLANES = 5
 
 _LOOKED = 256  # changes that `look` reads together
 _COMPARED = 64  # changes that `magnitudes` reads together: it compares each with each
-_WRITTEN = 1024  # changes that `gaps` writes together
+_WRITTEN = 512  # changes that `gaps` writes together
 _JOINED = 4  # of them in a row: their bits are joined before they are written
 
 

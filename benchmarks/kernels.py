@@ -2,6 +2,7 @@
 
 python -m benchmarks.kernels                 # the GPU if there is one, else the CPU
 python -m benchmarks.kernels --device cpu --threads 2
+python -m benchmarks.kernels --model qwen3-4b   # a GPU: the passes of a publish, each over all tensors at once
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of, find_changes
 from hubsync.kernels.classes import CLASSES, ClassMap
+
+from .gpu_publish import print_rows
 
 _SIDE = 2048
 _LOWEST = 107  # exponent of the lowest class: weights of about 0.02 lie in the 16 classes from it upwards
@@ -87,7 +91,7 @@ def measure(weights: Weights, device: torch.device, repeats: int) -> list[Row]:
     def compare() -> None:
         for old, new in zip(olds, news, strict=True):
             if device.type == "cuda":
-                kernels.gpu().changes(old, new)
+                kernels.gpu_kernels().changes(old, new)
             else:
                 find_changes(old.numpy().view(np.uint16), new.numpy().view(np.uint16))
 
@@ -110,7 +114,8 @@ def measure(weights: Weights, device: torch.device, repeats: int) -> list[Row]:
     ]
     if device.type == "cuda":
         at = [torch.from_numpy(delta.indices).to(device) for delta in weights.patch.values()]
-        passes.append(("scatter", lambda: [kernels.gpu().scatter(o, a, o[a]) for o, a in zip(olds, at, strict=True)]))
+        scatter = kernels.gpu_kernels().scatter
+        passes.append(("scatter", lambda: [scatter(o, a, o[a]) for o, a in zip(olds, at, strict=True)]))
     for level, known in (("fast", None), ("compact", view)):
         part = encode(table, weights.patch, known)
         codes = 1 if known is None else CLASSES
@@ -156,7 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads, default 1")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
+    parser.add_argument("--model", help="on a GPU: the passes of a publish of a model, for example qwen3-4b")
     options = parser.parse_args(arguments)
+    if options.model:
+        print_rows(
+            import_module("benchmarks.gpu_kernels").measure(options.model, options.repeats), options.model, options.json
+        )
+        return
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     weights = Weights.made(options.tensors, device)

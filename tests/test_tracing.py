@@ -33,7 +33,7 @@ PRODUCT = tuple(f"{ROOT / package}/" for package in ("hubsync", "vllm_plugin"))
 
 PATH = [
     "hubsync/publish/detect/sliced.py",
-    "hubsync/kernels/rounding.py",
+    "hubsync/publish/detect/recorder.py",
     "hubsync/publish/detect/changes.py",
     "hubsync/publish/publisher.py",
     "hubsync/format/parts.py",

@@ -275,6 +275,6 @@ def prepare() -> None:
             with tempfile.NamedTemporaryFile() as file:
                 Path(file.name).write_bytes(part)
                 read_delta(Path(file.name), table, None, applier.old_bits())
-        applier.stage_patch(detected.patch, target)
+        applier.stage_patch(dict(detected.patch), target)
         applier.commit(target)
         applier.verify()

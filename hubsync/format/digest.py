@@ -23,8 +23,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -69,6 +71,11 @@ class Digest:
     def __sub__(self, other: Digest) -> Digest:
         return Digest((self.a - other.a) & _MASK, (self.b - other.b) & _MASK)
 
+    @classmethod
+    def signed(cls, a: int, b: int) -> Digest:
+        """From lanes that are given as int64."""
+        return cls(a & _MASK, b & _MASK)
+
     @property
     def hex(self) -> str:
         """32 lower-case hex digits, lane A first."""
@@ -83,6 +90,36 @@ class Digest:
 
     def __str__(self) -> str:
         return self.hex
+
+
+class DigestList(Sequence[Digest]):
+    """Digests of many tensors in one array: uint64[n, 2], both lanes of each."""
+
+    def __init__(self, lanes: np.ndarray):
+        self.lanes = lanes
+
+    @classmethod
+    def of(cls, digests: Iterable[Digest]) -> DigestList:
+        return cls(np.array([(digest.a, digest.b) for digest in digests], np.uint64).reshape(-1, 2))
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    @overload
+    def __getitem__(self, index: int) -> Digest: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> DigestList: ...
+
+    def __getitem__(self, index: int | slice) -> Digest | DigestList:
+        if isinstance(index, slice):
+            return DigestList(self.lanes[index])
+        a, b = self.lanes[index].tolist()
+        return Digest(a, b)
+
+    @property
+    def total(self) -> Digest:
+        return Digest(*self.lanes.sum(axis=0, dtype=np.uint64).tolist())
 
 
 def tensor_seed(name: str) -> int:
@@ -126,8 +163,8 @@ def digest_torch(
         raise ValueError(f"{indices.numel()} indices do not go with {flat.numel()} patterns")
     if kernels.on_gpu(flat):
         at = None if indices is None else indices.reshape(-1)
-        a, b = kernels.gpu().digest_sums(flat, _places_on(flat.device), _keys(seed), start, at)
-        return Digest(a & _MASK, b & _MASK)
+        a, b = kernels.gpu_kernels().digest_sums(flat, _places_on(flat.device), _keys(seed), start, at)
+        return Digest.signed(a, b)
     if flat.device.type != "cpu":
         return _torch_sums(seed, flat, start, indices)
     bits = flat.numpy().view(UNSIGNED[8 * flat.element_size()])
@@ -158,8 +195,7 @@ def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor
         place, blocks = at & (_BLOCK - 1), _torch_blocks(seed, at >> _LOG_BLOCK)
         for lane in range(2):
             total[lane] += (spread * places[lane, place]).mul_(blocks[lane]).sum()
-    a, b = total.tolist()
-    return Digest(a & _MASK, b & _MASK)
+    return Digest.signed(*total.tolist())
 
 
 def _torch_blocks(seed: int, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,9 +209,21 @@ def _torch_blocks(seed: int, number: torch.Tensor) -> tuple[torch.Tensor, torch.
     return a | 1, z.bitwise_xor_(_shift_right(z, 33)) | 1
 
 
+def key_of(seed: int) -> int:
+    """The key of block 0 of a tensor, as int64. Keys of blocks are a stride apart."""
+    return _signed(seed + _STRIDE)
+
+
 def _keys(seed: int) -> tuple[int, ...]:
     """The key of block 0, the stride between blocks, and the multipliers, as int64."""
-    return _signed(seed + _STRIDE), _signed(_STRIDE), *map(_signed, _MULTIPLIERS)
+    return key_of(seed), _signed(_STRIDE), *map(_signed, _MULTIPLIERS)
+
+
+def device_constants(device: torch.device) -> Any:
+    """What the kernels of `kernels.gpu.digest` need to compute these digests: its `Constants`."""
+    constants = import_module("hubsync.kernels.gpu.digest").Constants
+    first, second, third = map(_signed, _MULTIPLIERS)
+    return constants(_places_on(device), _signed(_STRIDE), (first, second, third))
 
 
 def _signed(value: int) -> int:

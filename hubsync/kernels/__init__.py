@@ -101,7 +101,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and find_spec("triton") is not None
 
 
-def gpu() -> Any:
+def gpu_kernels() -> Any:
     """The module of Triton kernels. It needs a package that only machines with a GPU have."""
     return import_module("hubsync.kernels.triton")
 
@@ -113,4 +113,4 @@ def _backend(bits: Bits) -> Any:
         raise ConfigError(
             f"compact deltas of weights on {bits.device} need CUDA (or ROCm) and triton: use encoding='fast'"
         )
-    return gpu()
+    return gpu_kernels()

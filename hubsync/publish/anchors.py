@@ -16,8 +16,7 @@ from hubsync.chain.version_info import NO_INFO
 from hubsync.errors import BucketError
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
-from hubsync.publish.detect.base import Detector
-from hubsync.publish.detect.snapshot import Snapshot
+from hubsync.publish.detect.base import Detector, PartHolder
 from hubsync.publish.view.division import Division, assembled
 
 from .base_copy import copy_base
@@ -142,7 +141,7 @@ class Anchors:
         if ranks.size == 1:
             write_anchor(directory, table, self._detector.tensors(), max_shard_bytes=_MAX_FILE_BYTES, stem=stem)
             return
-        assert isinstance(self._detector, Snapshot), "several ranks each hold their part"
+        assert isinstance(self._detector, PartHolder), "several ranks each hold their part"
         files = anchor_files(table, _MAX_FILE_BYTES, stem)
         for number, (file, names) in enumerate(files.items()):
             turn, gathered = number % ranks.size, {}

@@ -13,13 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from hubsync.chain import VersionInfo
 from hubsync.chain.part_files import upload_parts
 from hubsync.errors import ChainError, ConfigError
+from hubsync.format.device_patch import DevicePatch
 from hubsync.format.digest import Digest
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
@@ -28,7 +31,7 @@ from hubsync.format.patch import Patch, absolute, changed
 from hubsync.format.times import Times
 from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
-from hubsync.publish.detect.changes import Detected
+from hubsync.publish.detect.changes import Detected, OnDevice
 from hubsync.publish.view.division import GroupDigests
 from hubsync.publish.view.live import LiveView
 
@@ -81,6 +84,7 @@ class Publisher:
         self._closed = False
         self._process = os.getpid()
         self._last: Ticket | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._anchoring: Future[None] | None = None
         self._committing: tuple[Position, Detected] | None = None  # what the detector advances by if it is durable
         self._wait_until_idle()  # starts the thread here: an interrupt during a lazy start could leave two threads
@@ -181,7 +185,9 @@ class Publisher:
         division, tensors, table = self.anchors.division, self._view.tensors, self.detector.table
 
         def detect() -> tuple[bool, list[int], GroupDigests]:
-            phase, live = Phase.begun(), tensors()
+            phase = Phase.begun()
+            self.detector.begin()
+            live = tensors()
             self.detector.follow(live)
             self._view.require_frozen()
             detected = self.detector.detect()
@@ -221,7 +227,7 @@ class Publisher:
             return publish()
         with self._compactor.held():
             published = publish()
-        self._compactor.add(published.position, detected.patch if self._encoding.needs_base else None)
+        self._compactor.add(published.position, dict(detected.patch) if self._encoding.needs_base else None)
         return published
 
     def _publish(self, detected: Detected, info: VersionInfo, detection: Phase) -> Published:
@@ -267,14 +273,26 @@ class Publisher:
     def _upload_own(self, draft: Manifest, detected: Detected, detection: Phase) -> tuple[RankShare, tuple[Part, ...]]:
         """Encode the changes that this rank owns, and make them durable. A rank without changes uploads nothing."""
         encoding = Phase.begun()
-        files = [self._encoded(draft, detected.patch)] if detected.patch else []
+        with self._apart_from_training(detected.on_device):
+            files = [self._encoded(draft, detected.patch)] if detected.has_parts else []
         encoding = encoding.ended()
         upload = Phase.begun()
         parts = upload_parts(self.writer.bucket, draft, files, self.ranks.rank)
         times = Times(detection.ends, encoding.ends, upload.ended().ends)
         return RankShare(self.ranks.rank, detected.changed, sum(part.size for part in parts), times), parts
 
-    def _encoded(self, draft: Manifest, patch: Patch) -> bytes:
+    def _apart_from_training(self, changes: OnDevice | None) -> AbstractContextManager[object]:
+        """A stream of its own for kernels of this thread, ahead of training's: else they wait for all that is queued.
+
+        The changes are complete: detection has waited for them.
+        """
+        if changes is None or changes.numbers.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:  # one for all publishes: every stream has memory of its own
+            self._stream = torch.cuda.Stream(changes.numbers.device, priority=-1)
+        return torch.cuda.stream(self._stream)
+
+    def _encoded(self, draft: Manifest, patch: Patch | DevicePatch) -> bytes:
         assert draft.parent is not None
         table = self.detector.table
         return write_delta(

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from hubsync.kernels.bits import bits_of
-from hubsync.publish.detect.base import Detector
+from hubsync.publish.detect.base import Detector, PartHolder
 from hubsync.publish.detect.changes import Change, Detected
-from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.division import assembled
 from hubsync.publish.view.shards import Shard
 
@@ -32,15 +31,17 @@ def with_whole_values(
         detector: holds this rank's parts.
         indices: of the tensors, those of all ranks.
     """
-    assert isinstance(detector, Snapshot), "several ranks each hold their part"
-    changes, values, whole = dict(detected.changes), dict(detected.values), {}
+    assert isinstance(detector, PartHolder), "several ranks each hold their part"
+    changes, values, whole, on_device = dict(detected.changes), dict(detected.values), {}, detected.on_device
     for number, index in enumerate(sorted(indices)):
         if index not in values:
-            values[index] = _after(detector.part(index), changes.pop(index, None))
+            listed = None if on_device is None else on_device.change_of(index)
+            values[index] = _after(detector.part(index), listed or changes.pop(index, None))
         found = assembled(ranks, division, index, torch.from_numpy(values[index]), number % ranks.size)
         if found is not None:
             whole[index] = found.numpy()
-    return replace(detected, changes=changes, values=values, whole=whole)
+    on_device = None if on_device is None else on_device.without(values)
+    return replace(detected, changes=changes, values=values, whole=whole, on_device=on_device)
 
 
 def _after(copy: torch.Tensor, change: Change | None) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 
 from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
+from hubsync.publish.detect.recorder import HostRecorder
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.view.live import table_of
 
@@ -41,7 +42,8 @@ def with_gradients(live: Live, step: int) -> None:
 
 def detector_of(live: Live, optimizer: torch.optim.Optimizer) -> Sliced:
     tensors: dict[str, torch.Tensor] = dict(live)
-    return Sliced(tensors, table_of(tensors, torch.bfloat16), optimizer, bucket=5000)
+    table = table_of(tensors, torch.bfloat16)
+    return Sliced(tensors, table, optimizer, HostRecorder(table, bucket=5000))
 
 
 def bfloat16_of(live: Live) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.errors import BucketUnavailable, ChainError
 from hubsync.publish import engine as engine_module
-from hubsync.publish.detect import sliced as sliced_module
+from hubsync.publish.detect import recorder as recorder_module
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.view.live import table_of
 from tests.support.faults import FaultyBucket
@@ -316,7 +316,7 @@ def test_an_interrupted_detection_is_repeated(monkeypatch: pytest.MonkeyPatch) -
         if gradient > 0:
             assert detector.detect().changed == 3
     with monkeypatch.context() as patch:
-        patch.setattr(sliced_module, "PendingChanges", interrupt)
+        patch.setattr(recorder_module, "PendingChanges", interrupt)
         with pytest.raises(KeyboardInterrupt):
             detector.detect()
     assert detector.detect().changed == 0

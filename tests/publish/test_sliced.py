@@ -22,6 +22,7 @@ from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.detect.changes import Change, compose
 from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.detect.recorder import HostRecorder
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.detect.stepping import SlicedSteps, why_not
@@ -178,7 +179,8 @@ def test_a_group_that_torch_updates_as_one_is_not_sliced(make: Make) -> None:
         optimizer = make(parameters)
         live: dict[str, torch.Tensor] = {f"w{number}": parameter for number, parameter in enumerate(parameters)}
         if hooked:
-            Sliced(live, table_of(live, torch.bfloat16), optimizer, bucket=1)
+            table = table_of(live, torch.bfloat16)
+            Sliced(live, table, optimizer, HostRecorder(table, bucket=1))
         for later in gradients[1:]:
             optimizer.step()
             receive(later)
@@ -366,8 +368,10 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) ->
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     tensors = published_tensors(model)
-    detector = Sliced(tensors, table_of(tensors, torch.bfloat16), optimizer, bucket=1)
-    copied, most = detector._copy_views, []
+    table = table_of(tensors, torch.bfloat16)
+    recorder = HostRecorder(table, bucket=1)
+    detector = Sliced(tensors, table, optimizer, recorder)
+    copied, most = recorder._copy_views, []
 
     def watched(parameters: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
         old = copied(parameters)
@@ -375,15 +379,47 @@ def test_memory_does_not_grow_with_the_model(monkeypatch: pytest.MonkeyPatch) ->
         return old
 
     def held() -> int:
-        return sum(value.untyped_storage().nbytes() for value in vars(detector).values() if torch.is_tensor(value))
+        return sum(value.untyped_storage().nbytes() for value in vars(recorder).values() if torch.is_tensor(value))
 
-    monkeypatch.setattr(detector, "_copy_views", watched)
+    monkeypatch.setattr(recorder, "_copy_views", watched)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-6)
     optimizer.step()
     assert max(most) == 2 * 64 * 64
     assert held() == 0
     assert not detector._copied.indices
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_lists_that_outgrow_a_copy_are_replaced_by_one(in_flight: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(3)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tensors = published_tensors(model)
+    table = table_of(tensors, torch.bfloat16)
+    recorder = HostRecorder(table)
+    detector = Sliced(tensors, table, optimizer, recorder)
+    before, first, most = view_of(model), None, 0.0
+    for step in range(40):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        parts = [change for own in recorder._pending._parts.values() for change in own]
+        most = max(most, sum(part.indices.nbytes + part.old.nbytes + part.new.nbytes for part in parts) / table.numel)
+        if in_flight and step == 0:
+            first = detector.detect()  # durable only after more steps
+            before = view_of(model)
+    assert most < 6
+    assert detector._copied.indices == set(range(len(table)))
+    if first is not None:
+        detector.advance(first)
+    detected = detector.detect()
+    assert not detected.values
+    assert detected.start == digest_view(table, before)
+    assert detected.digest == digest_view(table, view_of(model))
+    for index, spec in enumerate(table):
+        old, new = bits_of(before[spec.name]), bits_of(view_of(model)[spec.name])
+        assert np.array_equal(detected.changes[index].indices, np.flatnonzero(old != new))
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=6), min_size=1, max_size=4))

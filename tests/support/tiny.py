@@ -10,6 +10,7 @@ from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
 from hubsync.chain.replay import View, replay
 from hubsync.kernels.bits import bits_of
+from hubsync.publish.detect.recorder import HostRecorder
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.view.live import published_tensors, table_of
 
@@ -64,4 +65,4 @@ def follow(address: str, tmp_path: Path, to: int | None = None, base: dict[str, 
 def sliced(model: torch.nn.Module, optimizer: torch.optim.Optimizer, view: torch.dtype = torch.bfloat16) -> Sliced:
     """A detector with buckets so small that every step needs several."""
     tensors = published_tensors(model)
-    return Sliced(tensors, table_of(tensors, view), optimizer, bucket=40)
+    return Sliced(tensors, table_of(tensors, view), optimizer, HostRecorder(table_of(tensors, view), bucket=40))

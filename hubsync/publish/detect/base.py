@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -10,6 +10,16 @@ from hubsync.format.digest import Digest
 from hubsync.format.table import TensorTable
 
 from .changes import Detected
+
+
+@runtime_checkable
+class PartHolder(Protocol):
+    """A detector with a copy of the view: of all, or of this process's part of it."""
+
+    table: TensorTable
+
+    def part(self, index: int) -> torch.Tensor:
+        """The elements of one tensor that this process owns, flat."""
 
 
 class Detector(Protocol):
@@ -26,6 +36,9 @@ class Detector(Protocol):
 
     @property
     def digest(self) -> Digest: ...
+
+    def begin(self) -> None:
+        """Start to read the weights that were followed last, while the caller looks for those of the model now."""
 
     def follow(self, tensors: dict[str, torch.Tensor]) -> None:
         """Watch these live tensors from now on: a module may replace its parameters and buffers."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from hubsync import kernels
-from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
+from hubsync.format.device_patch import DevicePatch
+from hubsync.format.digest import Digest, DigestList, digest_change, digest_torch, tensor_seed
 from hubsync.format.patch import Patch, TensorDelta, TensorValues
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import UNSIGNED, bits_of, difference, find_changes
@@ -38,17 +39,55 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
-class Detected:
-    """The changes since the last durable version, on the CPU, proved: what they lead to is what the model holds.
+class OnDevice:
+    """The changed elements of 16-bit tensors on a GPU, in one list.
 
     Attributes:
-        changes: table index -> the tensor's changes; no empty ones.
+        numbers: int64[n] on the device, ascending: the number of each changed element.
+        old, new: int16[n] on the device: its bit patterns.
+        spans: int64[S, 4], as in `DevicePatch`: which elements of which tensors have which numbers.
+        counts: int64[S], the changes of each span.
+    """
+
+    numbers: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+    spans: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def changed(self) -> int:
+        return int(self.counts.sum())
+
+    def change_of(self, index: int) -> Change | None:
+        """The changes of one tensor, copied to the CPU. None if it is not in the list."""
+        (rows,) = np.nonzero(self.spans[:, 0] == index)
+        if len(rows) == 0:
+            return None
+        _, first, size, _ = self.spans[rows[0]].tolist()
+        begin, end = torch.searchsorted(self.numbers, self.numbers.new_tensor([first, first + size])).tolist()
+        indices = (self.numbers[begin:end] - first).cpu().numpy()
+        return Change(indices, _unsigned(self.old[begin:end]), _unsigned(self.new[begin:end]))
+
+    def without(self, indices: Collection[int]) -> OnDevice:
+        """Without the changes of some tensors, by table index."""
+        kept = ~np.isin(self.spans[:, 0], list(indices))
+        return self if kept.all() else replace(self, spans=self.spans[kept], counts=self.counts[kept])
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """The changes since the last durable version, proved: what they lead to is what the model holds.
+
+    Attributes:
+        changes: table index -> the tensor's changes, on the CPU; no empty ones.
         values: table index -> bit patterns (unsigned, flat) of the owned elements of a tensor that was also written
             where no change was seen, so that its changes are not known. Disjoint from `changes`.
         before: table index -> digest of the last durable version, or of this process's part of it.
         after: table index -> digest of the live tensor, after the changes or with the new values.
         shards: table index -> the elements of the tensor that this process owns; None for all.
         whole: table index -> `values` of the whole tensor, of those that this process publishes; None for `values`.
+        on_device: changes of other tensors, on a GPU.
     """
 
     changes: dict[int, Change]
@@ -57,37 +96,53 @@ class Detected:
     after: Sequence[Digest]
     shards: Sequence[Shard] | None = None
     whole: dict[int, np.ndarray] | None = None
+    on_device: OnDevice | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not self.changes and not self.values
+        return self.changed == 0
 
     @property
     def changed(self) -> int:
         """Number of changed elements; all elements of a tensor with new values."""
-        return sum(len(change.indices) for change in self.changes.values()) + sum(map(len, self.values.values()))
+        on_device = 0 if self.on_device is None else self.on_device.changed
+        on_host = sum(len(change.indices) for change in self.changes.values())
+        return on_device + on_host + sum(map(len, self.values.values()))
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether this process publishes anything. With several ranks another one may publish its new values."""
+        return bool(self.changes or self._published_values or (self.on_device and self.on_device.changed))
+
+    @property
+    def _published_values(self) -> dict[int, np.ndarray]:
+        return self.values if self.whole is None else self.whole
 
     @property
     def start(self) -> Digest:
         """Digest before the changes, of the view or of this process's part of it."""
-        return sum(self.before, Digest())
+        return _total(self.before)
 
     @property
     def digest(self) -> Digest:
         """Digest after the changes, of the view or of this process's part of it."""
-        return sum(self.after, Digest())
+        return _total(self.after)
 
     @cached_property
-    def patch(self) -> Patch:
+    def patch(self) -> Patch | DevicePatch:
         """The changes in checkpoint coordinates. Computed at the first use: in the background."""
-        whole = self.values if self.whole is None else self.whole
-        return {
-            **{
-                index: TensorDelta(globally(self.shards, index, change.indices), difference(change.old, change.new))
-                for index, change in self.changes.items()
-            },
-            **{index: TensorValues(patterns) for index, patterns in whole.items()},
+        on_host: dict[int, TensorDelta | TensorValues] = {
+            index: TensorDelta(globally(self.shards, index, change.indices), difference(change.old, change.new))
+            for index, change in self.changes.items()
         }
+        on_host |= {index: TensorValues(patterns) for index, patterns in self._published_values.items()}
+        if (found := self.on_device) is None:
+            return on_host
+        return DevicePatch(found.numbers, found.old, found.new, found.spans, on_host)
+
+
+def _total(digests: Sequence[Digest]) -> Digest:
+    return digests.total if isinstance(digests, DigestList) else sum(digests, Digest())
 
 
 def globally(shards: Sequence[Shard] | None, index: int, indices: np.ndarray) -> np.ndarray:
@@ -153,7 +208,7 @@ def compare(old: torch.Tensor, new: torch.Tensor) -> Change:
 def compare_on_device(old: torch.Tensor, new: torch.Tensor) -> Change:
     """`compare` on any device: with Triton on a GPU, with torch operations elsewhere."""
     if kernels.on_gpu(old):
-        indices, before, after = kernels.gpu().changes(integers(old), integers(new))
+        indices, before, after = kernels.gpu_kernels().changes(integers(old), integers(new))
         return Change(indices.cpu().numpy(), _unsigned(before), _unsigned(after))
     at = torch.cat(list(_unequal(integers(old), integers(new))))
     return Change(at.cpu().numpy(), _unsigned(integers(old)[at]), _unsigned(integers(new)[at]))
@@ -187,6 +242,14 @@ class PendingChanges:
         while len(parts) > 1 and len(parts[-2].indices) < 2 * len(parts[-1].indices):
             later, earlier = parts.pop(), parts.pop()
             parts.append(compose(earlier, later))
+
+    def length(self, key: int) -> int:
+        """Elements in the lists of one key. An element may be in several."""
+        return sum(len(change.indices) for change in self._parts.get(key, []))
+
+    def keep(self, keys: Collection[int]) -> None:
+        """Forget the changes of all other keys."""
+        self._parts = {key: parts for key, parts in self._parts.items() if key in keys}
 
     def collect(self) -> dict[int, Change]:
         """One change for each key; no empty ones."""

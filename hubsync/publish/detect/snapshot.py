@@ -24,7 +24,7 @@ from .changes import Change, Detected, TensorDigests, compare, split_by_tensor
 
 logger = logging.getLogger(__name__)
 
-_DAMAGED = "the copy of %s that changes are detected against was written to: publishing its new values"
+DAMAGED = "the copy of %s that changes are detected against was written to: publishing its new values"
 
 
 class Snapshot:
@@ -64,6 +64,9 @@ class Snapshot:
     def digest(self) -> Digest:
         return sum(self.digests, Digest())
 
+    def begin(self) -> None:
+        """Nothing: tensors are read one by one."""
+
     def follow(self, tensors: dict[str, torch.Tensor]) -> None:
         """Watch these live tensors from now on. ConfigError unless they have the names and shapes of the table."""
         require_same_table(self.table, tensors)
@@ -84,7 +87,7 @@ class Snapshot:
                 after[index] = self._of.of(index, owned)
                 if after[index] == self._of.after(index, self.digests[index], found.get(index)):
                     continue
-                logger.warning(_DAMAGED, self.table[index].name)
+                logger.warning(DAMAGED, self.table[index].name)
                 found.pop(index, None)
                 values[index] = bits_of(owned.cpu())
             changes |= found
@@ -98,6 +101,12 @@ class Snapshot:
         for index, patterns in detected.values.items():
             integers(self._held[index]).copy_(integers_of(patterns))
         self.digests = list(detected.after)
+
+    def hold(self, view: Sequence[torch.Tensor], digests: Sequence[Digest]) -> None:
+        """Let this be the last durable view: the owned elements of each tensor, flat, and their digests."""
+        for held, tensor in zip(self._held, view, strict=True):
+            held.copy_(tensor)
+        self.digests = list(digests)
 
     def close(self) -> None:
         """Nothing to do: there are no hooks."""

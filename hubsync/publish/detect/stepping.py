@@ -127,11 +127,11 @@ class SlicedSteps:
             with torch.enable_grad():
                 loss = closure()
         if _is_bitsandbytes(type(optimizer)):
-            with self._observer.step():
+            with _Untraced(self._observer.step()):
                 self._update_of_each(optimizer, update, options)
             return loss
         groups = optimizer.param_groups
-        with self._observer.step():
+        with _Untraced(self._observer.step()):
             for group in groups:
                 whole = group["params"]
                 try:
@@ -139,7 +139,7 @@ class SlicedSteps:
                     most = sys.maxsize if _is_indivisible(optimizer, group) else self._bucket
                     for bucket in _buckets(whole, most):
                         group["params"] = bucket
-                        with self._observer.update(bucket):
+                        with _Untraced(self._observer.update(bucket)):
                             update(optimizer, **options)
                 finally:
                     group["params"] = whole
@@ -150,7 +150,7 @@ class SlicedSteps:
         update_one = optimizer.update_step
 
         def observed(group: dict[str, Any], parameter: torch.Tensor, *place: int) -> None:
-            with self._observer.update([parameter]):
+            with _Untraced(self._observer.update([parameter])):
                 update_one(group, parameter, *place)
 
         optimizer.update_step = observed
@@ -158,6 +158,21 @@ class SlicedSteps:
             update(optimizer, **options)
         finally:
             del optimizer.update_step
+
+
+class _Untraced:
+    """A context that `torch.compile` leaves alone: it would take arrays of the observer for tensors of the step."""
+
+    def __init__(self, context: AbstractContextManager[None]):
+        self._context = context
+
+    @torch.compiler.disable
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    @torch.compiler.disable
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._context.__exit__(*error)
 
 
 def _buckets(parameters: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:

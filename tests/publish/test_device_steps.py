@@ -1,0 +1,222 @@
+"""Steps on a GPU: listed on the device, exactly, and without an effect on training.
+
+On a GPU if there is one, else in Triton's interpreter, where tensors in main memory count as tensors on a GPU. The
+interpreter does not give torch's bits for fused updates, so there they are not fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from hubsync.format.digest import digest_view
+from hubsync.kernels.bits import bits_of
+from hubsync.publish.config import SyncConfig
+from hubsync.publish.detect.changes import Detected
+from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.detect.sliced import Sliced
+from hubsync.publish.view.live import published_tensors, table_of
+from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
+from tests.support.tiny import View
+
+test_in_tritons_interpreter = in_the_interpreter(__file__)
+pytestmark = on_device
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adamw fused amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True, amsgrad=True, maximize=True),
+    "adam fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True, weight_decay=0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-3),
+}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+class Net(torch.nn.Module):
+    """Parameters of several shapes, one without a gradient, one frozen, a buffer."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(40, 130)
+        self.second = torch.nn.Linear(130, 7)
+        self.unused = torch.nn.Parameter(torch.randn(90) * 0.02)
+        self.frozen = torch.nn.Parameter(torch.randn(50) * 0.02, requires_grad=False)
+        self.register_buffer("scale", torch.randn(12))
+        self.to(DEVICE, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))) + self.frozen.sum()
+
+
+def train(model: Net, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 40, generator=generator).to(DEVICE, model.frozen.dtype)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def _tensors_count_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hubsync import kernels
+    from hubsync.kernels.gpu import numbering
+    from hubsync.publish.detect import device_live, device_recorder
+
+    monkeypatch.setattr(numbering, "TILE", 256)
+    monkeypatch.setattr(device_recorder, "_LEAST", 2048)
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+        monkeypatch.setattr(device_live, "_INTERPRETED", True)
+
+
+def optimized(model: Net, make: Make) -> torch.optim.Optimizer:
+    return make([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def watched(model: Net, optimizer: torch.optim.Optimizer) -> Sliced:
+    from hubsync.publish.detect.device_recorder import DeviceRecorder
+
+    tensors = published_tensors(model)
+    config = SyncConfig(bucket="local:unused", detector="sliced")
+    detector = choose_detector(tensors, table_of(tensors, torch.bfloat16), optimizer, config)
+    assert isinstance(detector, Sliced)
+    recorder = detector._recorder
+    assert isinstance(recorder, DeviceRecorder)
+    recorder._fuses = not INTERPRETED
+    return detector
+
+
+def view_of(model: Net) -> View:
+    return {name: t.detach().to("cpu", torch.bfloat16, copy=True) for name, t in published_tensors(model).items()}
+
+
+def expect(detected: Detected, detector: Sliced, before: View, model: Net) -> None:
+    """What was detected is what changed, by comparison."""
+    now = view_of(model)
+    for index, spec in enumerate(detector.table):
+        old, new = bits_of(before[spec.name]), bits_of(now[spec.name])
+        at = np.flatnonzero(old != new)
+        delta = detected.patch.get(index)
+        assert np.array_equal(getattr(delta, "indices", []), at), spec.name
+    assert detected.start == digest_view(detector.table, before)
+    assert detected.digest == digest_view(detector.table, now)
+    assert not detected.values
+
+
+@DTYPES
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_bit_identical_and_changes_are_exact(name: str, dtype: torch.dtype) -> None:
+    model = Net(dtype)
+    plain = copy.deepcopy(model)
+    optimizer, other = optimized(model, OPTIMIZERS[name]), optimized(plain, OPTIMIZERS[name])
+    detector, before = watched(model, optimizer), view_of(model)
+    for step in range(4):
+        train(model, optimizer, step)
+        train(plain, other, step)
+        if step == 1:
+            continue  # two steps in one publish
+        detected = detector.detect()
+        assert detected.on_device is not None
+        assert detected.changed > 0
+        expect(detected, detector, before, model)
+        detector.advance(detected)
+        before = view_of(model)
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values(), strict=True) if torch.is_tensor(a))
+
+
+def test_changes_that_did_not_become_durable_are_found_again() -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector, before = watched(model, optimizer), view_of(model)
+    for step in range(3):
+        train(model, optimizer, step)
+        expect(detector.detect(), detector, before, model)  # never advanced
+
+
+def test_the_last_view_is_restored() -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector, before = watched(model, optimizer), view_of(model)
+    train(model, optimizer, 0)
+    detected = detector.detect()
+    train(model, optimizer, 1)
+    for view in (before, None):
+        if view is None:
+            detector.advance(detected)
+            break
+        restored = detector.tensors()
+        assert all(torch.equal(restored[name].cpu(), view[name]) for name in view)
+
+
+def test_a_step_without_changes_is_empty() -> None:
+    model = Net(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+    detector = watched(model, optimizer)
+    train(model, optimizer, 0)
+    assert detector.detect().is_empty
+
+
+@pytest.mark.parametrize("way", ["data", "replaced", "moved", "cast", "made anew"])
+def test_writes_outside_of_steps_are_published_as_new_values(way: str) -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector = watched(model, optimizer)
+    train(model, optimizer, 0)
+    detector.advance(detector.detect())
+    name = "first.weight"
+    if way == "data":
+        model.first.weight.data.mul_(1.5)
+    elif way == "replaced":
+        model.first.weight.data = model.first.weight.data * 1.5
+    elif way == "moved":
+        model.first.weight.data = (model.first.weight.data * 1.5).cpu()
+    elif way == "cast":
+        model.first.weight.data = (model.first.weight.data * 1.5).bfloat16()
+    else:
+        model.first.weight = torch.nn.Parameter(model.first.weight.data * 1.5)
+        detector.follow(published_tensors(model))
+    detected = detector.detect()
+    assert [detector.table[index].name for index in detected.values] == [name]
+    assert detected.digest == digest_view(detector.table, view_of(model))
+    detector.advance(detected)
+    if way in ("moved", "cast"):
+        model.first.weight.data = model.first.weight.data.to(DEVICE, torch.float32)
+    train(model, optimizer, 1)
+    assert detector.detect().digest == digest_view(detector.table, view_of(model))
+
+
+def test_after_the_second_time_a_copy_is_kept() -> None:
+    model = Net(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)  # most elements are not in the list
+    detector = watched(model, optimizer)
+    for step in range(3):
+        train(model, optimizer, step)
+        model.first.weight.data.mul_(1.25)
+        detected = detector.detect()
+        assert bool(detected.values) == (step < 2)
+        assert detected.digest == digest_view(detector.table, view_of(model))
+        detector.advance(detected)
+
+
+def test_a_step_that_is_skipped_for_infinite_gradients_changes_nothing() -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector = watched(model, optimizer)
+    train(model, optimizer, 0)
+    detector.advance(detector.detect())
+    optimizer.grad_scale = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
+    train(model, optimizer, 1)
+    assert detector.detect().is_empty

@@ -1,0 +1,31 @@
+"""Tests of Triton kernels: on a GPU if there is one, else in a process of their own with Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Triton is imported
+
+on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a separate process")
+
+
+def in_the_interpreter(file: str) -> Callable[[], None]:
+    """A test that runs all others of a file in the interpreter, where there is no GPU."""
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+    @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
+    def test() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-5000:]
+
+    return test

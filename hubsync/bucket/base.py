@@ -12,7 +12,7 @@ Callers rely on these promises of every backend:
 * `fetch` ends with a complete, hash-checked local file under its final name, or with an error and no file.
 * Failures are `hubsync.errors.BucketError`s, never errors of a transport library.
 * Every method may be called from several threads and several processes at once.
-* Every wait has a deadline; after it, `BucketUnavailable` is raised. A transfer may take any time while it moves.
+* Every wait has a deadline; after it, `BucketUnavailable` is raised. A transfer has the time that a slow line needs.
 * What was written may be visible late, by at most `lag`. Writers and readers of a run are patient for that long.
 """
 

@@ -1,8 +1,9 @@
 """Contents of a bucket: uploads and downloads by hf_xet, given up when they stop moving.
 
 hf_xet transfers outside of Python, and one of its calls may wait for ever. So each transfer runs in a thread while its
-caller watches the bytes that have moved: as long as they move it may take any time. After a silence it is cancelled,
-which ends the thread. A thread that does not end all the same is left behind; there is a limit for these.
+caller watches the bytes that have moved. After a silence it is cancelled, which ends the thread. So it is if it is much
+slower than any line over which weights can be moved: a few bytes now and then must not hold a reader for days. A thread
+that does not end all the same is left behind; there is a limit for these.
 
 The session is hubsync's own, so that neither its settings nor cancelling affects other users of hf_xet in the process.
 """
@@ -32,6 +33,8 @@ STALL_SECONDS = 60.0  # a transfer that moves no byte for this long is given up
 # over a slow line; and then the storage checks what it got.
 _BUFFER, _SLOWEST = 4 << 20, 128 << 10  # bytes, bytes per second
 _CHECKED = 500_000_000  # bytes per second
+_LEAST_SPEED = 16 << 10  # bytes per second: a transfer that is slower as a whole is given up
+_EACH_SECONDS = 1.0  # more for each file
 _CANCEL_SECONDS = 10.0  # time for a cancelled transfer to end
 
 # Unless the environment sets them (HF_XET_CLIENT_...). By itself hf_xet retries a failing server for almost five
@@ -71,7 +74,8 @@ def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: Hu
 
     nbytes = sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sources)
     silent_end = min(nbytes, _BUFFER) / _SLOWEST + nbytes / _CHECKED
-    hashes: list[str] = _Transfer(transfer, nbytes, action, place).run(STALL_SECONDS + silent_end)
+    longest = _longest(nbytes, len(sources)) + silent_end
+    hashes: list[str] = _Transfer(transfer, nbytes, action, place).run(STALL_SECONDS + silent_end, longest)
     return hashes
 
 
@@ -91,7 +95,13 @@ def download(files: Sequence[tuple[str, int, Path]], token: Token, action: str, 
             group.start_download_file(XetFileInfo(content, size), str(path))
         group.wait_to_finish()
 
-    _Transfer(transfer, sum(size for _, size, _ in files), action, place).run(STALL_SECONDS)
+    nbytes = sum(size for _, size, _ in files)
+    _Transfer(transfer, nbytes, action, place).run(STALL_SECONDS, _longest(nbytes, len(files)))
+
+
+def _longest(nbytes: int, files: int) -> float:
+    """Seconds that a transfer may take as a whole."""
+    return 2 * STALL_SECONDS + _EACH_SECONDS * files + nbytes / _LEAST_SPEED
 
 
 class _Transfer:
@@ -105,12 +115,12 @@ class _Transfer:
         self._given_up = False
         self._thread = threading.Thread(target=self._work, name="hubsync-transfer", daemon=True)
 
-    def run(self, limit: float) -> Any:
-        """Its result. BucketUnavailable after a silence of `limit` seconds."""
+    def run(self, limit: float, longest: float) -> Any:
+        """Its result. BucketUnavailable after a silence of `limit` seconds, or after `longest` seconds."""
         LEFT_BEHIND.check(self._place.failed(self._action))
         self._thread.start()
         try:
-            self._watch(limit)
+            self._watch(limit, Deadline(longest))
         except BaseException:  # also KeyboardInterrupt
             self._cancel()
             raise
@@ -131,8 +141,8 @@ class _Transfer:
         if self._given_up:
             group.abort()
 
-    def _watch(self, limit: float) -> None:
-        """Return when the thread ends; BucketUnavailable after a silence."""
+    def _watch(self, limit: float, end: Deadline) -> None:
+        """Return when the thread ends; BucketUnavailable after a silence, or at the end of its time."""
         silence, moved, report = Deadline(limit), self._moved(), Deadline(REPORT_SECONDS)
         while True:
             self._thread.join(min(1.0, limit / 4))
@@ -141,13 +151,18 @@ class _Transfer:
             if (now := self._moved()) != moved:
                 silence, moved = Deadline(limit), now
             elif silence.passed:
-                raise BucketUnavailable(
-                    f"{self._place.failed(self._action)}: the storage of the Hub has moved no byte for {limit:.0f} s "
-                    f"({moved[0] / 1e6:.1f} of {self._nbytes / 1e6:.1f} MB done). Try again later{self._place.proxy}"
-                )
+                raise self._too_slow(f"has moved no byte for {limit:.0f} s", moved[0])
+            if end.passed:
+                raise self._too_slow(f"moves less than {_LEAST_SPEED / 1000:.0f} kB/s", moved[0])
             if report.passed:
                 logger.info("%s: %.1f of %.1f MB", self._action, now[0] / 1e6, self._nbytes / 1e6)
                 report = Deadline(REPORT_SECONDS)
+
+    def _too_slow(self, how: str, moved: int) -> BucketUnavailable:
+        return BucketUnavailable(
+            f"{self._place.failed(self._action)}: the storage of the Hub {how} ({moved / 1e6:.1f} of "
+            f"{self._nbytes / 1e6:.1f} MB done). Try again later{self._place.proxy}"
+        )
 
     def _moved(self) -> tuple[int, ...]:
         """Counters that grow while the transfer moves: bytes, bytes on the wire, steps at the end of an upload."""

@@ -10,18 +10,22 @@ import os
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
 import httpx
 
 from hubsync.errors import ConfigError
+from hubsync.retry import Deadline
 
 from .server import plain_url
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+MAX_ANSWER = 512 << 20  # bytes; the layouts of many workers are long
 
 # vLLM closes connections that were idle for 5 seconds. A request on a kept connection must not cross with that.
 LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
@@ -85,6 +89,26 @@ def new_client(access: ServerAccess) -> httpx.Client:
         follow_redirects=True,
         trust_env=trusts_environment(access.url),
         verify=_certificates(access.url),
+    )
+
+
+def whole_answer(client: httpx.Client, verb: str, url: str, timeout: float, **request: Any) -> httpx.Response:
+    """The complete answer to a request: its first byte within `timeout` seconds, and all of it in as many more.
+
+    httpx alone would wait for ever for one that trickles. ReadTimeout if it is late, DecodingError if it has more than
+    `MAX_ANSWER` bytes.
+    """
+    with client.stream(verb, url, timeout=timeout, **request) as answer:
+        deadline, body = Deadline(timeout), bytearray()
+        for piece in answer.iter_bytes():
+            body += piece
+            if deadline.passed:
+                raise httpx.ReadTimeout("the answer is not complete", request=answer.request)
+            if len(body) > MAX_ANSWER:
+                raise httpx.DecodingError(f"the answer has more than {MAX_ANSWER} bytes", request=answer.request)
+    plain = {name: value for name, value in answer.headers.items() if name != "content-encoding"}
+    return httpx.Response(
+        answer.status_code, headers=plain, content=bytes(body), request=answer.request, history=answer.history
     )
 
 

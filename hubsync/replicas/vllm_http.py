@@ -15,7 +15,7 @@ import httpx
 from hubsync.apply.protocol import WorkerMethod, error_from_json
 from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
-from .http_client import API_KEY_VARIABLE, access_to, new_client
+from .http_client import API_KEY_VARIABLE, access_to, new_client, whole_answer
 from .server import checked_url
 
 OLDEST = (0, 26)
@@ -190,9 +190,10 @@ class VLLMServer:
 
     def _request(self, verb: str, path: str, **request: Any) -> httpx.Response:
         try:
-            return self._http.request(verb, self.url + path, timeout=self.timeout, **request)
-        except httpx.ReadTimeout:
-            raise ReplicaUnreachable(f"{self.url}{path} gave no answer in {self.timeout:g} s") from None
+            return whole_answer(self._http, verb, self.url + path, self.timeout, **request)
+        except httpx.ReadTimeout as error:
+            late = "gave no answer" if not str(error).startswith("the answer") else "did not complete its answer"
+            raise ReplicaUnreachable(f"{self.url}{path} {late} in {self.timeout:g} s") from None
         except _CONNECTION_ERRORS as error:
             reason = str(error) or type(error).__name__
             raise ReplicaUnreachable(f"cannot connect to {self.url}: is the vLLM server up? ({reason})") from None

@@ -124,6 +124,24 @@ def test_a_slow_transfer_that_moves_is_not_given_up(
     assert (tmp_path / "part").read_bytes() == data
 
 
+@pytest.mark.parametrize("where", ["POST /v1/xorbs", "GET /xorbs"])
+def test_a_transfer_that_trickles_for_ever_is_given_up(
+    hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It never pauses for long. Limits are as if 16 kB/s were 10 MB/s."""
+    monkeypatch.setattr("hubsync.bucket.xet._LEAST_SPEED", 10_000_000)
+    monkeypatch.setattr("hubsync.bucket.xet._BUFFER", 0)
+    monkeypatch.setattr("hubsync.bucket.xet._EACH_SECONDS", 0.0)
+    data = os.urandom(6_000_000)
+    fetched, written = [download("part", data, tmp_path / "part")], [Upload("other", os.urandom(6_000_000))]
+    hub_bucket.put([Upload("part", data)])
+    local_hub.fail(where, pace=1e6, times=FOREVER)
+    with pytest.raises(BucketUnavailable, match=r"moves less than 10000 kB/s \(.* of 6.0 MB done\)"):
+        hub_bucket.fetch(fetched) if where.startswith("GET") else hub_bucket.put(written)
+    assert files_below(tmp_path) == []
+    assert [stat.path for stat in hub_bucket.list()] == ["part"]
+
+
 def test_an_answer_that_trickles_for_ever_is_given_up(hub_bucket: HubBucket, local_hub: LocalHub) -> None:
     hub_bucket.put([Upload(f"parts/{n}", b"") for n in range(20)])
     local_hub.fail("/tree", pace=20, times=FOREVER)

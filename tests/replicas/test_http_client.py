@@ -173,3 +173,34 @@ def test_a_missing_certificate_bundle_is_an_error_and_not_ignored(
         VLLMServer("https://inference.invalid")
     VLLMServer("http://inference.invalid")  # needs no certificates
     VLLMServer("https://127.0.0.1:8000")  # this machine: the environment is not used
+
+
+def test_an_answer_that_trickles_for_ever_is_given_up(serve: Serve) -> None:
+    """It never pauses for long, as behind a proxy that keeps connections open."""
+    given_up = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not given_up.wait(0.02):
+                try:
+                    connection.sendall(b" ")
+                except OSError:
+                    given_up.set()
+
+    with pytest.raises(ReplicaUnreachable, match=r"/version did not complete its answer in 0.3 s"):
+        VLLMServer(serve(talk), timeout=0.3).version()
+    assert given_up.wait(60), "the connection is closed"
+
+
+def test_an_answer_of_any_size_is_not_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hubsync.replicas.http_client.MAX_ANSWER", 1000)
+
+    def talk(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b" " * 5000)
+
+    with pytest.raises(ReplicaUnreachable, match="the answer has more than 1000 bytes"):
+        VLLMServer(serve(talk)).version()

@@ -26,8 +26,10 @@ from __future__ import annotations
 import logging
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,22 @@ def retry(
             if failures == 1:
                 logger.warning("waiting for %s, up to %.0f s: %s", waiting_for, left, error)
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def reporting(waiting_for: str) -> Iterator[None]:
+    """Every `REPORT_SECONDS` log what a wait is for that cannot be interrupted, as long as the context lasts."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(REPORT_SECONDS):
+            logger.warning("still waiting for %s", waiting_for)
+
+    threading.Thread(target=report, name="hubsync-wait", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def wait_reporting(wait: Callable[[float], bool], timeout: float | Deadline = math.inf, *, waiting_for: str) -> bool:

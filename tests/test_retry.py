@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from hubsync import retry as waits
 from hubsync.errors import BucketDenied, BucketUnavailable
-from hubsync.retry import Deadline, attempts, retry, wait_reporting
+from hubsync.retry import Deadline, attempts, reporting, retry, wait_reporting
 
 
 class Clock:
@@ -130,3 +131,23 @@ def test_a_blocking_wait_without_a_deadline_reports_too(clock: Clock, caplog: py
 
     assert wait_reporting(at_last, waiting_for="the upload")
     assert caplog.messages == ["still waiting for the upload"]
+
+
+def test_a_wait_that_cannot_be_interrupted_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    reported = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+            reported.set()
+
+    listener = Listener()
+    monkeypatch.setattr(waits, "REPORT_SECONDS", 0.01)
+    waits.logger.addHandler(listener)
+    try:
+        with reporting("the other ranks"):
+            assert reported.wait(60)
+    finally:
+        waits.logger.removeHandler(listener)
+    assert told[0] == "still waiting for the other ranks"

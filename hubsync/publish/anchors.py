@@ -13,10 +13,12 @@ from pathlib import Path
 from hubsync.chain import ChainReader, VersionInfo
 from hubsync.chain.part_files import anchor_sources, upload_parts
 from hubsync.chain.version_info import NO_INFO
-from hubsync.errors import BucketError
+from hubsync.errors import BucketError, ChainError
+from hubsync.format.digest import Digest, digest_torch, digest_view, tensor_seed
 from hubsync.format.manifest import Manifest, Position
 from hubsync.format.parts import anchor_files, write_anchor, write_anchor_file, write_anchor_index
 from hubsync.publish.detect.base import Detector, PartHolder
+from hubsync.publish.view.cast import integers
 from hubsync.publish.view.division import Division, assembled
 
 from .base_copy import copy_base
@@ -108,7 +110,7 @@ class Anchors:
             with tempfile.TemporaryDirectory(prefix="hubsync-anchor-") as name:
                 directory = Path(name)
                 ranks.first(lambda: self._write_side_files(directory))
-                self._write_own_files(directory, ranks)
+                self._write_proved(directory, ranks, at)
                 draft = writer.draft_anchor(ranks, at=at, info=info)
                 uploaded = ranks.gather(lambda: upload_parts(writer.bucket, draft, anchor_sources(directory)))
                 return writer.commit(ranks, draft, [part for parts in uploaded for part in parts])
@@ -135,14 +137,29 @@ class Anchors:
         with tempfile.TemporaryDirectory(prefix="hubsync-") as cache:
             return ChainReader(self._writer.bucket, cache).plan(self._newest_at).nbytes
 
-    def _write_own_files(self, directory: Path, ranks: Ranks) -> None:
-        """Write this rank's weight files of an anchor. Rank 0 also writes the index."""
+    def _write_proved(self, directory: Path, ranks: Ranks, at: Position) -> None:
+        """Write this rank's weight files. ChainError, on all ranks, if all ranks together have not written `at`."""
+        own = self._write_own_files(directory, ranks)
+        written = sum(ranks.gather(lambda: own), Digest())
+        if written.hex != at.digest:
+            raise ChainError(
+                f"the copy of {at} in memory was written to, by a bit that flipped or by other code, so it is not "
+                "uploaded: publish again, which finds the tensors, and then upload the model"
+            )
+
+    def _write_own_files(self, directory: Path, ranks: Ranks) -> Digest:
+        """Write this rank's weight files of an anchor. Rank 0 also writes the index.
+
+        Returns:
+            digest of the written tensors, read again afterwards.
+        """
         table, stem = self._detector.table, self._writer.run.stem
         if ranks.size == 1:
-            write_anchor(directory, table, self._detector.tensors(), max_shard_bytes=_MAX_FILE_BYTES, stem=stem)
-            return
+            tensors = self._detector.tensors()
+            write_anchor(directory, table, tensors, max_shard_bytes=_MAX_FILE_BYTES, stem=stem)
+            return digest_view(table, tensors)
         assert isinstance(self._detector, PartHolder), "several ranks each hold their part"
-        files = anchor_files(table, _MAX_FILE_BYTES, stem)
+        files, digest = anchor_files(table, _MAX_FILE_BYTES, stem), Digest()
         for number, (file, names) in enumerate(files.items()):
             turn, gathered = number % ranks.size, {}
             for name in names:
@@ -152,4 +169,7 @@ class Anchors:
                     gathered[name] = tensor.view(table[index].shape)
             # A round, so that all ranks stop here if the disk of one is full.
             ranks.together(lambda: write_anchor_file(directory / file, gathered) if gathered else None)  # noqa: B023
+            for name, tensor in gathered.items():
+                digest += digest_torch(tensor_seed(name), integers(tensor.view(-1)))
         ranks.first(lambda: write_anchor_index(directory, table, files))
+        return digest

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from hubsync.errors import ConfigError, RankError
+from hubsync.retry import reporting
 
 T = TypeVar("T")
 
@@ -154,7 +155,8 @@ class GlooRanks(Ranks):
     def _exchange(self, own: _Outcome) -> list[_Outcome]:
         outcomes: list[Any] = [None] * self.size
         try:
-            torch.distributed.all_gather_object(outcomes, own, group=self.group)
+            with reporting("the other ranks of this training"):
+                torch.distributed.all_gather_object(outcomes, own, group=self.group)
         except RuntimeError as error:
             raise _lost(error) from error
         return outcomes

@@ -301,6 +301,19 @@ def test_a_damaged_copy_is_healed(model: Tiny, address: str, tmp_path: Path) -> 
     assert same_bits(follow(address, tmp_path).tensors, view_of(model))
 
 
+def test_no_anchor_of_a_damaged_copy_is_uploaded(model: Tiny, address: str, tmp_path: Path) -> None:
+    """Damaged after the last detection, as anchors take long to write. The next publish heals it."""
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, base_model="tiny")) as engine:
+        train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        engine.publish(1).result()
+        engine._publisher.detector.tensors()["scale"].fill_(3)
+        with pytest.raises(ChainError, match=r"the copy of version 1 .* in memory was written to.*publish again"):
+            engine._publisher.anchors.commit(engine.ranks)
+        assert engine.publish(2).result().rewritten == ("scale",)
+        assert engine.anchor().version == 2
+    assert same_bits(follow(address, tmp_path).tensors, view_of(model))
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

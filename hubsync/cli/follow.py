@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Follow until SIGINT or SIGTERM, or once with `--once`."""
     follower = _follower(args)
-    report = _print_json if args.json else _print_line
+    report = _print_if_possible(_print_json if args.json else _print_line)
     follower.on_commit = lambda followed: report(_commit_event(followed))
     follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s))
     if not args.once:
@@ -142,6 +143,20 @@ def _commit_event(followed: Followed) -> dict[str, Any]:
 
 def _error_event(error: HubsyncError, retry_s: float) -> dict[str, Any]:
     return {"event": "error", "error": type(error).__name__, "message": str(error), "retry_s": round(retry_s, 1)}
+
+
+def _print_if_possible(show: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """`show`, but go on if the output is a file on a disk that is full: following goes on, and that can be cured."""
+
+    def report(event: dict[str, Any]) -> None:
+        try:
+            show(event)
+        except BrokenPipeError:  # nobody reads
+            raise
+        except OSError:
+            pass  # there is no place to say it
+
+    return report
 
 
 def _print_json(event: dict[str, Any]) -> None:

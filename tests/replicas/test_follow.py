@@ -386,11 +386,13 @@ def test_a_login_after_the_token_has_expired_needs_no_restart(
 
 
 @contextmanager
-def command(publisher: Publisher, server: StandIn, *options: str) -> Iterator[subprocess.Popen[str]]:
+def command(
+    publisher: Publisher, server: StandIn, *options: str, out: Any = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     arguments = ["follow", "--bucket", publisher.address, "--server", server.url, "--interval", "0.05", *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "hubsync", *arguments],
-        stdout=subprocess.PIPE,
+        stdout=out,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -429,6 +431,16 @@ def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
         "commit_s": 0.0,
         "pause_s": 0.003,
     }
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a disk that is full")
+def test_the_command_goes_on_if_its_output_cannot_be_written(publisher: Publisher, server: StandIn) -> None:
+    """As with a log file on a disk that is full."""
+    with Path("/dev/full").open("w") as full, command(publisher, server, "--json", out=full) as process:
+        until(lambda: server.position == publisher.positions[2])
+        publish(publisher)
+        until(lambda: server.position == publisher.positions[3])
+        assert process.poll() is None
 
 
 def test_the_command_with_once_polls_once(publisher: Publisher, server: StandIn) -> None:

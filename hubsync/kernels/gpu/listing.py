@@ -10,6 +10,7 @@ pattern differs, then one entry for each of these that is not listed yet. An ent
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +20,15 @@ import triton.language as tl
 
 from .numbering import Numbering, address_in, patterns, rounded, tile_of
 
+logger = logging.getLogger(__name__)
+
 _WARPS = 8  # for a tile
 _WORDS = 256  # words of bits that one program lists
 _ENTRIES = 256  # entries of one program
 _GROUP = 256  # elements counted together, to find the place of one in order: their bits are one memory sector
 _ROOM = 3  # times the entries so far: what a step may add
 _LEAST = 1 << 16
+_SHARE = 16  # of the elements: half a byte for each
 
 Ranges = Sequence[tuple[int, int]]
 """Tiles, as ranges (first, end)."""
@@ -47,13 +51,14 @@ class Listed:
 class ChangeList:
     """Changed elements since the list was emptied.
 
-    Memory: an eighth of a byte for each element; 8 bytes for each of at most three times as many entries as were ever
-    listed at once, and never more than 8 bytes for each element. During a step also 2.125 bytes for each element that
-    is updated together.
+    Memory: an eighth of a byte for each element, and 8 bytes for each entry that there is room for: three times those
+    of the steps before, but no more than half a byte for each element, unless there are more entries. During a step
+    also 2.125 bytes for each element that is updated together.
 
     A step that more than triples the list overflows it. What did not fit is not listed, and the next step makes room;
-    only the digest of the live tensors shows it. While the size of a list is not known, at the beginning, nothing is
-    lost: every comparison waits for its outcome.
+    only the digest of the live tensors shows it. While the size of a list is not known, at the beginning, and while
+    there are too many entries to have room for more of them in advance, nothing is lost: every comparison waits for
+    its outcome.
     """
 
     def __init__(self, numbering: Numbering):
@@ -62,6 +67,9 @@ class ChangeList:
         self._bits = torch.zeros(numbering.tiles * numbering.tile // 32, dtype=torch.int32, device=device)
         self._entries = torch.empty(_LEAST, dtype=torch.int64, device=device)
         self._wanted = torch.zeros(1, dtype=torch.int64, device=device)  # entries, had there been room for all
+        self._most = max(
+            _LEAST, numbering.tiles * numbering.tile // _SHARE
+        )  # entries that there is room for in advance
         self._waits = True  # for the outcome of every comparison
         self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
@@ -76,7 +84,8 @@ class ChangeList:
         if seen > len(self._entries):
             seen = self._held()
         if _ROOM * seen > len(self._entries):
-            self._grow(_ROOM * seen)
+            self._grow(min(_ROOM * seen, max(seen, self._most)))
+        self._waits |= _ROOM * seen > len(self._entries)
 
     def end(self) -> None:
         """Ask for the number of entries, without waiting for it."""
@@ -138,8 +147,12 @@ class ChangeList:
             done += end - first
 
     def _grow(self, capacity: int) -> None:
-        capacity = max(len(self._entries), min(capacity, self.numbering.tiles * self.numbering.tile))
-        entries = torch.empty(capacity, dtype=torch.int64, device=self.numbering.device)
+        """Make room for so many entries. If there is no memory, the list overflows, and digests will show it."""
+        try:
+            entries = torch.empty(capacity, dtype=torch.int64, device=self.numbering.device)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory on %s for a list of %d changes", self.numbering.device, capacity)
+            return
         entries[: len(self._entries)] = self._entries
         self._entries = entries
 
@@ -176,7 +189,10 @@ class ChangeList:
         return int(self._wanted) <= len(self._entries)
 
     def clear(self) -> None:
-        """Empty the list."""
+        """Empty the list. What it held tells how much room the next steps need."""
+        room = min(_ROOM * int(self._seen), self._most)
+        if len(self._entries) > 2 * max(room, _LEAST):
+            self._entries = torch.empty(max(room, _LEAST), dtype=torch.int64, device=self.numbering.device)
         self._bits.zero_()
         self._wanted.zero_()
         self._seen.zero_()
@@ -188,8 +204,8 @@ class ChangeList:
         first = (earlier.numbers << 16) | (earlier.old.to(torch.int64) & 0xFFFF)
         both = torch.cat([first, held])
         self.clear()
-        if _ROOM * len(both) > len(self._entries):
-            self._entries = torch.empty(_ROOM * len(both), dtype=torch.int64, device=self.numbering.device)
+        if len(both) > len(self._entries):
+            self._entries = torch.empty(len(both), dtype=torch.int64, device=self.numbering.device)
         self._entries[: len(both)] = both
         self._wanted.fill_(len(both))
         self._seen.fill_(len(both))
@@ -204,7 +220,7 @@ class ChangeList:
         held = int(self._count_bits().sum())  # programs that found no room set no bits, and came after all others
         self._wanted.fill_(held)
         self._waits = True
-        self._grow(_ROOM * wanted)
+        self._grow(wanted + wanted // 4)
         return held
 
     def _count_bits(self) -> torch.Tensor:

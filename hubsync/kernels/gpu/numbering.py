@@ -89,6 +89,7 @@ class Numbering:
     def ranges(self, tensors: Sequence[int]) -> list[tuple[int, int]]:
         """The tiles of these tensors, as few ranges (first, end) as possible."""
         bounds = sorted((int(self.first[t]) // self.tile, int(self.first[t + 1]) // self.tile) for t in tensors)
+        bounds = [(first, end) for first, end in bounds if first < end]
         cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(bounds)) if a[1] != b[0]), len(bounds)]
         return [(bounds[a][0], bounds[b - 1][1]) for a, b in pairwise(cuts) if a < b]
 

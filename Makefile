@@ -31,7 +31,7 @@ export OMP_NUM_THREADS ?= 1
 ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py tests/servers/test_parallel_engines.py
 
 # Tests that use a GPU where there is one, and the Python whose torch sees it.
-ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/apply/test_applier.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
+ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/apply/test_applier.py tests/publish/test_device_steps.py tests/publish/test_device_snapshot.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
 GPU_PYTHON ?= python3
 
 .PHONY: help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \

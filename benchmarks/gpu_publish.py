@@ -89,9 +89,12 @@ def _followed(
         _publish(engine, optimizer)
         peak = torch.cuda.max_memory_allocated() - at_rest
         published = steps[-1].published
+        unfused = _unfused(engine, optimizer, rounds)
     changed = published.changed
     yield Row(f"{detector}: followed step", 1e3 * _median([s.step for s in steps]), "ms")
     yield Row("  of the plain step", _median([s.step for s in steps]) / plain, "x")
+    if detector == "sliced":
+        yield Row("  by torch's operator in slices", unfused / plain, "x", "where the fused kernel gives other bits")
     yield Row("  memory kept", held / size, "B a parameter", "without the list of changes")
     yield Row("  peak in step and publish", peak / size, "B a parameter", "with the list, and what is encoded")
     yield Row("  detection in it", 1e3 * _median([s.published.detect_s for s in steps]), "ms")
@@ -102,6 +105,17 @@ def _followed(
     yield Row("  bits a change", 8 * published.payload_bytes / changed, "bits", f"{changed / size:.2%} changed")
     note = f"call and encode, after {compiling:.1f} s of compiling in the background"
     yield Row("  first delta of the process", 1e3 * (first.call + first.published.encode_s), "ms", note)
+
+
+def _unfused(engine: Engine, optimizer: torch.optim.Optimizer, rounds: int) -> float:
+    """Seconds of a step in which torch's own operator updates the parameters, in slices."""
+    recorder = getattr(engine._publisher.detector, "_recorder", None)
+    if recorder is None:
+        return 0.0
+    recorder._fuses = False
+    seconds = _median([_publish(engine, optimizer).step for _ in range(rounds)])
+    recorder._fuses = True
+    return seconds
 
 
 def _wait_for_compilation() -> None:

@@ -61,11 +61,13 @@ def _passes(shapes: Shapes, dtype: torch.dtype, device: torch.device, row: Calla
     share = f"; {changes.length() / numbering.first[-1]:.2%} changed"
 
     def compare() -> None:
+        """A list of its own for each call, without waiting."""
         changes.clear()
+        changes.begin()
         changes.compare(ranges, old)
+        changes.end()
 
-    changes.begin()
-    changes.end()  # from now on nothing waits
+    compare()
     yield row(f"{name}: compare and list", compare, share)
     yield row("  bring the list into order", changes.collect)
     listed = changes.collect()

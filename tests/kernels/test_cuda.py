@@ -76,7 +76,7 @@ def test_parts_of_a_fused_parameter_are_compared_in_place(detector: str) -> None
         expected = {
             index: part.flatten().nonzero().flatten().tolist() for index, part in enumerate(moved.view(10, 420))
         }
-        assert {index: change.indices.tolist() for index, change in detected.changes.items()} == {
+        assert {index: change.indices.tolist() for index, change in detected.patch.items()} == {
             index: at for index, at in expected.items() if at
         }
     looking.close()

@@ -70,6 +70,7 @@ class ChangeList:
         self._most = max(
             _LEAST, numbering.tiles * numbering.tile // _SHARE
         )  # entries that there is room for in advance
+        self._usual = 0  # entries of the last list that was not empty
         self._waits = True  # for the outcome of every comparison
         self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
@@ -83,9 +84,10 @@ class ChangeList:
         seen = int(self._seen)
         if seen > len(self._entries):
             seen = self._held()
-        if _ROOM * seen > len(self._entries):
-            self._grow(min(_ROOM * seen, max(seen, self._most)))
-        self._waits |= _ROOM * seen > len(self._entries)
+        wanted = _ROOM * max(seen, self._usual)
+        if wanted > len(self._entries):
+            self._grow(min(wanted, max(seen, self._most)))
+        self._waits |= wanted > len(self._entries)
 
     def end(self) -> None:
         """Ask for the number of entries, without waiting for it."""
@@ -189,10 +191,11 @@ class ChangeList:
         return int(self._wanted) <= len(self._entries)
 
     def clear(self) -> None:
-        """Empty the list. What it held tells how much room the next steps need."""
-        room = min(_ROOM * int(self._seen), self._most)
-        if len(self._entries) > 2 * max(room, _LEAST):
-            self._entries = torch.empty(max(room, _LEAST), dtype=torch.int64, device=self.numbering.device)
+        """Empty the list. What it held, if anything, tells how much room the next steps need."""
+        self._usual = int(self._seen) or self._usual
+        room = max(_LEAST, min(_ROOM * self._usual, self._most))
+        if len(self._entries) > 2 * room:  # a single publish of many changes
+            self._entries = torch.empty(room, dtype=torch.int64, device=self.numbering.device)
         self._bits.zero_()
         self._wanted.zero_()
         self._seen.zero_()

@@ -177,3 +177,23 @@ def test_not_a_number_is_rounded_as_the_device_rounds_it() -> None:
     model.tensors[0][8] = torch.inf
     model.list.compare([(0, 2)], old)
     model.expect_listed()
+
+
+def test_an_empty_list_does_not_give_up_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hubsync.kernels.gpu import listing
+
+    monkeypatch.setattr(listing, "_LEAST", 8)
+    monkeypatch.setattr(listing, "_SHARE", 1)
+    model = Model(torch.float32, torch.bfloat16)
+    for publishes_without_a_step in (0, 2):
+        model.list.begin()
+        model.step(0.2)
+        model.list.end()
+        model.expect_listed()
+        for _ in range(1 + publishes_without_a_step):
+            model.list.clear()
+        model.start = model.patterns()
+    model.list.begin()
+    model.step(0.3)
+    model.list.end()
+    model.expect_listed()

@@ -153,7 +153,12 @@ class ChangeList:
         try:
             entries = torch.empty(capacity, dtype=torch.int64, device=self.numbering.device)
         except torch.OutOfMemoryError:
-            logger.warning("no memory on %s for a list of %d changes", self.numbering.device, capacity)
+            logger.warning(
+                "no memory on %s for a list of %d changes: tensors whose changes are not listed will be published with "
+                "new values",
+                self.numbering.device,
+                capacity,
+            )
             return
         entries[: len(self._entries)] = self._entries
         self._entries = entries

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from hubsync.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # safetensors dtype code -> bits per element. Elements are bit patterns of this width, never numbers.
 WIDTHS = {"BF16": 16, "F16": 16, "F32": 32, "F8_E4M3": 8, "F8_E5M2": 8}
@@ -148,6 +149,8 @@ class TensorTable(Sequence[TensorSpec]):
     @cached_property
     def columns(self) -> Columns:
         """The table as arrays: a model may have 20,000 tensors, too many for Python code at every step."""
+        import numpy as np  # here: `hubsync --help` reads this module
+
         rows, cols = np.array([spec.matrix for spec in self], np.int64).reshape(-1, 2).T
         width = np.array([spec.width for spec in self], np.int64)
         dtype = np.array([DTYPES.index(spec.dtype) for spec in self], np.int64)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _BUCKETS = 16  # of a model, but of bounded size: elements that are updated together need 2.125 bytes each
 _LEAST, _MOST = 1 << 24, 1 << 28
 
+_KINDS = 8  # of steps, by the parameters that have gradients, whose buckets are kept
+
 _FUSED = {torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr}
 _FUSED |= {torch.ops.aten._fused_adam_.default, torch.ops.aten._fused_adam_.tensor_lr}
 _LISTS = 6  # of the operator's arguments: parameters, gradients, moments, largest second moments, steps
@@ -156,6 +158,8 @@ class DeviceRecorder:
         fused = self._fused(operator, lists, numbers, options)
         key = (*numbers, *whole)
         if key not in self._buckets:
+            if len(self._buckets) == _KINDS:
+                self._buckets.clear()
             self._buckets[key] = _cut(self._numbering, numbers, whole, self._elements)
         for bucket in self._buckets[key]:
             if fused is not None:

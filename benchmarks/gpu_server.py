@@ -73,7 +73,7 @@ def _served(root: Path, model: str, syncs: int, streams: int, kv_cache: str) -> 
 def _trained(root: Path, url: str, model: str, syncs: int, streams: int, kv_cache: str) -> Iterator[Row]:
     from transformers import AutoModelForCausalLM
 
-    policy = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+    policy: torch.nn.Module = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
     policy.to("cuda")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=_RATE, fused=True)
     for parameter in policy.parameters():

@@ -83,6 +83,8 @@ def _followed(
         held = torch.cuda.memory_allocated() - before
         compiling = _timed(_wait_for_compilation)
         first = _publish(engine, optimizer)
+        for _ in range(16):  # the first steps wait for the device
+            _publish(engine, optimizer)
         steps = [_publish(engine, optimizer) for _ in range(rounds)]
         torch.cuda.reset_peak_memory_stats()
         at_rest = torch.cuda.memory_allocated()

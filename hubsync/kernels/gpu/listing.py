@@ -28,6 +28,7 @@ _ENTRIES = 256  # entries of one program
 _GROUP = 256  # elements counted together, to find the place of one in order: their bits are one memory sector
 _ROOM = 3  # times the entries so far: what a step may add
 _LEAST = 1 << 16
+_FIRST = 16  # steps in which nothing is lost
 _SHARE = 16  # of the elements: half a byte for each
 
 Ranges = Sequence[tuple[int, int]]
@@ -56,9 +57,9 @@ class ChangeList:
     also 2.125 bytes for each element that is updated together.
 
     A step that more than triples the list overflows it. What did not fit is not listed, and the next step makes room;
-    only the digest of the live tensors shows it. While the size of a list is not known, at the beginning, and while
-    there are too many entries to have room for more of them in advance, nothing is lost: every comparison waits for
-    its outcome.
+    only the digest of the live tensors shows it. In the first steps, of which each may change many times more than the
+    one before (the first one from a bfloat16 checkpoint changes nearly nothing), and while there are too many entries
+    to have room for more of them in advance, nothing is lost: every comparison waits for its outcome.
     """
 
     def __init__(self, numbering: Numbering):
@@ -70,7 +71,8 @@ class ChangeList:
         self._most = max(
             _LEAST, numbering.tiles * numbering.tile // _SHARE
         )  # entries that there is room for in advance
-        self._usual = 0  # entries of the last list that was not empty
+        self._usual = 0  # entries of a list, by those of the last ones
+        self._steps = 0
         self._waits = True  # for the outcome of every comparison
         self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
@@ -87,11 +89,11 @@ class ChangeList:
         wanted = _ROOM * max(seen, self._usual)
         if wanted > len(self._entries):
             self._grow(min(wanted, max(seen, self._most)))
-        self._waits |= wanted > len(self._entries)
+        self._waits = self._steps < _FIRST or wanted > len(self._entries)
 
     def end(self) -> None:
         """Ask for the number of entries, without waiting for it."""
-        self._waits = False
+        self._steps += 1
         self._seen.copy_(self._wanted, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -197,7 +199,7 @@ class ChangeList:
 
     def clear(self) -> None:
         """Empty the list. What it held, if anything, tells how much room the next steps need."""
-        self._usual = int(self._seen) or self._usual
+        self._usual = max(int(self._seen), self._usual * 7 // 8)
         room = max(_LEAST, min(_ROOM * self._usual, self._most))
         if len(self._entries) > 2 * room:  # a single publish of many changes
             self._entries = torch.empty(room, dtype=torch.int64, device=self.numbering.device)
@@ -227,7 +229,7 @@ class ChangeList:
             return wanted
         held = int(self._count_bits().sum())  # programs that found no room set no bits, and came after all others
         self._wanted.fill_(held)
-        self._waits = True
+        self._waits, self._steps = True, 0
         self._grow(wanted + wanted // 4)
         return held
 

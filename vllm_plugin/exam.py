@@ -66,7 +66,11 @@ class _Engine:
     def ask(self, method: Any, *args: Any) -> list[Any]:
         """Every worker's answer; _Refused with the first error."""
         answers = self._llm.collective_rpc(method, args=args)
-        errors = [answer["error"] for answer in answers if isinstance(answer.get("error"), dict)]
+        errors = [
+            answer["error"]
+            for answer in answers
+            if isinstance(answer.get("error"), dict) and answer.get("state") != WorkerState.POISONED
+        ]
         if errors:
             raise _Refused(errors[0])
         return answers
@@ -83,11 +87,13 @@ class _Engine:
             time.sleep(0.01)
         for status in statuses:
             if status["state"] not in expected:
+                if isinstance(status.get("error"), dict):
+                    raise _Refused(status["error"])
                 raise _Refused({"type": "ReplicaRefused", "message": f"a worker is {status['state']}; see the log"})
 
     def attach(self, report: dict[str, Any]) -> None:
         self.ask(WorkerMethod.ATTACH)
-        self.settled(WorkerState.MAPPED, WorkerState.READY)
+        self.settled(WorkerState.MAPPED, WorkerState.READY, WorkerState.POISONED)
         report["layout"] = self.ask(WorkerMethod.LAYOUT)
         if len(report["layout"]) > 1:
             self.ask(WorkerMethod.JOIN)

@@ -32,12 +32,13 @@ class ViewBits:
         self._opening = threading.Lock()  # several chunks are decoded in parallel
 
     def rectangle(self, index: int, rows: slice, cols: slice) -> Bits:
-        spec, tensor = self._table[index], self._tensor(index)
+        spec, tensor = self._table[index], self.whole(index)
         if tensor.device.type == "cpu":
             return bits_of(tensor).reshape(spec.matrix)[rows, cols]
         return tensor.detach().reshape(spec.matrix).view(_INTEGERS[spec.width])[rows, cols]
 
-    def _tensor(self, index: int) -> torch.Tensor:
+    def whole(self, index: int) -> torch.Tensor:
+        """Tensor `index`. Not a copy."""
         with self._opening:
             if self._last is None or self._last[0] != index:
                 self._last = index, self._tensors[self._table[index].name]

@@ -247,9 +247,9 @@ def test_changes_are_not_copied_to_the_host(monkeypatch: pytest.MonkeyPatch) -> 
     patch: Patch = {index: delta_of(TABLE[index].numel, 0.1, "ones", index) for index in (0, 2, 6)}
     given = on_the_device(patch, whole(0, 2, 6))
     copied: list[int] = []
-    to_host = device_codec._to_host
+    to_host = device_codec.to_host
     monkeypatch.setattr(
-        device_codec, "_to_host", lambda *found: copied.append(sum(t.nbytes for t in found)) or to_host(*found)
+        device_codec, "to_host", lambda *found: copied.append(sum(t.nbytes for t in found)) or to_host(*found)
     )
     monkeypatch.setattr(DevicePatch, "listed", None)
     coded = encode(TABLE, given)

@@ -1,4 +1,4 @@
-"""The encoder's chunks of a `DevicePatch`: counted and written on the device, for all tensors in the same launches.
+"""The chunks of a `DevicePatch` for the encoder: counted and written on the device, for all tensors in one launch.
 
 The host reads three results: what the chunks would cost, for the book; their sizes; the payload. Python code runs once
 for a patch, never once for a tensor or a chunk. The bits are those of `streams.write`.
@@ -24,6 +24,9 @@ from .costs import DISTANCES, MAGNITUDES, MAX_GAP_K
 from .grid import contiguous_sizes
 from .layout import Measured, keys_of, parts_of
 from .rows import zigzag
+
+Kind = tuple[str, bool]
+"""What has a book of its own: a dtype, coded by class or not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +83,10 @@ class DeviceChunks:
 
     def __init__(self, table: TensorTable, patch: DevicePatch):
         self.patch = patch
+        self._table = table
         self._cut = cut = _Cut.of(table, patch.spans)
         self._gpu: Any = import_module("hubsync.kernels.gpu.encode")
-        with _on(patch.numbers.device):
+        with launching_on(patch.numbers.device):
             bounds, quotients, self._histogram = self._look()
         self._starts, self._counts = bounds[0], bounds[1] - bounds[0]
         is_crowded = 2 * self._counts > cut.size  # its unchanged elements are listed: rare, and left to the host
@@ -94,33 +98,38 @@ class DeviceChunks:
         """Ranges int64[2, chunks] in the list, sums of quotients, and magnitudes int64[dtypes, ...]."""
         patch, cut, gpu = self.patch, self._cut, self._gpu
         chunks, device = len(cut.keys), patch.numbers.device
-        edges = _to_device(np.stack([cut.first, cut.size, cut.group, cut.low, cut.high]), device)
+        edges = to_device(np.stack([cut.first, cut.size, cut.group, cut.low, cut.high]), device)
         bounds = torch.searchsorted(patch.numbers, edges[3:])
         quotients = torch.zeros((chunks, gpu.PARAMETERS), dtype=torch.int32, device=device)
         histogram = torch.zeros((len(cut.dtypes), gpu.COPIES, gpu.MAGNITUDES), dtype=torch.int32, device=device)
         if chunks:
             gpu.look(patch.numbers, patch.old, patch.new, bounds, edges, quotients, histogram)
-        found = _to_host(bounds, histogram.sum(1), quotients)
+        found = to_host(bounds, histogram.sum(1), quotients)
         return found[0], found[2], found[1]
 
-    def first_tensors(self) -> dict[str, int]:
-        """Each dtype that has changes -> index of its first tensor with changes."""
+    def first_tensors(self) -> dict[Kind, int]:
+        """Each kind that has changes -> index of its first tensor with changes."""
         has_changes = self._counts > 0
         own = {dtype: self._cut.keys[has_changes & (self._cut.group == g)] for g, dtype in enumerate(self._cut.dtypes)}
-        return {dtype: int(parts_of(keys[0])[0]) for dtype, keys in own.items() if len(keys)}
+        return {(dtype, False): int(parts_of(keys[0])[0]) for dtype, keys in own.items() if len(keys)}
 
-    def group(self, dtype: str) -> DeviceGroup:
+    def sizes(self, tensors: np.ndarray) -> np.ndarray:
+        """int64[n, 2], chunk_rows and chunk_cols of these tensors."""
+        columns = self._table.columns
+        return np.stack(contiguous_sizes(columns.rows[tensors], columns.cols[tensors]), axis=1)
+
+    def group(self, kind: Kind, low: int) -> DeviceGroup:
         """The chunks of one dtype, but for crowded ones."""
-        number = self._cut.dtypes.index(dtype)
+        number = self._cut.dtypes.index(kind[0])
         own = np.flatnonzero(self._is_coded & (self._cut.group == number))
         table = np.zeros((len(own), self._gpu.COLUMNS), np.int64)
         table[:, self._gpu.START], table[:, self._gpu.COUNT] = self._starts[own], self._counts[own]
         table[:, self._gpu.FIRST] = self._cut.first[own]
         return DeviceGroup(self.patch, self._cut.keys[own], table, self._costs[own], self._histogram[number])
 
-    def crowded(self, dtype: str) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    def crowded(self, kind: Kind) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """(table index, number, positions, differences) of each chunk with more than half of its elements changed."""
-        own = self._crowded[self._cut.group[self._crowded] == self._cut.dtypes.index(dtype)]
+        own = self._crowded[self._cut.group[self._crowded] == self._cut.dtypes.index(kind[0])]
         if not len(own):
             return
         counts = self._counts[own]
@@ -159,14 +168,8 @@ class DeviceGroup:
         return self._histogram[None, :MAGNITUDES]
 
     def distance_counts(self, usual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        magnitudes = np.flatnonzero(self._histogram)
-        counts, distances = self._histogram[magnitudes], _folded(magnitudes, int(usual[0]))
-        found = np.bincount(distances, counts, minlength=DISTANCES)[:DISTANCES].astype(np.int64)
-        counts, far = counts[distances >= DISTANCES], distances[distances >= DISTANCES]
-        k = np.arange(MAX_K + 1)[:, None]
-        exponents = np.frexp(far + (1 << k))[1] - 1 - k  # exactly, unlike a logarithm
-        bits = np.stack([2 * exponents + k + 1, (far >> k) + k + 1])
-        return found[None], (bits @ counts)[:, None]
+        found, beyond = distances_of(self._histogram, int(usual[0]))
+        return found[None], beyond[:, None]
 
     # --- their bits ---
 
@@ -175,18 +178,17 @@ class DeviceGroup:
         gpu, table, code = self._gpu, self._table, book.codes[0]
         shifts = _best_shifts(self._costs, int(code[GAP]))
         table[:, gpu.GAP] = np.clip(code[GAP] + shifts, 0, MAX_K)
-        planes = int(np.append(code[PLANES:] == NO_PLANE, True).argmax())
-        codes = np.array([[code[USUAL], code[TAIL], planes, *code[PLANES:]]], np.int32)
+        codes = kernel_codes(book)
         gaps = self._costs[np.arange(len(table)), table[:, gpu.GAP]] + table[:, gpu.COUNT]  # and the signs
         bits = np.zeros((len(table), MAX_PLANES + 1), np.int64)
         if len(table):
             device = self._patch.numbers.device
-            with _on(device):
-                self._codes = _to_device(codes, device)
+            with launching_on(device):
+                self._codes = to_device(codes, device)
                 on_device = torch.zeros(bits.shape, dtype=torch.int64, device=device)
-                chunks = _to_device(table, device)
+                chunks = to_device(table, device)
                 gpu.measure_magnitudes(self._patch.old, self._patch.new, chunks, self._codes, on_device)
-                (bits,) = _to_host(on_device)
+                (bits,) = to_host(on_device)
         self._ends = gaps[:, None] + np.cumsum(bits, axis=1) - bits
         self._nbytes = (gaps + bits.sum(axis=1) + 7) >> 3
         columns = np.stack([table[:, gpu.COUNT], zigzag(shifts), self._nbytes], axis=1)
@@ -201,18 +203,36 @@ class DeviceGroup:
         begins = 8 * (ends - nbytes)
         sections = np.concatenate([begins[:, None], begins[:, None] + self._ends[is_kept]], axis=1)
         device, total = self._patch.numbers.device, int(ends[-1])
-        with _on(device):
-            chunks, sections = _to_device(self._table[is_kept], device), _to_device(sections, device)
+        with launching_on(device):
+            chunks, sections = to_device(self._table[is_kept], device), to_device(sections, device)
             words = torch.zeros(total // 4 + 2, dtype=torch.int32, device=device)
             patch = self._patch
             self._gpu.write(patch.numbers, patch.old, patch.new, chunks, self._codes, sections, words)
-            (payload,) = _to_host(words.view(torch.uint8)[:total])
+            (payload,) = to_host(words.view(torch.uint8)[:total])
         return keys, ends, payload
 
 
 def can_encode(patch: DevicePatch) -> bool:
     """Whether the kernels run where the changes are."""
     return kernels.on_gpu(patch.numbers)
+
+
+def kernel_codes(book: Book) -> np.ndarray:
+    """int32[classes, CODES], the codes of magnitudes as kernels read them."""
+    planes = np.append(book.codes[:, PLANES:] == NO_PLANE, np.ones((book.classes, 1), bool), axis=1).argmax(axis=1)
+    columns = [book.codes[:, USUAL], book.codes[:, TAIL], planes, *book.codes[:, PLANES:].T]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+def distances_of(histogram: np.ndarray, usual: int) -> tuple[np.ndarray, np.ndarray]:
+    """`fit.Counts.distance_counts` of one class, from the number of changes of each magnitude."""
+    magnitudes = np.flatnonzero(histogram)
+    counts, distances = histogram[magnitudes], _folded(magnitudes, usual)
+    found = np.bincount(distances, counts, minlength=DISTANCES)[:DISTANCES].astype(np.int64)
+    counts, far = counts[distances >= DISTANCES], distances[distances >= DISTANCES]
+    k = np.arange(MAX_K + 1)[:, None]
+    exponents = np.frexp(far + (1 << k))[1] - 1 - k  # exactly, unlike a logarithm
+    return found, np.stack([2 * exponents + k + 1, (far >> k) + k + 1]) @ counts
 
 
 def _folded(magnitudes: np.ndarray, usual: int) -> np.ndarray:
@@ -229,7 +249,7 @@ def _best_shifts(costs: np.ndarray, k: int) -> np.ndarray:
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def launching_on(device: torch.device) -> Iterator[None]:
     """Launch kernels on this device: a thread begins with device 0."""
     if device.type != "cuda":
         yield
@@ -238,13 +258,13 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def _to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
+def to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
     """Copies of device tensors by one transfer, into page-locked memory on a GPU. Wider elements come first."""
-    parts = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     if joined.device.type == "cuda":
         held = torch.empty(joined.shape, dtype=torch.uint8, pin_memory=True)
@@ -259,4 +279,4 @@ def _to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
     return arrays
 
 
-_NUMPY = {torch.uint8: np.uint8, torch.int32: np.int32, torch.int64: np.int64}
+_NUMPY = {torch.int16: np.int16, torch.uint8: np.uint8, torch.int32: np.int32, torch.int64: np.int64}

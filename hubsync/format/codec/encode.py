@@ -29,9 +29,10 @@ from hubsync.kernels.parallel import add_up, each
 
 from . import costs, streams
 from .book import MAX_K, Book, columns, one_class
-from .device import DeviceChunks, DeviceGroup, can_encode
+from .device import DeviceChunks, DeviceGroup, Kind, can_encode
+from .device_classes import ClassedChunks, ClassedGroup, old_weights
 from .fit import fit, fit_orders
-from .grid import Grid, contiguous_sizes
+from .grid import Grid
 from .layout import ABSOLUTE, CODE, CODED, DENSE, RECORD_COLUMNS, Measured, OldBits, key_of, parts_of
 from .rows import BYTES, RowWriter, zigzag
 
@@ -146,14 +147,16 @@ class _Group:
     grids: dict[int, Grid]
     old: OldBits | None
     classes: int
-    device: DeviceChunks | None
+    device: DeviceChunks | ClassedChunks | None
+
+    @property
+    def kind(self) -> Kind:
+        return self.dtype, self.old is not None
 
     def grid_sizes(self, tensors: np.ndarray) -> np.ndarray:
         """int64[n, 2], chunk_rows and chunk_cols of these tensors."""
         if self.device is not None:
-            return np.stack(
-                contiguous_sizes(self.table.columns.rows[tensors], self.table.columns.cols[tensors]), axis=1
-            )
+            return self.device.sizes(tensors)
         grids = [self.grids[index] for index in tensors.tolist()]
         return np.array([(grid.chunk_rows, grid.chunk_cols) for grid in grids], np.int64)
 
@@ -189,14 +192,13 @@ def encode(
 
     Args:
         patch: table index -> changes or new values of the tensor. The bits of a `DevicePatch` are the same, and made
-            where its changes are, unless `old` or `grid_of` is given.
+            where its changes are, unless `grid_of` is given, or `old` is not in tensors on that device.
         old: the weights that the patch applies to. With them, changes are coded by class (*compact*). It must hold all
             of every tensor that changes.
         grid_of: (rows, cols) -> the grid of a tensor; by default the one for the encoding.
     """
-    device = None
-    if old is None and grid_of is None and isinstance(patch, DevicePatch) and can_encode(patch):
-        device, patch = DeviceChunks(table, patch), patch.host
+    device = None if grid_of is not None else _on_device(table, patch, old)
+    patch = patch if device is None else device.patch.host
     grid_of = grid_of or (Grid.contiguous if old is None else Grid.tiles)
     changes = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorDelta)}
     values = {index: delta for index, delta in sorted(patch.items()) if isinstance(delta, TensorValues)}
@@ -205,23 +207,49 @@ def encode(
     kinds = {index: (table[index].dtype, old is not None and grid.rows > 1) for index, grid in grids.items()}
     first = {kind: index for index, kind in reversed(kinds.items())}
     on_device = {} if device is None else device.first_tensors()
-    for dtype, index in on_device.items():
-        first[dtype, False] = min(index, first.get((dtype, False), index))
+    for kind, index in on_device.items():
+        first[kind] = min(index, first.get(kind, index))
     classes = 1 if old is None else CLASSES
     groups = []
     for kind in sorted(first, key=first.__getitem__):
         own = {index: grid for index, grid in grids.items() if kinds[index] == kind}
-        there = device if kind[0] in on_device else None
+        there = device if kind in on_device else None
         group = _Group(table, kind[0], changes, own, old if kind[1] else None, classes, there)
         groups.append(_encode_group(group))
     return _assemble(groups, values, columns(classes))
 
 
-def prepare(device: torch.device) -> None:
-    """Compile what encoding on this device needs: seconds in the first process on a machine."""
+def _on_device(
+    table: TensorTable, patch: Mapping[int, TensorDelta | TensorValues], old: OldBits | None
+) -> DeviceChunks | ClassedChunks | None:
+    """The chunks that are encoded on a device; None if none are."""
+    if not isinstance(patch, DevicePatch) or not can_encode(patch):
+        return None
+    if old is None:
+        return DeviceChunks(table, patch)
+    weights = old_weights(patch, old)
+    return None if weights is None else ClassedChunks(table, patch, weights)
+
+
+def prepare(device: torch.device, *, by_class: bool = False) -> None:
+    """Compile what encoding on this device needs, with or without old weights: seconds in the first process."""
     one = torch.ones(1, dtype=torch.int16, device=device)
-    spec = TensorSpec("any", (64,), "BF16")
-    encode(TensorTable([spec]), DevicePatch(one.long(), one, 2 * one, np.array([[0, 0, spec.numel, 0]]), {}))
+    table = TensorTable([TensorSpec("any", (8, 8), "BF16")])
+    patch = DevicePatch(one.long(), one, 2 * one, np.array([[0, 0, table.numel, 0]]), {})
+    encode(table, patch, _Ones(device) if by_class else None)
+
+
+class _Ones:
+    """Old weights for `prepare`."""
+
+    def __init__(self, device: torch.device):
+        self._held = torch.ones((8, 8), dtype=torch.int16, device=device)
+
+    def whole(self, index: int) -> torch.Tensor:
+        return self._held
+
+    def rectangle(self, index: int, rows: slice, cols: slice) -> torch.Tensor:
+        return self._held[rows, cols]
 
 
 def _encode_group(group: _Group) -> _CodedGroup:
@@ -229,15 +257,15 @@ def _encode_group(group: _Group) -> _CodedGroup:
     classes = group.classes
     cut = each(lambda index: _cut(index, group.changes[index], group.grids[index]), list(group.grids))
     chunks = [chunk for own in cut for chunk in own]
-    host, device = None, None
-    if group.device is not None:
+    if isinstance(group.device, DeviceChunks):
         chunks += _crowded(group, group.device)
-        device = group.device.group(group.dtype)
-    low = _lowest_class(group.dtype, chunks, group.old, classes)
+    low = _lowest_class(group, chunks)
+    device = None if group.device is None else group.device.group(group.kind, low)
+    host = None
     if chunks:
         by = None if group.old is None else ClassMap.of(group.dtype, low)
         host = _HostChunks(each(partial(_sort, by, group.old, classes), chunks), classes)
-    parts: list[_HostChunks | DeviceGroup] = [part for part in (host, device) if part is not None]
+    parts: list[_HostChunks | DeviceGroup | ClassedGroup] = [part for part in (host, device) if part is not None]
     book = fit(low, parts, WIDTHS[group.dtype])
     measured = [part.measure(book) for part in parts]
     keys = np.concatenate([own.keys for own in measured])
@@ -306,7 +334,7 @@ def _cut(index: int, delta: TensorDelta, grid: Grid) -> list[_CutChunk]:
 def _crowded(group: _Group, device: DeviceChunks) -> list[_CutChunk]:
     """The chunks that the device leaves to the host."""
     out = []
-    for index, number, positions, diffs in device.crowded(group.dtype):
+    for index, number, positions, diffs in device.crowded(group.kind):
         place = Grid.contiguous(*group.table[index].matrix).slices(number)
         out.append(_CutChunk(index, number, *place, positions, diffs))
     return out
@@ -332,23 +360,27 @@ def _rectangle(chunk: _CutChunk, old: OldBits) -> kernels.Bits:
     return bits
 
 
-def _lowest_class(dtype: str, chunks: Sequence[_CutChunk], old: OldBits | None, classes: int) -> int:
+def _lowest_class(group: _Group, chunks: Sequence[_CutChunk]) -> int:
     """Exponent of class 0. Few changes (0.2 %) lie above the octave that the highest class begins with.
 
     If changes do not thin out towards it, but end with it (a first step from a bf16 checkpoint), the highest class
     begins with the octave above. Without `old` no exponent is above class 0.
     """
+    any_map, old = ClassMap.of(group.dtype, 0), group.old
     if old is None:
-        return 0 if classes == 1 else ClassMap.of(dtype, 0).mask
-    any_map = ClassMap.of(dtype, 0)
+        return 0 if group.classes == 1 else any_map.mask
 
     def exponents(chunk: _CutChunk) -> np.ndarray:
         step = -(-len(chunk.positions) // _SAMPLE)
         found = any_map.exponents(kernels.gather(_rectangle(chunk, old), chunk.positions[::step]))
         return np.bincount(found, minlength=256) * step
 
-    some = chunks[:: -(-len(chunks) // _SAMPLED_CHUNKS)]
-    histogram = np.sum([exponents(chunk) for chunk in some], axis=0)
+    device = group.device if isinstance(group.device, ClassedChunks) else None
+    keys = np.array([key_of(chunk.index, chunk.number) for chunk in chunks], np.int64)
+    every = keys if device is None else np.sort(np.append(keys, device.keys(group.kind)))
+    some = every[:: -(-len(every) // _SAMPLED_CHUNKS)]
+    histogram = np.zeros(256, np.int64) if device is None else device.exponents(group.kind, some, _SAMPLE)
+    histogram += np.sum([exponents(chunks[at]) for at in np.flatnonzero(np.isin(keys, some))], axis=0, dtype=np.int64)
     shares = np.cumsum(histogram[::-1])[::-1] / histogram.sum()
     top = int(np.flatnonzero(shares > 0.002)[-1])
     return max(0, top + int(shares[top] > 0.05) - CLASSES + 1)

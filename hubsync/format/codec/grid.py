@@ -104,6 +104,14 @@ def contiguous_sizes(rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np
     return chunk_rows, chunk_cols
 
 
+def tile_sizes(rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(chunk_rows, chunk_cols) of `Grid.tiles` for many tensors, int64. They have few different shapes."""
+    shapes, of = np.unique(np.stack([rows, cols], axis=1), axis=0, return_inverse=True)
+    grids = [Grid.tiles(*shape) for shape in shapes.tolist()]
+    sizes = np.array([(grid.chunk_rows, grid.chunk_cols) for grid in grids], np.int64).reshape(-1, 2)
+    return sizes[of.reshape(-1), 0], sizes[of.reshape(-1), 1]
+
+
 def _part(size: int, parts: int) -> int:
     """Size of a part, for the largest number of equal parts that divides `parts`."""
     while size % parts:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 from hubsync.kernels import Bits
 
@@ -22,6 +23,14 @@ class OldBits(Protocol):
 
         None if this process holds nothing of it. Raises a HubsyncError if it holds a part of it.
         """
+
+
+@runtime_checkable
+class WholeOldBits(OldBits, Protocol):
+    """Weights of which a process holds all, in tensors."""
+
+    def whole(self, index: int) -> torch.Tensor:
+        """Tensor `index`, in its own dtype. Not a copy."""
 
 
 _NUMBER_BITS = 41  # a tensor has at most 2^40 elements

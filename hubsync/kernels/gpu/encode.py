@@ -3,7 +3,8 @@
 
 A list of changes is `numbers` (int64, ascending), `old` and `new` (int16 patterns). The changes of a chunk are a range
 of it, and a program takes one chunk, so every launch is over all chunks of all tensors. `format.codec.device` is the
-host side. Bits are counted from the lowest one of the first byte; words have 32 bits.
+host side. Bits are counted from the lowest one of the first byte; words have 32 bits. `classes` has the kernels for
+`compact` parts, whose magnitudes are written here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def look(numbers, old, new, bounds, edges, quotients, histogram):
 def measure_magnitudes(old, new, chunks, codes, bits):
     """Bits of each section of magnitudes, int64[chunks, MAX_PLANES + 1]: those of the planes, the tail, and zeros."""
     _magnitudes[(len(chunks), MAX_PLANES + 1)](
-        old, new, chunks, codes, bits, bits, COLUMNS, CODES, MAX_PLANES + 1, False, _COMPARED, num_warps=1
+        old, new, chunks, codes, bits, bits, chunks.shape[1], CODES, MAX_PLANES + 1, False, _COMPARED, num_warps=1
     )
 
 
@@ -62,12 +63,16 @@ def write(numbers, old, new, chunks, codes, begins, words):
         begins: int64[chunks, MAX_PLANES + 2], the first bit of the chunk, and of each section of magnitudes.
         words: int32, zeroed, with a spare one at the end.
     """
-    grid = (len(chunks),)
-    _gaps[grid](
+    _gaps[(len(chunks),)](
         numbers, old, new, chunks, begins, words, COLUMNS, MAX_PLANES + 2, _JOINED, _WRITTEN, num_warps=4
     )  # fmt: skip
-    _magnitudes[(*grid, MAX_PLANES + 1)](
-        old, new, chunks, codes, begins, words, COLUMNS, CODES, MAX_PLANES + 2, True, _COMPARED, num_warps=1
+    write_magnitudes(old, new, chunks, codes, begins, words)
+
+
+def write_magnitudes(old, new, chunks, codes, begins, words):
+    """The sections of magnitudes. `chunks` may have more columns; the first one of `begins` is not read."""
+    _magnitudes[(len(chunks), MAX_PLANES + 1)](
+        old, new, chunks, codes, begins, words, chunks.shape[1], CODES, MAX_PLANES + 2, True, _COMPARED, num_warps=1
     )
 
 
@@ -105,7 +110,7 @@ def _look(
             inside = i < n
             gap = _gap(numbers, start, i, inside, first).to(tl.int32)
             sums += tl.sum(gap[:, None] >> parameter[None, :], axis=0)
-            magnitude = tl.abs(_differences(old, new, start + i, inside))
+            magnitude = tl.abs(differences(old, new, start + i, inside))
             ones += (magnitude == 1).to(tl.int32)  # by far most of them: counted here
             tl.atomic_add(own + magnitude, tl.full([N], 1, tl.int32), mask=inside & (magnitude != 1), sem="relaxed")
         tl.store(quotients + chunk.to(tl.int64) * PARAMETERS + parameter, sums)
@@ -128,7 +133,7 @@ def _ordered(bits):
 
 
 @triton.jit
-def _differences(old, new, at, inside):
+def differences(old, new, at, inside):
     """Signed steps from old to new patterns, int32."""
     before = _ordered(tl.load(old + at, mask=inside, other=0))
     after = _ordered(tl.load(new + at, mask=inside, other=0))
@@ -191,18 +196,16 @@ def _plane(old, new, n, usual, plane, code, begin, out, WRITE: tl.constexpr, N: 
         if WRITE:
             one = begin + length + (tl.cumsum(bits, axis=0) - k)  # behind the flag
             low = gap & ((1 << k) - 1)
-            _put_bits(out, one, 1 | (low.to(tl.int64) << 1), listed)
+            put_bits(out, one, 1 | (low.to(tl.int64) << 1), listed)
         length += tl.sum(bits, axis=0)
         reached += tl.sum(here, axis=0)
         last = tl.maximum(last, tl.max(tl.where(listed, number, -1), axis=0))
     gap = reached - 1 - last  # behind the last listed one
     if WRITE:
         first = tl.zeros([1], tl.int64)
-        _put_bits(out, begin + first, first + 1, first + last >= 0)
+        put_bits(out, begin + first, first + 1, first + last >= 0)
         low = gap & ((1 << k) - 1)
-        _put_bits(
-            out, begin + 1 + length + (gap >> k) + first, (1 | (low.to(tl.int64) << 1)) + first, first + last >= 0
-        )
+        put_bits(out, begin + 1 + length + (gap >> k) + first, (1 | (low.to(tl.int64) << 1)) + first, first + last >= 0)
     else:
         listing = 1 + length + (gap >> k) + 1 + k
         tl.store(out, tl.where(reached == 0, 0, tl.where(last < 0, 1, listing)))
@@ -220,14 +223,14 @@ def _tail(old, new, n, usual, planes, code, begin, out, WRITE: tl.constexpr, N: 
         distance = _distances(old, new, at + lane, inside, usual)
         coded = inside & (distance >= planes)
         value = tl.where(coded, distance - planes, 0)
-        exponent = _log2(value + (1 << k)) - k
+        exponent = log2(value + (1 << k)) - k
         zeros = tl.where(rice, value >> k, exponent)
         digits = tl.where(rice, k, exponent + k)
         low = tl.where(rice, value & ((1 << k) - 1), value + (1 << k) - (1 << (exponent + k)))
         bits = tl.where(coded, zeros + 1 + digits, 0)
         if WRITE:
             one = begin + length + (tl.cumsum(bits.to(tl.int64), axis=0) - 1 - digits)
-            _put_bits(out, one, 1 | (low.to(tl.int64) << 1), coded)
+            put_bits(out, one, 1 | (low.to(tl.int64) << 1), coded)
         length += tl.sum(bits.to(tl.int64), axis=0)
     if not WRITE:
         tl.store(out, length)
@@ -236,13 +239,13 @@ def _tail(old, new, n, usual, planes, code, begin, out, WRITE: tl.constexpr, N: 
 @triton.jit
 def _distances(old, new, at, inside, usual):
     """`book.fold` of the magnitudes: 0 for the usual one, then 1 for the next larger, 2 for the next smaller, ..."""
-    magnitude = tl.abs(_differences(old, new, at, inside))
+    magnitude = tl.abs(differences(old, new, at, inside))
     near = tl.where(magnitude > usual, 2 * (magnitude - usual) - 1, 2 * (usual - magnitude))
     return tl.where(magnitude >= 2 * usual, magnitude - 1, near)
 
 
 @triton.jit
-def _log2(value):
+def log2(value):
     """Position of the leading one of 1 .. 2^24."""
     return (value.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
@@ -275,34 +278,34 @@ def _gaps(
         i = begin + lane
         inside = i < n
         gap = _gap(numbers, start, i, inside, first)
-        _put_many(words, low + i * k, gap & mask, k, inside)
-        negative = _differences(old, new, start + i, inside) < 0
-        _put_many(words, sign + i, negative.to(tl.int64), 1, inside)
+        put_many(words, low + i * k, gap & mask, k, inside)
+        negative = differences(old, new, start + i, inside) < 0
+        put_many(words, sign + i, negative.to(tl.int64), 1, inside)
         bits = tl.where(inside, (gap >> k) + 1, 0)
-        _put_many(words, unary + _sums(bits) - 1, inside.to(tl.int64), 1, inside)
+        put_many(words, unary + running_sums(bits) - 1, inside.to(tl.int64), 1, inside)
         unary += tl.sum(tl.sum(bits, axis=1), axis=0)
 
 
 @triton.jit
-def _sums(x):
+def running_sums(x):
     """Inclusive sums over a matrix in row-major order."""
     rows = tl.sum(x, axis=1)
     return tl.cumsum(x, axis=1) + (tl.cumsum(rows, axis=0) - rows)[:, None]
 
 
 @triton.jit
-def _put_many(words, at, value, width, inside):
-    """`_put_bits` for a matrix of ascending positions: what of a row fits 32 bits is joined to one value first."""
+def put_many(words, at, value, width, inside):
+    """`put_bits` for a matrix of ascending positions: what of a row fits 32 bits is joined to one value first."""
     first = tl.min(tl.where(inside, at, 1 << 60), axis=1)
     apart = at - first[:, None]
     near = inside & (apart + width <= 32)
     joined = tl.sum(tl.where(near, value << tl.where(near, apart, 0), 0), axis=1)
-    _put_bits(words, first, joined, joined != 0)
-    _put_bits(words, at, value, inside & (near == 0) & (value != 0))
+    put_bits(words, first, joined, joined != 0)
+    put_bits(words, at, value, inside & (near == 0) & (value != 0))
 
 
 @triton.jit
-def _put_bits(words, at, value, inside):
+def put_bits(words, at, value, inside):
     """Or values below 2^32 (int64) into zeroed bits from `at` on."""
     both = value << (at & 31)
     word = words + (at >> 5)

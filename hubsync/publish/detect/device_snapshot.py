@@ -50,7 +50,7 @@ class DeviceSnapshot:
         self._live = DeviceLive(table, live, indices, shards=shards)
         self._list = ChangeList(self._live.numbering)
         held = local_part(self._live.wholes[0])
-        compile_in_background(held.device, held.dtype, self._live.dtypes[0], fused=False)
+        compile_in_background(held.device, held.dtype, self._live.dtypes[0], fused=False, holds_old=True)
         with self._live.readable():
             self._copies = self._list.save([(0, self._live.numbering.tiles)])
         self._rows = {index: row for row, index in enumerate(indices)}

@@ -20,20 +20,24 @@ logger = logging.getLogger(__name__)
 _ELEMENTS = 5000
 
 
-def compile_in_background(device: torch.device, live: torch.dtype, published: torch.dtype, *, fused: bool) -> None:
+def compile_in_background(
+    device: torch.device, live: torch.dtype, published: torch.dtype, *, fused: bool, holds_old: bool = False
+) -> None:
     """Run all passes on a small tensor, in a thread. What is compiled stays in Triton's cache on the disk too."""
     if device.type == "cuda":
         threading.Thread(
-            target=_compile, args=(device, live, published, fused), name="hubsync-compile", daemon=True
+            target=_compile, args=(device, live, published, fused, holds_old), name="hubsync-compile", daemon=True
         ).start()
 
 
-def _compile(device: torch.device, live: torch.dtype, published: torch.dtype, fused: bool) -> None:
+def _compile(device: torch.device, live: torch.dtype, published: torch.dtype, fused: bool, holds_old: bool) -> None:
     try:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
             _run(torch.randn(_ELEMENTS, device=device).to(live), published)
             if fused:
                 gives_torchs_bits(device)
+            if holds_old:
+                prepare(device, by_class=True)
     except Exception as error:  # training and publishing will tell, if it matters
         logger.info("could not compile in advance: %r", error)
 

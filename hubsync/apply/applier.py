@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
-from hubsync.format.digest import Digest, digest_change, digest_torch, tensor_seed
+from hubsync.format.digest import Digest, DigestList, digest_change, digest_torch, tensor_seed
 from hubsync.format.manifest import Position
 from hubsync.format.patch import Patch, TensorValues, check
 from hubsync.format.table import TensorTable
@@ -86,7 +86,7 @@ class Applier:
         if sum(table[index].nbytes for index in loadable) > dense_share * table.nbytes:
             loadable = []
         self._dense = DenseTensors(table, masters_of(table, loadable, masters or {}), self._seeds, self._models, device)
-        self._sums = Sums(Digest(), ())
+        self._sums = Sums.zero(0)
         self._fingerprint: dict[str, Digest] = {}
         self._undo: Undo | None = None
         self._writes = self._doubts = 0
@@ -127,7 +127,7 @@ class Applier:
         mine, inventory = owned[self._group.rank], inventories[self._group.rank]
         self._live = LiveWeights(self._map, self._device, self._seeds, mine)
         count = len(self._live.parts)  # the tensors that are loaded whole come after them
-        self._sums = Sums(Digest(), [holding.digest for holding in inventory[:count]])
+        self._sums = Sums(Digest(), DigestList.of(holding.digest for holding in inventory[:count]).lanes)
         self._sums.owned = sum((holding.digest for holding, own in zip(inventory, mine, strict=True) if own), Digest())
         self._dense.owned = {holding.index: own for holding, own in zip(inventory[count:], mine[count:], strict=True)}
         self._fingerprint = self._dense_fingerprint()
@@ -201,7 +201,7 @@ class Applier:
         """
         start, writes = self._base()
         live, edits, dense = self._live, EditCollector(self._live.memory), {}
-        total, sums = Digest(), Sums(Digest(), [Digest()] * len(live.parts))
+        total, sums = Digest(), Sums.zero(len(live.parts))
         with live.aside():
             for index, spec in enumerate(self.table):
                 flat = view_bits(spec, tensors)
@@ -441,8 +441,7 @@ class Applier:
 
     def _differing(self, sums: Sums, fingerprint: Mapping[str, Digest]) -> list[str]:
         """Names of the tensors, and of the parameters made of them, whose live values do not have these digests."""
-        found = self._live.digests()
-        names = self._live.names(number for number, digest in enumerate(found) if digest != sums.regions[number])
+        names = self._live.names(self._live.digests(), sums.regions)
         now = self._dense_fingerprint()
         return names + [name for name, digest in now.items() if digest != fingerprint.get(name)]
 

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from hubsync import kernels
 from hubsync.errors import FormatError
-from hubsync.format.digest import Digest, digest_torch
+from hubsync.format.digest import Digest, DigestList, digest_torch
 from hubsync.format.table import TensorSpec
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import CoordinateMap
 from .live import flat_bits
 from .memory import EditCollector, memory_of
-from .regions import Region
+from .regions import Block, Region
 from .vote import Holding
 
+if TYPE_CHECKING:
+    from .live_digests import LiveDigests
+
 _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
+_RUN = 512  # elements: a launch over all regions is no faster where runs are shorter
 
 
 @dataclass(frozen=True)
@@ -82,16 +90,44 @@ class LiveWeights:
 
     def holdings(self) -> list[Holding]:
         """Every region with the digest that it has now."""
-        with self.aside():
-            return [Holding(part.index, part.region, self.digest_of(part.index, part.region)) for part in self.parts]
+        found = DigestList(self.digests())
+        return [Holding(part.index, part.region, digest) for part, digest in zip(self.parts, found, strict=True)]
 
-    def digests(self) -> list[Digest]:
-        """Digest of each region as it is now, by number."""
+    def digests(self) -> np.ndarray:
+        """uint64[regions, 2]: both lanes of the digest of each region as it is now, by number."""
+        lanes = np.empty((len(self.parts), 2), np.uint64)
         with self.aside():
-            return [self.digest_of(part.index, part.region) for part in self.parts]
+            if self.together is not None:
+                lanes[self.numbers_together] = self.together.lanes()
+            for part in self.apart:
+                digest = self.digest_of(part.index, part.region)
+                lanes[part.number] = digest.a, digest.b
+        return lanes
 
-    def names(self, numbers: Iterable[int]) -> list[str]:
-        """Names of the tensors of these regions, each once."""
+    @cached_property
+    def numbers_together(self) -> np.ndarray:
+        """int64[n], ascending: numbers of the regions whose digests one launch computes (`together`)."""
+        return np.array([part.number for part in self.parts if self._read_together(part.region)], np.int64)
+
+    @cached_property
+    def together(self) -> LiveDigests | None:
+        """Digests of the regions of `numbers_together`; None if there are none."""
+        parts = [self.parts[number] for number in self.numbers_together.tolist()]
+        if not parts:
+            return None
+        digests = import_module("hubsync.apply.live_digests").LiveDigests  # needs triton
+        seeds = [self.seeds[part.index] for part in parts]
+        return digests(self._storages, [part.region for part in parts], seeds)
+
+    @cached_property
+    def apart(self) -> list[HeldRegion]:
+        """All other regions."""
+        together = set(self.numbers_together.tolist())
+        return [part for part in self.parts if part.number not in together]
+
+    def names(self, found: np.ndarray, expected: np.ndarray) -> list[str]:
+        """Names of the tensors, each once, of the regions whose digests are not the expected ones; as of `digests`."""
+        numbers = np.flatnonzero((found != expected).any(axis=1)).tolist()
         return list(dict.fromkeys(self._table[self.parts[number].index].name for number in numbers))
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -151,6 +187,22 @@ class LiveWeights:
         """Is it one run of elements in memory? Others are read many times more slowly."""
         storage = self._storages[region.storage]
         return region.contiguous and storage.relayout is None and not storage.widened
+
+    def _read_together(self, region: Region) -> bool:
+        """Are a region's elements of 16 bits, on a GPU where the loader put them, and in long runs?
+
+        Others are read region by region: those of other widths, permuted or widened storage, and elements that are
+        strided in their last dimension, or listed one by one.
+        """
+        storage = self._storages[region.storage]
+        return (
+            storage.bits.element_size() == 2
+            and storage.relayout is None
+            and not storage.widened
+            and isinstance(region, Block)
+            and (region.contiguous or region.run >= _RUN)
+            and kernels.on_gpu(storage.bits)
+        )
 
     def digest_of_source(self, index: int, region: Region, flat: torch.Tensor) -> Digest:
         """Digest of a region's elements, taken from a flat checkpoint tensor instead of from live memory."""

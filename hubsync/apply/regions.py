@@ -49,6 +49,16 @@ class Block:
         return len(self.sizes) == 1 and self.source_strides == self.target_strides == (1,)
 
     @property
+    def run(self) -> int:
+        """Elements that are consecutive on both sides."""
+        return self.sizes[-1] if self.source_strides[-1] == self.target_strides[-1] == 1 else 1
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first element of each run in the checkpoint tensor and in live memory, int64 both, in block order."""
+        first = np.arange(0, self.numel, self.run)
+        return self.indices(first), self.offsets(first)
+
+    @property
     def source_extent(self) -> tuple[int, int]:
         """Half-open range of checkpoint elements that contains the block."""
         return self.source, self.source + span(self.sizes, self.source_strides)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 
-from hubsync.format.digest import Digest
+from hubsync.format.digest import Digest, DigestList
 from hubsync.format.manifest import Position
 from hubsync.format.patch import TensorValues
 from hubsync.kernels.bits import integers_of
@@ -22,19 +22,27 @@ class Sums:
 
     Attributes:
         owned: of the elements it owns.
-        regions: of each region in live memory, by `HeldRegion.number`, copies included.
+        regions: uint64[regions, 2], of each region in live memory, by `HeldRegion.number`, copies included.
     """
 
-    def __init__(self, owned: Digest, regions: Sequence[Digest]):
+    def __init__(self, owned: Digest, regions: np.ndarray):
         self.owned = owned
-        self.regions = list(regions)
+        self.regions = regions
+
+    @classmethod
+    def zero(cls, regions: int) -> Sums:
+        """To be added to."""
+        return cls(Digest(), np.zeros((regions, 2), np.uint64))
 
     def copy(self) -> Sums:
         """To be added to. One that belongs to a position is not changed."""
-        return Sums(self.owned, self.regions)
+        return Sums(self.owned, self.regions.copy())
+
+    def region(self, number: int) -> Digest:
+        return DigestList(self.regions)[number]
 
     def add(self, change: Digest, part: HeldRegion) -> None:
-        self.regions[part.number] += change
+        self.regions[part.number] += np.array([change.a, change.b], np.uint64)
         if part.owned:
             self.owned += change
 
@@ -94,5 +102,5 @@ def add_values(live: LiveWeights, index: int, new: TensorValues, edits: EditColl
     """Add the edits that give one tensor new values, and the change of its digests. O(tensor)."""
     flat = integers_of(new.patterns)
     for part in live.held[index]:
-        sums.add(live.digest_of_source(index, part.region, flat) - sums.regions[part.number], part)
+        sums.add(live.digest_of_source(index, part.region, flat) - sums.region(part.number), part)
     live.collect_edits(index, flat, edits)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hubsync.format.digest import Digest
+import numpy as np
+
+from hubsync.format.digest import Digest, DigestList
 
 from .live_weights import HeldRegion, LiveWeights
 from .regions import Region
@@ -30,8 +32,10 @@ class Sweep:
         self.changes = changes
         self.ended = False
         self._live = live
-        self._expected = list(sums.regions)
-        self._regions = iter(live.parts)
+        self._expected = DigestList(sums.regions)
+        self._lanes = np.zeros((len(live.numbers_together), 2), np.uint64)  # of regions read together
+        self._next = 0  # of their pieces
+        self._regions = iter(live.apart)
         self._part: HeldRegion | None = None
         self._pieces: Iterator[Region] = iter(())
         self._found = Digest()
@@ -45,9 +49,9 @@ class Sweep:
         Returns:
             False as soon as a region does not have its digest.
         """
-        left = elements
         with self._live.aside():
-            while left > 0:
+            left = self._read_together(elements)
+            while left is not None and left > 0:
                 piece = next(self._pieces, None)
                 if piece is not None:
                     assert self._part is not None
@@ -63,7 +67,25 @@ class Sweep:
                 self._cost = 1 if self._live.plain(self._part.region) else _COST_OF_SCATTERED
                 self._pieces = self._part.region.pieces(max(1, elements // self._cost))
                 self._found = Digest()
-        return True
+        return left is not None
+
+    def _read_together(self, elements: int) -> int | None:
+        """Read the next pieces of the regions that are read together, by one launch.
+
+        Returns:
+            how many of the `elements` are left to be read; None if a region that ends here does not have its digest.
+        """
+        together, first = self._live.together, self._next
+        if together is None or first == len(together.region_of):
+            return elements
+        end = self._next = min(first + max(1, elements // together.piece), len(together.region_of))
+        together.add(self._lanes, first, end)
+        goes_on = end < len(together.region_of)
+        low, high = together.region_of[first], together.region_of[end] if goes_on else len(self._lanes)
+        expected = self._expected.lanes[self._live.numbers_together[low:high]]
+        if (self._lanes[low:high] != expected).any():
+            return None
+        return 0 if goes_on else elements - (end - first) * together.piece
 
 
 class Sweeper:

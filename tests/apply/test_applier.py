@@ -1,4 +1,8 @@
-"""Stage, commit, verify, undo, poison and heal, on a hand-made model, on the CPU and on a GPU where there is one."""
+"""Stage, commit, verify, undo, poison and heal, on a hand-made model, on the CPU and on a GPU.
+
+Where there is no GPU, a second process runs all of it with Triton's interpreter, where tensors in main memory count as
+tensors on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from hubsync import kernels
 from hubsync.apply.applier import Applier
 from hubsync.apply.memory import Edit
 from hubsync.apply.sweep import Sweeper
@@ -18,6 +23,7 @@ from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongPa
 from hubsync.format.manifest import Position
 from hubsync.format.patch import TensorDelta, TensorValues, changed, compose
 from hubsync.kernels.bits import bits_of
+from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 from tests.support.toy import TABLE, Model, assert_same, loaded, memory, nudged, patch_between, position_of, view
 
 V0 = view(0)
@@ -26,11 +32,19 @@ V2 = nudged(V1, 2)
 P0, P1, P2 = (position_of(version, tensors) for version, tensors in enumerate((V0, V1, V2)))
 
 
+test_in_tritons_interpreter = in_the_interpreter(__file__)
+
+
 @pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(INTERPRETED, reason="run by the other process")),
+        pytest.param("gpu", marks=on_device),
+    ]
 )
-def model(request: pytest.FixtureRequest) -> Model:
-    return loaded(V0, request.param)
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    return loaded(V0, "cpu" if request.param == "cpu" else DEVICE)
 
 
 @pytest.fixture

@@ -48,6 +48,10 @@ class Digests:
         spans: int64[n, 4]: live tensor, first element in it, elements, flat index of the first one as published.
         keys: int64[n], the key of block 0 of each published tensor.
         constants: of the digest.
+
+    Attributes:
+        owners: int64[pieces], ascending: the span of each piece that one program reads.
+        piece: elements of a piece at most.
     """
 
     def __init__(self, numbering: Numbering, spans: np.ndarray, keys: np.ndarray, constants: Constants):
@@ -55,7 +59,7 @@ class Digests:
         self._constants = constants
         self._spans = len(spans)
         live, start, size, flat = spans.T
-        self._starts = [(int(t), int(s)) for t, s in zip(live, start, strict=True)]
+        self._live, self._begins = live, start - flat  # where element 0 of the published tensor would be
         device = numbering.device
 
         def rows(run: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +70,9 @@ class Digests:
             number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
             return owner, np.maximum(number * run - skip[owner], 0)
 
-        owner, done = rows(_BLOCKS * constants.block)
+        self.piece = _BLOCKS * constants.block
+        owner, done = rows(self.piece)
+        self.owners = owner
         ends = np.append(np.where(owner[1:] == owner[:-1], done[1:], size[owner[:-1]]), size[owner[-1:]])
         columns = [live[owner], start[owner] + done, ends - done, flat[owner] + done, keys[owner]]
         self._rows = torch.from_numpy(np.stack(columns, axis=1)).to(device)
@@ -82,15 +88,23 @@ class Digests:
 
     def live(self) -> torch.Tensor:
         """int64[spans, 2] on the device: both lanes of the digest of the live elements of each span."""
+        return self._added(self._owner, self.sums(0, len(self.owners)))
+
+    def sums(self, first: int, end: int) -> torch.Tensor:
+        """int64[end - first, 2] on the device: both lanes of the digest of some pieces of spans (`owners`)."""
         numbers, constants = self._numbering, self._constants
-        aligned = numbers.is_aligned and all(numbers.address_of(t, s) % 16 == 0 for t, s in self._starts)
-        sums = torch.empty((len(self._rows), 2), dtype=torch.int64, device=numbers.device)
-        if len(self._rows):
-            _digest[(len(self._rows),)](
-                numbers.address, self._rows, constants.places, sums, constants.stride, *constants.multipliers,
-                aligned, constants.block,
+        sums = torch.empty((end - first, 2), dtype=torch.int64, device=numbers.device)
+        if len(sums):
+            _digest[(len(sums),)](
+                numbers.address, self._rows, constants.places, sums, first, constants.stride, *constants.multipliers,
+                self.is_aligned, constants.block,
             )  # fmt: skip
-        return self._added(self._owner, sums)
+        return sums
+
+    @property
+    def is_aligned(self) -> bool:
+        """Do all whole blocks of the published tensors begin at multiples of 16 bytes in the live ones?"""
+        return not (self._numbering.addresses_of(self._live, self._begins) % 16).any()
 
     def changes(self, listed: Listed) -> tuple[torch.Tensor, torch.Tensor]:
         """By span, on the device: what changes add to both lanes, int64[spans, 2], and their number, int64[spans]."""
@@ -133,11 +147,11 @@ def _spread(bits):
     return y.to(tl.int64) * (2 * y + 1).to(tl.int64)
 
 
-@triton.jit
-def _digest(address, rows, places, sums, stride, m1, m2, m3, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first"])
+def _digest(address, rows, places, sums, first, stride, m1, m2, m3, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """One row: up to `_BLOCKS` blocks of one tensor. The same place of several blocks is added up first."""
     program = tl.program_id(0)
-    row = rows + program.to(tl.int64) * 5
+    row = rows + (first + program).to(tl.int64) * 5
     live = address + tl.load(row) * 4
     kind = tl.load(live + 2)
     base = address_in(tl.load(live), kind, tl.load(row + 1))

@@ -82,9 +82,9 @@ class Numbering:
         """Elements of a tensor."""
         return int(self._sizes[tensor])
 
-    def address_of(self, tensor: int, element: int) -> int:
-        """Address of an element, for questions of alignment."""
-        return self.addresses[tensor] + element * (2 if self._kinds[tensor] == RAW else 4)
+    def addresses_of(self, tensors: np.ndarray, elements: np.ndarray) -> np.ndarray:
+        """Addresses of elements of tensors (int64 both), for questions of alignment."""
+        return np.array(self.addresses, np.int64)[tensors] + elements * np.where(self._kinds[tensors] == RAW, 2, 4)
 
     def ranges(self, tensors: Sequence[int]) -> list[tuple[int, int]]:
         """The tiles of these tensors, as few ranges (first, end) as possible."""

@@ -72,3 +72,17 @@ def test_no_changes_add_nothing() -> None:
     added, counts = digests.changes(ChangeList(numbering).collect())
     assert not added.any()
     assert not counts.any()
+
+
+@pytest.mark.parametrize(
+    ("start", "flat", "aligned"), [(0, 0, True), (8, 8, True), (3, 3, True), (8, 3, False), (3, 0, False)]
+)
+def test_blocks_are_loaded_in_vectors_only_where_they_are_aligned(start: int, flat: int, aligned: bool) -> None:
+    """A vector load from another address ends the process on a GPU. The interpreter would not notice."""
+    from hubsync.kernels.gpu.digest import Digests
+    from hubsync.kernels.gpu.numbering import RAW, Numbering
+
+    live = torch.zeros(5000, dtype=torch.bfloat16, device=DEVICE)
+    spans = np.array([[0, start, 4000, flat]])
+    constants = device_constants(torch.device(DEVICE))
+    assert Digests(Numbering([live], [RAW]), spans, np.array([1]), constants).is_aligned == aligned

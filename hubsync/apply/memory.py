@@ -1,9 +1,9 @@
 """Reading and writing scattered elements of live storages: the only code that touches weights.
 
 A commit spreads over every storage of a model, often with a few elements in each, so it must not do work per storage.
-On a CPU all storages of one element width are treated as one flat array: addresses are offsets from the lowest of them,
-and one compiled loop without the interpreter's lock handles a whole commit. On other devices there is one operation for
-each storage, on the stream of the forward passes.
+On a CPU and on a GPU all storages of one element width are treated as one flat array: addresses are offsets from the
+lowest of them, and one compiled loop without the interpreter's lock, or one launch on the stream of the forward passes,
+handles a whole commit. On other devices there is one operation for each storage.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from hubsync import kernels
+from hubsync.errors import ReplicaRefused
+from hubsync.format.codec.device import launching_on
 from hubsync.format.patch import TensorDelta
 from hubsync.kernels.bits import UNSIGNED, advance, integers_of
 from hubsync.kernels.compiled import compiled
@@ -32,7 +36,7 @@ class Edit:
     """New patterns for some elements of one memory, all three on the model's device.
 
     Attributes:
-        places: offsets, unique; int64, or int32 on accelerators where that is enough.
+        places: offsets, unique; int64 (or int32, in `DeviceMemory`).
         old: patterns that must be there before, as integers of the element's width.
         new: patterns to write.
     """
@@ -70,32 +74,55 @@ class Memory(Protocol):
 
 
 def memory_of(storages: Sequence[LiveStorage], device: torch.device) -> Memory:
+    if kernels.on_gpu(torch.empty(0, device=device)):
+        return GpuMemory(storages, device)
     return HostMemory(storages) if device.type == "cpu" else DeviceMemory(storages, device)
 
 
-class HostMemory:
-    """Storages in this process's own memory, as one array for each element width."""
+class _Flat:
+    """Storages of one device as one array for each element width, which is the key of their edits.
 
-    def __init__(self, storages: Sequence[LiveStorage]):
+    Args:
+        storages: of the map. Those on other devices have no places.
+        device_type: of the device.
+    """
+
+    def __init__(self, storages: Sequence[LiveStorage], device_type: str):
         self._storages = storages  # keeps the memory alive
-        self._bases: dict[int, int] = {}
-        self._arrays: dict[int, np.ndarray] = {}
-        for width in {storage.bits.element_size() for storage in storages}:
-            spans = [_span(storage.bits) for storage in storages if storage.bits.element_size() == width]
-            base, end = min(low for low, _ in spans), max(high for _, high in spans)
-            self._bases[width] = base
-            self._arrays[width] = _array(base, end, np.dtype(f"i{width}" if width > 1 else "u1"))
-        self._starts = [
-            (_span(storage.bits)[0] - self._bases[width]) // width
-            for storage in storages
-            for width in (storage.bits.element_size(),)
-        ]
+        self._spans: dict[int, tuple[int, int]] = {}
+        """By width: the first address of all storages, and the last, half open."""
+        held = {n: storage.bits for n, storage in enumerate(storages) if storage.bits.device.type == device_type}
+        for width in {bits.element_size() for bits in held.values()}:
+            spans = [_span(bits) for bits in held.values() if bits.element_size() == width]
+            self._spans[width] = min(low for low, _ in spans), max(high for _, high in spans)
+        self._starts = {
+            number: (_span(bits)[0] - self._spans[width][0]) // width
+            for number, bits in held.items()
+            for width in (bits.element_size(),)
+        }
 
     def key(self, storage: int) -> int:
         return self._storages[storage].bits.element_size()
 
+    def elements(self, storage: int, offsets: np.ndarray) -> np.ndarray:
+        """Offsets in a storage as the loader sees them -> elements of the array of its width."""
+        if storage not in self._starts:
+            bits = self._storages[storage].bits
+            raise ReplicaRefused(f"{self._storages[storage].name} is on {bits.device}, the other weights are not")
+        return _in_memory(self._storages[storage], offsets) + self._starts[storage]
+
+
+class HostMemory(_Flat):
+    """Storages in this process's own memory."""
+
+    def __init__(self, storages: Sequence[LiveStorage]):
+        super().__init__(storages, "cpu")
+        self._arrays = {
+            width: _array(*span, np.dtype(f"i{width}" if width > 1 else "u1")) for width, span in self._spans.items()
+        }
+
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(_in_memory(self._storages[storage], offsets) + self._starts[storage])
+        return torch.from_numpy(self.elements(storage, offsets))
 
     def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
         memory = self._arrays[self.key(storage)]
@@ -111,8 +138,44 @@ class HostMemory:
         return all(done)
 
 
+class GpuMemory(_Flat):
+    """Storages on a GPU. A write is one launch for each width, and reading back another."""
+
+    def __init__(self, storages: Sequence[LiveStorage], device: torch.device):
+        super().__init__(storages, device.type)
+        self._device = device
+        self._scattered = import_module("hubsync.kernels.gpu.scattered")  # needs triton
+
+    def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.elements(storage, offsets)).to(self._device)
+
+    def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
+        bits = self._storages[storage].bits
+        out = torch.empty(len(places), dtype=bits.dtype, device=self._device)
+        with launching_on(self._device):
+            self._scattered.read(self._spans[self.key(storage)][0], places, out)
+        return out
+
+    def hold_old(self, edits: Mapping[int, Edit]) -> bool:
+        return self._hold((key, edit.places, edit.old) for key, edit in edits.items())
+
+    def write(self, edits: Mapping[int, Edit]) -> bool:
+        with launching_on(self._device):
+            for key, edit in edits.items():
+                self._scattered.write(self._spans[key][0], edit.places, edit.new)
+        return self._hold((key, edit.places, edit.new) for key, edit in edits.items())
+
+    def _hold(self, expected: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> bool:
+        """One answer, and one wait for the device, for all."""
+        with launching_on(self._device):
+            differs = torch.zeros(1, dtype=torch.int32, device=self._device)
+            for key, places, bits in expected:
+                self._scattered.compare(self._spans[key][0], places, bits, differs)
+            return not bool(differs)
+
+
 class DeviceMemory:
-    """Storages on an accelerator. The key of a storage is its number."""
+    """Storages on an accelerator without Triton. The key of a storage is its number."""
 
     def __init__(self, storages: Sequence[LiveStorage], device: torch.device):
         self._storages = storages

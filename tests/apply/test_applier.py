@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from hubsync import kernels
+from hubsync.apply import live_weights
 from hubsync.apply.applier import Applier
-from hubsync.apply.memory import Edit
+from hubsync.apply.memory import DeviceMemory, Edit
 from hubsync.apply.sweep import Sweeper
 from hubsync.errors import FormatError, ReplicaPoisoned, ReplicaRefused, WrongParent
 from hubsync.format.manifest import Position
@@ -38,11 +39,16 @@ test_in_tritons_interpreter = in_the_interpreter(__file__)
 @pytest.fixture(
     params=[
         pytest.param("cpu", marks=pytest.mark.skipif(INTERPRETED, reason="run by the other process")),
+        pytest.param("no triton", marks=pytest.mark.skipif(INTERPRETED, reason="run by the other process")),
         pytest.param("gpu", marks=on_device),
     ]
 )
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
-    if INTERPRETED:
+    """On the CPU, on an accelerator without Triton, or on a GPU."""
+    if request.param == "no triton":
+        monkeypatch.setattr(kernels, "on_gpu", lambda tensor: False)
+        monkeypatch.setattr(live_weights, "memory_of", DeviceMemory)
+    elif INTERPRETED:
         monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
     return loaded(V0, "cpu" if request.param == "cpu" else DEVICE)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hubsync.errors import ConfigError
 from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.config import SyncConfig
@@ -220,3 +221,95 @@ def test_a_step_that_is_skipped_for_infinite_gradients_changes_nothing() -> None
     optimizer.found_inf = torch.ones((), device=DEVICE)  # type: ignore[attr-defined]
     train(model, optimizer, 1)
     assert detector.detect().is_empty
+
+
+def publish(detector: Sliced, model: Net) -> Detected:
+    """As the publisher does it."""
+    detector.begin()
+    detector.follow(published_tensors(model))
+    detected = detector.detect()
+    assert detected.digest == digest_view(detector.table, view_of(model))
+    detector.advance(detected)
+    return detected
+
+
+def test_a_cast_copy_in_the_memory_of_the_tensor_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator gives new copies the memory of what was just freed: here, of the parameter that was replaced."""
+    model = Net(torch.float32)
+    detector = watched(model, optimized(model, OPTIMIZERS["adamw fused"]))
+    before, convert = model.frozen.data, torch.Tensor.to
+    model.frozen = torch.nn.Parameter((before * 1.5).bfloat16(), requires_grad=False)
+
+    def to_that_memory(tensor: torch.Tensor, *args: object) -> torch.Tensor:
+        is_copied = tensor.numel() == before.numel() and torch.float32 in args
+        return before.copy_(tensor) if is_copied else convert(tensor, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", to_that_memory)
+        detector.begin()
+        detector.follow(published_tensors(model))
+        detected = detector.detect()
+    assert detected.digest == digest_view(detector.table, view_of(model))
+    assert [detector.table[index].name for index in detected.values] == ["frozen"]
+
+
+def test_nothing_is_read_behind_the_end_of_a_tensor_that_was_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hubsync.kernels.gpu.digest import Digests
+
+    model = Net(torch.float32)
+    detector = watched(model, optimized(model, OPTIMIZERS["adamw fused"]))
+    model.first.weight.data = model.first.weight.data[:3].clone()
+    monkeypatch.setattr(Digests, "live", lambda digests: pytest.fail("read"))
+    detector.begin()
+    with pytest.raises(ConfigError, match="now has shape"):
+        detector.follow(published_tensors(model))
+
+
+def test_an_interrupt_while_addresses_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(torch.float32)
+    detector = watched(model, optimized(model, OPTIMIZERS["adamw fused"]))
+    publish(detector, model)
+    own = model.first.weight.data
+    model.first.weight.data = elsewhere = own.clone()
+    copy_to = torch.Tensor.copy_
+
+    def interrupted(*args: object, **options: object) -> None:
+        copy_to(*args, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            detector.begin()
+    model.first.weight.data = own.mul_(1.5)
+    assert publish(detector, model).values
+    assert not torch.equal(own, elsewhere)
+
+
+def test_a_larger_parameter_at_the_address_of_one_that_is_followed() -> None:
+    model = Net(torch.float32)
+    plain = copy.deepcopy(model)
+    optimizer, other = optimized(model, OPTIMIZERS["adamw fused"]), optimized(plain, OPTIMIZERS["adamw fused"])
+    detector, trained = watched(model, optimizer), []
+    for one, steps in ((model, optimizer), (plain, other)):
+        weight = one.first.weight
+        flat = torch.nn.Parameter(torch.cat([weight.data.view(-1), torch.ones(3000, device=DEVICE)]))
+        weight.data = flat.data[: weight.numel()].view_as(weight)
+        steps.zero_grad()
+        steps.add_param_group({"params": [flat], "fused": True})
+        flat.grad = torch.linspace(-1, 1, flat.numel(), device=DEVICE)
+        steps.step()
+        trained.append(flat)
+    assert torch.equal(*trained)
+    assert publish(detector, model).values
+
+
+def test_two_parameters_that_were_given_the_same_memory() -> None:
+    model = Net(torch.float32)
+    model.twin = torch.nn.Parameter(torch.zeros(130, 40, device=DEVICE))
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector = watched(model, optimizer)
+    model.twin.data = model.first.weight.data
+    train(model, optimizer, 0)
+    names = {detector.table[index].name for index in publish(detector, model).values}
+    assert names == {"first.weight", "twin"}  # each has its own update: neither is listed as the other

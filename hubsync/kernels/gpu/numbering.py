@@ -74,9 +74,10 @@ class Numbering:
         table = torch.from_numpy(np.stack(columns, axis=1))
         if self.device.type == "cuda":
             table = table.pin_memory()  # else the copy waits for the device
+        self.addresses = []  # an interrupt from here on: unknown, so that the next call writes all of them again
+        self.is_aligned = not any(address % 16 for address in addresses)
         self.address.copy_(table, non_blocking=True)
         self.addresses = addresses
-        self.is_aligned = not any(address % 16 for address in addresses)
 
     def size_of(self, tensor: int) -> int:
         """Elements of a tensor."""

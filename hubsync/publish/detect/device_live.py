@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +22,14 @@ from hubsync.publish.view.strided import row_of, whole_of
 from .changes import OnDevice
 
 _INTERPRETED = False  # tests: tensors in main memory count as tensors on a GPU
+
+
+Memory = tuple[int, int, torch.dtype]
+
+
+def memory_of(tensor: torch.Tensor) -> Memory:
+    """What a contiguous tensor holds: its address, elements and dtype. The address alone may be that of a part."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
 
 
 def why_not_listed(tensor: torch.Tensor, published: torch.dtype, shard: Shard | None = None) -> str | None:
@@ -102,14 +111,17 @@ class DeviceLive:
         """The number of the live tensor that contains a published one."""
         return self._places[index]
 
-    def usable(self) -> dict[int, int]:
-        """Address -> number, of the live tensors that kernels can read now, and lets kernels read them.
+    def usable(self) -> dict[Memory, int]:
+        """`memory_of` -> number, of the live tensors that kernels can read now, and lets kernels read them.
 
-        Training may move and cast tensors, or replace their memory.
+        Training may move and cast tensors, or replace their memory. Tensors that were given the same memory are left
+        out: each has its own update.
         """
         held = [self._usable(number) for number in range(len(self.wholes))]
         self.numbering.refresh(held)
-        return {tensor.data_ptr(): number for number, tensor in enumerate(held) if tensor is not None}
+        shared = {address for address, times in Counter(self.numbering.addresses).items() if times > 1}
+        known = {memory_of(tensor): number for number, tensor in enumerate(held) if tensor is not None}
+        return {memory: number for memory, number in known.items() if memory[0] not in shared}
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -123,14 +135,21 @@ class DeviceLive:
         for number, whole in enumerate(self.wholes):
             held = self._usable(number)
             if held is None:
+                self._begun = None  # this copy may be where another tensor was that `begin` has read
                 held = local_part(whole).to(self.numbering.device, self._formats[number][0]).contiguous()
             tensors.append(held)
         self.numbering.refresh(tensors)
         yield
 
     def begin(self) -> None:
-        """Start the digest of the live tensors. `proved` uses it if they are still the same, at the same addresses."""
-        with self.readable():
+        """Start the digest of the live tensors. `proved` uses it if they are still the same, at the same addresses.
+
+        Not if some must be read through copies: an address says nothing of the tensor that was copied.
+        """
+        self._begun = None
+        held = [self._usable(number) for number in range(len(self.wholes))]
+        if all(tensor is not None for tensor in held):
+            self.numbering.refresh(held)
             self._begun = self.numbering.addresses, self.digests.live()
 
     def forget(self) -> None:

@@ -26,7 +26,7 @@ from hubsync.kernels.gpu.listing import ChangeList, Listed
 from hubsync.kernels.gpu.numbering import Numbering
 from hubsync.publish.view.cast import cast, integers
 
-from .device_live import DeviceLive
+from .device_live import DeviceLive, Memory, memory_of
 from .device_warmup import compile_in_background
 from .lost_updates import LostUpdates
 from .recorder import Recorded
@@ -94,7 +94,7 @@ class DeviceRecorder:
         self._submitted: Listed | None = None  # collected last
         self._order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
         self._buckets: dict[tuple[int, ...], list[_Bucket]] = {}
-        self._usable: dict[int, int] = {}  # address -> number of a live tensor, in this step
+        self._usable: dict[Memory, int] = {}  # memory -> number of a live tensor, in this step
         self._live: DeviceLive | None = None
 
     def follow(self, live: Sequence[torch.Tensor], left_out: set[int]) -> None:
@@ -132,13 +132,13 @@ class DeviceRecorder:
     @contextmanager
     def update(self, parameters: list[torch.Tensor]) -> Iterator[None]:
         """List the changes of these parameters by their update."""
-        watched = [p for p in parameters if p.grad is not None and p.data_ptr() in self._usable]
+        watched = [p for p in parameters if p.grad is not None and memory_of(p) in self._usable]
         self._expect(watched)
         if self._splits:
             with _Intercepted(self._update_by_buckets):
                 yield
             return
-        ranges = self._numbering.ranges([self._usable[p.data_ptr()] for p in watched])
+        ranges = self._numbering.ranges([self._usable[memory_of(p)] for p in watched])
         old = self._list.save(ranges)
         try:
             yield
@@ -147,7 +147,7 @@ class DeviceRecorder:
 
     def _update_by_buckets(self, operator: Callable[..., None], lists: Lists, options: dict[str, Any]) -> None:
         """Call torch's fused operator for some elements at a time."""
-        numbers = [self._usable.get(parameter.data_ptr(), -1) for parameter in lists[0]]
+        numbers = [self._usable.get(memory_of(parameter), -1) for parameter in lists[0]]
         numbers = [n if n >= 0 and _is_row(lists, at) else -1 for at, n in enumerate(numbers)]
         whole = [_must_stay_whole(lists, at) for at in range(len(numbers))]
         others = [at for at, number in enumerate(numbers) if number < 0]
@@ -179,7 +179,7 @@ class DeviceRecorder:
         options: dict[str, Any],
     ) -> None:
         """Parameters that are not followed, or whose gradient or state has another layout: whole."""
-        known = [self._usable.get(lists[0][at].data_ptr()) for at in others]
+        known = [self._usable.get(memory_of(lists[0][at])) for at in others]
         watched = [number for number in known if number is not None]
         ranges = self._numbering.ranges(watched)
         old = self._list.save(ranges)

@@ -26,7 +26,7 @@ from hubsync.publish.results import Published
 
 from .gpu_models import MODELS, Weights
 
-RATES = {torch.float32: 1.6e-7, torch.bfloat16: 1.5e-6}  # learning rates that change about 0.8 % of the view
+RATES = {torch.float32: 1.45e-7, torch.bfloat16: 1.5e-6}  # learning rates that change about 0.8 % of the view
 
 
 Detector = Literal["sliced", "snapshot"]

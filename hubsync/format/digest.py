@@ -33,7 +33,7 @@ import torch
 
 from hubsync import kernels
 from hubsync.errors import FormatError
-from hubsync.kernels.bits import UNSIGNED, bits_of
+from hubsync.kernels.bits import UNSIGNED, integers_in
 from hubsync.kernels.compiled import compiled
 from hubsync.kernels.parallel import each, pieces
 
@@ -172,11 +172,8 @@ def digest_torch(
 
 
 def digest_view(table: TensorTable, tensors: Mapping[str, torch.Tensor]) -> Digest:
-    """Digest of a whole published view: every tensor of the table, contiguous on the CPU, in its served dtype."""
-    total = Digest()
-    for spec in table:
-        total += digest_range(tensor_seed(spec.name), bits_of(tensors[spec.name]))
-    return total
+    """Digest of a whole published view: every tensor of the table, contiguous, in its served dtype, on its device."""
+    return sum((digest_torch(tensor_seed(spec.name), integers_in(tensors[spec.name])) for spec in table), Digest())
 
 
 def _torch_sums(seed: int, flat: torch.Tensor, start: int, indices: torch.Tensor | None) -> Digest:

@@ -48,6 +48,11 @@ def dtype_code(dtype: torch.dtype) -> str:
     return _CODES[dtype]
 
 
+def integers_in(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor, flat, as integers of their width, on its device. A copy if it is not contiguous."""
+    return tensor.detach().contiguous().view(-1).view(_TORCH_INTEGERS[tensor.element_size()])
+
+
 def bits_of(tensor: torch.Tensor) -> np.ndarray:
     """The bit patterns of a contiguous CPU tensor as a flat unsigned array of the element's width, without a copy."""
     dtype_code(tensor.dtype)

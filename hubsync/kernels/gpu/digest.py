@@ -16,7 +16,7 @@ import triton.language as tl
 from .listing import Listed
 from .numbering import Numbering, address_in, patterns, rounded
 
-_BLOCKS = 32  # blocks of one program
+_BLOCKS = 64  # blocks of one program
 _PIECE = 1 << 20  # elements whose changes one program adds up
 _CHANGES = 512  # of them at a time
 

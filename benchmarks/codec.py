@@ -123,13 +123,14 @@ class Hubsync(Format):
 
     def encode(self, pair: Pair) -> bytes:
         parent, position = Position(17, "0" * 32), Position(18, "1" * 32)
-        return write_delta(
+        part = write_delta(
             pair.table,
             patch_of(pair),
             Transition("0" * 32, parent, position),
             encoding=self._encoding,
             old=bits_view(pair, pair.old),
         )
+        return bytes(part)
 
     def apply(self, data: bytes, weights: np.ndarray, pair: Pair) -> None:
         apply_patch(weights, read_delta(data, pair.table, None, bits_view(pair, weights)), pair)

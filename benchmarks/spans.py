@@ -71,13 +71,14 @@ def _made(pair: Pair, count: int, update: float = 3e-7) -> Iterator[Pair]:
 
 
 def _part(pair: Pair, encoding: Encoding) -> bytes:
-    return write_delta(
+    part = write_delta(
         pair.table,
         patch_of(pair),
         Transition("0" * 32, Position(0, "0" * 32), Position(1, "1" * 32)),
         encoding=encoding,
         old=bits_view(pair, pair.old),
     )
+    return bytes(part)
 
 
 def _follow(parts: Sequence[bytes], pair: Pair, weights: np.ndarray, encoding: Encoding) -> None:

@@ -20,22 +20,33 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One immutable object to write. `source` is a local file, or the bytes themselves."""
+    """One immutable object to write.
 
-    path: str
-    source: Path | bytes
+    Attributes:
+        path: its name, or a function that waits for it. A name may be made of the content's hash, which takes as long
+            as writing: a backend that can write first asks for the name afterwards.
+        source: a local file, or the bytes themselves.
+    """
+
+    path: str | Callable[[], str]
+    source: Path | bytes | memoryview
+
+    @property
+    def name(self) -> str:
+        """The path, waited for if necessary."""
+        return self.path if isinstance(self.path, str) else self.path()
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+        return self.source.stat().st_size if isinstance(self.source, Path) else len(self.source)
 
 
 @dataclass(frozen=True)

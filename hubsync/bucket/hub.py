@@ -90,8 +90,8 @@ class HubBucket(Bucket):
     def put(self, uploads: Sequence[Upload]) -> None:
         if not uploads:
             return
-        names = [self._full(upload.path) for upload in uploads]
-        action = f"write {_some(upload.path for upload in uploads)}"
+        names = [self._full(upload.name) for upload in uploads]
+        action = f"write {_some(upload.name for upload in uploads)}"
         contents = self._upload([upload.source for upload in uploads], action)
         self._name(dict(zip(names, contents, strict=True)), action, verify=True)
 
@@ -182,7 +182,7 @@ class HubBucket(Bucket):
                 self._at.bucket,
             )
 
-    def _upload(self, sources: Sequence[Path | bytes], action: str) -> Sequence[str]:
+    def _upload(self, sources: Sequence[Path | bytes | memoryview], action: str) -> Sequence[str]:
         """Hashes of contents that are stored. No name points to them yet, so a failure here changes nothing."""
         try:
             return xet.upload(sources, self._api.token("write", action), action, self._place)

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat as modes
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -56,23 +56,23 @@ class LocalBucket(Bucket):
         self._require_root()
 
     def put(self, uploads: Sequence[Upload]) -> None:
-        targets = [self._target(upload.path) for upload in uploads]
-        for upload, target in zip(uploads, targets, strict=True):
-            with self._translated(f"write {upload.path}"):
-                if not self._is_there(target, upload):
-                    self._write(target, upload.source)
+        for upload in uploads:
+            if isinstance(upload.path, str):
+                checked(upload.path)
+        for upload in uploads:
+            self._put_one(upload)
         with self._translated("check the written objects"):
-            for upload, target in zip(uploads, targets, strict=True):
-                if not self._is_there(target, upload):
+            for upload in uploads:
+                if not self._is_there(upload):
                     raise BucketError(
-                        f"{upload.path} disappeared from {self.address} right after it was written; does another "
+                        f"{upload.name} disappeared from {self.address} right after it was written; does another "
                         "process delete files there?"
                     )
 
     def commit(self, path: str, data: bytes) -> None:
         target = self._target(path)
-        with self._translated(f"write {path}"):
-            self._write(target, data)
+        with self._translated(f"write {path}"), self._staged(data) as staged:
+            _place(staged, target)
 
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         found = {}
@@ -119,23 +119,31 @@ class LocalBucket(Bucket):
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def _write(self, target: Path, source: Path | bytes) -> None:
+    def _put_one(self, upload: Upload) -> None:
+        with self._translated(lambda: f"write {upload.name}"):
+            if isinstance(upload.path, str) and self._is_there(upload):  # a retry
+                return
+            with self._staged(upload.source) as staged:
+                if not self._is_there(upload):
+                    _place(staged, self._target(upload.name))
+
+    @contextmanager
+    def _staged(self, source: Path | bytes | memoryview) -> Iterator[Path]:
+        """A durable copy of a source, under a temporary name."""
         self._require_root()
         with temporary(self._staging) as staged:
             with staged.open("xb") as sink:
                 _copy_into(sink, source)
                 sync_file(sink)
-            _make_directory(target.parent)
-            os.replace(staged, target)
-            sync_directory(target.parent)
+            yield staged
 
-    def _is_there(self, target: Path, upload: Upload) -> bool:
+    def _is_there(self, upload: Upload) -> bool:
         """Whether the object exists. BucketError if it has another size."""
-        if (status := _file_status(target)) is None:
+        if (status := _file_status(self._target(upload.name))) is None:
             return False
         if status.st_size != upload.size:
             raise BucketError(
-                f"{upload.path} already exists in {self.address} with {status.st_size} bytes, not {upload.size}. "
+                f"{upload.name} already exists in {self.address} with {status.st_size} bytes, not {upload.size}. "
                 "Objects are immutable: write under another name, or use another run"
             )
         return True
@@ -199,11 +207,11 @@ class LocalBucket(Bucket):
             )
 
     @contextmanager
-    def _translated(self, action: str) -> Iterator[None]:
+    def _translated(self, action: str | Callable[[], str]) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            what = f"cannot {action} in {self.address}: {error}"
+            what = f"cannot {action if isinstance(action, str) else action()} in {self.address}: {error}"
             if error.errno in _DENIED:
                 raise BucketDenied(f"{what}. Check this user's permissions on {self._root}") from error
             if error.errno in _FULL:
@@ -214,8 +222,15 @@ class LocalBucket(Bucket):
             raise BucketUnavailable(what) from error
 
 
-def _copy_into(sink: BinaryIO, source: Path | bytes) -> None:
-    if isinstance(source, bytes):
+def _place(staged: Path, target: Path) -> None:
+    """Give a durable file its name, durably."""
+    _make_directory(target.parent)
+    os.replace(staged, target)
+    sync_directory(target.parent)
+
+
+def _copy_into(sink: BinaryIO, source: Path | bytes | memoryview) -> None:
+    if not isinstance(source, Path):
         sink.write(source)
         return
     with source.open("rb") as file:

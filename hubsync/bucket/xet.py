@@ -54,7 +54,7 @@ _DEFAULTS = {
 T = TypeVar("T")
 
 
-def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: HubPlace) -> list[str]:
+def upload(sources: Sequence[Path | bytes | memoryview], token: Token, action: str, place: HubPlace) -> list[str]:
     """Store contents. Returns the hash of each. No name points to them yet.
 
     BucketUnavailable if the storage is silent or fails; BucketError if a local file cannot be read.
@@ -64,15 +64,15 @@ def upload(sources: Sequence[Path | bytes], token: Token, action: str, place: Hu
         commit = _session().new_upload_commit(**_access(token))
         watch(commit)
         handles = [
-            commit.start_upload_bytes(source, sha256=SKIP_SHA256)
-            if isinstance(source, bytes)
-            else commit.start_upload_file(str(source), sha256=SKIP_SHA256)
+            commit.start_upload_file(str(source), sha256=SKIP_SHA256)
+            if isinstance(source, Path)
+            else commit.start_upload_bytes(bytes(source), sha256=SKIP_SHA256)
             for source in sources
         ]
         commit.wait_to_finish()
         return [str(handle.result().xet_info.hash) for handle in handles]
 
-    nbytes = sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sources)
+    nbytes = sum(s.stat().st_size if isinstance(s, Path) else len(s) for s in sources)
     silent_end = min(nbytes, _BUFFER) / _SLOWEST + nbytes / _CHECKED
     longest = _longest(nbytes, len(sources)) + silent_end
     hashes: list[str] = _Transfer(transfer, nbytes, action, place).run(STALL_SECONDS + silent_end, longest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from hubsync.bucket.base import Bucket, Download, Upload
@@ -16,17 +18,29 @@ from .layout import Layout
 
 AHEAD_PARTS = 500  # most parts that are downloaded ahead in one call,
 AHEAD_BYTES = 256 << 20  # and their bytes
+_HASHING = 2  # files that are hashed at once
+
+Content = Path | bytes | memoryview
 
 
-def upload_parts(bucket: Bucket, draft: Manifest, sources: Sequence[Path | bytes], rank: int = 0) -> tuple[Part, ...]:
+def upload_parts(bucket: Bucket, draft: Manifest, sources: Sequence[Content], rank: int = 0) -> tuple[Part, ...]:
     """Upload one rank's share of a draft: its delta part, or its files of an anchor. Returns when they are durable."""
-    if draft.kind == "anchor":
-        parts = tuple(Part(_size(file), _sha256(file), file=file.name) for file in sources if isinstance(file, Path))
-    else:
-        parts = tuple(Part(_size(source), _sha256(source), rank) for source in sources)
-    if parts:
-        bucket.put([Upload(Layout.part(draft, part), source) for part, source in zip(parts, sources, strict=True)])
-    return parts
+    if not sources:
+        return ()
+
+    def part_of(source: Content) -> Part:
+        if draft.kind == "anchor":
+            assert isinstance(source, Path)
+            return Part(_size(source), sha256_of(source), file=source.name)
+        return Part(_size(source), _sha256(source), rank)
+
+    def name_of(part: Future[Part]) -> str:
+        return Layout.part(draft, part.result())
+
+    with ThreadPoolExecutor(_HASHING, thread_name_prefix="hubsync-hash") as pool:  # while the backend writes
+        parts = [pool.submit(part_of, source) for source in sources]
+        bucket.put([Upload(partial(name_of, part), source) for part, source in zip(parts, sources, strict=True)])
+        return tuple(part.result() for part in parts)
 
 
 def anchor_sources(directory: Path) -> list[Path]:
@@ -38,12 +52,12 @@ def _belongs_to_anchor(name: str) -> bool:
     return name in SIDE_FILES or (name.startswith(("model", "adapter_model")) and name.endswith(".safetensors"))
 
 
-def _size(source: Path | bytes) -> int:
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
+def _size(source: Content) -> int:
+    return source.stat().st_size if isinstance(source, Path) else len(source)
 
 
-def _sha256(source: Path | bytes) -> str:
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_of(source)
+def _sha256(source: Content) -> str:
+    return sha256_of(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
 
 
 class PartCache:

@@ -20,7 +20,7 @@ from .epochs import check_fence, next_epoch, open_epoch
 from .head import HeadWriter
 from .index import ChainIndex
 from .layout import Layout
-from .part_files import anchor_sources, upload_parts
+from .part_files import Content, anchor_sources, upload_parts
 from .version_info import NO_INFO, VersionInfo
 from .visible import once_visible
 
@@ -158,7 +158,7 @@ class ChainWriter:
 
     def commit_delta(
         self,
-        files: Sequence[Path | bytes],
+        files: Sequence[Content],
         *,
         digest: str,
         changed: int,

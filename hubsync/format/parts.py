@@ -21,6 +21,7 @@ from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
+from .codec.device import host_memory
 from .device_patch import DevicePatch
 from .documents import wrong_format
 from .encoding import Encoding
@@ -51,8 +52,8 @@ def write_delta(
     rank: int = 0,
     encoding: Encoding = Encoding.FAST,
     old: OldBits | None = None,
-) -> bytes:
-    """The bytes of one part of a delta. The same arguments give the same bytes.
+) -> memoryview:
+    """The bytes of one part of a delta, not to be written to. The same arguments give the same bytes.
 
     Args:
         patch: the changes of this rank; may be empty. FormatError if it is not a sound patch of views of `table`. Of a
@@ -75,7 +76,7 @@ def write_delta(
 
 
 def read_delta(
-    source: Path | bytes, table: TensorTable, manifest: Manifest | None, old: OldBits | None = None
+    source: Path | bytes | memoryview, table: TensorTable, manifest: Manifest | None, old: OldBits | None = None
 ) -> Patch:
     """Decode one delta part; FormatError unless every byte of it makes sense for `table`.
 
@@ -86,7 +87,7 @@ def read_delta(
             which it holds nothing are left out. Wrong weights give a patch that is sound but wrong, or a FormatError:
             compare digests.
     """
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    data = source.read_bytes() if isinstance(source, Path) else bytes(source)
     arrays, metadata = _parse(data)
     _check_identity(metadata, table, manifest)
     encoding = Encoding(metadata["encoding"])
@@ -133,18 +134,20 @@ def _check_identity(metadata: Mapping[str, str], table: TensorTable, manifest: M
             raise FormatError(f"delta part: {key} is {metadata.get(key)!r:.80}, expected {value!r}")
 
 
-def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> bytes:
+def _serialize(encoded: Encoded, metadata: Mapping[str, str]) -> memoryview:
     """A safetensors file. The library's own writer is not deterministic (metadata order)."""
     header: dict[str, object] = {"__metadata__": metadata}
     buffers, end = [], 0
     for name, (code, dtype) in _DTYPES.items():
         array: np.ndarray = getattr(encoded, name)
-        buffers.append(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)  # a payload is large
+        buffers.append(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
         start, end = end, end + buffers[-1].nbytes
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *buffers])
+    front = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    out = np.concatenate([front, *buffers], out=host_memory(len(front) + end))  # without the interpreter's lock
+    return out.data
 
 
 def _parse(data: bytes) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:

@@ -292,7 +292,7 @@ class Publisher:
             self._stream = torch.cuda.Stream(changes.numbers.device, priority=-1)
         return torch.cuda.stream(self._stream)
 
-    def _encoded(self, draft: Manifest, patch: Patch | DevicePatch) -> bytes:
+    def _encoded(self, draft: Manifest, patch: Patch | DevicePatch) -> memoryview:
         assert draft.parent is not None
         table = self.detector.table
         return write_delta(

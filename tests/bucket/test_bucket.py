@@ -41,6 +41,14 @@ def test_put_again_is_a_retry(bucket: Bucket) -> None:
     assert bucket.read(["part", "another"]) == {"part": b"one", "another": b"two"}
 
 
+def test_a_name_may_be_made_while_the_content_is_written(bucket: Bucket) -> None:
+    for _ in range(2):  # the second is a retry
+        bucket.put([Upload(lambda: "named", memoryview(b"by its hash"))])
+    assert bucket.read(["named"]) == {"named": b"by its hash"}
+    with pytest.raises(BucketError, match="not an object name"):
+        bucket.put([Upload(lambda: "../outside", b"bytes")])
+
+
 def test_put_without_objects_does_nothing(bucket: Bucket) -> None:
     bucket.put([])
     assert list(bucket.list()) == []

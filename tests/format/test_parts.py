@@ -52,7 +52,7 @@ patches = st.builds(lambda seed: patch_of(np.random.default_rng(seed)), st.integ
 
 def written(patch, old=None):
     encoding = Encoding.FAST if old is None else Encoding.COMPACT
-    return write_delta(TABLE, patch, Transition(RUN, PARENT, POSITION), encoding=encoding, old=old)
+    return bytes(write_delta(TABLE, patch, Transition(RUN, PARENT, POSITION), encoding=encoding, old=old))
 
 
 def manifest_of(**changes):

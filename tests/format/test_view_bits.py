@@ -17,12 +17,14 @@ from tests.support.toy import TABLE, nudged, patch_between, position_of, view
 
 
 def part_between(old, new, table=TABLE):
-    return write_delta(
-        table,
-        patch_between(old, new, table),
-        Transition("0" * 32, position_of(1, old, table), position_of(2, new, table)),
-        encoding=Encoding.COMPACT,
-        old=ViewBits(table, old),
+    return bytes(
+        write_delta(
+            table,
+            patch_between(old, new, table),
+            Transition("0" * 32, position_of(1, old, table), position_of(2, new, table)),
+            encoding=Encoding.COMPACT,
+            old=ViewBits(table, old),
+        )
     )
 
 

@@ -90,7 +90,7 @@ def corpus() -> Sequence[bytes]:
         records = [RECORDS[rng.integers(len(RECORDS))](TABLE[index], rng) for index in chosen]
         patch = {index: record for index, record in zip(chosen, records, strict=True) if record is not None}
         encoding = Encoding.COMPACT if number % 2 else Encoding.FAST
-        parts.append(write_delta(TABLE, patch, _TRANSITION, encoding=encoding, old=old_weights()))
+        parts.append(bytes(write_delta(TABLE, patch, _TRANSITION, encoding=encoding, old=old_weights())))
     return parts
 
 

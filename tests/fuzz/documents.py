@@ -255,7 +255,7 @@ def _anchor_header() -> bytes:
 @functools.cache
 def _part() -> bytes:
     patch = {0: TensorDelta(np.array([1, 5]), np.array([1, -1], np.int16))}
-    return write_delta(TABLE, patch, Transition("a" * 32, Position(1, "1" * 32), Position(2, "2" * 32)))
+    return bytes(write_delta(TABLE, patch, Transition("a" * 32, Position(1, "1" * 32), Position(2, "2" * 32))))
 
 
 def _part_header() -> bytes:

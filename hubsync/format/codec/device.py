@@ -279,4 +279,13 @@ def to_host(*tensors: torch.Tensor) -> list[np.ndarray]:
     return arrays
 
 
+def host_memory(nbytes: int) -> np.ndarray:
+    """uint8[nbytes], not zeroed. Where a GPU is in use it is page-locked, and freed memory is used again.
+
+    New pages would cost more than the copy into them.
+    """
+    is_locked = torch.cuda.is_initialized()
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_locked).numpy()
+
+
 _NUMPY = {torch.int16: np.int16, torch.uint8: np.uint8, torch.int32: np.int32, torch.int64: np.int64}

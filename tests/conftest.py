@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import on_gpu
+
 pytest_plugins = ["tests.support.fixtures_hub", "tests.support.fixtures_server"]
 
 # No deadline per example: machines are shared, so the time that a test takes says nothing about the code.
@@ -72,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return len(_LONG_GROUPS) + kind, group
 
     items.sort(key=order)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that launches kernels where a process with Triton's interpreter runs it."""
+    runs_them = getattr(getattr(item, "function", None), "__module__", "") == on_gpu.__name__
+    if item.get_closest_marker("on_device") and not (on_gpu.HERE or runs_them):
+        pytest.skip("runs in a separate process")
 
 
 # --- fixtures ------------------------------------------------------------------------------------------

@@ -14,7 +14,11 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Triton is imported
 
-on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a separate process")
+HERE = DEVICE == "cuda" or INTERPRETED
+"""Whether kernels run in this process."""
+
+on_device = pytest.mark.on_device
+"""Mark of a test, or of a whole file, that launches kernels."""
 
 
 def in_the_interpreter(file: str) -> Callable[[], None]:
@@ -22,10 +26,10 @@ def in_the_interpreter(file: str) -> Callable[[], None]:
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-    @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
-    def test() -> None:
+    @pytest.mark.skipif(HERE, reason="the kernels are tested in this process")
+    def in_a_process() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-5000:]
 
-    return test
+    return in_a_process

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -22,6 +23,7 @@ from hubsync.kernels.bits import TORCH_DTYPES
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
 from .codec.device import host_memory
+from .codec.device_decode import DeviceDelta, Held, decode_on_device
 from .device_patch import DevicePatch
 from .documents import wrong_format
 from .encoding import Encoding
@@ -33,6 +35,7 @@ FORMAT = "hubsync-delta/2"
 
 _DTYPES = {"tensors": ("U32", "<u4"), "books": ("U8", "u1"), "chunks": ("U8", "u1"), "payload": ("U8", "u1")}
 _DIMENSIONS = {"tensors": 2, "books": 2, "chunks": 1, "payload": 1}
+_LONGEST_HEADER = 1 << 16  # of a part as this version writes it
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,61 @@ def read_delta(
         return decode(table, **arrays, classes=classes, old=old)
     except FormatError as error:
         raise FormatError(f"delta part: {error}") from None
+
+
+def read_delta_on_device(path: Path, table: TensorTable, manifest: Manifest, held: Held) -> DeviceDelta | None:
+    """Decode one `fast` part on the GPU where its changes will be used. None if `read_delta` must read it.
+
+    That is so for compact parts, and for all that it may refuse.
+
+    Args:
+        held: what this process holds there. Chunks of which it holds nothing are left out.
+    """
+    found = _laid_out(path)
+    if found is None:
+        return None
+    arrays, metadata = found
+    try:
+        _check_identity(metadata, table, manifest)
+    except FormatError:
+        return None
+    if metadata["encoding"] != Encoding.FAST.value or arrays["books"].shape[1] != columns(1):
+        return None
+    return decode_on_device(table, **arrays, held=held)
+
+
+def _laid_out(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]] | None:
+    """The tensors and the metadata of a part that is laid out as `_serialize` does. None for any other.
+
+    The parser of safetensors would copy the payload, and keep the interpreter's lock meanwhile.
+    """
+    data = np.fromfile(path, np.uint8)
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if begin > min(len(data), _LONGEST_HEADER):
+        return None
+    try:
+        header = json.loads(data[8:begin].tobytes())
+        arrays, expected, end = {}, {"__metadata__": header["__metadata__"]}, 0
+        for name, (code, dtype) in _DTYPES.items():
+            shape = header[name]["shape"]
+            start, end = end, header[name]["data_offsets"][1]
+            expected[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+            arrays[name] = data[begin + start : begin + end].view(dtype).reshape(shape)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    sound = header == expected and end == len(data) - begin and _are_numbers(header)
+    sound = sound and all(array.ndim == _DIMENSIONS[name] for name, array in arrays.items())
+    sound = sound and arrays["tensors"].shape[1] == RECORD_COLUMNS
+    return (arrays, header["__metadata__"]) if sound else None
+
+
+def _are_numbers(header: Mapping[str, Any]) -> bool:
+    """Are sizes and offsets non-negative integers, and all metadata texts?"""
+    if not isinstance(header["__metadata__"], dict):
+        return False
+    numbers = [number for name in _DTYPES for key in ("shape", "data_offsets") for number in header[name][key]]
+    texts = [*header["__metadata__"], *header["__metadata__"].values()]
+    return all(type(number) is int and number >= 0 for number in numbers) and all(type(t) is str for t in texts)
 
 
 def _identity(table: TensorTable, transition: Transition) -> dict[str, str]:

@@ -15,7 +15,16 @@ from safetensors import safe_open
 from hubsync.errors import ConfigError, FormatError
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Manifest, Part, Position
-from hubsync.format.parts import Transition, open_anchor, read_delta, write_anchor, write_anchor_file, write_delta
+from hubsync.format.parts import (
+    Transition,
+    _laid_out,
+    _parse,
+    open_anchor,
+    read_delta,
+    write_anchor,
+    write_anchor_file,
+    write_delta,
+)
 from hubsync.format.patch import TensorDelta, TensorValues, check
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
@@ -235,6 +244,29 @@ def test_a_damaged_part_is_refused_or_gives_a_sound_patch(patch, compact, data):
         check(TABLE, read_delta(part, TABLE, None, ViewBits(TABLE, view_of(TABLE))))
     except FormatError:
         pass
+
+
+@settings(compiling, max_examples=500)
+@given(patches, st.data())
+def test_the_short_way_into_a_part_accepts_nothing_that_safetensors_refuses(tmp_path_factory, patch, data):
+    part = bytearray(written(patch))
+    header = 8 + int.from_bytes(part[:8], "little")
+    for _ in range(data.draw(st.integers(0, 3))):
+        part[data.draw(st.integers(0, header - 1))] = data.draw(st.sampled_from([*b'0123456789[]{},: -.eNt"\0\xff']))
+    path = tmp_path_factory.mktemp("parts") / "part"
+    path.write_bytes(part[: data.draw(st.sampled_from([len(part), data.draw(st.integers(0, len(part)))]))])
+    found = _laid_out(path)
+    if found is not None:
+        arrays, metadata = _parse(path.read_bytes())
+        assert found[1] == metadata
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[0][name], array)
+
+
+def test_the_short_way_reads_what_is_written(tmp_path):
+    path = tmp_path / "part"
+    path.write_bytes(written(SOME))
+    assert _laid_out(path) is not None
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"[" * 100])

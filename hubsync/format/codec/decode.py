@@ -31,7 +31,7 @@ _JOB_CHUNKS = 1 << 10  # or this many chunks, so that memory does not depend on 
 
 
 @dataclass(frozen=True, eq=False)
-class _Coded:
+class Coded:
     """The chunks of a tensor that have changes.
 
     Attributes:
@@ -75,7 +75,7 @@ def decode(
     """
     known = [Book.unpack(row, classes) for row in books]
     reader = RowReader(chunks)
-    coded: list[_Coded] = []
+    coded: list[Coded] = []
     patch: Patch = {}
     start, seen = 0, set()
     for record in tensors:
@@ -86,8 +86,7 @@ def decode(
         spec = table[index]
         mode, book = int(record[CODE]) & 0xFF, int(record[CODE]) >> 8
         if mode in (DENSE, ABSOLUTE) and not (record[CHUNK_ROWS] or record[CHUNK_COLS] or book):
-            read = _dense if mode == DENSE else _values
-            patch[index] = read(spec, payload[start : start + spec.nbytes])
+            patch[index] = decode_whole(spec, mode, payload[start : start + spec.nbytes])
             start += spec.nbytes
         elif mode == CODED and book < len(known):
             coded.append(_rows(index, spec, known[book], _grid(spec, record), reader, start, len(payload)))
@@ -98,14 +97,12 @@ def decode(
     if start != len(payload):
         raise FormatError(f"{len(payload) - start} payload bytes are left over")
     words = words_from(payload)
-    for tensor in _decode_coded(coded, words, old):
+    for tensor in decode_coded(coded, words, old):
         patch.update(tensor)
     return dict(sorted(patch.items()))
 
 
-def _rows(
-    index: int, spec: TensorSpec, book: Book, grid: Grid, reader: RowReader, start: int, available: int
-) -> _Coded:
+def _rows(index: int, spec: TensorSpec, book: Book, grid: Grid, reader: RowReader, start: int, available: int) -> Coded:
     """The chunks of one tensor that have changes. Checks every row against its chunk and the payload."""
     numbers, rows = reader.read(book, grid.count)
     if not len(numbers):
@@ -122,10 +119,10 @@ def _rows(
         number = numbers[beyond.argmax() - 1]
         raise FormatError(f"{spec.name}, chunk {number}: its payload is missing")
     bounds = np.concatenate([[0], np.cumsum(changes)])
-    return _Coded(index, spec, book, grid, numbers, rows, starts, bounds)
+    return Coded(index, spec, book, grid, numbers, rows, starts, bounds)
 
 
-def _decode_coded(coded: Sequence[_Coded], words: np.ndarray, old: OldBits | None) -> Iterator[Patch]:
+def decode_coded(coded: Sequence[Coded], words: np.ndarray, old: OldBits | None) -> Iterator[Patch]:
     """The changes of each tensor. Chunks are decoded in parallel, each into its place in the arrays of its tensor."""
     arrays = [
         (np.empty(rows.bounds[-1], np.int64), np.empty(rows.bounds[-1], SIGNED[rows.spec.width])) for rows in coded
@@ -149,7 +146,7 @@ def _decode_coded(coded: Sequence[_Coded], words: np.ndarray, old: OldBits | Non
 
 
 def _decode_chunk(
-    coded: _Coded, row: int, words: np.ndarray, old: OldBits | None, indices: np.ndarray, diffs: np.ndarray
+    coded: Coded, row: int, words: np.ndarray, old: OldBits | None, indices: np.ndarray, diffs: np.ndarray
 ) -> bool:
     """Decode a chunk into its place in the tensor's flat indices and differences.
 
@@ -193,6 +190,11 @@ def _grid(spec: TensorSpec, record: np.ndarray) -> Grid:
     if not (1 <= chunk_rows <= rows and 1 <= chunk_cols <= cols and chunk_rows * chunk_cols <= MAX_ELEMENTS):
         raise FormatError(f"{spec.name}: chunks of {chunk_rows} x {chunk_cols} do not fit {rows} x {cols}")
     return Grid(rows, cols, chunk_rows, chunk_cols)
+
+
+def decode_whole(spec: TensorSpec, mode: int, payload: np.ndarray) -> TensorDelta | TensorValues:
+    """A dense or absolute record."""
+    return _dense(spec, payload) if mode == DENSE else _values(spec, payload)
 
 
 def _values(spec: TensorSpec, payload: np.ndarray) -> TensorValues:

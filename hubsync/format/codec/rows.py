@@ -80,6 +80,30 @@ class RowReader:
             raise FormatError(f"{left} bits of chunk rows are left over")
 
 
+def read_rows(data: np.ndarray, orders: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of many tensors at once. FormatError unless they are all that there is, and possible.
+
+    Args:
+        orders: uint8[tensors, columns], of the code book of each tensor.
+        chunks: int64[tensors], their numbers of chunks.
+
+    Returns:
+        (owners, numbers, rows): int64[r], the tensor of each chunk that has changes; and as `RowReader.read`.
+    """
+    reader = RowReader(data)
+    bits, columns = 8 * len(data), orders.shape[1]
+    if chunks.max(initial=0) > bits or chunks.sum() > bits:
+        raise FormatError(f"{chunks.sum()} chunk rows are needed, there are {bits} bits")
+    most = min(int(chunks.sum()), bits // (columns + 1) + 1)
+    owners, numbers = np.empty(most, np.int64), np.empty(most, np.int64)
+    rows = np.empty((most, columns), np.int64)
+    used, reader._position = _read_many(reader._words, bits, orders, chunks, owners, numbers, rows)
+    if used < 0:
+        raise FormatError("the table of chunk rows ends too early, or has an impossible number")
+    reader.finish()
+    return owners[:used], numbers[:used], rows[:used]
+
+
 @compiled
 def _row_bits(rows: np.ndarray, orders: np.ndarray, chunks: int) -> int:
     bits = chunks
@@ -143,3 +167,23 @@ def _read(
         numbers[used] = chunk
         used += 1
     return used, position
+
+
+@compiled
+def _read_many(
+    words: np.ndarray,
+    end: int,
+    orders: np.ndarray,
+    chunks: np.ndarray,
+    owners: np.ndarray,
+    numbers: np.ndarray,
+    rows: np.ndarray,
+) -> tuple[int, int]:
+    total, position = 0, 0
+    for tensor in range(len(chunks)):
+        used, position = _read(words, position, end, orders[tensor], chunks[tensor], numbers[total:], rows[total:])
+        if used < 0:
+            return -1, position
+        owners[total : total + used] = tensor
+        total += used
+    return total, position

@@ -1,0 +1,288 @@
+"""A `fast` part decoded on a GPU: all chunks of all tensors in a few launches, into one list that stays there.
+
+The host reads records, code books and chunk rows, and checks them as `decode` does. The payload goes to the device
+once. Python code runs once for a part, never once for a tensor or a chunk. What the kernels do not decode is decoded by
+the CPU: tensors of other widths, dense and absolute records, chunks that are no run of elements, and crowded ones, of
+which more than half of the elements change. A part that breaks a rule of docs/FORMAT.md is left to `decode` as a whole:
+its errors are the only ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from hubsync.errors import FormatError
+from hubsync.format.patch import Patch, invert
+from hubsync.format.table import TensorTable
+
+from .bitio import words_from
+from .book import FIELDS, GAP, MAX_K, Book
+from .decode import Coded, decode_coded, decode_whole
+from .device import kernel_codes, launching_on, to_device
+from .grid import MAX_ELEMENTS, Grid
+from .layout import ABSOLUTE, CHUNK_COLS, CHUNK_ROWS, CODE, CODED, DENSE, TENSOR
+from .rows import BYTES, SHIFT, read_rows
+
+_SPARE = 16  # bytes behind the payload
+_MOST_BYTES = 1 << 27  # of a chunk on a device: its bits are counted in 31
+
+
+class Held(Protocol):
+    """What a process holds of a view on a GPU.
+
+    Attributes:
+        device: the GPU.
+        followed: bool[tensors], the tensors whose changes it can use there. Of others it wants a `Patch`.
+    """
+
+    device: torch.device
+    followed: np.ndarray
+
+    def holds(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """bool[n]: whether it holds any of the elements `first .. end` (int64[n], numbers as in `DeviceDelta`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceDelta:
+    """The changes of a view, those of most tensors on a device.
+
+    Attributes:
+        numbers: int64[n] on the device, strictly ascending. Element i of tensor t has the number `i` plus the elements
+            of all tensors before t in the table.
+        diffs: int16[n] on the device, signed steps, not zero.
+        host: the other tensors.
+    """
+
+    numbers: torch.Tensor
+    diffs: torch.Tensor
+    host: Patch
+
+    def inverted(self) -> DeviceDelta:
+        """The changes that undo these. FormatError if there are new values of a whole tensor."""
+        return DeviceDelta(self.numbers, -self.diffs, invert(self.host))
+
+
+def joined(table: TensorTable, parts: Sequence[DeviceDelta]) -> DeviceDelta | None:
+    """The changes of several parts together; None if two of them change the same element, or may do so."""
+    if len(parts) == 1:
+        return parts[0]
+    numbers, order = torch.sort(torch.cat([part.numbers for part in parts]))
+    diffs = torch.cat([part.diffs for part in parts])[order]
+    host = {index: delta for part in parts for index, delta in part.host.items()}
+    indices = np.array(sorted(host), np.int64)
+    edges = first_numbers(table)[np.stack([indices, indices + 1])]
+    bounds = torch.searchsorted(numbers, torch.from_numpy(edges).to(numbers.device))
+    meet = (numbers[1:] == numbers[:-1]).any() | (bounds[0] != bounds[1]).any()
+    if bool(meet) or len(host) < sum(len(part.host) for part in parts):
+        return None
+    return DeviceDelta(numbers, diffs, dict(sorted(host.items())))
+
+
+def first_numbers(table: TensorTable) -> np.ndarray:
+    """int64[tensors + 1]: number of the first element of each tensor, and the end of all numbers."""
+    return np.concatenate([[0], np.cumsum(table.columns.numel)])
+
+
+def decode_on_device(
+    table: TensorTable,
+    tensors: np.ndarray,
+    books: np.ndarray,
+    chunks: np.ndarray,
+    payload: np.ndarray,
+    held: Held,
+) -> DeviceDelta | None:
+    """Decode the content of a `fast` part; None if it is malformed, which `decode` explains.
+
+    Chunks on the device of which `held` holds nothing are left out, unread. Uses the current stream, and waits for it.
+    """
+    try:
+        records = _Records.of(table, tensors, books)
+        cut = _CodedChunks.of(records, chunks, len(payload))
+        there = cut.is_plain & (held.followed & (table.columns.width == 16))[records.index]
+        first = first_numbers(table)[records.index[cut.owner]] + cut.first
+        on_device = there[cut.owner] & held.holds(first, first + cut.elements)
+        with launching_on(held.device):
+            listed = _decode(cut, np.flatnonzero(on_device), first, payload, held.device)
+            host = _decode_others(table, cut, np.flatnonzero(~there), payload)
+    except FormatError:
+        return None
+    return None if listed is None else DeviceDelta(*listed, host)
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """The records of a part, as arrays of one entry for each: int64, checked against their bounds.
+
+    Attributes:
+        books: the code books of the part.
+        index: the tensor.
+        is_coded: bool. Others are dense or absolute.
+        rows, cols: of the tensor as a matrix.
+        nbytes: of the payload of a record that is not coded; else 0.
+        across, chunks: chunks in a row of the grid, and in all; 0 if it is not coded.
+    """
+
+    books: list[Book]
+    index: np.ndarray
+    mode: np.ndarray
+    book: np.ndarray
+    is_coded: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+    chunk_rows: np.ndarray
+    chunk_cols: np.ndarray
+    nbytes: np.ndarray
+    across: np.ndarray
+    chunks: np.ndarray
+
+    @classmethod
+    def of(cls, table: TensorTable, tensors: np.ndarray, books: np.ndarray) -> _Records:
+        """FormatError, without a reason, for what `decode` does not accept."""
+        known = [Book.unpack(row, 1) for row in books]
+        records = tensors.astype(np.int64)
+        index, mode, book = records[:, TENSOR], records[:, CODE] & 0xFF, records[:, CODE] >> 8
+        chunk_rows, chunk_cols = records[:, CHUNK_ROWS], records[:, CHUNK_COLS]
+        _require((index < len(table)).all() and len(np.unique(index)) == len(index))
+        rows, cols = table.columns.rows[index], table.columns.cols[index]
+        is_coded = mode == CODED
+        is_whole = ((mode == DENSE) | (mode == ABSOLUTE)) & (chunk_rows == 0) & (chunk_cols == 0) & (book == 0)
+        fits = (chunk_rows >= 1) & (chunk_rows <= rows) & (chunk_cols >= 1) & (chunk_cols <= cols)
+        fits &= (chunk_rows * chunk_cols <= MAX_ELEMENTS) & (book < len(known))
+        _require((is_whole | (is_coded & fits)).all())
+        across = np.where(is_coded, -(-cols // np.maximum(chunk_cols, 1)), 0)
+        chunks = across * -(-rows // np.maximum(chunk_rows, 1))
+        nbytes = np.where(is_coded, 0, table.columns.nbytes[index])
+        return cls(
+            known, index, mode, book, is_coded, rows, cols, chunk_rows, chunk_cols, nbytes, across, chunks
+        )  # fmt: skip
+
+    def of_books(self, column: int) -> np.ndarray:
+        """A column of `Book.codes`, for each record."""
+        values = np.array([book.codes[0, column] for book in self.books] or [0], np.int64)
+        return values[np.where(self.is_coded, self.book, 0)]
+
+    @property
+    def orders(self) -> np.ndarray:
+        """uint8[T, columns of a chunk row]"""
+        orders = np.stack([book.orders for book in self.books] or [np.zeros(1 + FIELDS, np.uint8)])
+        return orders[np.where(self.is_coded, self.book, 0)]
+
+
+@dataclass(frozen=True, eq=False)
+class _CodedChunks:
+    """The chunks that have changes, as arrays of one entry for each: int64, checked against their bounds.
+
+    Attributes:
+        begin: for each record, where its payload begins.
+        is_plain: bool, for each record: it is coded, and all of its chunks can be decoded on a device.
+        owner: ascending, the record of the chunk.
+        number: in the grid of the tensor.
+        rows: [C, 1 + FIELDS], as in the part.
+        start: where the payload of the chunk begins.
+        first, elements: flat index of its first element, and how many it has.
+        k: Rice parameter of its gaps if its changes are listed.
+    """
+
+    records: _Records
+    begin: np.ndarray
+    is_plain: np.ndarray
+    owner: np.ndarray
+    number: np.ndarray
+    rows: np.ndarray
+    start: np.ndarray
+    first: np.ndarray
+    elements: np.ndarray
+    k: np.ndarray
+
+    @property
+    def changes(self) -> np.ndarray:
+        return self.rows[:, 0]
+
+    @property
+    def nbytes(self) -> np.ndarray:
+        return self.rows[:, 1 + BYTES]
+
+    @classmethod
+    def of(cls, records: _Records, chunks: np.ndarray, available: int) -> _CodedChunks:
+        """Of chunk rows, and the size of the payload. FormatError, without a reason, for what `decode` refuses."""
+        owner, number, rows = read_rows(chunks, records.orders, records.chunks)
+        changes, nbytes = rows[:, 0], rows[:, 1 + BYTES]
+        bounds = np.searchsorted(owner, np.arange(len(records.index) + 1))
+        _require((nbytes <= available).all() and (np.diff(bounds) > 0)[records.is_coded].all())
+        height, width = records.chunk_rows[owner], records.chunk_cols[owner]
+        down, right = np.divmod(number, records.across[owner])
+        top, left, cols = down * height, right * width, records.cols[owner]
+        elements = np.minimum(height, records.rows[owner] - top) * np.minimum(width, cols - left)
+        _require(((changes > 0) & (changes <= elements) & (changes <= 8 * nbytes)).all())
+
+        ends = np.concatenate([[0], np.cumsum(nbytes)])  # of the chunks, if there were no other records
+        _require((ends >= 0).all() and (ends <= available).all())  # sums of hostile numbers become negative
+        of_record = records.nbytes + np.diff(ends[bounds])
+        begin = np.concatenate([[0], np.cumsum(of_record)])
+        _require((begin >= 0).all() and (begin <= available).all() and begin[-1] == available)
+        start = begin[owner] + ends[:-1] - ends[bounds[owner]]
+
+        shift = rows[:, 1 + SHIFT]
+        shift = np.where(shift & 1, -((shift + 1) // 2), shift // 2)
+        k = np.clip(records.of_books(GAP)[owner] + shift, 0, MAX_K)
+        is_crowded = 2 * changes > elements
+        _require((is_crowded | (changes * (k + 1) <= 8 * nbytes)).all())
+        is_plain = records.is_coded & ((records.chunk_cols == records.cols) | (records.chunk_rows == 1))
+        is_plain[owner[is_crowded | (nbytes > _MOST_BYTES)]] = False
+        return cls(records, begin, is_plain, owner, number, rows, start, top * cols + left, elements, k)
+
+
+def _require(fine: bool | np.bool_) -> None:
+    if not fine:
+        raise FormatError("malformed")
+
+
+def _decode(
+    cut: _CodedChunks, own: np.ndarray, first: np.ndarray, payload: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Numbers and differences of these chunks; None if one is malformed."""
+    if not len(own):
+        return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int16, device=device)
+    gpu: Any = import_module("hubsync.kernels.gpu.decode")
+    own = own[np.argsort(first[own])]
+    counts = cut.changes[own]
+    table = np.zeros((len(own), gpu.COLUMNS), np.int64)
+    table[:, gpu.BEGIN] = 8 * cut.start[own]
+    table[:, gpu.END] = 8 * (cut.start[own] + cut.nbytes[own])
+    table[:, gpu.START], table[:, gpu.COUNT] = np.cumsum(counts) - counts, counts
+    table[:, gpu.FIRST], table[:, gpu.SIZE] = first[own], cut.elements[own]
+    table[:, gpu.GAP], table[:, gpu.BOOK] = cut.k[own], cut.records.book[cut.owner[own]]
+    words = torch.zeros((len(payload) + 3 & ~3) + _SPARE, dtype=torch.uint8, device=device)
+    words[: len(payload)].copy_(torch.from_numpy(payload))  # without the interpreter's lock
+    codes = to_device(np.concatenate([kernel_codes(book) for book in cut.records.books]), device)
+    numbers, diffs, wrong = gpu.decode(words.view(torch.int32), to_device(table, device), codes, int(counts.sum()))
+    return None if bool(wrong) else (numbers, diffs)
+
+
+def _decode_others(table: TensorTable, cut: _CodedChunks, records: np.ndarray, payload: np.ndarray) -> Patch:
+    """The changes of the tensors of these records, decoded by the CPU."""
+    patch: Patch = {}
+    coded, of = [], cut.records
+    for record in records.tolist():
+        index = int(of.index[record])
+        spec = table[index]
+        if not of.is_coded[record]:
+            begin = int(cut.begin[record])
+            patch[index] = decode_whole(spec, int(of.mode[record]), payload[begin : begin + spec.nbytes])
+            continue
+        own = slice(*np.searchsorted(cut.owner, [record, record + 1]).tolist())
+        grid = Grid(*spec.matrix, int(of.chunk_rows[record]), int(of.chunk_cols[record]))
+        starts = np.append(cut.start[own], cut.begin[record + 1])
+        bounds = np.concatenate([[0], np.cumsum(cut.changes[own])])
+        book = of.books[int(of.book[record])]
+        coded.append(Coded(index, spec, book, grid, cut.number[own], cut.rows[own], starts, bounds))
+    if coded:
+        for tensor in decode_coded(coded, words_from(payload), None):
+            patch.update(tensor)
+    return dict(sorted(patch.items()))

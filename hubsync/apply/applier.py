@@ -22,19 +22,19 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hubsync.errors import ReplicaPoisoned, ReplicaRefused, WrongParent
-from hubsync.format.digest import Digest, DigestList, digest_change, digest_torch, tensor_seed
+from hubsync.format.codec.device_decode import DeviceDelta
+from hubsync.format.digest import Digest, DigestList, digest_change, tensor_seed
 from hubsync.format.manifest import Position
 from hubsync.format.patch import Patch, TensorValues, check
 from hubsync.format.table import TensorTable
-from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import build_map
 from .dense import REMEDY, DenseTensors, masters_of
 from .live import LayoutHints
 from .live_bits import LiveBits
-from .live_weights import LiveWeights, view_bits
+from .live_weights import LiveWeights
 from .memory import Edit, EditCollector
-from .staging import Staged, Sums, Undo, add_values
+from .staging import Staged, Sums, Undo, add_values, add_view
 from .sweep import Sweep, first_names
 from .vote import Inventory, SingleWorker, WorkerGroup, decide, join, vote
 
@@ -153,8 +153,10 @@ class Applier:
 
     # --- staging: nothing is written ----------------------------------------------------------------
 
-    def stage_patch(self, patch: Patch, target: Position) -> Staged:
+    def stage_patch(self, patch: Patch | DeviceDelta, target: Position) -> Staged:
         """Stage a patch (of one delta, or of several composed) from the current position to `target`.
+
+        A `DeviceDelta` must have been decoded for `live.places`, which makes it sound.
 
         Every new value is computed here, from the live old one, and with it the digest that this rank's part will have.
         So a wrong parent, a damaged delta and a decoding error are found before any write: here if this is the only
@@ -167,10 +169,14 @@ class Applier:
         start, writes = self._base()
         if start is None:
             raise ReplicaRefused("a delta cannot be staged before the position of the live weights is known")
-        check(self.table, patch)
+        host = patch.host if isinstance(patch, DeviceDelta) else patch
+        check(self.table, host)
         live, sums, edits, dense = self._live, self._sums.copy(), EditCollector(self._live.memory), {}
         with live.aside():
-            for index, delta in patch.items():
+            if isinstance(patch, DeviceDelta):
+                assert live.places is not None
+                live.places.stage(patch, edits, sums)
+            for index, delta in host.items():
                 if index in self._dense:
                     dense[index], change = self._dense.advanced(index, delta)
                     sums.add_master(change, self._dense.owned[index])
@@ -200,19 +206,10 @@ class Applier:
             FormatError: a tensor is missing, or has another shape or dtype than the table.
         """
         start, writes = self._base()
-        live, edits, dense = self._live, EditCollector(self._live.memory), {}
-        total, sums = Digest(), Sums.zero(len(live.parts))
+        live, edits = self._live, EditCollector(self._live.memory)
+        sums = Sums.zero(len(live.parts))
         with live.aside():
-            for index, spec in enumerate(self.table):
-                flat = view_bits(spec, tensors)
-                whole = digest_torch(self._seeds[index], flat)
-                total += whole
-                if index in self._dense:
-                    dense[index] = flat.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
-                    sums.add_master(whole, self._dense.owned[index])
-                for part in live.held[index]:
-                    sums.add(live.digest_of_source(index, part.region, flat), part)
-                live.collect_edits(index, flat, edits)
+            total, dense = add_view(live, self._dense, tensors, edits, sums)
             edited = edits.finish()
         if total.hex != target.digest:
             raise WrongParent(

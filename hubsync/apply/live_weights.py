@@ -15,17 +15,19 @@ import torch
 
 from hubsync import kernels
 from hubsync.errors import FormatError
+from hubsync.format.codec.device_decode import first_numbers
 from hubsync.format.digest import Digest, DigestList, digest_torch
 from hubsync.format.table import TensorSpec
 from hubsync.kernels.bits import TORCH_DTYPES
 
 from .coordinate_map import CoordinateMap
 from .live import flat_bits
-from .memory import EditCollector, memory_of
+from .memory import EditCollector, GpuMemory, memory_of
 from .regions import Block, Region
 from .vote import Holding
 
 if TYPE_CHECKING:
+    from .gpu_places import GpuPlaces
     from .live_digests import LiveDigests
 
 _PIECE = 1 << 22  # elements handled at once where a temporary copy is needed
@@ -77,7 +79,8 @@ class LiveWeights:
         self.parts = [part for held in self.held for part in held]
         """By number."""
         self.memory = memory_of(coordinates.storages, device)
-        self._table = coordinates.table
+        self.table = coordinates.table
+        self.refused = frozenset(coordinates.refused)
         self._storages = coordinates.storages
         self._device = device
         self.seeds = seeds
@@ -89,7 +92,11 @@ class LiveWeights:
         return [part.region.source_key for part in self.parts]
 
     def holdings(self) -> list[Holding]:
-        """Every region with the digest that it has now."""
+        """Every region with the digest that it has now. Called when attaching: what a commit needs is compiled too."""
+        with self.aside():
+            self.memory.prepare()
+            if self.places is not None:
+                self.places.prepare()
         found = DigestList(self.digests())
         return [Holding(part.index, part.region, digest) for part, digest in zip(self.parts, found, strict=True)]
 
@@ -116,8 +123,21 @@ class LiveWeights:
         if not parts:
             return None
         digests = import_module("hubsync.apply.live_digests").LiveDigests  # needs triton
-        seeds = [self.seeds[part.index] for part in parts]
-        return digests(self._storages, [part.region for part in parts], seeds)
+        firsts = first_numbers(self.table)
+        return digests(
+            self._storages,
+            [part.region for part in parts],
+            [self.seeds[part.index] for part in parts],
+            [int(firsts[part.index]) for part in parts],
+        )
+
+    @cached_property
+    def places(self) -> GpuPlaces | None:
+        """Where deltas are staged on a GPU; None if they are not."""
+        if self.together is None or not isinstance(self.memory, GpuMemory):
+            return None
+        places: GpuPlaces = import_module("hubsync.apply.gpu_places").GpuPlaces(self)
+        return places
 
     @cached_property
     def apart(self) -> list[HeldRegion]:
@@ -128,13 +148,13 @@ class LiveWeights:
     def names(self, found: np.ndarray, expected: np.ndarray) -> list[str]:
         """Names of the tensors, each once, of the regions whose digests are not the expected ones; as of `digests`."""
         numbers = np.flatnonzero((found != expected).any(axis=1)).tolist()
-        return list(dict.fromkeys(self._table[self.parts[number].index].name for number in numbers))
+        return list(dict.fromkeys(self.table[self.parts[number].index].name for number in numbers))
 
     def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the tensors whose live patterns differ from these, in table order."""
         names = []
         with self.aside():
-            for index, spec in enumerate(self._table):
+            for index, spec in enumerate(self.table):
                 if not self.held[index]:
                     continue
                 flat = view_bits(spec, tensors)
@@ -147,7 +167,7 @@ class LiveWeights:
         if stored.dtype != torch.float32:
             return False
         flat = flat_bits(stored.contiguous())
-        for part in self.held[self._table.index_of(name)]:
+        for part in self.held[self.table.index_of(name)]:
             storage = self._storages[part.region.storage]
             if not storage.widened:
                 return False

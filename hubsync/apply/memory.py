@@ -25,7 +25,7 @@ from hubsync.format.patch import TensorDelta
 from hubsync.kernels.bits import UNSIGNED, advance, integers_of
 from hubsync.kernels.compiled import compiled
 
-from .live import LiveStorage
+from .live import INTEGERS, LiveStorage
 from .regions import Region
 
 _BLOCK = 1 << 12  # elements written before they are read back: their cache lines fit the second level
@@ -62,6 +62,10 @@ class Memory(Protocol):
 
     def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
         """The patterns at these places of a storage."""
+        ...
+
+    def prepare(self) -> None:
+        """Compile what the other methods need, which may take seconds, before a commit waits for it."""
         ...
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
@@ -104,12 +108,19 @@ class _Flat:
     def key(self, storage: int) -> int:
         return self._storages[storage].bits.element_size()
 
-    def elements(self, storage: int, offsets: np.ndarray) -> np.ndarray:
-        """Offsets in a storage as the loader sees them -> elements of the array of its width."""
+    def prepare(self) -> None:
+        """Compiled loops are kept on disk."""
+
+    def start(self, storage: int) -> int:
+        """The element of the array of its width that a storage begins with. ReplicaRefused if it is elsewhere."""
         if storage not in self._starts:
             bits = self._storages[storage].bits
             raise ReplicaRefused(f"{self._storages[storage].name} is on {bits.device}, the other weights are not")
-        return _in_memory(self._storages[storage], offsets) + self._starts[storage]
+        return self._starts[storage]
+
+    def elements(self, storage: int, offsets: np.ndarray) -> np.ndarray:
+        """Offsets in a storage as the loader sees them -> elements of the array of its width."""
+        return _in_memory(self._storages[storage], offsets) + self.start(storage)
 
 
 class HostMemory(_Flat):
@@ -143,32 +154,51 @@ class GpuMemory(_Flat):
 
     def __init__(self, storages: Sequence[LiveStorage], device: torch.device):
         super().__init__(storages, device.type)
-        self._device = device
+        self.device = device
         self._scattered = import_module("hubsync.kernels.gpu.scattered")  # needs triton
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.elements(storage, offsets)).to(self._device)
+        return torch.from_numpy(self.elements(storage, offsets)).to(self.device)
 
     def read(self, storage: int, places: torch.Tensor) -> torch.Tensor:
         bits = self._storages[storage].bits
-        out = torch.empty(len(places), dtype=bits.dtype, device=self._device)
-        with launching_on(self._device):
+        out = torch.empty(len(places), dtype=bits.dtype, device=self.device)
+        with launching_on(self.device):
             self._scattered.read(self._spans[self.key(storage)][0], places, out)
         return out
+
+    def prepare(self) -> None:
+        with launching_on(self.device):
+            for width in self._spans:
+                scratch = torch.zeros(1, dtype=INTEGERS[width], device=self.device)
+                places = torch.zeros(1, dtype=torch.int64, device=self.device)
+                differs = torch.zeros(1, dtype=torch.int32, device=self.device)
+                self._scattered.read(scratch.data_ptr(), places, torch.empty_like(scratch))
+                self._scattered.write(scratch.data_ptr(), places, torch.zeros_like(scratch))
+                self._scattered.compare(scratch.data_ptr(), places, scratch, differs)
+                if width == 2:
+                    self._scattered.step(scratch.data_ptr(), places, scratch, scratch.clone(), scratch.clone())
+
+    def stepped(self, key: int, places: torch.Tensor, diffs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patterns at places of 16-bit storages (int16), and those that differences (int16) make of them."""
+        old, new = torch.empty_like(diffs), torch.empty_like(diffs)
+        with launching_on(self.device):
+            self._scattered.step(self._spans[key][0], places, diffs, old, new)
+        return old, new
 
     def hold_old(self, edits: Mapping[int, Edit]) -> bool:
         return self._hold((key, edit.places, edit.old) for key, edit in edits.items())
 
     def write(self, edits: Mapping[int, Edit]) -> bool:
-        with launching_on(self._device):
+        with launching_on(self.device):
             for key, edit in edits.items():
                 self._scattered.write(self._spans[key][0], edit.places, edit.new)
         return self._hold((key, edit.places, edit.new) for key, edit in edits.items())
 
     def _hold(self, expected: Iterable[tuple[int, torch.Tensor, torch.Tensor]]) -> bool:
         """One answer, and one wait for the device, for all."""
-        with launching_on(self._device):
-            differs = torch.zeros(1, dtype=torch.int32, device=self._device)
+        with launching_on(self.device):
+            differs = torch.zeros(1, dtype=torch.int32, device=self.device)
             for key, places, bits in expected:
                 self._scattered.compare(self._spans[key][0], places, bits, differs)
             return not bool(differs)
@@ -183,6 +213,9 @@ class DeviceMemory:
 
     def key(self, storage: int) -> int:
         return storage
+
+    def prepare(self) -> None:
+        """Nothing is compiled."""
 
     def places(self, storage: int, offsets: np.ndarray) -> torch.Tensor:
         width = torch.int32 if len(self._storages[storage].bits) < 1 << 31 else torch.int64
@@ -219,6 +252,12 @@ class EditCollector:
         self.changed += len(places)
         self._touched.add(storage)
         self._parts[self._memory.key(storage)].append(Edit(places, old, new.to(old.dtype).to(old.device)))
+
+    def add_all(self, key: int, storages: Iterable[int], *columns: torch.Tensor) -> None:
+        """Add edits (places, old, new) of several storages of one key."""
+        self.changed += len(columns[0])
+        self._touched.update(storages)
+        self._parts[key].append(Edit(*columns))
 
     def advance(self, region: Region, delta: TensorDelta) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Add the edits of a delta in one region. Returns (positions in the delta, patterns before, patterns after)."""

@@ -22,14 +22,17 @@ import torch
 from hubsync.chain import ChainReader, Plan
 from hubsync.errors import ConfigError, HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.format.checkpoint import Checkpoint, Patched
+from hubsync.format.codec.device_decode import DeviceDelta
 from hubsync.format.digest import Digest, digest_view
 from hubsync.format.manifest import Position
 from hubsync.format.parts import open_anchor
+from hubsync.format.patch import Patch
 from hubsync.format.view_bits import ViewBits
 
 from .applier import Applier
 from .background import Background
 from .engine import ModelHost
+from .gpu_places import read_on_gpu
 from .protocol import error_from_json, error_to_json
 from .sweep import Sweeper
 from .vote import Inventory, SingleWorker, WorkerGroup
@@ -131,10 +134,16 @@ class _Mapped:
             with reading:
                 self.applier.stage_view(view, plan.target)
             return plan
+        files = []
         for step in plan.steps:
-            self.reader.fetch(step.manifest)
+            files.append(self.reader.fetch(step.manifest))
         with reading:
-            patch = self.reader.merged(plan.steps, self.applier.old_bits())
+            live = self.applier.live
+            patch: Patch | DeviceDelta | None = None
+            if live.places is not None:
+                patch = read_on_gpu(live, plan.steps, files)
+            if patch is None:
+                patch = self.reader.merged(plan.steps, self.applier.old_bits())
             self.applier.stage_patch(patch, plan.target)
         return plan
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from hubsync.format.digest import Digest, DigestList
+from hubsync.format.digest import Digest, DigestList, digest_torch
 from hubsync.format.manifest import Position
 from hubsync.format.patch import TensorValues
-from hubsync.kernels.bits import integers_of
+from hubsync.kernels.bits import TORCH_DTYPES, integers_of
 
-from .live_weights import HeldRegion, LiveWeights
+from .dense import DenseTensors
+from .live_weights import HeldRegion, LiveWeights, view_bits
 from .memory import Edit, EditCollector
 
 
@@ -45,6 +47,11 @@ class Sums:
         self.regions[part.number] += np.array([change.a, change.b], np.uint64)
         if part.owned:
             self.owned += change
+
+    def add_all(self, numbers: np.ndarray, changes: np.ndarray, owned: Digest) -> None:
+        """Of the regions `numbers`, each once (uint64[n, 2]); and of those that this rank owns, together."""
+        self.regions[numbers] += changes
+        self.owned += owned
 
     def add_master(self, change: Digest, owned: bool) -> None:
         """Of a tensor that is loaded whole: no region holds it."""
@@ -104,3 +111,25 @@ def add_values(live: LiveWeights, index: int, new: TensorValues, edits: EditColl
     for part in live.held[index]:
         sums.add(live.digest_of_source(index, part.region, flat) - sums.region(part.number), part)
     live.collect_edits(index, flat, edits)
+
+
+def add_view(
+    live: LiveWeights, dense: DenseTensors, tensors: Mapping[str, torch.Tensor], edits: EditCollector, sums: Sums
+) -> tuple[Digest, dict[int, torch.Tensor]]:
+    """Add the edits that make live weights a whole view, and its digests.
+
+    Returns:
+        (its digest, new values of tensors that are loaded whole).
+    """
+    total, loaded = Digest(), {}
+    for index, spec in enumerate(live.table):
+        flat = view_bits(spec, tensors)
+        whole = digest_torch(live.seeds[index], flat)
+        total += whole
+        if index in dense:
+            loaded[index] = flat.view(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+            sums.add_master(whole, dense.owned[index])
+        for part in live.held[index]:
+            sums.add(live.digest_of_source(index, part.region, flat), part)
+        live.collect_edits(index, flat, edits)
+    return total, loaded

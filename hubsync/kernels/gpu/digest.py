@@ -48,13 +48,21 @@ class Digests:
         spans: int64[n, 4]: live tensor, first element in it, elements, flat index of the first one as published.
         keys: int64[n], the key of block 0 of each published tensor.
         constants: of the digest.
+        numbers: int64[n], number of the first element of each span in lists of changes; default is that of `numbering`.
 
     Attributes:
         owners: int64[pieces], ascending: the span of each piece that one program reads.
         piece: elements of a piece at most.
     """
 
-    def __init__(self, numbering: Numbering, spans: np.ndarray, keys: np.ndarray, constants: Constants):
+    def __init__(
+        self,
+        numbering: Numbering,
+        spans: np.ndarray,
+        keys: np.ndarray,
+        constants: Constants,
+        numbers: np.ndarray | None = None,
+    ):
         self._numbering = numbering
         self._constants = constants
         self._spans = len(spans)
@@ -78,7 +86,8 @@ class Digests:
         self._rows = torch.from_numpy(np.stack(columns, axis=1)).to(device)
         self._owner = torch.from_numpy(owner).to(device)
         owner, done = rows(_PIECE)
-        number = numbering.first[live[owner]] + start[owner] + done
+        numbers = numbering.first[live] + start if numbers is None else numbers
+        number = numbers[owner] + done
         ends = np.append(np.where(owner[1:] == owner[:-1], done[1:], size[owner[:-1]]), size[owner[-1:]])
         ends = number + ends - done
         self._pieces = torch.from_numpy(np.stack([number, flat[owner] + done, keys[owner]], axis=1)).to(device)

@@ -20,6 +20,12 @@ def read(base: int, places: torch.Tensor, out: torch.Tensor) -> None:
         _read[_programs(places)](base, places, out, len(places), _BLOCK)
 
 
+def step(base: int, places: torch.Tensor, diffs: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Copy the patterns at these places (16 bits) to `old`, and those so many steps further (int16) to `new`."""
+    if len(places):
+        _step[_programs(places)](base, places, diffs, old, new, len(places), _BLOCK)
+
+
 def write(base: int, places: torch.Tensor, new: torch.Tensor) -> None:
     """Write patterns. Of those for the same place any may be there afterwards."""
     if len(places):
@@ -48,6 +54,18 @@ def _elements(base, places, patterns, count, BLOCK: tl.constexpr):
 def _read(base, places, out, count, BLOCK: tl.constexpr):
     at, i, inside = _elements(base, places, out, count, BLOCK)
     tl.store(out + i, tl.load(at, mask=inside, other=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["base", "count"])
+def _step(base, places, diffs, old, new, count, BLOCK: tl.constexpr):
+    at, i, inside = _elements(base, places, old, count, BLOCK)
+    before = tl.load(at, mask=inside, other=0)
+    pattern = before.to(tl.int32) & 0xFFFF  # as an integer in the order of the numbers, and back
+    there = (pattern ^ tl.where(pattern >= 0x8000, 0xFFFF, 0x8000)) + tl.load(diffs + i, mask=inside, other=0)
+    there = there & 0xFFFF
+    after = (there ^ tl.where(there >= 0x8000, 0x8000, 0xFFFF)).to(tl.int16)
+    tl.store(old + i, before, mask=inside)
+    tl.store(new + i, after, mask=inside)
 
 
 @triton.jit(do_not_specialize=["base", "count"])

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hubsync.format.codec import encode
 from hubsync.format.device_patch import DevicePatch
 from hubsync.format.digest import device_constants, key_of
 from hubsync.format.table import TensorSpec, TensorTable
+from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.gpu.digest import Digests
 from hubsync.kernels.gpu.listing import ChangeList
 from hubsync.kernels.gpu.numbering import RAW, TO_BF16, Numbering
@@ -22,7 +24,7 @@ from hubsync.kernels.gpu.numbering import RAW, TO_BF16, Numbering
 from .gpu_models import MODELS, Shapes
 from .gpu_publish import Row
 
-_SHARE = 0.008
+_STEP = 5.5e-5  # a weight changes by chance `_STEP / |weight|`: about 0.8 % of all
 
 
 def measure(model: str, repeats: int) -> Iterator[Row]:
@@ -80,19 +82,37 @@ def _passes(shapes: Shapes, dtype: torch.dtype, device: torch.device, row: Calla
     if dtype == torch.bfloat16:
         numbered = np.stack([spans[:, 0], numbering.first[:-1], spans[:, 2], spans[:, 3]], axis=1)
         patch = DevicePatch(listed.numbers, listed.old, listed.new, numbered, {})
-        part = encode(table, patch)
-        bits, floor = 8 * part.nbytes / len(listed.numbers), _floor(patch, int(spans[:, 2].sum()))
-        note = f"; {bits:.2f} bits a change, {bits / floor:.3f} of the floor"
-        yield row("encode fast, payload on the host", lambda: encode(table, patch), note)
+        view = {
+            spec.name: old[first : first + spec.numel].view(torch.bfloat16).view(spec.shape)
+            for spec, first in zip(table, numbering.first.tolist(), strict=False)
+        }
+        for name, weights in (("fast", None), ("compact", ViewBits(table, view))):
+            part = encode(table, patch, weights)
+            bits, floor = 8 * part.nbytes / len(patch.numbers), _floor(patch, view, by_class=weights is not None)
+            note = f"; {bits:.2f} bits a change, {bits / floor:.3f} of the floor"
+            yield row(f"encode {name}, payload on the host", partial(encode, table, patch, weights), note)
 
 
-def _floor(patch: DevicePatch, elements: int) -> float:
-    """Bits a change if positions are independent, and steps too: the entropy of both."""
-    share = len(patch.numbers) / elements
-    _, steps = patch.listed(np.array([0]), np.array([min(1_000_000, len(patch.numbers))]))
-    odds = np.unique(steps, return_counts=True)[1] / len(steps)
-    positions = -math.log2(share) - (1 - share) / share * math.log2(1 - share)
-    return positions - float(odds @ np.log2(odds))
+def _floor(patch: DevicePatch, view: Mapping[str, torch.Tensor], *, by_class: bool) -> float:
+    """Bits a change if positions are independent, and steps too: the entropy of both. `by_class`: for each exponent."""
+    keep = 0x7F80 if by_class else 0
+    elements = torch.zeros(256, dtype=torch.int64, device=patch.old.device)
+    for weights in view.values():
+        for part in weights.view(torch.int16).view(-1).split(1 << 26):
+            elements += torch.bincount((part.int() & keep) >> 7, minlength=256)
+    exponents, steps = (patch.old.int() & keep) >> 7, (patch.new - patch.old).abs().clamp(max=255).int()
+    table = torch.bincount(exponents * 256 + steps, minlength=1 << 16).view(256, 256).cpu().numpy()
+    changed, rest = table.sum(axis=1), elements.cpu().numpy() - table.sum(axis=1)
+    positions = _entropy(np.stack([changed, rest], axis=1))
+    signs = changed.sum()
+    return float(positions + _entropy(table) + signs) / int(changed.sum())
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Bits of the choices that were made so often, row by row."""
+    totals = np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape)
+    made = counts > 0
+    return float(-(counts[made] * np.log2(counts[made] / totals[made])).sum())
 
 
 def _random(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -103,13 +123,14 @@ def _random(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[to
 
 
 def _move(patterns: torch.Tensor) -> None:
-    """Move a share of the patterns by a step, some by several, in pieces: random numbers need memory."""
+    """Move patterns by a step, some by two, in pieces: random numbers need memory."""
     generator = torch.Generator(patterns.device).manual_seed(1)
     for start in range(0, len(patterns), 1 << 28):
         part = patterns[start : start + (1 << 28)]
         draw = torch.empty(len(part), device=part.device).uniform_(0, 1, generator=generator)
-        part += (draw < _SHARE).to(torch.int16) + (draw < _SHARE / 20).to(torch.int16)
-        part -= 2 * (draw < _SHARE / 2).to(torch.int16) + (draw < _SHARE / 40).to(torch.int16) * 2
+        draw *= part.view(torch.bfloat16).float().abs() / _STEP
+        part += (draw < 1).to(torch.int16) + (draw < 1 / 20).to(torch.int16)
+        part -= 2 * (draw < 1 / 2).to(torch.int16) + (draw < 1 / 40).to(torch.int16) * 2
 
 
 def milliseconds(work: Callable[[], object], repeats: int) -> float:

@@ -24,7 +24,7 @@ from hubsync.kernels.gpu.numbering import RAW, TO_BF16, Numbering
 from .gpu_models import MODELS, Shapes
 from .gpu_publish import Row
 
-_STEP = 5.5e-5  # a weight changes by chance `_STEP / |weight|`: about 0.8 % of all
+_STEP = 2.8e-5  # a weight changes by chance `_STEP / |weight|`: about 0.8 % of all
 
 
 def measure(model: str, repeats: int) -> Iterator[Row]:

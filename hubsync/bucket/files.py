@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,19 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(COPY_BYTES):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file over `target`. Returns the SHA-256 (hex) of what was copied; another thread computes it meanwhile."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1, "hubsync-hash") as hashing, source.open("rb") as file, target.open("wb") as sink:
+        behind: Future[None] | None = None
+        while block := file.read(COPY_BYTES):
+            if behind is not None:
+                behind.result()  # so memory holds two blocks at most
+            behind = hashing.submit(digest.update, block)
+            sink.write(block)
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from hubsync.errors import (
 )
 
 from .base import Bucket, Download, Stat, Upload
-from .files import COPY_BYTES, holds, sync_directory, sync_file, temporary
+from .files import COPY_BYTES, copy_hashed, holds, sync_directory, sync_file, temporary
 from .names import checked, checked_directory, is_name
 
 # Objects are written here first. It lies inside the bucket, so a rename never crosses file systems, and its name starts
@@ -163,9 +163,9 @@ class LocalBucket(Bucket):
         with temporary(download.destination.parent) as staged:
             # Try twice: on a network file system the first read may come from a stale cache.
             for _ in range(2):
-                if not _copy_file(source, staged):
+                if _file_status(source) is None:
                     raise ObjectMissing(f"{download.path} is not in {self.address}")
-                if holds(staged, download.size, download.sha256):
+                if copy_hashed(source, staged) == download.sha256 and staged.stat().st_size == download.size:
                     os.replace(staged, download.destination)
                     return
         raise ObjectCorrupt(
@@ -235,15 +235,6 @@ def _copy_into(sink: BinaryIO, source: Path | bytes | memoryview) -> None:
         return
     with source.open("rb") as file:
         shutil.copyfileobj(file, sink, COPY_BYTES)
-
-
-def _copy_file(source: Path, target: Path) -> bool:
-    """Copy over `target`; False if there is no such object."""
-    if _file_status(source) is None:
-        return False
-    with target.open("wb") as sink:
-        _copy_into(sink, source)
-    return True
 
 
 def _read_limited(target: Path, max_bytes: int) -> bytes | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from hubsync.chain.planner import Step
 from hubsync.errors import FormatError
 from hubsync.format.codec.device import launching_on
-from hubsync.format.codec.device_decode import DeviceDelta, first_numbers, joined
+from hubsync.format.codec.device_decode import DeviceDelta, first_numbers, joined, prepare
 from hubsync.format.digest import Digest
 from hubsync.format.parts import read_delta_on_device
 
@@ -101,7 +100,7 @@ class GpuPlaces:
     def prepare(self) -> None:
         """Compile what decoding and staging need, which may take seconds, before a delta waits for it."""
         with launching_on(self.device):
-            import_module("hubsync.kernels.gpu.decode").prepare(self.device)
+            prepare(self.device)
             nothing = torch.empty(0, dtype=torch.int16, device=self.device)
             self._together.changes(nothing.long(), nothing, nothing)
 

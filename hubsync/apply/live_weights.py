@@ -84,7 +84,8 @@ class LiveWeights:
         self._storages = coordinates.storages
         self._device = device
         self.seeds = seeds
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # The lowest priority that CUDA has. Engines use it too, so neither goes first: what runs here must be short.
+        self._stream = torch.cuda.Stream(device, priority=0) if device.type == "cuda" else None
 
     @property
     def source_keys(self) -> list[tuple]:

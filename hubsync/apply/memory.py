@@ -278,8 +278,10 @@ class EditCollector:
         return {key: _merged(parts) for key, parts in self._parts.items()}
 
 
-def _merged(parts: Iterable[Edit]) -> Edit:
+def _merged(parts: Sequence[Edit]) -> Edit:
     """One edit of several of the same key."""
+    if len(parts) == 1:
+        return parts[0]
     columns = zip(*((part.places, part.old, part.new) for part in parts), strict=True)
     return Edit(*(torch.cat(column) for column in columns))
 

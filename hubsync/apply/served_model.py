@@ -11,10 +11,11 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,28 +125,35 @@ class _Mapped:
             raise NoPath(f"{plan.target} can only be reached from the base checkpoint, which is not on this machine")
         return Patched(start, table, self.reader.merged(plan.steps, ViewBits(table, start)))
 
-    def stage_along(self, plan: Plan, reading: AbstractContextManager[Any]) -> Plan:
+    def stage_along(self, plan: Plan, reading: AbstractContextManager[Any], metrics: dict[str, float]) -> Plan:
         """Have the applier stage the end of a plan. Compact deltas are decoded against what this rank holds.
 
         Downloads come first: whoever waits for `reading` does not wait for the network.
+
+        Args:
+            metrics: receives `fetch_s`, with hashing, `decode_s` and `place_s`, of a path of deltas.
         """
         if plan.start is None:
             view = self.view(plan)
             with reading:
                 self.applier.stage_view(view, plan.target)
             return plan
-        files = []
-        for step in plan.steps:
-            files.append(self.reader.fetch(step.manifest))
+        with _timed(metrics, "fetch_s"):
+            files = [self.reader.fetch(step.manifest) for step in plan.steps]
         with reading:
-            live = self.applier.live
-            patch: Patch | DeviceDelta | None = None
-            if live.places is not None:
-                patch = read_on_gpu(live, plan.steps, files)
-            if patch is None:
-                patch = self.reader.merged(plan.steps, self.applier.old_bits())
-            self.applier.stage_patch(patch, plan.target)
+            with _timed(metrics, "decode_s"):
+                patch = self._decoded(plan, files)
+            with _timed(metrics, "place_s"):
+                self.applier.stage_patch(patch, plan.target)
         return plan
+
+    def _decoded(self, plan: Plan, files: Sequence[Sequence[Path]]) -> Patch | DeviceDelta:
+        """The changes of a path of deltas, on the GPU if that can decode them."""
+        live = self.applier.live
+        on_device = None if live.places is None else read_on_gpu(live, plan.steps, files)
+        if on_device is not None:
+            return on_device
+        return self.reader.merged(plan.steps, self.applier.old_bits())
 
 
 class ServedModel:
@@ -288,7 +296,7 @@ class ServedModel:
     def stage(self, target: Position, reading: AbstractContextManager[Any]) -> int:
         self.expect(target)
         mapped = self._require_mapped()
-        stage = functools.partial(mapped.stage_along, reading=reading)
+        stage = functools.partial(mapped.stage_along, reading=reading, metrics=self.metrics)
         plan = mapped.reader.carry_out(lambda: mapped.plan(self.position, target), stage)
         mapped.reader.trim(CACHE_BYTES)
         return plan.nbytes
@@ -351,6 +359,13 @@ def exactly(plan: Plan, target: Position) -> Plan:
     if plan.target != target:
         raise WrongParent(f"version {target.version} of the run has digest {plan.target.digest}, not {target.digest}")
     return plan
+
+
+@contextmanager
+def _timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics[name] = time.perf_counter() - started
 
 
 def _summary(applier: Applier) -> str:

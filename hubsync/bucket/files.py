@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 COPY_BYTES = 4 << 20
+_HASH_BYTES = 16 << 20  # few calls: after each, a thread waits for the interpreter's lock
 
 
 @contextmanager
@@ -31,8 +32,8 @@ def temporary(directory: Path, suffix: str = ".tmp") -> Iterator[Path]:
 def sha256_of(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(COPY_BYTES):
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_HASH_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ checkpoint for `from_pretrained`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,13 @@ def read_delta_on_device(path: Path, table: TensorTable, manifest: Manifest, hel
 def _laid_out(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]] | None:
     """The tensors and the metadata of a part that is laid out as `_serialize` does. None for any other.
 
-    The parser of safetensors would copy the payload, and keep the interpreter's lock meanwhile.
+    The parser of safetensors would copy the payload, and keep the interpreter's lock meanwhile. The file is read by one
+    call without it, into memory that a GPU copies from directly.
     """
-    data = np.fromfile(path, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        data = host_memory(os.fstat(file.fileno()).st_size)
+        if file.readinto(data.data) != len(data):
+            return None
     begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if begin > min(len(data), _LONGEST_HEADER):
         return None

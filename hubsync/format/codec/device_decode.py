@@ -89,6 +89,13 @@ def first_numbers(table: TensorTable) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(table.columns.numel)])
 
 
+def prepare(device: torch.device) -> None:
+    """Compile what decoding needs, which may take seconds."""
+    read_rows(np.zeros(0, np.uint8), np.zeros((0, 1 + FIELDS), np.uint8), np.zeros(0, np.int64))
+    with launching_on(device):
+        import_module("hubsync.kernels.gpu.decode").prepare(device)
+
+
 def decode_on_device(
     table: TensorTable,
     tensors: np.ndarray,

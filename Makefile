@@ -30,12 +30,14 @@ export OMP_NUM_THREADS ?= 1
 # Tests that need vLLM and no TRL.
 ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py tests/servers/test_parallel_engines.py
 
-# Tests that use a GPU where there is one, and the Python whose torch sees it.
-ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/apply/test_applier.py tests/publish/test_device_steps.py tests/publish/test_device_snapshot.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
+# Tests that use a GPU where there is one, of three kinds, and the Python whose torch (and vLLM) sees it.
+ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/format/test_device_classes.py tests/format/test_device_decode.py tests/apply/test_applier.py tests/apply/test_memory.py tests/apply/test_live_digests.py tests/apply/test_gpu_places.py tests/publish/test_device_steps.py tests/publish/test_device_snapshot.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
+ON_GPU_SERVERS := tests/servers/test_gpu.py tests/servers/test_commits.py tests/servers/test_turns.py tests/servers/test_end_to_end.py
+ON_GPU_MODELS  := tests/servers/test_pipe.py
 GPU_PYTHON ?= python3
 
-.PHONY: help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \
-	test-gpu lint bench chaos fuzz clean
+.PHONY: gpu help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \
+	test-gpu test-gpu-servers test-gpu-models lint bench chaos fuzz clean
 help:
 	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test           linters, types and tests of every promise, with real vLLM servers (17 minutes on 2 cores)"
@@ -47,7 +49,8 @@ help:
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
 	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
-	@echo "make test-gpu       the tests that use GPUs, on a machine that has some (GPU_PYTHON=...)"
+	@echo "make test-gpu       kernels and detectors on GPUs, on a machine that has some (GPU_PYTHON=...)"
+	@echo "make test-gpu-servers, make test-gpu-models   the same with real vLLM servers, and with one model of each family"
 	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
 	@echo "make fuzz           mutated deltas and documents, 300,000 of each (20 minutes at most)"
 	@echo "make bench          the codec benchmark on synthetic weights"
@@ -137,10 +140,18 @@ $(EXTRAS_READY): $(READY) requirements/extras.txt
 	@touch $@
 
 # Fails where there is no GPU, and lists the tests that it skips. With enough GPUs, each rank has one.
-test-gpu:
+test-gpu: gpu
+	HUBSYNC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -rs $(ON_GPU) $(ARGS)
+
+test-gpu-servers: gpu
+	$(GPU_PYTHON) -m pytest -rs $(ON_GPU_SERVERS) $(ARGS)
+
+test-gpu-models: gpu
+	$(GPU_PYTHON) -m pytest -rs -m "server or matrix" $(ON_GPU_MODELS) $(ARGS)
+
+gpu:
 	@$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(); print(torch.__version__, *map(torch.cuda.get_device_name, range(torch.cuda.device_count())))' || \
 		{ echo "make test-gpu needs a GPU, and a Python whose torch sees it: make test-gpu GPU_PYTHON=/path/to/python"; exit 1; }
-	HUBSYNC_TEST_GPU=1 $(GPU_PYTHON) -m pytest -rs $(ON_GPU) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.codec $(ARGS)

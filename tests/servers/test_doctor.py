@@ -24,6 +24,7 @@ from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
 from tests.support import matrix
 from tests.support.models import CONFIGS, EXPERTS, MIXED, save_checkpoint
+from tests.support.on_gpu import DEVICE
 from tests.support.toy import TABLE, view
 from tests.support.vision_models import HAS_TORCHVISION, VISION, save_vision_checkpoint
 from tests.support.warm import run_warm
@@ -35,7 +36,7 @@ LATENT = ["--attention-backend", "CPU_MLA"]
 
 
 def options(architecture: str) -> list[str]:
-    return LATENT if architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite") else []
+    return LATENT if DEVICE == "cpu" and architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite") else []
 
 
 # --- the trial ----------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from hubsync.errors import ReplicaPoisoned
 from hubsync.format.manifest import Position
 from hubsync.kernels.bits import bits_of
 from tests.support.models import CONFIGS, VOCABULARY, save_checkpoint, save_with_draft_layer
+from tests.support.on_gpu import ENGINE_OPTIONS
 from tests.support.publisher import Publisher, any_bits, small_steps
 from tests.support.site import REPORTS_VERSIONS, core_per_worker
 
@@ -88,6 +89,7 @@ class Engine:
             dtype="bfloat16",
             seed=0,
             enforce_eager=True,
+            **ENGINE_OPTIONS,
             **options,
         )
         if "pipeline_parallel_size" in options:

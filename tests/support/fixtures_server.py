@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 
 from .fixtures_hub import TOKEN
+from .on_gpu import SERVER_ARGUMENTS
 from .site import SCALE_OUT, Site, make_site
 from .warm import WarmServerProcess
 
@@ -89,7 +91,9 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     processes: list[ServerProcess] = []
 
     def start(model: Path, **options: object) -> str:
-        process = WarmServerProcess(model, tmp_path_factory.mktemp("server") / "log", **options)  # type: ignore[arg-type]
+        arguments: Any = options.pop("arguments", [])
+        log = tmp_path_factory.mktemp("server") / "log"
+        process = WarmServerProcess(model, log, arguments=[*arguments, *SERVER_ARGUMENTS], **options)  # type: ignore[arg-type]
         processes.append(process)
         process.wait_ready()
         return process.url

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Tr
 
 HERE = DEVICE == "cuda" or INTERPRETED
 """Whether kernels run in this process."""
+
+ENGINE_OPTIONS: dict[str, Any] = {"gpu_memory_utilization": 0.06} if DEVICE == "cuda" else {}
+"""Of every engine of a tiny model: tests have several at once on one GPU."""
+
+SERVER_ARGUMENTS = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE_OPTIONS.items()]
 
 on_device = pytest.mark.on_device
 """Mark of a test, or of a whole file, that launches kernels."""

@@ -64,11 +64,13 @@ class Site:
         assert self.server.weight_version() == str(position.version)
 
 
-def make_site(root: Path, start_server: Callable[..., str], **options: Any) -> Site:
-    """A tiny Qwen3 with tied embeddings and its server, which keeps its cache in `root`."""
+def make_site(
+    root: Path, start_server: Callable[..., str], *, architecture: str = "qwen3_tied", **options: Any
+) -> Site:
+    """A tiny model, by default a Qwen3 with tied embeddings, and its server, which keeps its cache in `root`."""
     from .models import save_checkpoint, save_tokenizer  # imports transformers: seconds
 
-    base = save_checkpoint("qwen3_tied", root / "base")
+    base = save_checkpoint(architecture, root / "base")
     save_tokenizer(base)
     publisher = Publisher(root, base)
     environment = {"HUBSYNC_CACHE": str(root / "cache"), **options.pop("environment", {})}

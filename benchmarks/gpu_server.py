@@ -1,22 +1,22 @@
-"""A trainer and a real vLLM server on one GPU: how long a sync takes, and how long token streams wait for it.
+"""A trainer and a real vLLM server on GPUs: what a sync takes, and how long token streams and threads wait for it.
 
-    python -m benchmarks.gpu_server                        Qwen3-0.6B's shape, random weights, 8 syncs
-    python -m benchmarks.gpu_server --model qwen3-4b --kv-cache keep
-
-The server is compiled and uses CUDA graphs. The trainer's gradients are random. The digest of the server's live weights
-is recomputed after every commit.
+`python -m benchmarks.apply` runs this on a GPU. The server is compiled and uses CUDA graphs; it has a GPU of its own if
+there are two. The trainer's gradients are random. Token streams are read by another process, and the engine's process
+watches itself (`ticking`). The digest of the server's live weights is recomputed after every commit.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import torch
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
@@ -25,142 +25,253 @@ from hubsync.publish.results import SyncReport
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 
-from .apply import Stream
-from .gpu_publish import Row, print_rows
+from .gpu_publish import Row
+from .streams import Arrivals, Streams
 
-_SIZES = {  # hidden, intermediate, layers, heads
-    "qwen3-0.6b": (1024, 3072, 28, 16),
-    "qwen3-4b": (2560, 9728, 36, 32),
+SIZES = {  # hidden, intermediate, layers, heads, vocabulary
+    "qwen3-0.6b": (1024, 3072, 28, 16, 151936),
+    "qwen3-4b": (2560, 9728, 36, 32, 151936),
+    "tiny": (256, 768, 4, 8, 4000),
 }
 _RATE = 2e-7  # learning rate: changes about 0.8 % of the view in a step
+_SETTLING_S = 0.5  # around a sync
+_FLOORS = 4  # times that running requests are computed again without a sync
+
+Window = tuple[float, float]
+
+
+@dataclass
+class Measured:
+    """What the syncs of one policy took. Windows are from before the publish until the weights are verified."""
+
+    reports: list[SyncReport] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Seen:
+    """What the engine's process has seen of itself: `benchmarks.ticking`."""
+
+    steps: np.ndarray
+    late: np.ndarray
+    extra: int
+
+    @classmethod
+    def of(cls, begun: dict[str, Any], ended: dict[str, Any]) -> Seen:
+        late = np.array(ended["late"], float).reshape(-1, 2)
+        return cls(np.array(ended["steps"], float), late, ended["peak"] - begun["allocated"])
+
+    def longest_step(self, window: Window) -> float:
+        """Longest time between the beginnings of two forward passes."""
+        own = self.steps[(self.steps > window[0]) & (self.steps < window[1])]
+        return float(np.diff(own).max(initial=0.0))
+
+    def longest_delay(self, window: Window) -> float:
+        own = self.late[(self.late[:, 0] > window[0]) & (self.late[:, 0] < window[1])]
+        return float(own[:, 1].max(initial=0.0))
 
 
 def write_checkpoint(directory: Path, model: str) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    hidden, inner, layers, heads = _SIZES[model]
+    hidden, inner, layers, heads, words = SIZES[model]
     config = Qwen3Config(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=4096,
+        num_key_value_heads=min(8, heads), head_dim=128 if words > 4000 else 32, vocab_size=words,
+        tie_word_embeddings=True, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
 
 
-def measure(model: str, syncs: int, streams: int, kv_cache: str) -> Iterator[Row]:
+def measure(model: str, syncs: int, streams: int) -> Iterator[Row]:
+    """All rows: with kept KV caches, then with recomputed ones."""
     with tempfile.TemporaryDirectory(prefix="hubsync-gpu-") as name:
         root = Path(name)
         write_checkpoint(root / "base", model)
-        yield from _served(root, model, syncs, streams, kv_cache)
+        started = time.perf_counter()
+        with _server(root) as process:
+            process.wait_ready(400)
+            apart = "a GPU of its own" if torch.cuda.device_count() > 1 else "on the trainer's GPU"
+            yield Row("server started", time.perf_counter() - started, "s", apart)
+            yield from _Site(root, process.url, streams).rows(syncs)
 
 
-def _served(root: Path, model: str, syncs: int, streams: int, kv_cache: str) -> Iterator[Row]:
-    started = time.perf_counter()
-    with ServerProcess(
+def _server(root: Path) -> ServerProcess:
+    environment = {"HUBSYNC_CACHE": str(root / "cache")}
+    arguments = ["--skip-tokenizer-init", "--worker-extension-cls", "benchmarks.ticking.TickingExtension"]
+    if torch.cuda.is_available():
+        environment |= {"OMP_NUM_THREADS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": ""}
+        arguments += ["--no-enforce-eager", "--gpu-memory-utilization", "0.25"]
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = "1"
+    return ServerProcess(
         root / "base",
         root / "log",
         bucket=str(root / "run"),
-        environment={"HUBSYNC_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": ""},
-        arguments=["--skip-tokenizer-init", "--no-enforce-eager", "--gpu-memory-utilization", "0.25"],
+        environment=environment,
+        arguments=arguments,
         max_model_len=2048,
-    ) as process:
-        process.wait_ready(400)
-        yield Row("server started", time.perf_counter() - started, "s")
-        yield from _trained(root, process.url, model, syncs, streams, kv_cache)
-
-
-def _trained(root: Path, url: str, model: str, syncs: int, streams: int, kv_cache: str) -> Iterator[Row]:
-    from transformers import AutoModelForCausalLM
-
-    policy: torch.nn.Module = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
-    policy.to("cuda")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=_RATE, fused=True)
-    for parameter in policy.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    optimizer.step()
-    plain = statistics.median(_timed(optimizer) for _ in range(5))
-    policy.load_state_dict(AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32).state_dict())
-    name = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-    clients = [Stream(url, name) for _ in range(streams)]
-    config = SyncConfig(bucket=str(root / "run"), base_model=str(root / "base"), servers=[url], kv_cache=kv_cache)  # type: ignore[arg-type]
-    with DeltaWeightTransferEngine(policy, optimizer, config) as engine:
-        engine.sync()
-        for client in clients:
-            client.start()
-        while not all(len(client.times) > 50 for client in clients):
-            time.sleep(0.05)
-        quiet, begun = _longest(clients, 3.0), time.perf_counter()
-        server = Replica(VLLMServer(url))
-        steps, calls, walls, reports, gaps, verified = [], [], [], [], [], []
-        for _ in range(syncs):
-            steps.append(_timed(optimizer))
-            start = time.perf_counter()
-            ticket = engine.publish()
-            calls.append(time.perf_counter() - start)
-            reports.append(engine.deliver(ticket))
-            walls.append(time.perf_counter() - start)
-            server.wait_verified(reports[-1].published.position)  # raises if the live weights are others
-            verified.append(time.perf_counter() - start - walls[-1])
-            time.sleep(0.3)
-            gaps.append(max(client.longest_gap(start, time.perf_counter()) for client in clients))
-        tokens = sum(moment > begun for client in clients for moment in client.times)
-        for client in clients:
-            client.ended.set()
-        yield Row("tokens generated meanwhile", tokens, "", f"{streams} streams, kv_cache={kv_cache}")
-    yield from _rows(reports, steps, calls, walls, plain)
-    yield Row(
-        "verified after the commit", 1e3 * statistics.median(verified[1:]), "ms", f"{len(verified)} of {syncs} right"
     )
-    yield Row("longest gap between tokens, without syncs", 1e3 * quiet, "ms")
-    yield Row("  around a sync, median and longest", 1e3 * statistics.median(gaps), "ms", f"{1e3 * max(gaps):.0f} ms")
 
 
-def _rows(
-    reports: list[SyncReport], steps: list[float], calls: list[float], walls: list[float], plain: float
-) -> Iterator[Row]:
-    later = reports[1:]
-    published = later[-1].published
+class _Site:
+    """A trainer, and the server that follows it."""
 
-    def median(values: list[float]) -> float:
-        return 1e3 * statistics.median(values)
+    def __init__(self, root: Path, url: str, streams: int):
+        self._root, self._url, self._streams = root, url, streams
+        self._server = VLLMServer(url)
+        self._replica = Replica(self._server)
+        self._model = httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
 
-    yield Row("changed", published.changed / 1e6, "M", f"{published.changed / published.total:.2%}")
-    yield Row("plain step, beside the idle server", 1e3 * plain, "ms")
-    yield Row("followed step, beside the generating server", median(steps[1:]), "ms", f"the first {1e3 * steps[0]:.0f}")
-    yield Row("publish call", median(calls[1:]), "ms", f"the first {1e3 * calls[0]:.0f}")
-    yield Row("encode", median([r.published.encode_s for r in later]), "ms")
-    yield Row("upload to a directory", median([r.published.upload_s for r in later]), "ms")
-    for phase in ("stage", "commit", "pause"):
-        yield Row(phase, median([getattr(commit, f"{phase}_s") for r in later for commit in r.commits]), "ms")
-    yield Row("publish to committed", median(walls[1:]), "ms", f"the first {1e3 * walls[0]:.0f}")
+    def rows(self, syncs: int) -> Iterator[Row]:
+        policy, optimizer, plain = self._trainer()
+        for kv_cache in ("keep", "recompute"):
+            config = SyncConfig(
+                bucket=str(self._root / "run"),
+                base_model=str(self._root / "base"),
+                servers=[self._url],
+                kv_cache=kv_cache,
+            )
+            with DeltaWeightTransferEngine(policy, optimizer, config) as engine:
+                yield from self._synced(engine, optimizer, kv_cache, syncs, plain)
+
+    def _trainer(self) -> tuple[torch.nn.Module, torch.optim.Optimizer, float]:
+        """And the seconds of a step that nothing follows."""
+        from transformers import AutoModelForCausalLM
+
+        def load() -> torch.nn.Module:
+            return AutoModelForCausalLM.from_pretrained(self._root / "base", dtype=torch.float32)
+
+        policy = load().to("cuda" if torch.cuda.is_available() else "cpu")
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=_RATE, fused=True)
+        for parameter in policy.parameters():
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+        optimizer.step()
+        plain = statistics.median(_timed(optimizer) for _ in range(5))
+        policy.load_state_dict(load().state_dict())
+        return policy, optimizer, plain
+
+    def _synced(
+        self,
+        engine: DeltaWeightTransferEngine,
+        optimizer: torch.optim.Optimizer,
+        kv_cache: str,
+        syncs: int,
+        plain: float,
+    ) -> Iterator[Row]:
+        engine.sync()
+        for _ in range(2):  # what is compiled or allocated once
+            self._sync(engine, optimizer, Measured())
+        measured, floors = Measured(), []
+        with Streams(self._url, self._model, self._streams, 1000, self._root / f"{kv_cache}.npz") as streams:
+            begun = self._server.rpc("benchmark_watch")[0]
+            quiet = [_window(_SETTLING_S) for _ in range(syncs)]
+            for _ in range(syncs):
+                self._sync(engine, optimizer, measured)
+            if kv_cache == "recompute":
+                floors = [self._compute_again() for _ in range(_FLOORS)]
+            seen = Seen.of(begun, self._server.rpc("benchmark_seen")[0])
+            arrivals = streams.finish()
+        if kv_cache == "keep":
+            yield from _sync_rows(measured, plain)
+            yield from _engine_rows(measured, seen, quiet)
+        yield from _gap_rows(kv_cache, measured, seen, arrivals, quiet, [window for window in floors if window])
+
+    def _sync(self, engine: DeltaWeightTransferEngine, optimizer: torch.optim.Optimizer, measured: Measured) -> None:
+        time.sleep(_SETTLING_S)
+        measured.steps.append(_timed(optimizer))
+        start = time.perf_counter()
+        report = engine.deliver(engine.publish())
+        measured.walls.append(time.perf_counter() - start)
+        measured.reports.append(report)
+        self._replica.wait_verified(report.published.position)  # raises if the live weights are others
+        measured.windows.append((start, time.perf_counter()))
+        time.sleep(_SETTLING_S)
+        measured.metrics.append(self._replica.status().ranks[0]["metrics"])
+
+    def _compute_again(self) -> Window | None:
+        """Have all running requests computed again, without new weights. None if this vLLM has no call for that."""
+        time.sleep(2 * _SETTLING_S)
+        start = time.perf_counter()
+        answer = httpx.post(f"{self._url}/reset_prefix_cache", params={"reset_running_requests": "true"}, timeout=60)
+        time.sleep(_SETTLING_S)
+        done = answer.is_success and (not answer.content or answer.json().get("success", True))
+        return (start, time.perf_counter()) if done else None
 
 
-def _longest(clients: list[Stream], seconds: float) -> float:
+def _window(seconds: float) -> Window:
     start = time.perf_counter()
     time.sleep(seconds)
-    return max(client.longest_gap(start, time.perf_counter()) for client in clients)
+    return start, time.perf_counter()
+
+
+def _sync_rows(measured: Measured, plain: float) -> Iterator[Row]:
+    published = measured.reports[-1].published
+    reports = measured.reports
+    changed = f"{published.changed / 1e6:.1f} M, {published.changed / published.total:.2%} changed"
+    walls = _ms(measured.walls)
+    yield Row("publish to committed", walls, "ms", f"goal 350; longest {1e3 * max(measured.walls):.0f}; {changed}")
+    yield Row("  encode", _ms([r.published.encode_s for r in reports]), "ms")
+    yield Row("  upload to a directory", _ms([r.published.upload_s for r in reports]), "ms")
+    for metric, name in [
+        ("stage_s", "stage"), ("fetch_s", "  fetch and SHA-256"), ("decode_s", "  decode"),
+        ("place_s", "  places, old and new values, digest"), ("commit_s", "commit"), ("verify_s", "verify"),
+    ]:  # fmt: skip
+        values = [metrics[metric] for metrics in measured.metrics if metric in metrics]
+        goal = {"stage_s": "goal 150", "commit_s": "goal 3", "verify_s": "goal 15"}.get(metric, "")
+        if values:
+            yield Row(f"  {name}", _ms(values), "ms", goal)
+    pauses = [commit.pause_s for report in reports for commit in report.commits]
+    yield Row("    the engine's turn with the commit", _ms(pauses), "ms", "caches and label included")
+    share = statistics.median(measured.steps) / plain
+    yield Row("followed step of the trainer", _ms(measured.steps), "ms", f"{share:.2f} of a plain one")
+
+
+def _engine_rows(measured: Measured, seen: Seen, quiet: Sequence[Window]) -> Iterator[Row]:
+    late, usual = ([seen.longest_delay(window) for window in windows] for windows in (measured.windows, quiet))
+    note = f"goal 5; without a sync {1e3 * max(usual):.1f}"
+    yield Row("longest delay of a thread that ticks each ms", 1e3 * max(late), "ms", note)
+    yield Row("extra GPU memory of the engine's process", seen.extra / 1e6, "MB", "at its peak, KV caches apart")
+
+
+def _gap_rows(
+    kv_cache: str, measured: Measured, seen: Seen, arrivals: Arrivals, quiet: Sequence[Window], floors: Sequence[Window]
+) -> Iterator[Row]:
+    def longest(windows: Sequence[Window]) -> float:
+        return 1e3 * float(np.quantile(np.concatenate([arrivals.longest_gaps(*window) for window in windows]), 0.999))
+
+    def step(windows: Sequence[Window]) -> float:
+        return 1e3 * max(seen.longest_step(window) for window in windows)
+
+    tokens = statistics.mean(arrivals.between(*window) / (window[1] - window[0]) for window in quiet)
+    running = statistics.mean(arrivals.in_flight(start) for start, _ in measured.windows)
+    usual, syncing = longest(quiet), longest(measured.windows)
+    note = f"{syncing:.1f} - {usual:.1f} without; {arrivals.streams} streams, {tokens:,.0f} tokens/s"
+    yield Row(f"{kv_cache}: longest token gap, p99.9, beyond the usual", syncing - usual, "ms", f"goal 5; {note}")
+    note = f"{step(measured.windows):.1f} - {step(quiet):.1f} without"
+    yield Row("  between two forward passes of the engine", step(measured.windows) - step(quiet), "ms", note)
+    yield Row("  tokens in flight", running, "", "prompts included")
+    if floors:
+        floor = longest(floors)
+        yield Row(
+            "  of the gap when they are only computed again", syncing / floor, "x", f"goal 1.2; floor {floor:.1f} ms"
+        )
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return 1e3 * statistics.median(seconds)
 
 
 def _timed(optimizer: torch.optim.Optimizer) -> float:
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     optimizer.step()
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(_SIZES), default="qwen3-0.6b")
-    parser.add_argument("--syncs", type=int, default=8)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--kv-cache", choices=["recompute", "keep"], default="recompute")
-    parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
-    options = parser.parse_args()
-    rows = measure(options.model, options.syncs, options.streams, options.kv_cache)
-    print_rows(rows, options.model, options.json)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ Used here, the same in vLLM 0.27 and 0.32: `EngineCore.scheduler` (`requests`, `
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -19,8 +20,14 @@ from typing import Any
 
 from hubsync.apply.engine import Answers
 
-_POLL_S = 0.01  # between two checks of the workers, growing
-_LONGEST_POLL_S = 0.25
+from .bell import Bell
+
+logger = logging.getLogger("vllm.hubsync")
+
+# Between two looks at the workers, in seconds: where there is no loop that a bell could wake, and beside the bell,
+# which workers on other machines cannot ring.
+_POLL_S = 0.01
+_UNHEARD_S = 0.25
 
 
 class CoreTurn:
@@ -43,6 +50,8 @@ class VLLMEngineCore:
         parallel = core.vllm_config.parallel_config
         self._spans_engines = parallel.data_parallel_size > 1  # 1 where the engines of a server are independent
         self._stages = parallel.pipeline_parallel_size > 1
+        self._bell: Bell | None = None
+        self._looks: list[Callable[[], bool]] = []  # at what is waited for; True once that has ended
 
     @property
     def alone(self) -> bool:
@@ -129,40 +138,44 @@ class VLLMEngineCore:
         return timer.cancel
 
     def until(self, reached: Callable[[], bool]) -> Future[None] | None:
-        """Call `reached`, in turns of the loop, until it returns True or raises.
-
-        None if that has happened when this returns; else a Future of it.
-        """
-        pauses = _growing_pauses()
         if not hasattr(self._core, "input_queue"):
             while not reached():
-                time.sleep(pauses())
+                time.sleep(_POLL_S)
             return None
+        self._hang_bell()
         future: Future[None] = Future()
 
-        def turn() -> None:
-            try:
-                if reached():
-                    future.set_result(None)
-                else:
-                    self.later(pauses(), turn)
-            except Exception as error:
-                future.set_exception(error)
+        def look() -> bool:
+            if not future.done():
+                try:
+                    if reached():
+                        future.set_result(None)
+                except Exception as error:
+                    future.set_exception(error)
+            return future.done()
 
-        turn()
+        def look_later() -> None:
+            if not look():
+                self.later(_UNHEARD_S, look_later)
+
+        if not look():
+            self._looks.append(look)
+            self.later(_UNHEARD_S, look_later)
         return future
 
+    def _hang_bell(self) -> None:
+        """Have the workers wake the loop after each background job."""
+        if self._bell is not None:
+            return
+        try:
+            self._bell = Bell(lambda: self._core.input_queue.put_nowait((CoreTurn, self._look_at_all)))
+        except OSError as error:
+            logger.warning("hubsync: the engine looks at its workers every %g s: %s", _UNHEARD_S, error)
+            return
+        self.on_workers("report_to", self._bell.address)
 
-def _growing_pauses() -> Callable[[], float]:
-    """Pauses between two checks, in seconds."""
-    pause = _POLL_S / 2
-
-    def following() -> float:
-        nonlocal pause
-        pause = min(2 * pause, _LONGEST_POLL_S)
-        return pause
-
-    return following
+    def _look_at_all(self) -> None:
+        self._looks = [look for look in self._looks if not look()]
 
 
 def _forget_blocks(pool: Any) -> None:

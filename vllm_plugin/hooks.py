@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hubsync.apply.engine_commit import EngineCommit
-from hubsync.apply.protocol import METHOD_PREFIX
+from hubsync.apply.protocol import METHOD_PREFIX, WorkerMethod
 
 from . import native
 from .engine_core import CoreTurn, VLLMEngineCore
@@ -87,6 +87,8 @@ def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if isinstance(method, str):
+            if method == WorkerMethod.WAIT:
+                return _parts_of(self, original).commit.wait(*args, **kwargs or {})
             if method.startswith(METHOD_PREFIX):
                 return _parts_of(self, original).commit.handle(method, *args, **kwargs or {})
             if method in native.METHODS and uses_backend(self.vllm_config):

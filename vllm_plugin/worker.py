@@ -5,6 +5,7 @@ The functions here take the worker, so they also work where the worker extension
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hubsync.apply.session import Session
 from hubsync.apply.worker_methods import status as status_of
 
 from . import compat, guards, lora
+from .bell import ring
 from .settings import read_settings
 
 
@@ -57,6 +59,13 @@ def status(worker: Any) -> Answer:
         **status_of(session_of(worker), compat.about(compat.unwrap(worker))),
         "target": None if target is None else {"version": target.version, "digest": target.digest},
     }
+
+
+@answering
+def report_to(worker: Any, address: bytes) -> Answer:
+    """Ring this bell whenever a background job has ended."""
+    session_of(worker).on_change = functools.partial(ring, address)
+    return {"error": None}
 
 
 @answering

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from hubsync.apply.engine import Answers
 from hubsync.apply.engine_commit import EngineCommit
+from hubsync.apply.protocol import WorkerMethod
 from hubsync.apply.session import Session
 from hubsync.apply.worker_methods import WorkerMethods, status
 from hubsync.errors import ReplicaPoisoned
@@ -92,6 +93,9 @@ class Engine:
         return future.result()
 
     def request(self, method: str, *args: Any) -> Answers:
+        if method == WorkerMethod.WAIT:
+            answers = self.between(lambda: self._core.wait(*args))
+            return answers.result() if isinstance(answers, Future) else answers
         return self.between(lambda: self._core.handle(method, *args))
 
     def _forward(self) -> None:
@@ -136,6 +140,18 @@ class Engine:
 
     def resume(self) -> None:
         self.paused = False
+
+    def until(self, reached: Callable[[], bool]) -> Future[None]:
+        future: Future[None] = Future()
+
+        def look() -> None:
+            if reached():
+                future.set_result(None)
+            else:
+                self.later(_TURN_S, look)
+
+        look()
+        return future
 
     def later(self, seconds: float, turn: Callable[[], None]) -> Callable[[], None]:
         timer = threading.Timer(seconds, self._turns.put, [turn])

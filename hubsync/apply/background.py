@@ -17,16 +17,20 @@ class Background:
     Args:
         idle: called while there is no job; short. Returns the seconds until it is to be called again, None if only
             after another job.
+        done: called after each job.
 
     Attributes:
         working: held during a job, and while idle is called. Take it to keep jobs from running meanwhile.
         reading: to be held by a job while it reads live weights. Take it to keep jobs from reading them.
     """
 
-    def __init__(self, idle: Callable[[], float | None] = lambda: None) -> None:
+    def __init__(
+        self, idle: Callable[[], float | None] = lambda: None, done: Callable[[], None] = lambda: None
+    ) -> None:
         self.working = threading.Lock()
         self.reading = threading.Lock()
-        self._idle = idle
+        self._idle, self._done = idle, done
+        self._unfinished, self._counting = 0, threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -35,11 +39,17 @@ class Background:
         """Is this called by a job?"""
         return threading.current_thread() is self._thread
 
+    @property
+    def busy(self) -> bool:
+        """Are there jobs that have not ended?"""
+        return self._unfinished > 0
+
     def submit(self, job: Callable[[], None]) -> None:
         """Run this job after all that were submitted before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="hubsync", daemon=True)
             self._thread.start()
+        self._count(1)
         self._jobs.put(job)
 
     def _work(self) -> None:
@@ -52,6 +62,13 @@ class Background:
                 else:
                     job()
                     rest = 0.0
+            if job is not None:
+                self._count(-1)
+                self._done()
+
+    def _count(self, jobs: int) -> None:
+        with self._counting:
+            self._unfinished += jobs
 
     def _next(self, seconds: float | None) -> Callable[[], None] | None:
         """The next job; None if there is none within so many seconds."""

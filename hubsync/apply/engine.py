@@ -12,7 +12,8 @@ Worker processes hold weights. Each worker
 
 The engine core schedules forward passes. It
     * implements `EngineCore`, and makes one `engine_commit.EngineCommit` of it;
-    * routes every `hubsync_*` request of a client through `EngineCommit.handle`.
+    * routes every `hubsync_*` request of a client through `EngineCommit.handle`, but `hubsync_wait` through
+      `EngineCommit.wait`, and answers a Future when it is complete.
 
 Clients reach either through a `hubsync.replicas.server.InferenceServer`.
 
@@ -22,6 +23,7 @@ Importing this module imports no torch, so that processes without a model can us
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -196,6 +198,12 @@ class EngineCore(Protocol):
         ...
 
     def resume(self) -> None: ...
+
+    def until(self, reached: Callable[[], bool]) -> Future[None] | None:
+        """Call `reached` on the scheduling thread, at least after each background job of a worker, until it is True or
+        raises. None if that has happened when this returns; else a Future of it, completed on that thread.
+        """
+        ...
 
     def later(self, seconds: float, turn: Callable[[], None]) -> Callable[[], None]:
         """Call `turn` on the scheduling thread after `seconds`. Returns a function that cancels it."""

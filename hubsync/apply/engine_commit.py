@@ -26,6 +26,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused
@@ -34,6 +35,9 @@ from .engine import Answers, EngineCore
 from .protocol import KV_POLICIES, WINDOW_TIMEOUT_S, KvPolicy, WorkerMethod, error_to_json, first_error
 
 logger = logging.getLogger("vllm.hubsync")
+
+LONGEST_WAIT_S = 60.0
+"""Limit of `hubsync_wait`."""
 
 _RETRY_S = 1.0  # after the watchdog could not finish
 
@@ -67,8 +71,33 @@ class EngineCommit:
         self._cancel: Callable[[], None] = lambda: None
         self._labelled: tuple[Any, Any] | None = None  # position that the label was set for
 
+    def wait(self, seconds: Any = 0) -> Answers | Future[Answers]:
+        """Answer `hubsync_wait`: the statuses once no worker has a job under way, or after so many seconds.
+
+        Where that is not at once, a Future, completed in a turn: the engine goes on meanwhile.
+        """
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        end = time.monotonic() + (min(max(0.0, seconds), LONGEST_WAIT_S) if number else 0.0)
+
+        def idle() -> bool:
+            return time.monotonic() >= end or not any(rank.get("busy") for rank in self._engine.statuses())
+
+        waiting = self._engine.until(idle)
+        if waiting is None:
+            return self.handle(WorkerMethod.STATUS)
+        answers: Future[Answers] = Future()
+
+        def answer(_: Future[None]) -> None:
+            try:
+                answers.set_result(self.handle(WorkerMethod.STATUS))
+            except Exception as error:
+                answers.set_exception(error)
+
+        waiting.add_done_callback(answer)
+        return answers
+
     def handle(self, method: str, *args: Any, **kwargs: Any) -> Answers:
-        """Answer a `hubsync_*` request of a client. Errors are answers, as those of the workers are."""
+        """Answer any other `hubsync_*` request of a client. Errors are answers, as those of the workers are."""
         try:
             answers = self._answer(method, args, kwargs)
         except (HubsyncError, TypeError) as error:  # TypeError: a request with wrong arguments
@@ -103,6 +132,7 @@ class EngineCommit:
             "paused": engine.paused,
             "label": engine.label,
             "window_timeout_s": self._timeout,
+            "waits": True,
         }
 
     # --- writing ------------------------------------------------------------------------------------

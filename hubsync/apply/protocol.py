@@ -35,6 +35,7 @@ class WorkerMethod:
     """Names of the worker methods. docs/protocol.md describes them."""
 
     STATUS = "hubsync_status"
+    WAIT = "hubsync_wait"  # answered by the engine core, if the `engine` of its statuses has `waits`
     ATTACH = "hubsync_attach"
     JOIN = "hubsync_join"
     LAYOUT = "hubsync_layout"
@@ -46,6 +47,10 @@ class WorkerMethod:
     UNDO = "hubsync_undo"
     HEAL = "hubsync_heal"
     VERIFY = "hubsync_verify"
+
+
+REPORTING = (WorkerMethod.STATUS, WorkerMethod.WAIT)
+"""Methods whose answers report an earlier error, if there was one."""
 
 
 class WorkerState:

@@ -56,7 +56,8 @@ class Session:
         self._wanted: Position | None = None  # being staged, or queued for it
         self._window: CommitWindow | None = None
         self._error: HubsyncError | None = None
-        self._background = Background(self._look_again)
+        self.on_change: Callable[[], None] = lambda: None  # called after each background job, on its thread
+        self._background = Background(self._look_again, lambda: self.on_change())
 
     # --- status -------------------------------------------------------------------------------------
 
@@ -86,6 +87,7 @@ class Session:
             error = ReplicaPoisoned(f"the weights are not known to be right: {reason}")
         return {
             "state": self.state,
+            "busy": self._background.busy,
             "run_id": served.run_id,
             **(position_json(position) if position else {"version": None, "digest": None}),
             "staged": position_json(staged) if staged else None,

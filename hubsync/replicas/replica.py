@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSE_S = 0.05
+_WAIT_S = 0.5  # that a server may wait before it answers: afterwards it is looked whether anybody still waits
 
 # For engines of a data parallel server that did not commit with the others: time to stage again.
 _CATCH_UP_S = 60.0
@@ -80,6 +81,7 @@ class Replica:
         self.kv_cache = kv_cache
         self._pause = pause
         self._token: str | None = None  # of the window that we opened last; it may still be open
+        self._waits = False  # does the server know `hubsync_wait`?
 
     def check(self) -> None:
         """ReplicaUnsuitable unless the server is one that hubsync can drive."""
@@ -98,12 +100,15 @@ class Replica:
             )
 
     def status(self) -> ReplicaStatus:
-        ranks = self.server.rpc(WorkerMethod.STATUS)
+        return self._read_status(self.server.rpc(WorkerMethod.STATUS))
+
+    def _read_status(self, ranks: list[dict[str, Any]]) -> ReplicaStatus:
         if not all("engine" in rank for rank in ranks):
             raise ReplicaUnsuitable(
                 f"the engine of {self.server.url} does not know hubsync's commits: its log says why, or "
                 "VLLM_PLUGINS keeps hubsync from being loaded"
             )
+        self._waits = self._understood(lambda: all(rank["engine"].get("waits") for rank in ranks))
         return self._understood(lambda: merged_status(self.server.url, ranks))
 
     def attach(self, timeout: float = 600.0) -> ReplicaStatus:
@@ -348,11 +353,20 @@ class Replica:
         raise kind(f"{self.server.url} is {status.state}; see the server's log")
 
     def _until(self, done: Callable[[ReplicaStatus], bool], timeout: float, what: str) -> ReplicaStatus:
-        """The first status that is `done`. Polls at growing intervals; ReplicaUnsuitable after `timeout` seconds."""
-        for _ in attempts(timeout, waiting_for=f"{self.server.url} to {what}", first=0.01, longest=0.25):
-            if done(status := self.status()):
+        """The first status that is `done`; ReplicaUnsuitable after `timeout` seconds.
+
+        The server answers when its workers have ended what they do. One that cannot wait is asked again and again.
+        """
+        for left in attempts(timeout, waiting_for=f"{self.server.url} to {what}", first=0.01, longest=0.25):
+            if done(status := self._settling_status(left)):
                 return status
         raise ReplicaUnsuitable(
             f"{self.server.url} did not {what} within {timeout:g} s (state {status.state}); "
             "see the server's log, or allow more time"
         )
+
+    def _settling_status(self, left: float) -> ReplicaStatus:
+        """The status once the workers have no job under way, or soon if that takes longer."""
+        if not self._waits:
+            return self.status()
+        return self._read_status(self.server.rpc(WorkerMethod.WAIT, min(left, _WAIT_S)))

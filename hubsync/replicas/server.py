@@ -54,8 +54,8 @@ class InferenceServer(Protocol):
             one document per rank, in rank order.
 
         Raises:
-            HubsyncError: the error of the first rank that refused; see `error_from_json`. `hubsync_status` reports
-                errors and raises none.
+            HubsyncError: the error of the first rank that refused; see `error_from_json`. `protocol.REPORTING` report
+                errors and raise none.
         """
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import httpx
 
-from hubsync.apply.protocol import WorkerMethod, error_from_json
+from hubsync.apply.protocol import REPORTING, error_from_json
 from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
 from .http_client import API_KEY_VARIABLE, access_to, new_client, whole_answer
@@ -159,7 +159,7 @@ class VLLMServer:
             shown = self.access.hide(repr(results))[:200]
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {shown}; {EXTENSION_HINT}, same version")
         for rank, result in enumerate(results):
-            if method != WorkerMethod.STATUS and result.get("error"):  # a status reports an earlier error
+            if method not in REPORTING and result.get("error"):
                 raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import pytest
 from hubsync.apply.engine_commit import EngineCommit
 from hubsync.errors import NoPath, ReplicaRefused
 from vllm_plugin import engine_core, hooks, settings
+from vllm_plugin.bell import ring
 from vllm_plugin.native import NativeCalls
+from vllm_plugin.worker import report_to
 
 OLD, NEW = (1, "a" * 32), (2, "b" * 32)
 
@@ -309,6 +312,64 @@ def test_hold_starts_the_watchdog(core: EngineCommit, engine: ModelEngine) -> No
     engine.paused = True
     engine.ring()
     assert not engine.paused
+
+
+# --- waiting for background jobs
+
+
+def test_a_wait_is_answered_when_no_worker_has_a_job(
+    core: EngineCommit, engine: ModelEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: Future[None] = Future()
+    asked: list[Callable[[], bool]] = []
+
+    def until(reached: Callable[[], bool]) -> Future[None]:
+        asked.append(reached)
+        return waiting
+
+    monkeypatch.setattr(engine, "until", until)
+    engine.workers[1]["busy"] = True
+    answers = core.wait(30)
+    assert isinstance(answers, Future)
+    assert not asked[0]()
+    assert not answers.done()
+    engine.workers[1] |= {"busy": False, "state": "staged"}
+    assert asked[0]()
+    waiting.set_result(None)
+    assert [answer["state"] for answer in answers.result(0)] == ["ready", "staged"]
+    assert all(answer["engine"]["waits"] for answer in answers.result(0))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "soon", None])
+def test_a_wait_has_an_end(core: EngineCommit, engine: ModelEngine, seconds: Any) -> None:
+    engine.workers[0]["busy"] = True
+    answers = core.wait(seconds)
+    assert not isinstance(answers, Future)
+    assert len(answers) == 2
+
+
+def test_workers_wake_the_loop() -> None:
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    addresses: list[bytes] = []
+
+    def collective_rpc(method: Any, timeout: Any, args: tuple, kwargs: Any) -> list[dict[str, Any]]:
+        assert method is report_to
+        addresses.append(*args)
+        return [{"error": None}]
+
+    core = EngineCore()
+    core.input_queue = inbox  # type: ignore[attr-defined]
+    engine = engine_core.VLLMEngineCore(core, collective_rpc)
+    done = False
+    waiting = engine.until(lambda: done)
+    assert waiting is not None
+    done = True
+    ring(addresses[0])
+    kind, turn = inbox.get(timeout=60)
+    assert kind is engine_core.CoreTurn
+    turn()
+    assert waiting.done()
+    ring(b"\0hubsync-nobody-listens")
 
 
 # --- vLLM's own calls

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hubsync.apply.protocol import PROTOCOL, error_from_json
+from hubsync.apply.protocol import PROTOCOL, REPORTING, error_from_json
 from hubsync.errors import (
     ConfigError,
     NoPath,
@@ -54,6 +54,7 @@ class ModelServer(VLLMServer):
         self.wrong: str | None = None  # found by the next verification
         self.heals_itself = False  # before the client asks again
         self.refusing: list[int] = []  # engines that refuse their next commit, one entry per refusal
+        self.waits = False  # does it know `hubsync_wait`?
         self.calls: list[str] = []
         self.fault: Callable[[str, bool], None] = lambda call, before: None
 
@@ -83,6 +84,7 @@ class ModelServer(VLLMServer):
         results = []
         for engine in range(len(self.positions)):
             about = {"index": engine, "atomic": self.atomic, "paused": self.paused, "window_timeout_s": 15.0}
+            about["waits"] = self.waits
             answers = getattr(self, method)(engine, *args)
             versions = {answer.get("version") for answer in answers}
             if len(versions) == 1 and versions != {None}:
@@ -90,7 +92,7 @@ class ModelServer(VLLMServer):
             for answer in answers:
                 results.append({**answer, "engine": {"turn_s": 0.003, "label": self.labels[engine], **about}})
         for rank, result in enumerate(results):
-            if "error" in result and method != "hubsync_status":
+            if "error" in result and method not in REPORTING:
                 raise error_from_json(result["error"], f"rank {rank}: ")
         return results
 
@@ -111,6 +113,12 @@ class ModelServer(VLLMServer):
             }
             for rank, position in enumerate(self.positions[engine])
         ]
+
+    def hubsync_wait(self, engine: int, seconds: float) -> list[dict[str, Any]]:
+        assert self.waits
+        assert 0 < seconds <= 1, "the client looks from time to time whether anybody still waits"
+        self.state = "ready"  # what was under way has ended
+        return self.hubsync_status(engine)
 
     def hubsync_verify(self, engine: int) -> list[dict[str, Any]]:
         self.looks = {**self.looks, "asked": 1, "answered": 1, "age_s": 0.0}
@@ -179,6 +187,18 @@ def staged_server(ranks: int = 1, **options: Any) -> ModelServer:
 
 # The requests of a commit on a server that must be paused, after the status request.
 WINDOW = ["hubsync_open", "pause", "hubsync_commit", "resume", "hubsync_close"]
+
+
+def test_the_server_says_when_a_version_is_staged() -> None:
+    """The client does not ask again and again."""
+    server = ModelServer()
+    server.waits = True
+    replica = Replica(server)
+    replica.attach()
+    server.calls.clear()
+    server.state = "staging"
+    replica.wait_staged(NEXT)
+    assert server.calls == ["hubsync_stage", "hubsync_wait"]
 
 
 @pytest.mark.parametrize("kv_cache", ["recompute", "keep"])

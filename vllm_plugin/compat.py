@@ -12,15 +12,16 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hubsync.errors import ReplicaRefused, ReplicaUnsuitable
+from hubsync.errors import ReplicaUnsuitable
 
+from .refusals import refuse_configuration, refuse_modules
 from .settings import read_settings
 
 if TYPE_CHECKING:
@@ -171,16 +172,15 @@ def model_host_of(worker: Any) -> ModelHost:
     """
     require_supported_version(vllm_version())
     config = worker.vllm_config
-    _refuse_unsupported(config)
+    refuse_configuration(config)
     from hubsync.apply.engine import ModelHost
 
     settings = read_settings(config)
     source = settings.source()
-    models = _models(worker)
-    draft = getattr(config.speculative_config, "draft_model_config", None)
+    models, draft = _models(worker), _draft(worker)
+    refuse_modules(models if draft is None else (models[0], draft))
     if draft is not None and len(models) == 1:
-        logger.warning("hubsync: the draft model %s is not updated", draft.model)
-    _refuse_packed(models)
+        _warn_of_draft(config.speculative_config.draft_model_config.model)
     return ModelHost(
         source=source,
         models=models,
@@ -198,19 +198,36 @@ def _models(worker: Any) -> tuple[torch.nn.Module, ...]:
     A draft from another checkpoint is not part of the run. It stays as it is: that costs acceptance of its proposals,
     never correctness.
     """
-    runner, speculative = worker.model_runner, worker.vllm_config.speculative_config
-    draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
-    model: torch.nn.Module = runner.get_model()
-    if draft is None or speculative is None or speculative.draft_model_config is None:
-        return (model,)
-    if speculative.draft_model_config.model != worker.vllm_config.model_config.model:
+    model: torch.nn.Module = worker.model_runner.get_model()
+    draft, config = _draft(worker), worker.vllm_config
+    if draft is None or config.speculative_config.draft_model_config.model != config.model_config.model:
         return (model,)
     return model, draft
 
 
-def _hints(models: Iterable[torch.nn.Module]) -> LayoutHints:
+def _draft(worker: Any) -> torch.nn.Module | None:
+    """The module that proposes tokens, if vLLM has one that was loaded from a checkpoint."""
+    speculative, runner = worker.vllm_config.speculative_config, worker.model_runner
+    if getattr(speculative, "draft_model_config", None) is None or not hasattr(runner, "get_draft_model"):
+        return None
+    draft: torch.nn.Module | None = runner.get_draft_model()
+    return draft
+
+
+@functools.cache
+def _warn_of_draft(name: str) -> None:
+    logger.warning(
+        "hubsync: the draft model %s is no part of the run and stays as it is. Answers stay exact, but its proposals "
+        "are accepted less often the further the policy moves. Restart the server with a newer draft, or without one",
+        name,
+    )
+
+
+def _hints(models: Sequence[torch.nn.Module]) -> LayoutHints:
     """Permutations and copies that vLLM makes of parameters after loading them."""
     from hubsync.apply.live import Derived, LayoutHints
+
+    from .reachable import reachable_tensors
 
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     derived: dict[str, Derived] = {}
@@ -226,7 +243,7 @@ def _hints(models: Iterable[torch.nn.Module]) -> LayoutHints:
                 refresh = functools.partial(module.process_weights_after_loading, module.kv_b_proj.weight.dtype)
                 for name in ("W_UV", "W_UK_T"):
                     derived[f"{prefix}.{name}"] = Derived((source,) if source else (), refresh)
-    return LayoutHints(relayouts, derived)
+    return LayoutHints(relayouts, derived, lambda: [pair for model in models for pair in reachable_tensors(model)])
 
 
 def _expert_kernel(module: Any) -> str | None:
@@ -246,38 +263,6 @@ def _prepack(isa: str) -> Callable[[torch.Tensor], torch.Tensor]:
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     return functools.partial(cpu_prepack_moe_weight, isa=isa)
-
-
-def _refuse_unsupported(config: Any) -> None:
-    parallel = config.parallel_config
-    if getattr(parallel, "enable_eplb", False) or getattr(parallel, "enable_elastic_ep", False):
-        raise ReplicaRefused("this server moves experts between workers; start it without --enable-eplb and elastic EP")
-    offload = getattr(getattr(config, "offload_config", None), "uva", None) or config.cache_config  # before 0.28
-    if getattr(offload, "cpu_offload_gb", 0):
-        raise ReplicaRefused("this server keeps weights in host memory; start it without --cpu-offload-gb")
-    if getattr(getattr(getattr(config, "offload_config", None), "prefetch", None), "offload_group_size", 0):
-        raise ReplicaRefused("this server fetches weights layer by layer; start it without --offload-group-size")
-    if getattr(config, "ec_transfer_config", None) is not None:
-        raise ReplicaRefused(
-            "this server shares outputs of its encoders with others, which keep those of old weights; start it without "
-            "--ec-transfer-config"
-        )
-    if config.quant_config is not None:
-        raise ReplicaRefused(
-            f"this server quantises its weights ({config.model_config.quantization}); serve the run's own dtype"
-        )
-    if config.lora_config is not None:
-        raise ReplicaRefused("this server runs with LoRA, which wraps the layers; start it without --enable-lora")
-
-
-def _refuse_packed(models: Iterable[torch.nn.Module]) -> None:
-    """Latent attention for AMX keeps only packed copies of `kv_b_proj`. `keep_linears_live` does not prevent that."""
-    for module in (module for model in models for module in model.modules()):
-        if getattr(module, "is_amx_bmm_enabled", False):
-            raise ReplicaRefused(
-                "this server packs the weights of latent attention (MLA) for AMX; start it with "
-                "--attention-backend CPU_MLA"
-            )
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -20,6 +20,7 @@ import torch
 from hubsync.errors import ReplicaRefused
 from hubsync.format.table import TensorTable
 
+from .copies import find_copies
 from .dry_run import DryRun
 from .live import (
     Address,
@@ -31,6 +32,7 @@ from .live import (
     find_relayout,
     find_storages,
     first_moved,
+    named_tensors,
 )
 from .regions import Region, overlap
 from .vote import RELOAD
@@ -123,6 +125,7 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Layo
     )
     if not run.refused:  # else the refusal is the better explanation
         _check_targets(coordinates, run.filled)
+    _refuse_copies(coordinates, models)
     return coordinates
 
 
@@ -228,4 +231,29 @@ def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
         raise ReplicaRefused(
             f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model. "
             "Start the server from the run's base model or one of its anchors, without options that add weights"
+        )
+
+
+def _refuse_copies(coordinates: CoordinateMap, models: Sequence[torch.nn.Module]) -> None:
+    """Nothing that forward passes may read holds values of a followed parameter in memory that no commit writes."""
+    fed = {region.storage for regions in coordinates.regions for region in regions}
+    refreshed = {name for names in coordinates.refreshers.values() for name in names}
+    derived, followed = set(), set()
+    for number, storage in enumerate(coordinates.storages):
+        if not refreshed.isdisjoint(storage.names):
+            derived |= set(storage.names)
+        elif number in fed or storage.parameter:
+            followed |= set(storage.names)
+    named = named_tensors(models)
+    copies = find_copies(
+        coordinates.hints.reachable(),
+        {name: tensor for name, tensor in named.items() if name in followed},
+        [tensor for name, tensor in named.items() if name in derived],
+    )
+    if copies:
+        first, others = copies[0], f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+        raise ReplicaRefused(
+            f"{first.path}: this server computes with a copy of {first.source} there{others}, which a commit would not "
+            "change. Start it with another kernel (--attention-backend, --moe-backend, --linear-backend), or write "
+            "versions with `hubsync pull` and restart servers from them"
         )

@@ -64,10 +64,12 @@ class LayoutHints:
         relayouts: for a parameter that was permuted after loading, the engine's own function for it. It takes a tensor
             with the parameter's shape and dtype from the layout that the loader fills to the one that kernels read.
         derived: parameters that are copies of others.
+        reachable: (path, tensor) of everything that forward passes may read, for the search for hidden copies.
     """
 
     relayouts: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    reachable: Callable[[], Iterable[tuple[str, torch.Tensor]]] = tuple
 
 
 class LiveStorage:
@@ -237,6 +239,14 @@ def _tensors(
                 for key, tensor in owner.items():
                     if tensor is not None:
                         yield owner, key, f"{prefix}.{key}" if prefix else key, tensor
+
+
+def named_tensors(models: Iterable[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by its full name, those of the first model first."""
+    found: dict[str, torch.Tensor] = {}
+    for _owner, _key, name, tensor in _tensors(models):
+        found.setdefault(name, tensor)
+    return found
 
 
 def places_of(target: torch.Tensor) -> np.ndarray:

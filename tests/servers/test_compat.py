@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hubsync.apply.session import Session
-from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnsuitable
+from hubsync.errors import ConfigError, ReplicaUnsuitable
 from vllm_plugin import compat, guards
 from vllm_plugin.settings import read_settings
 
@@ -102,34 +102,6 @@ def test_the_command_line_beats_the_environment(monkeypatch: pytest.MonkeyPatch)
 def test_a_mistyped_setting_is_named(value: object) -> None:
     with pytest.raises(ConfigError, match="hubsync must be an object with some of bucket, cache, "):
         compat.model_host_of(worker(additional_config={"hubsync": value}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"parallel_config": SimpleNamespace(enable_eplb=True)}, "moves experts between workers"),
-        ({"parallel_config": SimpleNamespace(enable_elastic_ep=True)}, "moves experts between workers"),
-        ({"offload_config": SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=1))}, "keeps weights in host memory"),
-        (
-            {"offload_config": SimpleNamespace(uva=None, prefetch=SimpleNamespace(offload_group_size=8))},
-            "without --offload-group-size",
-        ),
-        ({"ec_transfer_config": object()}, "without --ec-transfer-config"),
-        ({"cache_config": SimpleNamespace(cpu_offload_gb=1)}, "keeps weights in host memory"),
-        (
-            {
-                "quant_config": object(),
-                "model_config": SimpleNamespace(model="m", revision=None, quantization="fp8"),
-            },
-            r"quantises its weights \(fp8\)",
-        ),
-        ({"lora_config": object()}, "LoRA"),
-    ],
-)
-def test_unsupported_configurations_are_refused(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
-    with pytest.raises(ReplicaRefused, match=reason):
-        compat.model_host_of(worker(**changes))
 
 
 def test_the_checkpoint_that_was_loaded_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -262,3 +234,15 @@ def test_a_draft_of_another_checkpoint_is_not_followed() -> None:
         config = SimpleNamespace(draft_model_config=SimpleNamespace(model=name))
         subject.vllm_config.speculative_config = config
         assert compat._models(subject) == expected
+
+
+def test_a_draft_that_grows_stale_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUBSYNC_BUCKET", "/data/run")
+    warnings: list[str] = []
+    monkeypatch.setattr(compat.logger, "warning", lambda text, *values: warnings.append(text % values))
+    compat._warn_of_draft.cache_clear()
+    subject = worker(speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model="another/draft")))
+    subject.model_runner.get_draft_model = lambda: torch.nn.Linear(1, 1)
+    for _ in range(2):
+        assert len(compat.model_host_of(subject).models) == 1
+    assert [text.partition(" is no part")[0] for text in warnings] == ["hubsync: the draft model another/draft"]

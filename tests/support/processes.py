@@ -147,7 +147,7 @@ class _StoppingBucket(FaultyBucket):
 
     def _call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         if self._stop is not None and verb == self._stop[0]:
-            path = args[0] if verb == "commit" else args[0][0].path
+            path = args[0] if verb == "commit" else args[0][0].name
             if self._stop[1] in path:
                 self._stop = None
                 self._messages.send(("stopping", path))

@@ -78,7 +78,7 @@ def attempts(
         if left == 0.0:
             return
         if report.passed:
-            logger.warning("still waiting for %s, %.0f s left", waiting_for, deadline.left)
+            logger.warning("still waiting for %s%s", waiting_for, _said(deadline))
             report = Deadline(REPORT_SECONDS)
         time.sleep(min(pause * random.uniform(0.5, 1.0), deadline.left))
         pause = min(2.0 * pause, longest)
@@ -139,6 +139,9 @@ def wait_reporting(wait: Callable[[float], bool], timeout: float | Deadline = ma
     while not wait(min(REPORT_SECONDS, deadline.left)):
         if deadline.passed:
             return False
-        left = "" if deadline.left == math.inf else f", {deadline.left:.0f} s left"
-        logger.warning("still waiting for %s%s", waiting_for, left)
+        logger.warning("still waiting for %s%s", waiting_for, _said(deadline))
     return True
+
+
+def _said(deadline: Deadline) -> str:
+    return "" if deadline.left == math.inf else f", {deadline.left:.0f} s left"

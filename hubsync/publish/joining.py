@@ -38,16 +38,9 @@ def open_writer(
 
     RunMismatch if the run is one of another model, or if there is one although `resume` is False.
     """
-    with claimed(bucket) as exists:
-        if exists:
-            if not resume:
-                raise RunMismatch(
-                    f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
-                )
-            writer = ChainWriter.resume(bucket, table, signs=key is not None)
-            require_same_adapter(writer.run.adapter, model.adapter)
-            return writer
-        run = Run(
+
+    def new_run() -> Run:
+        return Run(
             run_id=secrets.token_hex(16),
             table=table,
             digest=digest.hex,
@@ -56,7 +49,17 @@ def open_writer(
             public_key=None if key is None else key.public.hex,
             adapter=model.adapter,
         )
-        return ChainWriter.create(bucket, run)
+
+    with claimed(bucket, new_run) as run:
+        if run is not None:
+            return ChainWriter.create(bucket, run)
+        if not resume:
+            raise RunMismatch(
+                f"{bucket.address} already holds a run, and resume is False: choose another prefix for a new run"
+            )
+        writer = ChainWriter.resume(bucket, table, signs=key is not None)
+        require_same_adapter(writer.run.adapter, model.adapter)
+        return writer
 
 
 def stated_in_run(bucket: Bucket, dtype: torch.dtype) -> Stated | None:

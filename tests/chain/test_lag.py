@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket.base import Bucket
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Layout
-from hubsync.chain.creation import claimed
+from hubsync.chain.creation import Claim, claimed
 from hubsync.chain.replay import replay
 from hubsync.chain.serving import serve
 from hubsync.errors import BucketUnavailable, Fenced, RunMismatch
@@ -46,8 +47,8 @@ def test_a_run_is_created_and_continued(hub_bucket: HubBucket, local_hub: LocalH
 
 def begin(bucket: Bucket, run: Run) -> ChainWriter:
     """As a trainer that joins the run, whatever its run would be called."""
-    with claimed(bucket) as exists:
-        return ChainWriter.resume(bucket, run.table) if exists else ChainWriter.create(bucket, run)
+    with claimed(bucket, lambda: run) as new:
+        return ChainWriter.resume(bucket, run.table) if new is None else ChainWriter.create(bucket, new)
 
 
 def new_run(number: int) -> Run:
@@ -94,15 +95,49 @@ def test_a_trainer_that_must_create_a_run_refuses_one_that_was_invisible(
 
 @pytest.mark.parametrize("lag", [0.0, LAG])
 def test_trainers_that_start_at_once_never_make_two_runs(
-    hub_bucket: HubBucket, local_hub: LocalHub, lag: float, monkeypatch: pytest.MonkeyPatch
+    hub_bucket: HubBucket, local_hub: LocalHub, lag: float
 ) -> None:
     """One creates it. The others join it, and the newest of them goes on."""
-    monkeypatch.setattr("hubsync.bucket.hub.LAG_SECONDS", 4.0)
     local_hub.lag(lag)
     with ThreadPoolExecutor(3) as pool:
         runs = [one.run.run_id for one in pool.map(lambda number: begin(hub_bucket, new_run(number)), range(3))]
     local_hub.reset()
     assert set(runs) == {run_in(hub_bucket)}
+    assert not hub_bucket.list(Layout.CLAIMS)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of claims, in the order in which they are written."""
+    given = iter(["5", "7", "1", "8", "6"])
+    monkeypatch.setattr("hubsync.chain.creation.secrets", SimpleNamespace(token_hex=lambda size: next(given)))
+
+
+def written_claim(bucket: Bucket) -> Claim:
+    claim = Claim(bucket)
+    claim.write()
+    return claim
+
+
+def test_of_trainers_that_all_see_others_one_creates_the_run(hub_bucket: HubBucket, names: None) -> None:
+    first, second, third = (written_claim(hub_bucket) for _ in range(3))
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(claim.wins) for claim in (first, second)]
+        assert third.wins(), "once the others have withdrawn their claims"
+        assert [stat.path for stat in hub_bucket.list(Layout.CLAIMS)] == [Layout.claim("1")]
+        assert not any(other.done() for other in others)
+        hub_bucket.commit(Layout.RUN, new_run(1).dumps())
+        assert not any(other.result() for other in others)
+
+
+def test_the_next_trainer_goes_on_if_the_first_one_fails(hub_bucket: HubBucket, names: None) -> None:
+    first, second = written_claim(hub_bucket), written_claim(hub_bucket)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second.wins)
+        assert first.wins()
+        first.withdraw()
+        assert other.result()
+    assert [stat.path for stat in hub_bucket.list(Layout.CLAIMS)] == [Layout.claim("1")], "a claim of its own"
 
 
 def test_a_claim_of_a_trainer_that_died_delays_the_next_one_and_no_more(

@@ -118,7 +118,7 @@ class _Old:
 
 def measure(model: str, repeats: int, encoding: Encoding) -> Iterator[Row]:
     """All rows of one encoding."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     table = TensorTable([TensorSpec(f"w{n}", shape, "BF16") for n, shape in enumerate(MODELS[model][0])])
     with tempfile.TemporaryDirectory(prefix="hubsync-apply-") as name:
         root, module = Path(name), Model(table, device)

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -182,13 +182,14 @@ def _forget_blocks(pool: Any) -> None:
     """Take all blocks out of the prefix cache. Blocks that requests hold stay theirs.
 
     This is `BlockPool.reset_prefix_cache` without its condition that no block is in use. `evict_blocks` has no such
-    condition, but takes 20 times as long.
+    condition, but takes 20 times as long. Only blocks that are in the cache are touched: a GPU has tens of thousands.
     """
+    named = list(_named_blocks(pool))
     pool.cached_block_hash_to_block = type(pool.cached_block_hash_to_block)()
     getattr(pool, "cached_block_hashes_by_block", {}).clear()
     if watched := list(getattr(pool, "_reuse_watchers", ())):  # not in 0.27
         pool._notify_reuse([pool.blocks[number] for number in watched])
-    for block in pool.blocks:
+    for block in named:
         block.reset_hash()
     if pool.metrics_collector:
         pool.metrics_collector.reset()
@@ -196,6 +197,19 @@ def _forget_blocks(pool: Any) -> None:
         from vllm.distributed.kv_events import AllBlocksCleared
 
         pool.kv_event_queue.append(AllBlocksCleared())
+
+
+def _named_blocks(pool: Any) -> Iterator[Any]:
+    """The blocks in the prefix cache; all where this vLLM keeps them otherwise."""
+    names = pool.cached_block_hash_to_block
+    by_name = names if isinstance(names, dict) else getattr(names, "_cache", None)
+    if not isinstance(by_name, dict):
+        yield from pool.blocks
+        return
+    for held in by_name.values():
+        yield from held.values() if isinstance(held, dict) else (held,)
+    for number in getattr(pool, "cached_block_hashes_by_block", ()):
+        yield pool.blocks[number]
 
 
 def _set_apart(request: Any) -> None:

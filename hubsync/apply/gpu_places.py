@@ -16,7 +16,7 @@ import torch
 from hubsync.chain.planner import Step
 from hubsync.errors import FormatError
 from hubsync.format.codec.device import launching_on
-from hubsync.format.codec.device_decode import DeviceDelta, first_numbers, joined, prepare
+from hubsync.format.codec.device_decode import DeviceDelta, composed, first_numbers, prepare
 from hubsync.format.digest import Digest
 from hubsync.format.parts import read_delta_on_device
 
@@ -30,26 +30,24 @@ _WIDTH = 2  # bytes of an element
 
 
 def read_on_gpu(live: LiveWeights, steps: Sequence[Step], files: Sequence[Sequence[Path]]) -> DeviceDelta | None:
-    """The changes of a path of one step, on the GPU of live weights with `places`. None if the CPU must decode it.
+    """The changes of a path, on the GPU of live weights with `places`. None if the CPU must decode it.
 
-    That is so for several steps, for compact parts, and for anything that is not sound.
+    That is so for compact parts, and for anything that is not sound.
 
     Args:
         files: the parts of each step.
     """
-    if len(steps) != 1:
-        return None
     assert live.places is not None
+    deltas = []
     try:
         with live.aside():
-            parts = []
-            for file in files[0]:
-                part = read_delta_on_device(file, live.table, steps[0].manifest, live.places)
-                if part is None:
-                    return None
-                parts.append(part)
-            delta = joined(live.table, parts) if parts else None
-            return delta.inverted() if delta is not None and steps[0].inverse else delta
+            for step, parts in zip(steps, files, strict=True):
+                for part in parts:
+                    delta = read_delta_on_device(part, live.table, step.manifest, live.places)
+                    if delta is None:
+                        return None
+                    deltas.append(delta.inverted() if step.inverse else delta)
+            return composed(live.table, deltas) if deltas else None
     except (FormatError, torch.OutOfMemoryError) as error:
         logger.info("hubsync: decoding on the CPU: %s", error)
         return None

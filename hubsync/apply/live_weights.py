@@ -92,12 +92,15 @@ class LiveWeights:
         """Which elements of the tensors the regions hold, by number."""
         return [part.region.source_key for part in self.parts]
 
-    def holdings(self) -> list[Holding]:
-        """Every region with the digest that it has now. Called when attaching: what a commit needs is compiled too."""
+    def prepare(self) -> None:
+        """Compile and tabulate what staging and commits need, which may take seconds, before one waits for it."""
         with self.aside():
             self.memory.prepare()
             if self.places is not None:
                 self.places.prepare()
+
+    def holdings(self) -> list[Holding]:
+        """Every region with the digest that it has now."""
         found = DigestList(self.digests())
         return [Holding(part.index, part.region, digest) for part, digest in zip(self.parts, found, strict=True)]
 

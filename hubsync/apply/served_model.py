@@ -285,6 +285,7 @@ class ServedModel:
             mapped.applier.poison(
                 f"{', '.join(stale[:3])}: the server loaded values of another precision than the run's"
             )
+        mapped.applier.live.prepare()
         logger.info("hubsync: attached to run %s at %s", mapped.reader.run().run_id, position)
 
     # --- stage --------------------------------------------------------------------------------------

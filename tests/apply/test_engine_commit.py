@@ -372,6 +372,43 @@ def test_workers_wake_the_loop() -> None:
     ring(b"\0hubsync-nobody-listens")
 
 
+# --- the prefix cache
+
+
+class Block:
+    """As vLLM's: in the cache while it has a name."""
+
+    def __init__(self, name: str | None):
+        self.name = name
+
+    def reset_hash(self) -> None:
+        assert self.name is not None, "tens of thousands of others are not touched"
+        self.name = None
+
+
+class Names:
+    """As `BlockHashToBlockMap`."""
+
+    def __init__(self, cache: dict[str, Any] | None = None):
+        self._cache = cache or {}
+
+
+@pytest.mark.parametrize("kind", [Names, dict])
+def test_all_blocks_of_the_prefix_cache_are_forgotten(kind: Any) -> None:
+    one, two, again, partial, free = (Block(name) for name in ("a", "b", "b", "c", None))
+    pool = SimpleNamespace(
+        blocks=[one, two, again, partial, free],
+        cached_block_hash_to_block=kind({"a": one, "b": {1: two, 2: again}}),
+        cached_block_hashes_by_block={3: {"c"}},
+        metrics_collector=None,
+        enable_kv_cache_events=False,
+    )
+    engine_core._forget_blocks(pool)
+    assert all(block.name is None for block in pool.blocks)
+    assert not pool.cached_block_hashes_by_block
+    assert type(pool.cached_block_hash_to_block) is kind
+
+
 # --- vLLM's own calls
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from hubsync.errors import FormatError
-from hubsync.format.patch import Patch, invert
+from hubsync.format.patch import Patch, compose, invert
 from hubsync.format.table import TensorTable
 
 from .bitio import words_from
@@ -68,20 +69,25 @@ class DeviceDelta:
         return DeviceDelta(self.numbers, -self.diffs, invert(self.host))
 
 
-def joined(table: TensorTable, parts: Sequence[DeviceDelta]) -> DeviceDelta | None:
-    """The changes of several parts together; None if two of them change the same element, or may do so."""
-    if len(parts) == 1:
-        return parts[0]
-    numbers, order = torch.sort(torch.cat([part.numbers for part in parts]))
-    diffs = torch.cat([part.diffs for part in parts])[order]
-    host = {index: delta for part in parts for index, delta in part.host.items()}
-    indices = np.array(sorted(host), np.int64)
+def composed(table: TensorTable, deltas: Sequence[DeviceDelta]) -> DeviceDelta | None:
+    """The changes of at least one delta, one after the other, as `patch.compose` gives them.
+
+    None if one has changes of a tensor on the device and another has some on the host.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    numbers, order = torch.sort(torch.cat([delta.numbers for delta in deltas]))
+    diffs = torch.cat([delta.diffs for delta in deltas])[order]
+    indices = np.array(sorted({index for delta in deltas for index in delta.host}), np.int64)
     edges = first_numbers(table)[np.stack([indices, indices + 1])]
     bounds = torch.searchsorted(numbers, torch.from_numpy(edges).to(numbers.device))
-    meet = (numbers[1:] == numbers[:-1]).any() | (bounds[0] != bounds[1]).any()
-    if bool(meet) or len(host) < sum(len(part.host) for part in parts):
+    if bool((bounds[0] != bounds[1]).any()):
         return None
-    return DeviceDelta(numbers, diffs, dict(sorted(host.items())))
+    numbers, owner = torch.unique_consecutive(numbers, return_inverse=True)
+    sums = torch.zeros(len(numbers), dtype=torch.int32, device=numbers.device).index_add_(0, owner, diffs.int())
+    moved = (sums & 0xFFFF).nonzero().squeeze(1)  # others have their old value again
+    host = reduce(compose, (delta.host for delta in deltas))
+    return DeviceDelta(numbers[moved], sums[moved].to(torch.int16), host)
 
 
 def first_numbers(table: TensorTable) -> np.ndarray:

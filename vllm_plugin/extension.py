@@ -1,6 +1,6 @@
-"""The worker extension: hubsync's methods on vLLM's workers, callable through `collective_rpc`.
+"""The worker extension: hubsync's methods on vLLM's workers, which `vllm_plugin.endpoints` serves.
 
-    HUBSYNC_BUCKET=hf://buckets/me/runs/my-run VLLM_SERVER_DEV_MODE=1 \\
+    HUBSYNC_BUCKET=hf://buckets/me/runs/my-run VLLM_PLUGINS=hubsync \\
         vllm serve MODEL --worker-extension-cls vllm_plugin.DeltaWorkerExtension
 
 vLLM mixes the class into its worker class. Requests reach a worker strictly between two forward passes.

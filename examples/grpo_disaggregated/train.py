@@ -24,15 +24,15 @@ On both hosts: `hf auth login`, with a token that may write to (inference host: 
 
 # Inference host
 
-HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/deepmath-1 VLLM_SERVER_DEV_MODE=1 \
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/deepmath-1 VLLM_PLUGINS=hubsync \
 vllm serve Qwen/Qwen3-0.6B \
     --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
     --logprobs-mode processed_logprobs \
     --max-model-len 4096 \
     --host 0.0.0.0 --port 8000
 
-The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key guards them: allow only
-the training host to reach the port.
+The control endpoints (`VLLM_PLUGINS=hubsync`) can pause the server. Set `VLLM_API_KEY` on both hosts, or allow only the
+training host to reach the port.
 
 # Training host
 

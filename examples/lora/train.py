@@ -22,7 +22,7 @@ pip install '.[vllm]'                          # on the inference host
 
 # Inference host
 
-HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/lora-1 VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/lora-1 VLLM_PLUGINS=hubsync VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \
 vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
     --enable-lora --max-lora-rank 16 --logprobs-mode processed_logprobs --port 8000
 

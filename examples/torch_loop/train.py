@@ -21,7 +21,7 @@ and `hf auth login` on both.
 
 # Inference host
 
-HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/loop-1 VLLM_SERVER_DEV_MODE=1 \
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/loop-1 VLLM_PLUGINS=hubsync \
 vllm serve Qwen/Qwen3-0.6B --worker-extension-cls vllm_plugin.DeltaWorkerExtension --port 8000
 
 # Training host

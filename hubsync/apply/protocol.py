@@ -52,6 +52,31 @@ class WorkerMethod:
 REPORTING = (WorkerMethod.STATUS, WorkerMethod.WAIT)
 """Methods whose answers report an earlier error, if there was one."""
 
+CONTROL_PATH = "/v1/hubsync"
+"""Where a server that loads hubsync's endpoint plugin answers, behind its API key: `POST /v1/hubsync/stage`, ..."""
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    WorkerMethod.STATUS: (),
+    WorkerMethod.WAIT: ("seconds",),
+    WorkerMethod.ATTACH: (),
+    WorkerMethod.JOIN: (),
+    WorkerMethod.LAYOUT: (),
+    WorkerMethod.STAGE: ("version", "digest"),
+    WorkerMethod.OPEN: ("version", "digest", "token"),
+    WorkerMethod.HOLD: ("token",),
+    WorkerMethod.COMMIT: ("version", "digest", "kv_cache"),
+    WorkerMethod.CLOSE: ("token",),
+    WorkerMethod.UNDO: (),
+    WorkerMethod.HEAL: (),
+    WorkerMethod.VERIFY: (),
+}
+"""The parameters of every worker method, in their order."""
+
+
+def control_path(method: str) -> str:
+    """Where the endpoint plugin answers a worker method."""
+    return f"{CONTROL_PATH}/{method.removeprefix(METHOD_PREFIX)}"
+
 
 class WorkerState:
     """States of a worker.

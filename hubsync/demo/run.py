@@ -79,7 +79,7 @@ class Demo:
         if self.server is not None:
             raise ConfigError(
                 f"the server must serve the demo's starting policy. Copy {base} to its machine, start it with\n"
-                f"  VLLM_SERVER_DEV_MODE=1 HUBSYNC_BUCKET={self.bucket} vllm serve {base} "
+                f"  VLLM_PLUGINS=hubsync HUBSYNC_BUCKET={self.bucket} vllm serve {base} "
                 f"--worker-extension-cls {EXTENSION} --logprobs-mode processed_logprobs --max-model-len 512\n"
                 f"(on a CPU with the settings in README.md, Without a GPU), and run the demo again with --workdir "
                 f"{self.workdir}"

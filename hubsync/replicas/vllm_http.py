@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import httpx
 
-from hubsync.apply.protocol import REPORTING, error_from_json
+from hubsync.apply.protocol import CONTROL_PATH, PARAMETERS, REPORTING, control_path, error_from_json
 from hubsync.errors import ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 
 from .http_client import API_KEY_VARIABLE, access_to, new_client, whole_answer
@@ -20,7 +20,9 @@ from .server import checked_url
 
 OLDEST = (0, 26)
 
-DEV_MODE_HINT = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+CONTROL_HINT = (
+    "start it with VLLM_PLUGINS=hubsync in its environment (or, on a private network, VLLM_SERVER_DEV_MODE=1)"
+)
 LORA_HINT = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 EXTENSION_HINT = "start it with --worker-extension-cls vllm_plugin.DeltaWorkerExtension"
 
@@ -31,6 +33,8 @@ _CONNECTION_ERRORS = (
     httpx.RemoteProtocolError,
     httpx.ProxyError,
 )
+
+_NO_DOOR = (401, 403, 404, 405)  # of a proxy, too, that lets only some paths through
 
 T = TypeVar("T")
 
@@ -56,6 +60,7 @@ class VLLMServer:
         self.url = self.access.url
         self.timeout = timeout
         self._http = new_client(self.access)
+        self._development = False  # were vLLM's development endpoints the ones that answered last?
 
     def close(self) -> None:
         """Close all connections. Call it after the last request has returned."""
@@ -79,24 +84,24 @@ class VLLMServer:
 
     def world_size(self) -> int:
         """Workers of the server: tensor x pipeline x data parallel."""
-        return self._read("/get_world_size", lambda answer: int(answer["world_size"]))
+        return self._read("/get_world_size", lambda answer: int(answer["world_size"]), control=True)
 
     def pause(self) -> None:
         """Freeze all requests between two forward passes until `resume`. KV caches stay."""
-        self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
+        self._json(self._control("POST", "/pause", {"params": {"mode": "keep", "clear_cache": "false"}}), "/pause")
 
     def resume(self) -> None:
-        self._post("/resume")
+        self._json(self._control("POST", "/resume"), "/resume")
 
     def is_paused(self) -> bool:
-        return self._read("/is_paused", lambda answer: bool(answer["is_paused"]))
+        return self._read("/is_paused", lambda answer: bool(answer["is_paused"]), control=True)
 
     def reset_prefix_cache(self) -> bool:
         """Drop all cached prefixes. Returns False and drops nothing while a running request holds blocks."""
         return bool(self._post("/reset_prefix_cache")["success"])
 
     def weight_version(self) -> str:
-        return self._read("/weight_info", lambda answer: str(answer["weight_version"]))
+        return self._read("/weight_info", lambda answer: str(answer["weight_version"]), control=True)
 
     def max_model_len(self) -> int:
         """Longest sequence of the served model, in tokens."""
@@ -150,11 +155,10 @@ class VLLMServer:
             the error that the first refusing rank names (a class of `hubsync.errors`; ReplicaRefused if it names
             none of them), ReplicaUnsuitable if the workers have no such method.
         """
-        body = {"method": method, "args": list(args), "timeout": self.timeout}
-        answer = self._send("POST", "/collective_rpc", json=body, refuse=False)
+        answer = self._call(method, args)
         if answer.status_code == 500:
             self._explain_rpc_failure(method, answer)
-        results = self._json(answer, "/collective_rpc").get("results")
+        results = self._json(answer, answer.url.path).get("results")
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results) or not results:
             shown = self.access.hide(repr(results))[:200]
             raise ReplicaUnsuitable(f"{self.url}: {method} answered {shown}; {EXTENSION_HINT}, same version")
@@ -162,6 +166,44 @@ class VLLMServer:
             if method not in REPORTING and result.get("error"):
                 raise error_from_json(result["error"], f"{self.url}: rank {rank} refused {method}: ")
         return results
+
+    def _call(self, method: str, args: tuple[Any, ...]) -> httpx.Response:
+        body = {"method": method, "args": list(args), "timeout": self.timeout}
+        if method not in PARAMETERS:
+            return self._send("POST", "/collective_rpc", json=body, refuse=False)
+        named = dict(zip(PARAMETERS[method], args, strict=False))
+        own = control_path(method).removeprefix(CONTROL_PATH)
+        return self._control("POST", own, {"json": body}, {"json": named}, theirs="/collective_rpc", refuse=False)
+
+    def _control(
+        self,
+        verb: str,
+        path: str,
+        request: dict[str, Any] | None = None,
+        own_request: dict[str, Any] | None = None,
+        *,
+        theirs: str | None = None,
+        refuse: bool = True,
+    ) -> httpx.Response:
+        """Send a request to hubsync's own endpoints, else to vLLM's development endpoints: whichever the server has.
+
+        Args:
+            path: of the own endpoint, after `/v1/hubsync`.
+            request: of the development endpoint.
+            own_request: of the own endpoint; None for an empty one.
+            theirs: path of the development endpoint, if it is another one.
+        """
+        doors = {CONTROL_PATH + path: own_request or {}, theirs or path: request or {}}
+        answers = {}
+        for door in reversed(doors) if self._development else doors:
+            answers[door] = self._request(verb, door, **doors[door])
+            if answers[door].status_code not in _NO_DOOR:
+                self._development = not door.startswith(CONTROL_PATH)
+                return self._checked(answers[door], door, refuse)
+        own, other = doors
+        self._development = False
+        chosen = own if answers[own].status_code in (401, 403) else other
+        return self._checked(answers[chosen], chosen, refuse)
 
     def _explain_rpc_failure(self, method: str, answer: httpx.Response) -> NoReturn:
         text = self._message(answer)
@@ -173,9 +215,9 @@ class VLLMServer:
         """The readable core of an error response, shortened."""
         return self.access.hide(_message(answer))[:300]
 
-    def _read(self, path: str, read: Callable[[dict[str, Any]], T]) -> T:
+    def _read(self, path: str, read: Callable[[dict[str, Any]], T], *, control: bool = False) -> T:
         """`read(answer)`; ReplicaUnsuitable if the answer lacks what it reads."""
-        answer = self._get(path)
+        answer = self._json((self._control if control else self._send)("GET", path), path)
         try:
             return read(answer)
         except (LookupError, TypeError, ValueError):
@@ -201,7 +243,10 @@ class VLLMServer:
             raise ReplicaUnreachable(f"{self.url}{path} failed: {error}") from None
 
     def _send(self, verb: str, path: str, *, refuse: bool = True, **request: Any) -> httpx.Response:
-        answer = self._request(verb, path, **request)
+        return self._checked(self._request(verb, path, **request), path, refuse)
+
+    def _checked(self, answer: httpx.Response, path: str, refuse: bool) -> httpx.Response:
+        """The answer; errors that have the same reason for every path are raised."""
         if answer.is_error and answer.history:  # other hosts get no credentials, and some redirects turn POST into GET
             raise ReplicaUnsuitable(f"{self.url} redirects to {answer.url}: give the address of that server")
         if answer.status_code in (401, 403):
@@ -216,7 +261,7 @@ class VLLMServer:
                 f"and the API key ({API_KEY_VARIABLE}): a private Space answers so without a token"
             )
         if answer.status_code == 404 and path != "/health":
-            raise ReplicaUnsuitable(f"{self.url} has no {path}; {DEV_MODE_HINT}")
+            raise ReplicaUnsuitable(f"{self.url} has no {path}; {CONTROL_HINT}")
         if answer.status_code in (502, 503, 504):
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: is the vLLM server up?")
         if refuse and answer.is_error:

@@ -95,6 +95,45 @@ def test_every_failure_of_a_request_says_what_to_do(
         serve(answers).rpc("hubsync_undo")
 
 
+STATUS: dict[str, Any] = {"results": [{"rank": 0, "error": None}]}
+
+
+def test_the_own_endpoints_are_used_where_they_answer_and_the_development_endpoints_where_not(
+    serve: Callable[[Answers], VLLMServer],
+) -> None:
+    answers: Answers = {"/collective_rpc": (200, {"results": [{"rank": "development"}]})}
+    server = serve(answers)
+    assert server.rpc("hubsync_status") == [{"rank": "development"}]
+    answers["/v1/hubsync/status"] = (200, STATUS)
+    assert server.rpc("hubsync_status") == [{"rank": "development"}], "no request more for each call"
+    del answers["/collective_rpc"]  # restarted without development mode
+    assert server.rpc("hubsync_status") == STATUS["results"]
+    answers |= {"/collective_rpc": (500, "unused"), "/pause": (500, "unused"), "/v1/hubsync/pause": (200, {})}
+    assert server.rpc("hubsync_status") == STATUS["results"]
+    server.pause()
+    del answers["/v1/hubsync/pause"]
+    with pytest.raises(ReplicaRefused, match="/pause answered 500: unused"):
+        server.pause()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_is_reported_unless_the_development_endpoints_are_open(
+    serve: Callable[[Answers], VLLMServer], status: int
+) -> None:
+    answers: Answers = {"/v1/hubsync/status": (status, {"error": "Unauthorized"})}
+    server = serve(answers)
+    with pytest.raises(ReplicaUnsuitable, match="wants an API key, and none was given"):
+        server.rpc("hubsync_status")
+    answers["/collective_rpc"] = (200, STATUS)
+    assert server.rpc("hubsync_status") == STATUS["results"]
+
+
+def test_a_server_with_neither_endpoints_is_told_both_remedies(serve: Callable[[Answers], VLLMServer]) -> None:
+    for call in (lambda server: server.rpc("hubsync_status"), VLLMServer.pause, VLLMServer.world_size):
+        with pytest.raises(ReplicaUnsuitable, match=r"VLLM_PLUGINS=hubsync .*VLLM_SERVER_DEV_MODE=1"):
+            call(serve({}))
+
+
 @pytest.mark.parametrize(
     "url", ["", "localhost", "localhost:8000", "ftp://x", "http://", "http://[::1", "http://x:port", "http://x\n"]
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 import transformers
 
 from hubsync.bucket import Upload, open_bucket
@@ -33,6 +36,9 @@ from tests.support.models import CONFIGS, save
 from tests.support.site import client, generate, wait_running
 
 pytestmark = pytest.mark.server
+
+API_KEY = "s3cret-of-the-stranger"
+TOY_PACKAGE = Path(__file__).parents[1] / "plugins" / "toy_package"
 
 # One short, and one longer than a block of the prefix cache, so that stale keys and values would show.
 PROMPTS = ["the quick brown fox", "the lazy dog plus 17 makes " * 40]
@@ -60,12 +66,22 @@ def test_every_step_of_a_training_loop_arrives_bit_for_bit(served: Served) -> No
 
 @dataclass
 class Stranger:
-    """A server of an anchor of the run, whose pinned bucket is another run's."""
+    """A server of an anchor of the run, whose pinned bucket is another run's.
+
+    It has an API key, no development endpoints, and two plugins.
+    """
 
     url: str
     address: str
+    checkpoint: Path
     position: Position
     trained_in_place: list[Greedy]
+
+
+@pytest.fixture(autouse=True)
+def _api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the stranger. The other server has none, and takes any."""
+    monkeypatch.setenv("VLLM_API_KEY", API_KEY)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +92,17 @@ def stranger(served: Served, start_server: Callable[..., str], tmp_path_factory:
     checkpoint = served.reader(tmp_path_factory.mktemp("cache")).fetch(anchor)[0].parent
     transformers.AutoTokenizer.from_pretrained(served.base).save_pretrained(checkpoint)
     address = "hf://buckets/me/stranger/run"
-    url = start_server(checkpoint, bucket=address)
-    return Stranger(url, address, anchor.position, greedy(served.url, PROMPTS))
+    url = start_server(
+        checkpoint,
+        bucket=address,
+        environment={
+            "VLLM_SERVER_DEV_MODE": "",
+            "VLLM_PLUGINS": "hubsync,hubsync_toy",
+            "PYTHONPATH": os.pathsep.join([str(TOY_PACKAGE), os.environ.get("PYTHONPATH", "")]),
+        },
+        arguments=["--api-key", API_KEY, "--enable-scale-out"],
+    )
+    return Stranger(url, address, checkpoint, anchor.position, greedy(served.url, PROMPTS))
 
 
 def test_a_fresh_server_of_an_anchor_computes_exactly_what_the_followed_one_does(stranger: Stranger) -> None:
@@ -105,6 +130,33 @@ def test_a_server_only_attaches_to_a_run_that_its_weights_belong_to(
     with pytest.raises(RunMismatch, match="not started from a version of the run"):
         replica.attach()
     assert greedy(stranger.url, PROMPTS) == stranger.trained_in_place
+
+
+def test_a_server_without_development_mode_is_driven_behind_its_api_key(stranger: Stranger, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(stranger.checkpoint, dtype=torch.float32)
+    open_bucket(stranger.address, create=True).delete([Layout.RUN])
+    config = SyncConfig(bucket=stranger.address, servers=[stranger.url])
+    with DeltaWeightTransferEngine(model, None, config) as engine:
+        for step in range(2):
+            with torch.no_grad():
+                model.model.norm.weight.add_(0.25)
+            engine.sync(step)
+        server, position = VLLMServer(stranger.url), engine.position
+    assert_whole(server, position)
+    assert Replica(server, pause=True).commit(position).changed == 0
+    server.pause()
+    assert server.is_paused()
+    server.resume()
+    for path in ("/collective_rpc", "/pause", "/weight_info", "/init_weight_transfer_engine"):
+        assert httpx.post(stranger.url + path, headers=server.access.headers, json={}).status_code == 404
+    with pytest.raises(ReplicaUnsuitable, match="wants another API key"):
+        VLLMServer(stranger.url, "guessed").rpc("hubsync_status")
+    assert httpx.post(f"{stranger.url}/v1/hubsync/undo").status_code == 401
+
+
+def test_another_endpoint_plugin_answers_beside_it(stranger: Stranger) -> None:
+    headers = VLLMServer(stranger.url).access.headers
+    assert httpx.get(f"{stranger.url}/v1/toy", headers=headers).json() == {"toy": True}
 
 
 def test_requests_in_flight_finish_and_report_both_versions(served: Served) -> None:
@@ -201,10 +253,3 @@ def test_a_server_goes_back_to_an_older_version_on_request(served: Served, tmp_p
 def test_a_server_without_the_extension_is_reported(served: Served) -> None:
     with pytest.raises(ReplicaUnsuitable, match="worker-extension-cls"):
         served.server.rpc("hubsync_of_another_extension")
-
-
-@pytest.mark.long
-def test_a_server_that_is_not_in_development_mode_is_reported(served: Served, start_server: Callable[..., str]) -> None:
-    url = start_server(served.base, environment={"VLLM_SERVER_DEV_MODE": ""})
-    with pytest.raises(ReplicaUnsuitable, match="VLLM_SERVER_DEV_MODE=1"):
-        Replica(VLLMServer(url)).attach()

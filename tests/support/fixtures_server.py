@@ -120,7 +120,7 @@ def served(hub_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
         url = start(
             base,
             bucket=address,
-            environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S)},
+            environment={"HUBSYNC_WINDOW_TIMEOUT": str(WINDOW_TIMEOUT_S), "VLLM_PLUGINS": "hubsync"},
             arguments=["--enable-scale-out", "--weight-transfer-config", '{"backend": "hubsync"}'],
         )
         with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address, servers=[url])) as engine:
@@ -134,7 +134,7 @@ def _shared_site(hub_environment: dict[str, str], tmp_path_factory: pytest.TempP
         yield make_site(
             tmp_path_factory.mktemp("site"),
             start,
-            environment={"HUBSYNC_WINDOW_TIMEOUT": str(SITE_WINDOW_TIMEOUT_S)},
+            environment={"HUBSYNC_WINDOW_TIMEOUT": str(SITE_WINDOW_TIMEOUT_S), "VLLM_PLUGINS": "hubsync"},
             arguments=["--weight-transfer-config", '{"backend": "hubsync"}', *SCALE_OUT],
         )
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+from hubsync.apply.protocol import CONTROL_PATH
 from hubsync.errors import HubsyncError
 from hubsync.format.manifest import Position
 from tests.replicas.test_replica import BASE, ModelServer
@@ -106,6 +107,8 @@ class StandIn(ModelServer):
             return 200, {"choices": [{"text": "x"}]}
         if path in ("/pause", "/resume"):
             getattr(self, path[1:])()
+        if path.startswith(CONTROL_PATH):  # as a server without hubsync's endpoint plugin
+            return 404, {"detail": "Not Found"}
         constant = {
             "/version": {"version": self.version()},
             "/get_world_size": {"world_size": self.world_size()},

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 
 import httpx
 
-from hubsync.apply.protocol import WorkerMethod
+from hubsync.apply.protocol import WorkerMethod, control_path
 from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.replicas.http_client import API_KEY_VARIABLE, LIMITS, access_to, trusts_environment
-from hubsync.replicas.vllm_http import DEV_MODE_HINT
+from hubsync.replicas.vllm_http import CONTROL_HINT
 
 Prompt: TypeAlias = str | Sequence[int]
 
@@ -78,6 +78,7 @@ class GenerationClient:
         self._timeout = timeout
         self._scale_out = True  # until it says otherwise
         self._reports_spans = False  # until it has
+        self._development = False  # until vLLM's development endpoints have answered in place of hubsync's
         self._http = httpx.AsyncClient(
             headers=self._access.headers, limits=LIMITS, trust_env=trusts_environment(self.url)
         )
@@ -93,18 +94,33 @@ class GenerationClient:
 
     async def versions(self) -> tuple[int, int]:
         """The lowest and the highest version that any worker serves now."""
-        body = {"method": WorkerMethod.STATUS, "args": [], "timeout": _PROBE_S}
         try:
-            ranks = (await self._post("/collective_rpc", body, _PROBE_S)).get("results")
+            ranks = await self._statuses()
         except _NoSuchPath:
             raise ReplicaUnsuitable(
-                f"{self.url} does not report versions: start it with --enable-scale-out, or {DEV_MODE_HINT}"
+                f"{self.url} does not report versions: start it with --enable-scale-out, or {CONTROL_HINT}"
             ) from None
         try:
             versions = [int(rank["version"]) for rank in ranks or ()]
             return min(versions), max(versions)
         except (KeyError, TypeError, ValueError):
             raise ReplicaUnsuitable(f"{self.url} does not follow a run (yet): attach it before sampling") from None
+
+    async def _statuses(self) -> Any:
+        """Of the workers: from hubsync's own endpoint, else from vLLM's development endpoint."""
+        if not self._development:
+            try:
+                return (await self._post(control_path(WorkerMethod.STATUS), {}, _PROBE_S)).get("results")
+            except _NoSuchPath:
+                pass
+        body = {"method": WorkerMethod.STATUS, "args": [], "timeout": _PROBE_S}
+        try:
+            ranks = (await self._post("/collective_rpc", body, _PROBE_S)).get("results")
+        except _NoSuchPath:
+            self._development = False
+            raise
+        self._development = True
+        return ranks
 
     async def generate(self, prompt: Prompt, sampling: Mapping[str, Any], *, logprobs: bool) -> Completion:
         """A continuation of `prompt`, text or token ids, with vLLM's sampling parameters."""

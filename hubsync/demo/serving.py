@@ -98,7 +98,7 @@ class ServerProcess:
         outcome = f"did not start within {timeout:g} s" if code is None else f"ended with code {code}"
         raise ReplicaUnreachable(f"the vLLM server {outcome}; the end of {self.log}:\n{self.tail()}")
 
-    def tail(self, lines: int = 30) -> str:
+    def tail(self, lines: int = 100) -> str:
         """The last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 

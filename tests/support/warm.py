@@ -1,7 +1,8 @@
 """vLLM servers forked from a process that has imported vLLM already.
 
 The import takes 15 s of CPU in each of the up to four processes of a server: most of the time that tests took.
-Everything after the import is vLLM's own. `hubsync demo` and the tests of isolated hosts start servers from nothing.
+Everything after the import is vLLM's own. `hubsync demo` and the tests of isolated hosts start servers from nothing. So
+do all tests on a GPU: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 from hubsync.demo.serving import ServerProcess
 
+from .on_gpu import DEVICE
+
 # What the processes of a server import: the API server, the engine, a worker for CPUs, and models of the tests.
 _MODULES = (
     "vllm.entrypoints.openai.api_server",
@@ -40,6 +43,8 @@ class WarmServerProcess(ServerProcess):
     """A `ServerProcess` that is forked. Its first instance in a process pays for the import."""
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> Any:
+        if DEVICE == "cuda":
+            return super()._launch(command, environment)
         assert command[:2] == [sys.executable, "-m"]
         return _Forked(_launcher(), command[2], command[3:], environment, self.log)
 
@@ -47,6 +52,10 @@ class WarmServerProcess(ServerProcess):
 def run_warm(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
     """Run `python -m MODULE ARGUMENTS` in a process that is forked. Returns its exit code."""
     assert list(command[:2]) == [sys.executable, "-m"]
+    if DEVICE == "cuda":
+        with log.open("wb") as output:
+            done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S)
+        return done.returncode
     return _Forked(_launcher(), command[2], list(command[3:]), dict(environment), log).wait(_TIMEOUT_S)
 
 

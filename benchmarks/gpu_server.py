@@ -234,8 +234,8 @@ def _spread(policy: torch.nn.Module) -> None:
     """Move weights off the bfloat16 numbers that they are, as training does, not so far that they round to others."""
     with torch.no_grad():
         for parameter in policy.parameters():
-            last = parameter.abs().log2().floor().clamp(min=-100).exp2() * 2**-8  # half of the last place; below a power of 2, all of it
-            parameter.add_(last * torch.empty_like(parameter).uniform_(-0.24, 0.24))
+            moved = parameter * torch.empty_like(parameter).uniform_(1 - 2**-9, 1 + 2**-9)
+            parameter.copy_(moved.where(moved.bfloat16() == parameter.bfloat16(), parameter))
 
 
 def _window(seconds: float) -> Window:

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from hubsync.errors import ConfigError
 from hubsync.format.digest import digest_view
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.detect.changes import Detected
 from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.view import live
 from hubsync.publish.view.live import published_tensors, table_of
 from hubsync.publish.view.shards import Box, Shard
+from hubsync.publish.view.strided import Place
 from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
 test_in_tritons_interpreter = in_the_interpreter(__file__)
@@ -141,3 +144,21 @@ def test_more_changes_than_there_is_room_for_are_all_found(monkeypatch: pytest.M
     detected = detector.detect()
     expect(detected, detector.table, before, view_of(model))
     assert not detected.values
+
+
+@pytest.mark.parametrize("kind", ["sliced", "snapshot"])
+def test_experts_of_another_shape_are_refused_by_name(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of a parameter keeps its own shape, so that their shapes tell nothing."""
+    model = torch.nn.Module()
+    model.experts = torch.nn.Parameter(torch.randn(4, 30, 20, device=DEVICE))
+    places = {f"{number}.weight": Place((30, 20), (20, 1), 600 * number) for number in range(4)}
+    monkeypatch.setattr(live, "_saving_model", lambda model: ("", model))
+    monkeypatch.setattr(live, "places_in", lambda *_: {"experts": places})
+    view = live.LiveView(model)
+    optimizer, config = torch.optim.AdamW([model.experts]), SyncConfig(bucket="local:unused", detector=kind)
+    detector = choose_detector(view.tensors(), table_of(view.tensors(), torch.bfloat16), optimizer, config)
+    assert detector.holds_old == (kind == "snapshot")
+    model.experts.data = model.experts.data.mT.contiguous()
+    with pytest.raises(ConfigError, match=r"^experts now has shape \[4, 20, 30\] instead of \[4, 30, 20\]; "):
+        detector.follow(view.tensors())
+    detector.close()

@@ -192,6 +192,24 @@ def test_a_write_outside_of_steps_is_detected_in_any_part(address: str, tmp_path
     assert same_bits(follow(address, tmp_path).tensors, saved(model, tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("detector", ["sliced", "snapshot"])
+@pytest.mark.parametrize("change", [lambda data: data[:3].clone(), lambda data: data.mT.contiguous()])
+def test_experts_of_another_shape_are_refused_by_name(
+    change: Callable[[torch.Tensor], torch.Tensor], detector: str, address: str
+) -> None:
+    model = qwen()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    engine = DeltaWeightTransferEngine(model, optimizer, SyncConfig(bucket=address, detector=detector))
+    step(model, optimizer, 1)
+    experts = model.model.layers[1].mlp.experts.down_proj
+    before = experts.data
+    experts.data = change(before)
+    with pytest.raises(ConfigError, match=r"layers.1.mlp.experts.down_proj now has shape .* make a new engine"):
+        engine.publish()
+    experts.data = before
+    engine.close()
+
+
 def test_replaced_parameters_are_published(address: str, tmp_path: Path) -> None:
     model = qwen()
     with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=address)) as engine:

@@ -44,6 +44,8 @@ class LiveView:
         if saving is not None:
             prefix, inner = saving
             self._places = places_in(inner, found, prefix)
+        # A part of a tensor keeps its own shape, whatever the tensor has become.
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
 
     def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Publish tensors transposed where the base checkpoint, or the run, has two of their dimensions exchanged.
@@ -66,8 +68,15 @@ class LiveView:
         return changes
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now."""
-        return published(live_tensors(self._model), self._places)
+        """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now.
+
+        ConfigError if a tensor that is published in parts has another shape than at first: its parts lie elsewhere.
+        """
+        found = live_tensors(self._model)
+        for name, parts in self._places.items():
+            if name in found and None not in parts.values() and tuple(found[name].shape) != self._shapes[name]:
+                raise ConfigError(_other_shape(name, tuple(found[name].shape), self._shapes[name]))
+        return published(found, self._places)
 
     def require_frozen(self) -> None:
         """ConfigError if the view is an adapter, and a weight under it has changed since this was made."""
@@ -130,10 +139,11 @@ def require_same_table(table: TensorTable, tensors: dict[str, torch.Tensor]) -> 
         raise ConfigError(f"the model {'now has' if name in tensors else 'no longer has'} {name}; {_ANOTHER_MODEL}")
     for spec in table:
         if tuple(tensors[spec.name].shape) != spec.shape:
-            raise ConfigError(
-                f"{spec.name} now has shape {list(tensors[spec.name].shape)} instead of {list(spec.shape)}; "
-                + _ANOTHER_MODEL
-            )
+            raise ConfigError(_other_shape(spec.name, tuple(tensors[spec.name].shape), spec.shape))
+
+
+def _other_shape(name: str, now: tuple[int, ...], before: tuple[int, ...]) -> str:
+    return f"{name} now has shape {list(now)} instead of {list(before)}; {_ANOTHER_MODEL}"
 
 
 def _checkpoint_name(name: str) -> str:

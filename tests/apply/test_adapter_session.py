@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -466,3 +467,21 @@ def test_vllm_reads_written_adapters_and_rejects_a_higher_rank(tmp_path: Path) -
     assert torch.equal(layer.lora_a, view["base_model.model.m.q_proj.lora_A.weight"])
     with pytest.raises(ValueError, match="max_lora_rank"):
         PEFTHelper.from_dict({**config, "r": 16}).validate_legal(LoRAConfig(max_lora_rank=8))
+
+
+@pytest.mark.server  # no server, but half of vLLM is imported
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_rslora": True, "rank_pattern": {"v_proj": 2}}])
+def test_vllm_scales_an_adapter_as_peft_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The scale is in no tensor: it follows from the published settings."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    from hubsync.publish.view.adapters import adapter_config
+    from tests.support.adapted import adapted, save_base
+
+    model = adapted(save_base(tmp_path), **settings)
+    helper = PEFTHelper.from_dict(adapter_config(model))
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    assert layers
+    for name, layer in layers.items():
+        served = helper.get_rank_and_scaling(name.removeprefix("base_model.model."))
+        assert served == (layer.r["default"], pytest.approx(layer.scaling["default"]))

@@ -143,6 +143,26 @@ def test_an_adapter_that_vllm_cannot_load_is_refused(
         engine(adapted(base, **settings))
 
 
+def test_an_adapter_of_a_quantised_base_is_published(
+    base: Path, engine: Engine, reader: Callable[[], ChainReader]
+) -> None:
+    """QLoRA: the base has integers, 4 bits a weight. A stand-in for bitsandbytes' layer: nothing computes with it."""
+    model = adapted(base)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    packed = torch.randint(0, 256, (layer.weight.numel() // 2, 1), dtype=torch.uint8)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with engine(model) as running:
+        train(model)
+        running.publish().result()
+        assert running.run.adapter is not None
+        assert running.run.adapter.base_digest is None
+        layer.weight[0] ^= 1
+        with pytest.raises(ConfigError, match=r"q_proj.* of the frozen base model have changed"):
+            running.publish()
+    chain = reader()
+    assert same(dict(replay(chain, chain.plan(None, 1)).tensors), published(model))
+
+
 def test_trained_weights_outside_the_adapter_are_refused(base: Path, engine: Engine) -> None:
     model = adapted(base)
     model.get_base_model().model.norm.weight.requires_grad_()

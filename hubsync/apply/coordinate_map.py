@@ -12,6 +12,7 @@ One rank's map covers the elements that this rank holds, some perhaps twice (a d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ from .live import (
 from .regions import Region, overlap
 from .vote import RELOAD
 
+logger = logging.getLogger("vllm.hubsync")
+
 _ATTEMPTS = 8  # tensors that may stop a loader before the whole model is refused
 
 
@@ -52,6 +55,8 @@ class CoordinateMap:
         unloadable: those of them that the model's loader no longer takes, as the model is now.
         refreshers: storage number -> derived parameters to compute again after a write to it (keys of `hints.derived`).
         hints: as given to `build_map`.
+        static: numbers of the storages of parts that the run does not have (`LayoutHints.apart`), such as towers where
+            only the text model is trained. They stay as they were loaded.
     """
 
     table: TensorTable
@@ -62,6 +67,7 @@ class CoordinateMap:
     refreshers: dict[int, tuple[str, ...]]
     hints: LayoutHints
     addresses: list[Address] = field(repr=False)
+    static: frozenset[int] = frozenset()
 
     def moved(self) -> str | None:
         """Name of a mapped parameter that is no longer where it was when the map was built, or None."""
@@ -124,7 +130,7 @@ def build_map(models: Sequence[torch.nn.Module], table: TensorTable, hints: Layo
         [address for address in addresses if address.name in fed],
     )
     if not run.refused:  # else the refusal is the better explanation
-        _check_targets(coordinates, run.filled)
+        coordinates.static = _static(coordinates, _check_targets(coordinates, run.filled))
     _refuse_copies(coordinates, models)
     return coordinates
 
@@ -207,13 +213,18 @@ def _refreshers(storages: Sequence[LiveStorage], hints: LayoutHints) -> dict[int
 # --- checks -----------------------------------------------------------------------------------------
 
 
-def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
-    """No live element is fed twice, and every element of every parameter is fed, derived, or is padding."""
+def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> list[int]:
+    """No live element is fed twice, and every element of a parameter that is fed at all is fed, derived, or is padding.
+
+    Returns:
+        numbers of the storages with parameters that nothing feeds.
+    """
+    unfed = []
     landed: list[list[tuple[str, Region]]] = [[] for _ in coordinates.storages]
     for spec, regions in zip(coordinates.table, coordinates.regions, strict=True):
         for region in regions:
             landed[region.storage].append((spec.name, region))
-    for storage, pairs, padding in zip(coordinates.storages, landed, filled, strict=True):
+    for number, (storage, pairs, padding) in enumerate(zip(coordinates.storages, landed, filled, strict=True)):
         targets = [region for _, region in pairs]
         if overlap(targets, "target", len(storage.bits)):
             names = ", ".join(dict.fromkeys(name for name, _ in pairs))
@@ -227,29 +238,47 @@ def _check_targets(coordinates: CoordinateMap, filled: Sequence[int]) -> None:
             continue
         if targets and storage.holds_zero_outside(targets):  # padding that was added after loading
             continue
-        part = f"only {fed} of {storage.used} elements" if fed else "no element"
-        raise ReplicaRefused(
-            f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model. "
-            "Start the server from the run's base model or one of its anchors, without options that add weights"
-        )
+        if fed:
+            raise _not_fed(storage, f"only {fed} of {storage.used} elements")
+        unfed.append(number)
+    return unfed
+
+
+def _not_fed(storage: LiveStorage, part: str) -> ReplicaRefused:
+    return ReplicaRefused(
+        f"{storage.name}: the tensors of the run feed {part} of this parameter of the served model. "
+        "Start the server from the run's base model or one of its anchors, without options that add weights"
+    )
+
+
+def _static(coordinates: CoordinateMap, unfed: Sequence[int]) -> frozenset[int]:
+    """Storages that stay as they were loaded. ReplicaRefused if the run should feed one of them."""
+    fed = {
+        name for found in coordinates.regions for region in found for name in coordinates.storages[region.storage].names
+    }
+    parts = [names for names in coordinates.hints.apart if names.isdisjoint(fed)]
+    for number in unfed:
+        storage = coordinates.storages[number]
+        if not any(names.issuperset(storage.names) for names in parts):
+            raise _not_fed(storage, "no element")
+    if unfed:
+        first = coordinates.storages[unfed[0]].name
+        logger.info("hubsync: %d parameters are not in the run, and stay as they are: %s, ...", len(unfed), first)
+    return frozenset(unfed)
 
 
 def _refuse_copies(coordinates: CoordinateMap, models: Sequence[torch.nn.Module]) -> None:
     """Nothing that forward passes may read holds values of a followed parameter in memory that no commit writes."""
     fed = {region.storage for regions in coordinates.regions for region in regions}
     refreshed = {name for names in coordinates.refreshers.values() for name in names}
-    derived, followed = set(), set()
+    followed, written = set(), []
     for number, storage in enumerate(coordinates.storages):
-        if not refreshed.isdisjoint(storage.names):
-            derived |= set(storage.names)
-        elif number in fed or storage.parameter:
-            followed |= set(storage.names)
-    named = named_tensors(models)
-    copies = find_copies(
-        coordinates.hints.reachable(),
-        {name: tensor for name, tensor in named.items() if name in followed},
-        [tensor for name, tensor in named.items() if name in derived],
-    )
+        is_derived = not refreshed.isdisjoint(storage.names)
+        if is_derived or number in fed or (storage.parameter and number not in coordinates.static):
+            written.append(storage.bits)
+            followed |= set() if is_derived else set(storage.names)
+    named = {name: tensor for name, tensor in named_tensors(models).items() if name in followed}
+    copies = find_copies(coordinates.hints.reachable(), named, written)
     if copies:
         first, others = copies[0], f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
         raise ReplicaRefused(

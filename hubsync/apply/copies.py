@@ -49,16 +49,16 @@ class Copy:
 
 
 def find_copies(
-    reachable: Iterable[tuple[str, torch.Tensor]], followed: Mapping[str, torch.Tensor], known: Iterable[torch.Tensor]
+    reachable: Iterable[tuple[str, torch.Tensor]], followed: Mapping[str, torch.Tensor], written: Iterable[torch.Tensor]
 ) -> list[Copy]:
     """Tensors that hold values of followed ones in memory of their own. At most one source is named for each.
 
     Args:
         reachable: (path, tensor) of all tensors that forward passes may read.
         followed: parameters that a commit changes, by name.
-        known: tensors whose memory is no suspect: what a commit computes again.
+        written: other tensors whose memory a commit writes or computes again: they are no suspects.
     """
-    solid = {tensor.untyped_storage().data_ptr() for tensor in (*followed.values(), *known)}
+    solid = {tensor.untyped_storage().data_ptr() for tensor in (*followed.values(), *written)}
     suspects = list(_suspects(reachable, solid))
     if not suspects:
         return []

@@ -97,18 +97,17 @@ class DenseTensors:
                 model.load_weights(iter(named))  # type: ignore[operator]
         return shadow.differing()
 
-    def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int]) -> dict[str, Digest]:
-        """Digests of the parameters that no region feeds, by name: what loaders computed of these tensors.
+    def fingerprint(self, storages: Sequence[LiveStorage], fed: set[int], static: frozenset[int]) -> dict[str, Digest]:
+        """Digests of the parameters that no region feeds, by name: what loaders computed, and what stays as it is.
 
         Args:
             fed: numbers of the storages that regions feed.
+            static: see `CoordinateMap`.
         """
-        if not self.masters:
-            return {}
         return {
             storage.name: digest_torch(number, storage.bits)
             for number, storage in enumerate(storages)
-            if storage.parameter and number not in fed
+            if number in static or (self.masters and storage.parameter and number not in fed)
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,14 @@ class LayoutHints:
         relayouts: for a parameter that was permuted after loading, the engine's own function for it. It takes a tensor
             with the parameter's shape and dtype from the layout that the loader fills to the one that kernels read.
         derived: parameters that are copies of others.
+        apart: names of the parameters of each part that a run may leave out as a whole, because another part is trained
+            alone: towers beside a language model, layers of a draft.
         reachable: (path, tensor) of everything that forward passes may read, for the search for hidden copies.
     """
 
     relayouts: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    apart: Sequence[frozenset[str]] = ()
     reachable: Callable[[], Iterable[tuple[str, torch.Tensor]]] = tuple
 
 

@@ -112,10 +112,12 @@ class DeltaWeightTransferEngine:
         division = divided(ranks, tensors, config.dtype)
         ranks.together(lambda: _require_encoding(config, ranks))
         bucket = ranks.together(lambda: open_bucket(config.bucket, create=True, token=config.token, key=key))
-        stated = ranks.first(lambda: stated_in_run(bucket, config.dtype) or model.stated(tensors))
+        in_run = ranks.first(lambda: stated_in_run(bucket, config.dtype))
+        stated = in_run or ranks.first(lambda: model.stated(tensors))
         if ranks.together(lambda: view.lay_out(stated.shapes)):
             tensors = ranks.together(view.tensors)
             division = divided(ranks, tensors, config.dtype)
+            stated = in_run or ranks.first(lambda: model.stated(tensors))  # under the names that they have now
         table, has_adapter = table_of(tensors, config.dtype, stated.kept), model.adapter is not None
         shards = None if holds_all(ranks, tensors) else division.owned[ranks.rank]
         detector = ranks.together(

@@ -294,6 +294,35 @@ def test_parameter_that_no_tensor_feeds_is_refused() -> None:
         attach(model, table_of(("q", (8, 3))))
 
 
+def test_a_tower_that_the_run_leaves_out_stays_and_is_still_verified() -> None:
+    """Only the text model is trained: its checkpoint has more than the run."""
+    model = Model({"w": rows("w", 0, 8)}, w=(8, 3), tower=(2, 4), projector=(4,))
+    table = table_of(("w", (8, 3)))
+    weights = checkpoint(table)
+    model.load_weights(weights.items())
+    hints = LayoutHints(apart=[frozenset({"tower", "projector"})])
+    applier = Applier(model, table, torch.device("cpu"), hints=hints)
+    start, after = position_of(0, weights, table), nudged(weights, 5)
+    assert applier.join([applier.inventory()]).hex == start.digest
+    applier.adopt(start)
+    target = position_of(1, after, table)
+    applier.stage_patch(patch_between(weights, after, table), target)
+    applier.commit(target)
+    assert applier.verify()
+    model.tower.data[0, 0] += 1
+    with pytest.raises(ReplicaPoisoned, match="tower"):
+        applier.verify()
+    with pytest.raises(ReplicaPoisoned, match="tower"):  # the run does not hold it
+        applier.heal(after, target)
+
+
+def test_a_part_that_the_run_has_in_part_is_refused() -> None:
+    model = Model({"w": rows("w", 0, 8), "tower": rows("tower", 0, 2)}, w=(8, 3), tower=(2, 4), projector=(4,))
+    hints = LayoutHints(apart=[frozenset({"tower", "projector"})])
+    with pytest.raises(ReplicaRefused, match=r"^projector: the tensors of the run feed no element"):
+        build_map([model], table_of(("w", (8, 3)), ("tower", (2, 4))), hints)
+
+
 def test_other_dtype_is_refused() -> None:
     model = Model({"w": rows("w", 0, 4)}, w=(4, 6))
     with pytest.raises(ReplicaRefused, match=r"^w: it is torch.float32 in the run and torch.bfloat16 in w"):

@@ -131,7 +131,7 @@ TABLE = TensorTable([TensorSpec(name, shape, "BF16") for name, shape in SHAPES.i
 
 
 def hints(model: nn.Module, **derived: Derived) -> LayoutHints:
-    return LayoutHints({}, derived, lambda: reachable_tensors(model))
+    return LayoutHints({}, derived, (), lambda: reachable_tensors(model))
 
 
 def test_a_server_with_a_hidden_copy_is_refused_before_a_write() -> None:
@@ -178,3 +178,14 @@ def test_a_buffer_with_a_cast_is_a_hidden_copy() -> None:
     model.register_buffer("norm_f32", model.tensors["norm_weight"].detach().float())
     with pytest.raises(ReplicaRefused, match=r"^norm_f32: this server computes with a copy of tensors\.norm_weight"):
         build_map([model], TABLE, hints(model))
+
+
+def test_a_draft_that_loads_a_parameter_of_its_own_under_the_same_name_has_no_hidden_copy() -> None:
+    model, draft = Model(), Model()
+    draft.tensors = nn.ParameterDict(
+        {"norm_weight": nn.Parameter(model.tensors["norm_weight"].detach().clone(), False)}
+    )
+    draft.load_weights = lambda pairs: draft.tensors["norm_weight"].data.copy_(dict(pairs)["norm.weight"])  # type: ignore[method-assign]
+    both = LayoutHints(reachable=lambda: [*reachable_tensors(model), *reachable_tensors(draft)])
+    coordinates = build_map([model, draft], TABLE, both)
+    assert len(coordinates.regions[TABLE.index_of("norm.weight")]) == 2

@@ -17,6 +17,7 @@ from hubsync.kernels.bits import dtype_code
 from .adapters import FrozenBase, adapter_tensors, is_adapted
 from .conversion import Places, places_in, published, transposed_as
 from .deepspeed import Partition, is_partitioned
+from .naming import names_within
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _ANOTHER_MODEL = "a run publishes one model: make a new engine with another prefix for this one"
@@ -48,10 +49,10 @@ class LiveView:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
 
     def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Publish tensors transposed where the base checkpoint, or the run, has two of their dimensions exchanged.
+        """Publish tensors under the names of the base checkpoint, or the run, and transposed where that has them so.
 
-        transformers loads the experts of some checkpoints transposed and saves them so (Qwen3-VL-MoE), but servers load
-        the layout of the checkpoint.
+        A language model that was taken from a multimodal one has other names (`naming`). transformers loads the experts
+        of some checkpoints transposed and saves them so (Qwen3-VL-MoE). Servers load the checkpoint.
 
         Args:
             shapes: published name -> shape there. Other names are ignored, and so are shapes that are no exchange.
@@ -59,10 +60,14 @@ class LiveView:
         Returns:
             whether that changes the view.
         """
+        names = names_within({name: tuple(tensor.shape) for name, tensor in self.tensors().items()}, shapes)
         changes = False
         for name, tensor in live_tensors(self._model).items():
             parts = self._places.get(name, {name: None})
-            found = {part: transposed_as(tensor, place, shapes.get(part)) for part, place in parts.items()}
+            found = {
+                names.get(part, part): transposed_as(tensor, place, shapes.get(names.get(part, part)))
+                for part, place in parts.items()
+            }
             if found != parts:
                 self._places[name], changes = found, True
         return changes

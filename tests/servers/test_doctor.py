@@ -23,10 +23,10 @@ from hubsync.doctor.trial import make_trial, random_patch
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
 from tests.support import matrix
-from tests.support.models import CONFIGS, EXPERTS, MIXED, save_checkpoint
+from tests.support.models import CONFIGS, EXPERTS, MIXED, MORE, save_checkpoint
 from tests.support.on_gpu import DEVICE
 from tests.support.toy import TABLE, view
-from tests.support.vision_models import HAS_TORCHVISION, VISION, save_vision_checkpoint
+from tests.support.vision_models import ALL_VISION, HAS_TORCHVISION, VISION, save_vision_checkpoint
 from tests.support.warm import run_warm
 
 needs_torchvision = pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
@@ -194,7 +194,7 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def diagnosed(tmp_path: Path, capsys: pytest.CaptureFixture[str], warm: None) -> Callable[..., dict[str, Any]]:
     def diagnose(architecture: str, *arguments: str) -> dict[str, Any]:
-        save = save_vision_checkpoint if architecture in VISION else save_checkpoint
+        save = save_vision_checkpoint if architecture in ALL_VISION else save_checkpoint
         base = save(architecture, tmp_path / "base")
         code = main(["doctor", str(base), "--json", *options(architecture), *arguments])
         captured = capsys.readouterr()
@@ -308,11 +308,12 @@ LAYOUTS = {
     "ep2": ["--tensor-parallel-size", "2", "--enable-expert-parallel"],
 }
 ALL = (*CONFIGS, *EXPERTS, *MIXED, *VISION)
+EVERY = (*ALL, *MORE, *(name for name in ALL_VISION if name not in VISION))
 SPARSE = (*EXPERTS, "deepseek_v3", "glm4_moe", "qwen3_next", "minimax_m2", "qwen3_5_moe", "qwen3_vl_moe")
 MATRIX = [
-    pytest.param(name, layout, id=f"{name}-{layout}", marks=[needs_torchvision] if name in VISION else [])
-    for layout in LAYOUTS
-    for name in (SPARSE if layout == "ep2" else ALL)
+    pytest.param(name, layout, id=f"{name}-{layout}", marks=[needs_torchvision] if name in ALL_VISION else [])
+    for layout, names in {"tp1": EVERY, "tp2": ALL, "ep2": SPARSE}.items()
+    for name in names
 ]
 
 

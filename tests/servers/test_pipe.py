@@ -167,3 +167,17 @@ def test_tensors_that_the_checkpoint_keeps_in_float32_are_exact(
     pulled = assert_pipe(base, tmp_path, model=model)
     kept = {name.split(".")[-1] for name, (_, code) in header(pulled).items() if code == "F32"}
     assert kept == ({"A_log", "weight"} if dtype == torch.float32 else set())
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
+@pytest.mark.parametrize("architecture", ["qwen3_5", "gemma3_vl"])
+def test_a_language_model_that_is_trained_without_its_towers_is_followed_with_them(
+    architecture: str, tmp_path: Path
+) -> None:
+    """Its tensors have the names of the base checkpoint, in whose servers the towers stay as they are."""
+    base = save_vision_checkpoint(architecture, tmp_path / "base")
+    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
+    pulled = assert_pipe(base, tmp_path, model=model)
+    assert header(pulled) == header(base)

@@ -13,22 +13,11 @@ from typing import Any
 import torch
 import transformers
 
-VOCABULARY = 1003  # not a multiple of 64: vLLM pads it to 1024
+from . import more_models
+from .sizes import SIZES, VOCABULARY
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
+__all__ = ["SIZES", "VOCABULARY"]
+
 _IMPLIED_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
 
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
@@ -138,12 +127,15 @@ _ADDED = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
     "deepseek_v3": _NOAUX,
+    **more_models.ADDED,
 }
+
+MORE = {**more_models.DENSE, **more_models.SPARSE, **more_models.HYBRID}
 
 
 def save_checkpoint(architecture: str, directory: Path) -> Path:
-    """Write a random bf16 checkpoint of an architecture (of `CONFIGS`, `EXPERTS` or `MIXED`), without a tokenizer."""
-    save({**CONFIGS, **EXPERTS, **MIXED}[architecture](), directory)
+    """Write a random bf16 checkpoint of an architecture of `CONFIGS`, `EXPERTS`, `MIXED` or `MORE`. No tokenizer."""
+    save({**CONFIGS, **EXPERTS, **MIXED, **MORE}[architecture](), directory)
     extend_config(directory, _ADDED.get(architecture, {}))
     return directory
 
@@ -151,6 +143,14 @@ def save_checkpoint(architecture: str, directory: Path) -> Path:
 def extend_config(directory: Path, added: dict[str, Any]) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | added, indent=1))
+
+
+def rename_tensors(directory: Path, old: str, new: str) -> None:
+    """Replace a part of the names of a checkpoint's tensors."""
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
 
 def save(config: transformers.PretrainedConfig, directory: Path) -> Path:

@@ -11,20 +11,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from .models import SIZES, VOCABULARY, save_model
+from . import more_vision
+from .models import SIZES, save_model
+from .processors import ID, tokenizer
 
 HAS_TORCHVISION = find_spec("torchvision") is not None
 """`make test-matrix` installs it beside the environment; see the Makefile."""
 
-_SPECIAL = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-_FIRST = 900  # id of the first special token
-_ID = {token: _FIRST + number for number, token in enumerate(_SPECIAL)}
 _TOKENS = {
-    "image_token_id": _ID["<|image_pad|>"],
-    "video_token_id": _ID["<|video_pad|>"],
-    "vision_start_token_id": _ID["<|vision_start|>"],
-    "vision_end_token_id": _ID["<|vision_end|>"],
+    "image_token_id": ID["<|image_pad|>"],
+    "video_token_id": ID["<|video_pad|>"],
+    "vision_start_token_id": ID["<|vision_start|>"],
+    "vision_end_token_id": ID["<|vision_end|>"],
 }
+_VISION_MARKS = {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
 _TOWER = {
     "depth": 2,
@@ -62,11 +62,15 @@ VISION: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen3_5": lambda: _config("qwen3_5", _HYBRID),
     "qwen3_5_moe": lambda: _config("qwen3_5_moe", {**_HYBRID, **_EXPERTS, "shared_expert_intermediate_size": 96}),
 }
+ALL_VISION = {**VISION, **more_vision.CONFIGS}
 
 
 def save_vision_checkpoint(architecture: str, directory: Path) -> Path:
-    """Write a random bf16 checkpoint of an architecture of `VISION`, as the real ones are."""
-    save_model(transformers.AutoModelForImageTextToText.from_config, VISION[architecture](), directory)
+    """Write a random bf16 checkpoint of an architecture of `ALL_VISION`, as the real ones are."""
+    save_model(transformers.AutoModelForImageTextToText.from_config, ALL_VISION[architecture](), directory)
+    if architecture in more_vision.CONFIGS:
+        more_vision.complete(architecture, directory)
+        return directory
     if architecture == "qwen3_vl_moe":  # transformers loads experts transposed, and does not save them so
         transform(directory, "mlp.experts.", lambda tensor: tensor.transpose(1, 2).contiguous())
     _save_processor(directory)
@@ -81,38 +85,10 @@ def transform(directory: Path, words: str, change: Callable[[torch.Tensor], torc
 
 
 def _save_processor(directory: Path) -> None:
-    tokenizer = _tokenizer()
     sizes = {"min_pixels": 32 * 32, "max_pixels": 64 * 64, "patch_size": 16}
     transformers.Qwen3VLProcessor(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>", **_VISION_MARKS),
         image_processor=transformers.Qwen2VLImageProcessor(**sizes),
         video_processor=transformers.Qwen3VLVideoProcessor(**sizes),
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     ).save_pretrained(directory)
-
-
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose special tokens have the ids of `_ID`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    found = Tokenizer(models.BPE(unk_token=None))
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    found.train_from_iterator(
-        ["the quick brown fox"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
-    filler = [f"<unused{number}>" for number in range(_FIRST - found.get_vocab_size())]
-    found.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*filler, *_SPECIAL)])
-    assert found.token_to_id(_SPECIAL[0]) == _FIRST < VOCABULARY
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=found,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_bos_token": "<|vision_start|>",
-            "vision_eos_token": "<|vision_end|>",
-        },
-    )

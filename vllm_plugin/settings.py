@@ -124,10 +124,10 @@ def read_settings(config: Any) -> Settings:
 
     max_head_age = None if values["max_head_age"] is None else seconds("max_head_age")
     window_timeout = (seconds("window_timeout") if values["window_timeout"] else None) or WINDOW_TIMEOUT_S
-    kv_cache = values["kv_cache"] or KvPolicy.RECOMPUTE
+    kv_cache = values["kv_cache"] or KvPolicy.DEFAULT
     if kv_cache not in KV_POLICIES:
         ignored.append(f"kv_cache must be one of {', '.join(KV_POLICIES)}, not {kv_cache!r}")
-        kv_cache = KvPolicy.RECOMPUTE
+        kv_cache = KvPolicy.DEFAULT
     lora_name = str(values["lora_name"] or "policy")
     if not _LORA_NAME.fullmatch(lora_name):
         errors.append(f"lora_name must be letters, digits and . _ / -, at most 128, not {lora_name!r:.80}")

@@ -257,7 +257,7 @@ class EngineCommit:
         return True
 
 
-def _commit_arguments(version: Any, digest: Any, kv_cache: Any = KvPolicy.RECOMPUTE) -> tuple[Any, Any, Any]:
+def _commit_arguments(version: Any, digest: Any, kv_cache: Any = KvPolicy.DEFAULT) -> tuple[Any, Any, Any]:
     return version, digest, kv_cache
 
 

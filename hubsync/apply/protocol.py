@@ -131,11 +131,13 @@ class KvPolicy:
         KEEP: running requests go on at once, with the keys and values that they have. No other request sees those, nor
             what they compute from then on: all cached prefixes are dropped, and the blocks that running requests fill
             later are cached under names that no other request asks for. So a request that started before the commit
-            mixes to its end, and one that starts after it never does.
+            mixes to its end, and one that starts after it never does. The default, as of other asynchronous trainers:
+            it stops generation for milliseconds, the other for a prefill of all tokens in flight.
     """
 
     RECOMPUTE = "recompute"
     KEEP = "keep"
+    DEFAULT = KEEP
 
 
 KV_POLICIES = (KvPolicy.RECOMPUTE, KvPolicy.KEEP)

@@ -86,7 +86,7 @@ class WorkerMethods:
         return _done(self)
 
     @answering
-    def hubsync_commit(self, version: int, digest: str, kv_cache: str = KvPolicy.RECOMPUTE) -> Answer:
+    def hubsync_commit(self, version: int, digest: str, kv_cache: str = KvPolicy.DEFAULT) -> Answer:
         """Apply the staged change to this position, if all workers can. Also answers `changed`, the elements written.
 
         `kv_cache` is for the engine around the workers: see `hubsync.apply.engine_commit`.

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache",
         choices=KV_POLICIES,
-        default=KvPolicy.RECOMPUTE,
+        default=KvPolicy.DEFAULT,
         help="what a commit does with the KV caches of running requests (default: %(default)s)",
     )
     parser.add_argument(

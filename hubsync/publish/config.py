@@ -100,10 +100,10 @@ class SyncConfig:
         quorum (`int`, *optional*, defaults to `0`):
             Number of `servers` that must be ready for a version before `sync` commits it on them. The others commit
             as soon as they are ready. `0` waits for all.
-        kv_cache (`str`, *optional*, defaults to `"recompute"`):
-            Treatment of the keys and values of running requests when weights change: `"recompute"` them with the new
-            weights, or `"keep"` them (these requests mix old and new to their end). With both, later requests never
-            use keys and values of old weights.
+        kv_cache (`str`, *optional*, defaults to `"keep"`):
+            Treatment of the keys and values of running requests when weights change: `"keep"` them (these requests mix
+            old and new to their end), or `"recompute"` them with the new weights. With both, later requests never use
+            keys and values of old weights.
         stage_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds a server may take to find its position in the run, or to download and prepare a version.
         commit_timeout (`float`, *optional*, defaults to `120.0`):
@@ -131,7 +131,7 @@ class SyncConfig:
     servers: list[str] = field(default_factory=list)
     api_key: str | None = None
     quorum: int = 0
-    kv_cache: Literal["recompute", "keep"] = "recompute"
+    kv_cache: Literal["recompute", "keep"] = "keep"
     stage_timeout: float = 600.0
     commit_timeout: float = 120.0
 

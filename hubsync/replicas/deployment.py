@@ -103,7 +103,7 @@ class Deployment:
         self,
         servers: Sequence[str],
         *,
-        kv_cache: str = KvPolicy.RECOMPUTE,
+        kv_cache: str = KvPolicy.DEFAULT,
         api_key: str | None = None,
         quorum: int = 0,
         request_timeout: float = 120.0,

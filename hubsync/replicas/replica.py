@@ -74,7 +74,7 @@ class Replica:
         pause: whether to pause the server around every commit. None: only if it must be.
     """
 
-    def __init__(self, server: InferenceServer, kv_cache: str = KvPolicy.RECOMPUTE, *, pause: bool | None = None):
+    def __init__(self, server: InferenceServer, kv_cache: str = KvPolicy.DEFAULT, *, pause: bool | None = None):
         if kv_cache not in KV_POLICIES:
             raise ConfigError(f"kv_cache must be one of {', '.join(KV_POLICIES)}, not {kv_cache!r}")
         self.server = server

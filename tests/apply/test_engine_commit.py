@@ -132,7 +132,7 @@ def refused(kind: str = "ReplicaRefused", message: str = "not staged") -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("policy", "caches"), [((), "recompute"), (("recompute",), "recompute"), (("keep",), "isolate")]
+    ("policy", "caches"), [((), "isolate"), (("recompute",), "recompute"), (("keep",), "isolate")]
 )
 def test_caches_weights_and_label_change_in_one_turn(
     core: EngineCommit, engine: ModelEngine, policy: tuple, caches: str
@@ -204,7 +204,7 @@ def test_wrong_arguments_are_an_answer(core: EngineCommit, engine: ModelEngine, 
 
 def test_a_failed_cache_reset_leaves_the_weights_unchanged(core: EngineCommit, engine: ModelEngine) -> None:
     engine.cache_error = RuntimeError("requests wait for remote blocks")
-    (answer,) = core.handle("hubsync_commit", *NEW)
+    (answer,) = core.handle("hubsync_commit", *NEW, "recompute")
     assert "remote blocks" in answer["error"]["message"]
     assert engine.log == ["settle", "recompute"]
 
@@ -538,12 +538,12 @@ def test_answers_of_all_data_parallel_engines_are_returned() -> None:
 @pytest.mark.parametrize(
     ("pinned", "environment", "expected"),
     [
-        (None, {}, (15.0, "recompute")),
-        (None, {"HUBSYNC_WINDOW_TIMEOUT": "2.5", "HUBSYNC_KV_CACHE": "keep"}, (2.5, "keep")),
+        (None, {}, (15.0, "keep")),
+        (None, {"HUBSYNC_WINDOW_TIMEOUT": "2.5", "HUBSYNC_KV_CACHE": "recompute"}, (2.5, "recompute")),
         ({"window_timeout": 3, "kv_cache": "recompute"}, {"HUBSYNC_KV_CACHE": "keep"}, (3.0, "recompute")),
-        ({"window_timeout": "soon", "kv_cache": "some"}, {}, (15.0, "recompute")),
-        (None, {"HUBSYNC_WINDOW_TIMEOUT": "-1"}, (15.0, "recompute")),
-        (["not", "an", "object"], {}, (15.0, "recompute")),
+        ({"window_timeout": "soon", "kv_cache": "some"}, {}, (15.0, "keep")),
+        (None, {"HUBSYNC_WINDOW_TIMEOUT": "-1"}, (15.0, "keep")),
+        (["not", "an", "object"], {}, (15.0, "keep")),
     ],
 )
 def test_engine_core_settings(pinned: Any, environment: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

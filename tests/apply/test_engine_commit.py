@@ -131,9 +131,7 @@ def refused(kind: str = "ReplicaRefused", message: str = "not staged") -> dict[s
 # --- one turn
 
 
-@pytest.mark.parametrize(
-    ("policy", "caches"), [((), "isolate"), (("recompute",), "recompute"), (("keep",), "isolate")]
-)
+@pytest.mark.parametrize(("policy", "caches"), [((), "isolate"), (("recompute",), "recompute"), (("keep",), "isolate")])
 def test_caches_weights_and_label_change_in_one_turn(
     core: EngineCommit, engine: ModelEngine, policy: tuple, caches: str
 ) -> None:

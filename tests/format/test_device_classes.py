@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,8 +20,11 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of, integers_of
 from hubsync.kernels.classes import CLASSES
+from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
-from .test_device_patch import DEVICE, INTERPRETED, NAMES, assert_equal, needs_triton, on_device, steps
+from .test_device_patch import NAMES, assert_equal, steps
+
+test_in_tritons_interpreter = in_the_interpreter(__file__)
 
 TABLE = TensorTable(
     [
@@ -43,15 +43,6 @@ TABLE = TensorTable(
 )
 SIXTEEN = [index for index, spec in enumerate(TABLE) if spec.width == 16]
 Weights = dict[str, torch.Tensor]
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
-def test_the_device_encoder_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture(autouse=True, scope="module")

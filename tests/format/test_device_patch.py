@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,11 +22,9 @@ from hubsync.format.parts import Transition, read_delta, write_delta
 from hubsync.format.patch import Patch, TensorDelta, TensorValues, changed, compose, invert
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import advance
+from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Triton is imported
-on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a separate process")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+test_in_tritons_interpreter = in_the_interpreter(__file__)
 
 NAMES = ("tensors", "books", "chunks", "payload")
 TABLE = TensorTable(
@@ -48,15 +42,6 @@ TABLE = TensorTable(
     ]
 )
 RUN, PARENT, POSITION = "a" * 32, Position(1, "1" * 32), Position(2, "2" * 32)
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
-def test_the_device_encoder_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,23 +13,12 @@ from hubsync.format.patch import TensorDelta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import SIGNED, UNSIGNED
 from hubsync.kernels.classes import ClassMap
+from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # must be set before Triton is imported
-on_device = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run below, in a separate process")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+test_in_tritons_interpreter = in_the_interpreter(__file__)
 
 WIDTHS = pytest.mark.parametrize("width", [8, 16, 32])
 DTYPES = {8: "F8_E4M3", 16: "BF16", 32: "F32"}
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested in this process")
-def test_the_kernels_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture(autouse=True)

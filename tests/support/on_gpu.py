@@ -28,13 +28,13 @@ on_device = pytest.mark.on_device
 
 
 def in_the_interpreter(file: str) -> Callable[[], None]:
-    """A test that runs all others of a file in the interpreter, where there is no GPU."""
+    """A test that runs those of a file that launch kernels in the interpreter, where there is no GPU."""
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
     @pytest.mark.skipif(HERE, reason="the kernels are tested in this process")
     def in_a_process() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "on_device", file]
         done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-5000:]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,83 @@ def test_changes_that_did_not_become_durable_are_found_again() -> None:
     for step in range(3):
         train(model, optimizer, step)
         expect(detector.detect(), detector, before, model)  # never advanced
+
+
+@pytest.mark.parametrize("updates", [True, False], ids=["in the update", "before the update"])
+def test_a_step_that_fails_in_its_second_part_loses_nothing(updates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector, before = watched(model, optimizer), view_of(model)
+    recorder: Any = detector._recorder
+    recorder._fuses = False
+    update_by_buckets, calls = recorder._update_by_buckets, []
+
+    def fails(operator: Callable[..., None], lists: Any, options: Any) -> None:
+        def once(*args: Any, **kwargs: Any) -> None:
+            calls.append(1)
+            if len(calls) < 2 or updates:
+                operator(*args, **kwargs)
+            if len(calls) == 2:
+                raise RuntimeError("no")
+
+        update_by_buckets(once, lists, options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recorder, "_update_by_buckets", fails)
+        with pytest.raises(RuntimeError, match="no"):
+            train(model, optimizer, 0)
+    detected = detector.detect()
+    assert detected.changed > 0
+    expect(detected, detector, before, model)
+    train(model, optimizer, 1)
+    expect(detector.detect(), detector, before, model)
+
+
+def test_what_torch_refuses_is_refused_before_anything_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that refuses as torch's operator does on a GPU; the one for CPUs takes anything."""
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector = watched(model, optimizer)
+    train(model, optimizer, 0)
+    detector.advance(detector.detect())
+    recorder: Any = detector._recorder
+    update_by_buckets = recorder._update_by_buckets
+
+    def refuses(operator: Callable[..., None], lists: Any, options: Any) -> None:
+        def strict(*lists: Any, **options: Any) -> None:
+            if any(moment.shape != p.shape for p, moment in zip(lists[0], lists[2], strict=True)):
+                raise RuntimeError("no")
+            operator(*lists, **options)
+
+        update_by_buckets(strict, lists, options)
+
+    monkeypatch.setattr(recorder, "_update_by_buckets", refuses)
+    optimizer.state[model.second.weight]["exp_avg"] = torch.zeros(model.second.weight.numel(), device=DEVICE)
+    before = view_of(model)
+    with pytest.raises(RuntimeError, match="no"):
+        train(model, optimizer, 1)
+    assert all(torch.equal(now, before[name]) for name, now in view_of(model).items())
+    assert detector.detect().is_empty
+
+
+def test_changes_survive_a_publish_that_fails_after_they_were_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(torch.float32)
+    optimizer = optimized(model, OPTIMIZERS["adamw fused"])
+    detector, before = watched(model, optimizer), view_of(model)
+    recorder: Any = detector._recorder
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    for step in range(3):
+        train(model, optimizer, step)
+        with monkeypatch.context() as patched:
+            patched.setattr(recorder._live.digests, "changes", no_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                detector.detect()
+        if step == 1:
+            expect(detector.detect(), detector, before, model)  # never advanced: inserted again
+    expect(detector.detect(), detector, before, model)
 
 
 def test_the_last_view_is_restored() -> None:

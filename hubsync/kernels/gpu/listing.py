@@ -170,18 +170,19 @@ class ChangeList:
     def collect(self) -> Listed:
         """The elements that differ from their first patterns, in order. `clear` empties the list.
 
-        Waits for the device. Needs 22 bytes for each entry, and a twelfth of a byte for each element.
+        Changes nothing, so that an error here or later loses nothing. Waits for the device. Needs 22 bytes for each
+        entry, and a fifth of a byte for each element.
         """
         numbers, entries = self.numbering, self._entries[: self._held()]
         order = torch.full((len(entries),), torch.iinfo(torch.int64).max, dtype=torch.int64, device=numbers.device)
         now, old, new = (torch.empty(len(entries), dtype=torch.int16, device=numbers.device) for _ in range(3))
         if len(entries) == 0:
             return Listed(order, old, new)
-        grid = (triton.cdiv(len(entries), _ENTRIES),)
-        _settle[grid](numbers.address, numbers.owner, entries, self._bits, now, len(entries), numbers.tile, _ENTRIES)
-        counts = self._count_bits()
+        grid, bits = (triton.cdiv(len(entries), _ENTRIES),), self._bits.clone()
+        _settle[grid](numbers.address, numbers.owner, entries, bits, now, len(entries), numbers.tile, _ENTRIES)
+        counts = _count_bits(bits)
         ends = counts.cumsum(0, dtype=torch.int64)
-        _place[grid](entries, self._bits, ends - counts, now, order, old, new, len(entries), _GROUP, _ENTRIES)
+        _place[grid](entries, bits, ends - counts, now, order, old, new, len(entries), _GROUP, _ENTRIES)
         left = int(ends[-1])
         return Listed(order[:left], old[:left], new[:left])
 
@@ -212,11 +213,12 @@ class ChangeList:
         held = self.entries()
         held = held[~torch.isin(held >> 16, earlier.numbers)]
         first = (earlier.numbers << 16) | (earlier.old.to(torch.int64) & 0xFFFF)
-        both = torch.cat([first, held])
+        both = torch.cat([first, held])  # before the list is emptied: there may be no memory for it
         self.clear()
         if len(both) > len(self._entries):
-            self._entries = torch.empty(len(both), dtype=torch.int64, device=self.numbering.device)
-        self._entries[: len(both)] = both
+            self._entries = both
+        else:
+            self._entries[: len(both)] = both
         self._wanted.fill_(len(both))
         self._seen.fill_(len(both))
         if len(both):
@@ -227,18 +229,19 @@ class ChangeList:
         wanted = int(self._wanted)
         if wanted <= len(self._entries):
             return wanted
-        held = int(self._count_bits().sum())  # programs that found no room set no bits, and came after all others
+        held = int(_count_bits(self._bits).sum())  # programs that found no room set no bits, and came after all others
         self._wanted.fill_(held)
         self._waits, self._steps = True, 0
         self._grow(wanted + wanted // 4)
         return held
 
-    def _count_bits(self) -> torch.Tensor:
-        """int32[elements / 256]: listed elements of each group."""
-        groups = len(self._bits) * 32 // _GROUP
-        counts = torch.empty(groups, dtype=torch.int32, device=self.numbering.device)
-        _count_groups[(triton.cdiv(groups, 256),)](self._bits, counts, groups, _GROUP, 256)
-        return counts
+
+def _count_bits(bits: torch.Tensor) -> torch.Tensor:
+    """int32[elements / 256]: listed elements of each group."""
+    groups = len(bits) * 32 // _GROUP
+    counts = torch.empty(groups, dtype=torch.int32, device=bits.device)
+    _count_groups[(triton.cdiv(groups, 256),)](bits, counts, groups, _GROUP, 256)
+    return counts
 
 
 def _tiles(ranges: Ranges) -> int:

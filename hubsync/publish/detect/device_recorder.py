@@ -138,12 +138,8 @@ class DeviceRecorder:
             with _Intercepted(self._update_by_buckets):
                 yield
             return
-        ranges = self._numbering.ranges([self._usable[memory_of(p)] for p in watched])
-        old = self._list.save(ranges)
-        try:
+        with self._listed(self._numbering.ranges([self._usable[memory_of(p)] for p in watched])):
             yield
-        finally:
-            self._list.compare(ranges, old)
 
     def _update_by_buckets(self, operator: Callable[..., None], lists: Lists, options: dict[str, Any]) -> None:
         """Call torch's fused operator for some elements at a time."""
@@ -167,9 +163,8 @@ class DeviceRecorder:
                 fused.update(bucket.ranges, old, marks)
                 self._list.append(bucket.ranges, old, marks)
             else:
-                old = self._list.save(bucket.ranges)
-                operator(*_sliced(lists, bucket.parts), **options)
-                self._list.compare(bucket.ranges, old)
+                with self._listed(bucket.ranges):
+                    operator(*_sliced(lists, bucket.parts), **options)
 
     def _update_others(
         self,
@@ -178,13 +173,23 @@ class DeviceRecorder:
         others: list[int],
         options: dict[str, Any],
     ) -> None:
-        """Parameters that are not followed, or whose gradient or state has another layout: whole."""
+        """Parameters that are not followed, or whose gradient or state has another form: whole.
+
+        They come first. What torch refuses is among them, and it refuses before it updates any of them.
+        """
         known = [self._usable.get(memory_of(lists[0][at])) for at in others]
         watched = [number for number in known if number is not None]
-        ranges = self._numbering.ranges(watched)
+        with self._listed(self._numbering.ranges(watched)):
+            operator(*[[column[at] for at in others] if column else [] for column in lists], **options)
+
+    @contextmanager
+    def _listed(self, ranges: list[tuple[int, int]]) -> Iterator[None]:
+        """List what changes in these tiles, also if the update fails half-way."""
         old = self._list.save(ranges)
-        operator(*[[column[at] for at in others] if column else [] for column in lists], **options)
-        self._list.compare(ranges, old)
+        try:
+            yield
+        finally:
+            self._list.compare(ranges, old)
 
     def _fused(self, operator: Any, lists: Lists, numbers: list[int], options: dict[str, Any]) -> adamw.AdamW | None:
         """The kernel that updates and compares in one pass, if it can do what the operator is asked to."""
@@ -291,9 +296,13 @@ def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_row(lists: Lists, at: int) -> bool:
-    """Whether parameter, gradient and state are flat runs of the same elements."""
-    columns = [column[at] for column in lists[:-1] if column]
-    return all(tensor.is_contiguous() and tensor.numel() == columns[0].numel() for tensor in columns)
+    """Whether parameter, gradient and state are flat runs of the same elements, of one dtype on one device."""
+    parameter, *others = [column[at] for column in lists[:-1] if column]
+    form = parameter.shape, parameter.dtype, parameter.device, torch.strided
+    return parameter.is_contiguous() and all(
+        (tensor.shape, tensor.dtype, tensor.device, tensor.layout) == form and tensor.is_contiguous()
+        for tensor in others
+    )
 
 
 def _must_stay_whole(lists: Lists, at: int) -> bool:

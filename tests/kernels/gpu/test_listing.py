@@ -91,6 +91,21 @@ def test_elements_that_return_to_their_first_bits_are_not_changes() -> None:
     assert int((model.list.collect().numbers < model.numbering.first[3]).sum()) == 0
 
 
+def test_collecting_changes_nothing() -> None:
+    """What was collected may never be published: an element that had returned to its first bits is still listed."""
+    model = Model(torch.bfloat16, torch.bfloat16)
+    kept = [tensor.clone() for tensor in model.tensors]
+    model.step(0.5)
+    for tensor, before in zip(model.tensors, kept, strict=True):
+        tensor.copy_(before)
+    bits, entries = model.list._bits.clone(), model.list.entries()
+    assert len(model.list.collect().numbers) == 0 < len(entries)
+    assert torch.equal(model.list._bits, bits)
+    assert torch.equal(model.list.entries(), entries)
+    model.step(0.5)
+    model.expect_listed()
+
+
 def test_a_cleared_list_begins_anew() -> None:
     model = Model(torch.float32, torch.bfloat16)
     model.step()

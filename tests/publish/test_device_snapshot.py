@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from hubsync.errors import ConfigError
-from hubsync.format.digest import digest_view
+from hubsync.format.digest import Digest, digest_view
 from hubsync.kernels.bits import bits_of
 from hubsync.publish.config import SyncConfig
 from hubsync.publish.detect.changes import Detected
 from hubsync.publish.detect.choose import choose_detector
-from hubsync.publish.view import live
+from hubsync.publish.view import division, live
+from hubsync.publish.view.division import Replicas
 from hubsync.publish.view.live import published_tensors, table_of
-from hubsync.publish.view.shards import Box, Shard
-from hubsync.publish.view.strided import Place
+from hubsync.publish.view.shards import Box, Shard, held_box
+from hubsync.publish.view.strided import Place, StridedView
 from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
 test_in_tritons_interpreter = in_the_interpreter(__file__)
@@ -162,3 +165,28 @@ def test_experts_of_another_shape_are_refused_by_name(kind: str, monkeypatch: py
     with pytest.raises(ConfigError, match=r"^experts now has shape \[4, 20, 30\] instead of \[4, 30, 20\]; "):
         detector.follow(view.tensors())
     detector.close()
+
+
+def test_replicas_are_compared_in_one_launch_with_the_digests_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    experts = torch.nn.Parameter(torch.randn(3, 30, 20, device=DEVICE))
+    parts = {
+        f"{number}.weight": StridedView("part", experts, Place((30, 20), (20, 1), 600 * number)) for number in (0, 2)
+    }
+    parts["turned"] = StridedView("turned", experts, Place((20, 30), (1, 20), 600))  # scattered
+    tensors = {**published_tensors(model), **parts, "half": torch.randn(70, 3, device=DEVICE).half()}
+    table = table_of(tensors, torch.bfloat16, {"half": "F16", "second.bias": "F32"})
+    boxes = [held_box(name, tensor) for name, tensor in tensors.items()]
+    replicas = Replicas(list(tensors), [boxes, boxes], 0)
+    alone: list[str] = []
+    digest_of_held = division._digest_of_held
+
+    def counted(name: str, *args: Any) -> Digest:
+        alone.append(name)
+        return digest_of_held(name, *args)
+
+    monkeypatch.setattr(division, "_digest_of_held", counted)
+    found = replicas._by_name(tensors, table)
+    assert set(alone) == {"second.bias", "wide", "turned"}, "float32 as it is, float64, and scattered elements"
+    assert found == {name: digest_of_held(name, tensor, table) for name, tensor in tensors.items()}
+    assert replicas.digests(tensors, table) == {(0, 1): sum(found.values(), Digest())}

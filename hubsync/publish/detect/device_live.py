@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from hubsync.format.digest import device_constants, key_of, tensor_seed
+from hubsync.format.digest import Digest, device_constants, key_of, tensor_seed
 from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 from hubsync.kernels.gpu import numbering
@@ -45,6 +45,34 @@ def why_not_listed(tensor: torch.Tensor, published: torch.dtype, shard: Shard | 
     if not held.is_contiguous():
         return "its memory is not contiguous"
     return "this rank holds no run of its elements" if shard is not None and shard.first is None else None
+
+
+def digests_held(
+    names: Sequence[str], live: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
+) -> dict[str, Digest]:
+    """Digests of what this process holds of published tensors, as if it were all of them, in one launch.
+
+    Args:
+        names: of the published tensors. `why_not_listed` returns None for them, and they are on one device.
+        live: the live tensors.
+        dtypes: in which they are published.
+    """
+    places: dict[tuple[int, torch.dtype], int] = {}  # a live tensor and a dtype -> its number
+    held: list[torch.Tensor] = []
+    kinds: list[int] = []
+    rows: list[tuple[int, int, int, int]] = []
+    for tensor, dtype in zip(live, dtypes, strict=True):
+        whole, start = row_of(tensor)
+        number = places.setdefault((id(whole), dtype), len(places))
+        if number == len(held):
+            held.append(local_part(whole).view(-1))
+            kinds.append(kind_of(held[-1].dtype, dtype) or 0)
+        rows.append((number, start, local_part(tensor).numel(), 0))
+    keys = np.array([key_of(tensor_seed(name)) for name in names], np.int64)
+    numbers = Numbering(held, kinds, numbering.TILE)
+    digests = Digests(numbers, np.array(rows, np.int64), keys, device_constants(numbers.device))
+    lanes = digests.live().cpu().numpy().view(np.uint64).tolist()
+    return {name: Digest(a, b) for name, (a, b) in zip(names, lanes, strict=True)}
 
 
 class DeviceLive:

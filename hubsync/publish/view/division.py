@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import zip_longest
 
 import torch
 
+from hubsync import kernels
 from hubsync.errors import ConfigError
 from hubsync.format.digest import Digest, digest_torch, tensor_seed
 from hubsync.format.table import TensorTable
@@ -16,7 +18,7 @@ from hubsync.publish.ranks import Ranks
 
 from .cast import cast, integers
 from .deepspeed import Partition, is_partitioned
-from .shards import Box, Shard, divide, held_box
+from .shards import Box, Shard, divide, held_box, local_part
 from .strided import whole_of
 
 GroupDigests = dict[tuple[int, ...], Digest]
@@ -56,10 +58,8 @@ class Replicas:
 
     def digests(self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype) -> GroupDigests:
         """Digests of what this rank holds now, as it is served. Reads all of it."""
-        return {
-            group: sum((_digest_of_held(name, tensors[name], served) for name in names), Digest())
-            for group, names in self._groups.items()
-        }
+        found = self._by_name(tensors, served)
+        return {group: sum((found[name] for name in names), Digest()) for group, names in self._groups.items()}
 
     def require_equal(
         self,
@@ -76,7 +76,10 @@ class Replicas:
         groups = {group for digests in found for group in digests}
         if all(len({found[rank][group] for rank in group}) == 1 for group in groups):
             return
-        named = ranks.gather(lambda: self._by_name(tensors(), served))
+        groups_of = {name: group for group, names in self._groups.items() for name in names}
+        named = ranks.gather(
+            lambda: {name: (groups_of[name], digest) for name, digest in self._by_name(tensors(), served).items()}
+        )
         for rank, digests in enumerate(named):
             for name, (group, digest) in digests.items():
                 other = next((other for other in group if named[other][name][1] != digest), None)
@@ -87,14 +90,10 @@ class Replicas:
                         "of rank 0)"
                     )
 
-    def _by_name(
-        self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype
-    ) -> dict[str, tuple[tuple[int, ...], Digest]]:
-        return {
-            name: (group, _digest_of_held(name, tensors[name], served))
-            for group, names in self._groups.items()
-            for name in names
-        }
+    def _by_name(self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype) -> dict[str, Digest]:
+        names = [name for names in self._groups.values() for name in names]
+        found = _digests_on_gpus(names, tensors, served)
+        return {name: found[name] if name in found else _digest_of_held(name, tensors[name], served) for name in names}
 
 
 def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Division:
@@ -163,6 +162,31 @@ def assembled(
     return whole
 
 
+def _digests_on_gpus(
+    names: Sequence[str], tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype
+) -> dict[str, Digest]:
+    """As `_digest_of_held`, in one launch for each GPU, of the tensors that its kernels can read."""
+    together: dict[torch.device, list[str]] = {}
+    for name in names:
+        if kernels.on_gpu(held := local_part(whole_of(tensors[name]))):
+            together.setdefault(held.device, []).append(name)
+    if not together:
+        return {}
+    device_live = import_module("hubsync.publish.detect.device_live")  # imports Triton
+    found: dict[str, Digest] = {}
+    for there in together.values():
+        dtypes = {name: _dtype_of(name, served) for name in there}
+        listed = [name for name in there if device_live.why_not_listed(tensors[name], dtypes[name]) is None]
+        if listed:
+            found |= device_live.digests_held(
+                listed, [tensors[name] for name in listed], [dtypes[name] for name in listed]
+            )
+    return found
+
+
 def _digest_of_held(name: str, tensor: torch.Tensor, served: TensorTable | torch.dtype) -> Digest:
-    dtype = served if isinstance(served, torch.dtype) else TORCH_DTYPES[served[served.index_of(name)].dtype]
-    return digest_torch(tensor_seed(name), integers(cast(tensor, dtype)))
+    return digest_torch(tensor_seed(name), integers(cast(tensor, _dtype_of(name, served))))
+
+
+def _dtype_of(name: str, served: TensorTable | torch.dtype) -> torch.dtype:
+    return served if isinstance(served, torch.dtype) else TORCH_DTYPES[served[served.index_of(name)].dtype]

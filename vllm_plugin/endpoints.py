@@ -7,7 +7,8 @@ server, and no development endpoint needs to be open (`VLLM_SERVER_DEV_MODE`). v
 `VLLM_PLUGINS` names it. docs/protocol.md has the table of paths.
 
 Used here, the same in vLLM 0.26 to 0.33: the contract in `vllm.plugins.endpoint_plugins.interface`, and of the engine
-client `collective_rpc`, `pause_generation`, `resume_generation`, `is_paused` and `vllm_config`.
+client `collective_rpc`, `generate`, `pause_generation`, `resume_generation`, `is_paused` and `vllm_config`; where it
+exists, `get_weight_version`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import hubsync
 from hubsync.apply.protocol import CONTROL_PATH, PARAMETERS, PROTOCOL, WorkerMethod, control_path
 from hubsync.errors import FormatError
 
-from .compat import vllm_version
+from .demands import VersionDemands, Versions, recording
+from .metrics import ServerMetrics
 
 _LARGEST_BODY = 1 << 16  # bytes; arguments are a version, a digest and a token
 
@@ -43,6 +45,7 @@ class ControlEndpoints:
         self._engine: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
+        app.add_middleware(VersionDemands, current=self._versions)
         app.add_api_route(CONTROL_PATH, self._about, methods=["GET"])
         for method in PARAMETERS:
             verbs = ["GET", "POST"] if method == WorkerMethod.STATUS else ["POST"]
@@ -58,8 +61,23 @@ class ControlEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         self._engine = engine_client
+        engine_client.generate = recording(engine_client.generate)
+        names = engine_client.vllm_config.model_config.served_model_name
+        metrics = ServerMetrics(str(names[0] if isinstance(names, list) else names))
+        engine_client.collective_rpc = metrics.observing(engine_client.collective_rpc)
+
+    async def _versions(self) -> Versions | None:
+        """The oldest and the newest version that the workers serve now; None if that is no version of the run."""
+        if hasattr(self._engine, "get_weight_version"):
+            label = str(await self._engine.get_weight_version())
+            return (int(label), int(label)) if label.isdecimal() else None
+        ranks = await self._engine.collective_rpc(WorkerMethod.STATUS)  # before 0.28
+        served = [rank.get("version") for rank in ranks]
+        return None if None in served else (min(served), max(served))
 
     async def _about(self) -> JSONResponse:
+        from .compat import vllm_version
+
         workers = self._engine.vllm_config.parallel_config.world_size_across_dp
         versions = {"protocol": PROTOCOL, "hubsync": hubsync.__version__, "vllm": vllm_version()}
         return JSONResponse({**versions, "world_size": workers})

@@ -55,6 +55,12 @@ REPORTING = (WorkerMethod.STATUS, WorkerMethod.WAIT)
 CONTROL_PATH = "/v1/hubsync"
 """Where a server that loads hubsync's endpoint plugin answers, behind its API key: `POST /v1/hubsync/stage`, ..."""
 
+VERSION_HEADER, MIN_VERSION_HEADER = "X-Hubsync-Version", "X-Hubsync-Min-Version"
+"""Headers of requests that demand a version."""
+
+VERSIONS_HEADER = "X-Hubsync-Versions"
+"""Header of their answers: the oldest and the newest version, as `41-42`."""
+
 PARAMETERS: dict[str, tuple[str, ...]] = {
     WorkerMethod.STATUS: (),
     WorkerMethod.WAIT: ("seconds",),

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubsync.errors import ConfigError, HubsyncError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.errors import (
+    ConfigError,
+    HubsyncError,
+    ReplicaBehind,
+    ReplicaRefused,
+    ReplicaUnreachable,
+    ReplicaUnsuitable,
+)
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
 from hubsync.lifecycle.rollouts.window import AdaptiveWindow, Load, RequestLimit
 from tests.support.standins import METRICS, Hangup, StandIn
@@ -53,7 +60,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def samples_of(*replicas: StandIn, k: int = 3, prompts: Any = PROMPTS, **options: Any) -> list[Sample]:
-    request = {name: options.pop(name) for name in ("ordered", "logprobs") if name in options}
+    request = {name: options.pop(name) for name in ("ordered", "logprobs", "version", "min_version") if name in options}
     async with Sampler([replica.url for replica in replicas], poll_s=0.01, **options) as sampler:
         return [sample async for sample in sampler.sample(prompts, k, seed=SEED, **request)]
 
@@ -62,6 +69,42 @@ def assert_one_of_each(samples: list[Sample], k: int, prompts: int = len(PROMPTS
     assert sorted((sample.prompt, sample.k) for sample in samples) == [(i, j) for i in range(prompts) for j in range(k)]
     for sample in samples:
         assert sample.token_ids == (SEED + sample.prompt * k + sample.k,), "the answer belongs to its request"
+
+
+# --- samples of a wanted version
+
+
+@pytest.mark.parametrize("endpoints", [True, False], ids=["refused at once", "looked at afterwards"])
+@pytest.mark.parametrize("wanted", [{"version": 7}, {"min_version": 6}])
+def test_only_replicas_at_the_wanted_version_make_samples(
+    replica: Callable[..., StandIn], wanted: dict[str, int], endpoints: bool
+) -> None:
+    old, new = replica(version=5, endpoints=endpoints), replica(version=7, endpoints=endpoints)
+    samples = run(samples_of(old, new, window=2, **wanted))
+    assert_one_of_each(samples, 3)
+    assert {(sample.replica, sample.min_version, sample.max_version) for sample in samples} == {(new.url, 7, 7)}
+    assert old.samples_asked <= len(samples), "a sample asks a replica once before it asks the others"
+
+
+@pytest.mark.parametrize("endpoints", [True, False])
+def test_samples_wait_for_a_version_that_a_replica_reaches(replica: Callable[..., StandIn], endpoints: bool) -> None:
+    server = replica(version=5, endpoints=endpoints)
+
+    async def check() -> list[Sample]:
+        waiting = asyncio.ensure_future(samples_of(server, min_version=6, window=1, attempts=1))
+        await asyncio.to_thread(server.asked, "/inference/v1/generate", 3)
+        server.version = 6
+        return await waiting
+
+    samples = run(check())
+    assert_one_of_each(samples, 3)
+    assert {sample.min_version for sample in samples} == {6}
+
+
+def test_a_version_that_no_replica_serves_is_an_error_after_a_while(replica: Callable[..., StandIn]) -> None:
+    servers = [replica(version=5, endpoints=True), replica(version=6)]
+    with pytest.raises(ReplicaBehind, match=r"no replica has served the wanted version for 0.3 s: .*hubsync follow"):
+        run(samples_of(*servers, version=4, patience=0.3))
 
 
 # --- the fields of a sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -147,6 +148,9 @@ def test_a_server_without_development_mode_is_driven_behind_its_api_key(stranger
     server.pause()
     assert server.is_paused()
     server.resume()
+    series = httpx.get(f"{stranger.url}/metrics").text
+    assert re.search(rf"vllm:hubsync_version{{.*}} {position.version}\.0", series)
+    assert re.search(r"vllm:hubsync_commit_seconds_count{.*} 2\.0", series)
     for path in ("/collective_rpc", "/pause", "/weight_info", "/init_weight_transfer_engine"):
         assert httpx.post(stranger.url + path, headers=server.access.headers, json={}).status_code == 404
     with pytest.raises(ReplicaUnsuitable, match="wants another API key"):

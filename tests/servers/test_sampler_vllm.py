@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
@@ -62,6 +66,32 @@ def test_samples_report_which_version_made_which_tokens_across_a_commit(site: Si
     assert (old, new) in {(sample.min_version, sample.max_version) for sample in samples}
     assert (new, new) in {(sample.min_version, sample.max_version) for sample in samples}
     assert len({sample.token_ids for sample in samples}) == len(samples), "each sample has its own seed"
+
+
+@pytest.mark.skipif(not REPORTS_VERSIONS, reason="this vLLM does not report which weights made which tokens")
+def test_requests_that_demand_a_version_are_answered_by_no_other(site: Site) -> None:
+    old, new, replica = site.position.version, site.publish(), Replica(site.server)
+    replica.wait_staged(new)
+    prompt = {"prompt": [5] * 20, "max_tokens": 400, "ignore_eos": True}
+
+    def ask(header: str, version: int, **more: object) -> httpx.Response:
+        headers = {f"X-Hubsync-{header}": str(version)}
+        return httpx.post(f"{site.url}/v1/completions", json={**prompt, **more}, headers=headers, timeout=300)
+
+    early = ask("Min-Version", new.version)
+    assert (early.status_code, early.json()["error"]["current_version"]) == (409, old)
+    with ThreadPoolExecutor(3) as pool:
+        exact = pool.submit(ask, "Version", old)
+        least = pool.submit(ask, "Min-Version", old)
+        streamed = pool.submit(ask, "Version", old, stream=True)
+        while metric(site.url, "num_requests_running") < 3:
+            time.sleep(0.01)
+        replica.commit(new)
+    assert exact.result().status_code == 409
+    assert least.result().headers["X-Hubsync-Versions"] == f"{old}-{new.version}"
+    assert '"VersionConflict"' in streamed.result().text.split("data: ")[-2]
+    after = ask("Version", new.version, stream=True, max_tokens=4)
+    assert json.loads(after.text.split("data: ")[-2])["versions"] == [new.version, new.version]
 
 
 @pytest.mark.skipif(not REPORTS_VERSIONS, reason="only token ids, before vLLM 0.32")

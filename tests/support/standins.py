@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -45,6 +46,7 @@ class StandIn:
         version: what its weights are labelled.
         scale_out: does it tell versions by itself?
         waiting: length of its queue, as it says.
+        endpoints: does it refuse what demands another version, as one with hubsync's endpoints does?
         ill: do its health checks fail?
         paths: what it was asked for.
     """
@@ -53,6 +55,7 @@ class StandIn:
     version: int = 0
     scale_out: bool = True
     waiting: float = 0.0
+    endpoints: bool = False
     ill: bool = False
     paths: list[str] = field(default_factory=list)
     port: int = 0
@@ -105,6 +108,10 @@ class StandIn:
             return self._sample(body, prompt=body["prompt"])
         return 403 if path == "/inference/v1/generate" else 404, {"error": "as vLLM answers"}
 
+    def _conflict(self, headers: Message) -> bool:
+        exact, least = headers.get("X-Hubsync-Version"), headers.get("X-Hubsync-Min-Version")
+        return (exact is not None and int(exact) != self.version) or (least is not None and int(least) > self.version)
+
     def _sample(self, options: dict[str, Any], prompt: Any) -> tuple[int, dict[str, Any]]:
         status = self.fate()
         if status is not None:
@@ -133,9 +140,13 @@ class StandIn:
             def do_GET(self) -> None:
                 standin.paths.append(self.path)
                 request = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                content: str | dict[str, Any]
                 cut = None
                 try:
-                    status, content = standin._answer(self.path, json.loads(request or b"{}"))
+                    if standin.endpoints and standin._conflict(self.headers):
+                        status, content = 409, {"error": {"message": f"this server served version {standin.version}"}}
+                    else:
+                        status, content = standin._answer(self.path, json.loads(request or b"{}"))
                 except Hangup as hangup:
                     status, content, cut = 200, {"choices": ["x" * 100]}, hangup.after
                 body = (content if isinstance(content, str) else json.dumps(content)).encode()

@@ -12,12 +12,33 @@ from typing import Any, TypeAlias
 
 import httpx
 
-from hubsync.apply.protocol import WorkerMethod, control_path
-from hubsync.errors import ConfigError, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
+from hubsync.apply.protocol import MIN_VERSION_HEADER, VERSION_HEADER, WorkerMethod, control_path
+from hubsync.errors import ConfigError, ReplicaBehind, ReplicaRefused, ReplicaUnreachable, ReplicaUnsuitable
 from hubsync.replicas.http_client import API_KEY_VARIABLE, LIMITS, access_to, trusts_environment
 from hubsync.replicas.vllm_http import CONTROL_HINT
 
 Prompt: TypeAlias = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which versions may make the tokens of a sample: exactly one, or one and newer. None: any."""
+
+    version: int | None = None
+    min_version: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """A server with hubsync's endpoints refuses a request with these that it cannot fulfil."""
+        named = {VERSION_HEADER: self.version, MIN_VERSION_HEADER: self.min_version}
+        return {name: str(version) for name, version in named.items() if version is not None}
+
+    def allows(self, oldest: int, newest: int) -> bool:
+        exact = self.version is None or oldest == newest == self.version
+        return exact and (self.min_version is None or oldest >= self.min_version)
+
+
+ANY = Wanted()
 
 _CONNECT_S = 10.0
 _PROBE_S = 30.0  # a server that is busy takes seconds to answer, one that hangs never does
@@ -69,6 +90,7 @@ class GenerationClient:
         ReplicaUnreachable: no usable answer. The server may be down, restarting or failing.
         ReplicaUnsuitable: the server cannot report versions.
         ReplicaRefused: the request is invalid.
+        ReplicaBehind: see `generate`.
         ConfigError: the API key is wrong.
     """
 
@@ -122,16 +144,24 @@ class GenerationClient:
         self._development = True
         return ranks
 
-    async def generate(self, prompt: Prompt, sampling: Mapping[str, Any], *, logprobs: bool) -> Completion:
-        """A continuation of `prompt`, text or token ids, with vLLM's sampling parameters."""
+    async def generate(
+        self, prompt: Prompt, sampling: Mapping[str, Any], *, logprobs: bool, wanted: Wanted = ANY
+    ) -> Completion:
+        """A continuation of `prompt`, text or token ids, with vLLM's sampling parameters.
+
+        ReplicaBehind if the server serves another version than is wanted, or has left it meanwhile.
+        """
         before = None if self._reports_spans else await self._versions_if_known()
-        choice = await self._choice(prompt, sampling, logprobs)
+        options = {**sampling, **({"logprobs": 0} if logprobs else {})}  # 0: of the sampled token alone
+        choice = await self._choice(prompt, options, wanted.headers)
         if choice.get("finish_reason") == "abort":
             raise ReplicaUnreachable(f"{self.url} aborted the request")
         self._reports_spans = bool(choice.get("weight_versions"))
         try:
             spans = tuple(_span(span) for span in choice.get("weight_versions") or ())
             versions = [span.version for span in spans] or await self._versions_around(before)
+            if not wanted.allows(min(versions), max(versions)):
+                raise ReplicaBehind(f"{self.url} served versions {min(versions)} to {max(versions)} meanwhile")
             return Completion(
                 token_ids=tuple(map(int, choice["token_ids"])),
                 text=choice["text"] if isinstance(prompt, str) else None,
@@ -157,28 +187,29 @@ class GenerationClient:
             raise ReplicaUnreachable(f"{self.url} no longer reports which versions made an answer")
         return [*before, *after]
 
-    async def _choice(self, prompt: Prompt, sampling: Mapping[str, Any], logprobs: bool) -> dict[str, Any]:
+    async def _choice(self, prompt: Prompt, options: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
         """The one choice of the server's answer."""
-        options = {**sampling, **({"logprobs": 0} if logprobs else {})}  # 0: of the sampled token alone
         if self._scale_out:
             try:
-                return await self._generate(prompt, options)
+                return await self._generate(prompt, options, headers)
             except _NoSuchPath:
                 self._scale_out = False
         body = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "return_token_ids": True, **options}
-        return _only_choice(self.url, await self._post("/v1/completions", body, self._timeout))
+        return _only_choice(self.url, await self._post("/v1/completions", body, self._timeout, headers))
 
-    async def _generate(self, prompt: Prompt, options: Mapping[str, Any]) -> dict[str, Any]:
+    async def _generate(self, prompt: Prompt, options: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
         body: dict[str, Any] = {"token_ids": prompt, "sampling_params": options}
         if isinstance(prompt, str):
             tokenized = await self._post("/tokenize", {"prompt": prompt}, self._timeout)
             body |= {"token_ids": tokenized.get("tokens"), "output_mode": "text"}
         else:
             body["token_ids"] = list(prompt)
-        return _only_choice(self.url, await self._post("/inference/v1/generate", body, self._timeout))
+        return _only_choice(self.url, await self._post("/inference/v1/generate", body, self._timeout, headers))
 
-    async def _post(self, path: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        answer = await self._send("POST", path, timeout, json=body)
+    async def _post(
+        self, path: str, body: Mapping[str, Any], timeout: float, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        answer = await self._send("POST", path, timeout, json=body, headers=headers)
         try:
             document = answer.json()
         except (ValueError, RecursionError):
@@ -203,6 +234,8 @@ class GenerationClient:
             )
         if answer.status_code in (403, 404):  # newer versions forbid endpoints that were not enabled
             raise _NoSuchPath(f"{self.url} has no {path} ({answer.status_code}: {self._text(answer)})")
+        if answer.status_code == 409 and request.get("headers"):
+            raise ReplicaBehind(f"{self.url}: {self._text(answer)}")
         if answer.status_code == 429 or answer.status_code >= 500:
             raise ReplicaUnreachable(f"{self.url}{path} answered {answer.status_code}: {self._text(answer)}")
         if not answer.is_success:

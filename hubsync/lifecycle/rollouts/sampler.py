@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from types import NoneType, TracebackType
 from typing import Any
 
-from hubsync.errors import ConfigError, ReplicaError, ReplicaRefused, ReplicaUnreachable
+from hubsync.errors import ConfigError, ReplicaBehind, ReplicaError, ReplicaRefused, ReplicaUnreachable
 from hubsync.replicas.server import checked_seconds, checked_urls
 
-from .generation import Completion, GenerationClient, Prompt, Span
-from .window import AdaptiveWindow, Load, RequestLimit
+from .generation import GenerationClient, Prompt, Span, Wanted
+from .replica import SampleRequest, SamplingReplica, cancel_all
+from .window import AdaptiveWindow, RequestLimit
 
-_BACK_OFF_S = 0.1
-_LONGEST_BACK_OFF_S = 10.0
+_BEHIND_S = 0.1  # between two rounds over replicas that do not serve the wanted version, growing
+_LONGEST_BEHIND_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Sampler:
         self._patience = patience
         self._poll_s = poll_s
         self._replicas = [
-            _SamplingReplica(GenerationClient(url, api_key, timeout=timeout), RequestLimit(settings)) for url in urls
+            SamplingReplica(GenerationClient(url, api_key, timeout=timeout), RequestLimit(settings)) for url in urls
         ]
-        self._waiting: deque[asyncio.Future[_SamplingReplica]] = deque()
+        self._waiting: deque[_Turn] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._giving_up: asyncio.TimerHandle | None = None
         self._open = self._closed = False
@@ -126,14 +127,22 @@ class Sampler:
     async def close(self) -> None:
         """Cancel all running requests, and close all connections."""
         self._open, self._closed = False, True
-        await _end(list(self._tasks))
+        await cancel_all(list(self._tasks))
         if self._giving_up is not None:
             self._giving_up.cancel()
         for replica in self._replicas:
             await replica.client.close()
 
     async def sample(
-        self, prompts: Sequence[Prompt], k: int, *, ordered: bool = False, logprobs: bool = False, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        k: int,
+        *,
+        ordered: bool = False,
+        logprobs: bool = False,
+        version: int | None = None,
+        min_version: int | None = None,
+        **sampling: Any,
     ) -> AsyncIterator[Sample]:
         """Exactly `k` samples of every prompt. Leaving the loop gives up those that are still to come.
 
@@ -141,20 +150,29 @@ class Sampler:
             prompts: texts, or token ids.
             ordered: in the order of prompts and k, instead of as they are completed.
             logprobs: also the log-probability of every sampled token.
+            version: only samples whose tokens are all of this version.
+            min_version: only samples whose tokens are all of this version or newer. Replicas that serve another version
+                are asked again later, and samples that a commit has mixed are made again.
             sampling: vLLM's sampling parameters, `max_tokens`, `temperature`, `stop`, ... With a `seed`, every sample
                 has a distinct seed, derived from it.
 
         Raises:
             ReplicaUnreachable: there was no usable replica for `patience` seconds (it says what is wrong with each), or
                 one sample failed `attempts` times.
+            ReplicaBehind: no replica served the wanted version for `patience` seconds.
             ReplicaRefused: a request is wrong; no replica will take it.
             ConfigError: the API key or an argument is wrong, or the sampler is not open.
         """
         if not self._open:
             raise ConfigError("the sampler is closed: use it within `async with Sampler(...) as sampler`")
         _require_request(prompts, k, sampling)
+        wanted = Wanted(version, min_version)
         tasks = [
-            self._start(self._sample(index, number, prompt, _seeded(sampling, index * k + number), logprobs))
+            self._start(
+                self._sample(
+                    index, number, SampleRequest(prompt, _seeded(sampling, index * k + number), logprobs, wanted)
+                )
+            )
             for index, prompt in enumerate(prompts)
             for number in range(k)
         ]
@@ -164,19 +182,24 @@ class Sampler:
                     raise ConfigError("the sampler was closed before all samples were there")
                 yield task.result()
         finally:
-            await _end(tasks)
+            await cancel_all(tasks)
 
     # --- one sample
 
-    async def _sample(self, index: int, k: int, prompt: Prompt, sampling: dict[str, Any], logprobs: bool) -> Sample:
-        failures = 0
+    async def _sample(self, index: int, k: int, request: SampleRequest) -> Sample:
+        failures, behind = 0, _Behind(self._patience)
         while True:
-            replica = await self._acquire(again=failures > 0)
+            replica = await self._acquire(again=failures > 0, avoid=behind.replicas)
             started = time.perf_counter()
             try:
-                completion = await replica.generate(prompt, sampling, logprobs)
+                completion = await replica.generate(request)
             except ReplicaRefused:
                 raise
+            except ReplicaBehind as error:  # healthy, and asked again later
+                behind.add(replica.url, error)
+                if behind.replicas >= {replica.url for replica in self._replicas if replica.usable}:
+                    await behind.wait()
+                continue
             except ReplicaError as error:
                 failures += 1
                 replica.suspect(error)
@@ -190,41 +213,52 @@ class Sampler:
             replica.failures = 0
             return Sample(index, k, **vars(completion), replica=replica.url, seconds=time.perf_counter() - started)
 
-    async def _acquire(self, *, again: bool) -> _SamplingReplica:
+    async def _acquire(self, *, again: bool, avoid: set[str]) -> SamplingReplica:
         """The replica with the smallest used share of its window, once one has capacity. Waiting samples are served in
-        order; repeated ones go first."""
-        turn: asyncio.Future[_SamplingReplica] = asyncio.get_running_loop().create_future()
+        order; repeated ones go first. If there are others, it is none of those to avoid."""
+        turn = _Turn(asyncio.get_running_loop().create_future(), avoid)
         self._waiting.appendleft(turn) if again else self._waiting.append(turn)
         self._assign()
         self._watch_patience()
         try:
-            return await turn
+            return await turn.given
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._release(turn.result())
+            if turn.given.done() and not turn.given.cancelled() and turn.given.exception() is None:
+                self._release(turn.given.result())
             raise
 
-    def _release(self, replica: _SamplingReplica) -> None:
+    def _release(self, replica: SamplingReplica) -> None:
         replica.outstanding -= 1
         self._assign()
 
     def _assign(self) -> None:
-        while self._waiting:
-            if self._waiting[0].done():  # cancelled
-                self._waiting.popleft()
+        passed: list[_Turn] = []  # their turn is kept: only replicas that they avoid have capacity
+        while self._waiting and any(replica.has_capacity for replica in self._replicas):
+            turn = self._waiting.popleft()
+            if turn.given.done():  # cancelled
                 continue
-            free = [replica for replica in self._replicas if replica.has_capacity]
-            if not free:
-                return
-            least = min(replica.share for replica in free)
-            replica = random.choice([replica for replica in free if replica.share == least])
+            replica = self._freest(turn.avoid)
+            if replica is None:
+                passed.append(turn)
+                continue
             replica.outstanding += 1
             replica.window.use(replica.outstanding)
-            self._waiting.popleft().set_result(replica)
+            turn.given.set_result(replica)
+        self._waiting.extendleft(reversed(passed))
+
+    def _freest(self, avoid: set[str]) -> SamplingReplica | None:
+        """A replica with capacity; one of `avoid` only where no other is usable."""
+        usable = [replica for replica in self._replicas if replica.usable]
+        chosen = [replica for replica in usable if replica.url not in avoid] or usable
+        free = [replica for replica in chosen if replica.has_capacity]
+        if not free:
+            return None
+        least = min(replica.share for replica in free)
+        return random.choice([replica for replica in free if replica.share == least])
 
     # --- health of replicas
 
-    async def _watch(self, replica: _SamplingReplica) -> None:
+    async def _watch(self, replica: SamplingReplica) -> None:
         """Check a replica's health periodically: at once after a failed request, and less often while it is dead."""
         while True:
             try:
@@ -251,7 +285,7 @@ class Sampler:
             return
         reasons = "; ".join(str(replica.error or f"{replica.url} has not answered yet") for replica in self._replicas)
         while self._waiting:
-            turn = self._waiting.popleft()
+            turn = self._waiting.popleft().given
             if not turn.done():
                 turn.set_exception(
                     ReplicaUnreachable(f"no replica has been usable for {self._patience:g} s: {reasons}")
@@ -264,82 +298,39 @@ class Sampler:
         return task
 
 
-class _SamplingReplica:
-    """A replica and its health.
+@dataclass
+class _Turn:
+    """A sample that waits for a replica: the one that it is given, and those to avoid."""
 
-    Attributes:
-        outstanding: number of its running requests.
-        usable: whether it may get more requests.
-        error: its last error.
-        failures: failures in a row.
-    """
+    given: asyncio.Future[SamplingReplica]
+    avoid: set[str]
 
-    def __init__(self, client: GenerationClient, window: RequestLimit):
-        self.client = client
-        self.url = client.url
-        self.window = window
-        self.outstanding = 0
-        self.usable = False
-        self.error: Exception | None = None
-        self.failures = 0
-        self._dead = asyncio.Event()
-        self._due = asyncio.Event()
 
-    @property
-    def has_capacity(self) -> bool:
-        return self.usable and self.outstanding < self.window.size
+class _Behind:
+    """Replicas that did not serve the version that a sample wants, in this round over all of them."""
 
-    @property
-    def share(self) -> float:
-        return self.outstanding / self.window.size
+    def __init__(self, patience: float):
+        self.replicas: set[str] = set()
+        self._patience = patience
+        self._since: float | None = None
+        self._pause = _BEHIND_S
+        self._error: ReplicaBehind | None = None
 
-    async def generate(self, prompt: Prompt, sampling: dict[str, Any], logprobs: bool) -> Completion:
-        """Its completion; ReplicaUnreachable as soon as the replica is known to be dead."""
-        answer = asyncio.ensure_future(self.client.generate(prompt, sampling, logprobs=logprobs))
-        death = asyncio.ensure_future(self._dead.wait())
-        try:
-            await asyncio.wait({answer, death}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise ReplicaUnreachable(f"{self.url} died: {self.error}")
-            return answer.result()
-        finally:
-            await _end([answer, death])
+    def add(self, url: str, error: ReplicaBehind) -> None:
+        self.replicas.add(url)
+        self._since = time.monotonic() if self._since is None else self._since
+        self._error = error
 
-    async def check(self) -> None:
-        """Check its health and adapt its window. ReplicaUnreachable if it is not healthy."""
-        if self.window.adapts:
-            self.window.observe(Load.parse(await self.client.metrics()))
-        await self.client.check_health()
-
-    def suspect(self, error: Exception) -> None:
-        """Record a failed request: the replica gets no more before a health check succeeds."""
-        if self.usable:
-            self.usable, self.error = False, error
-            self.failures += 1
-            self._due.set()
-
-    def die(self, error: Exception) -> None:
-        """Record a failed health check: its running requests are cancelled."""
-        self.usable, self.error = False, error
-        self.failures += 1
-        self._dead.set()
-
-    def live(self) -> None:
-        self.usable = True
-        self._dead.clear()
-
-    async def wait(self, poll_s: float) -> None:
-        """Wait until the next health check: longer after every failure in a row."""
-        if self.usable:
-            # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes with the event.
-            timer = asyncio.get_running_loop().call_later(poll_s, self._due.set)
-            try:
-                await self._due.wait()
-            finally:
-                timer.cancel()
-        self._due.clear()
-        if not self.usable and self.failures > 1:
-            await asyncio.sleep(min(_BACK_OFF_S * 2.0 ** min(self.failures - 2, 30), _LONGEST_BACK_OFF_S))
+    async def wait(self) -> None:
+        """Begin the next round later; ReplicaBehind after `patience` seconds without success."""
+        if self._since is not None and time.monotonic() - self._since > self._patience:
+            raise ReplicaBehind(
+                f"no replica has served the wanted version for {self._patience:g} s: {self._error}. Bring them there "
+                "(`hubsync follow`, `SyncConfig.servers`), or ask for one that they serve"
+            )
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_BEHIND_S)
+        self.replicas.clear()
 
 
 def _require_request(prompts: Sequence[Prompt], k: int, sampling: dict[str, Any]) -> None:
@@ -382,9 +373,3 @@ async def _as_completed(tasks: Sequence[asyncio.Task[Sample]]) -> AsyncIterator[
         task.add_done_callback(completed.put_nowait)
     for _ in tasks:
         yield await completed.get()
-
-
-async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

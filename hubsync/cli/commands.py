@@ -25,6 +25,8 @@ BUILT_IN = {
     "demo": "hubsync.cli.demo",
     "doctor": "hubsync.cli.doctor",
     "follow": "hubsync.cli.follow",
+    "status": "hubsync.cli.status",
+    "watch": "hubsync.cli.watch",
     "ls": "hubsync.cli.ls",
     "show": "hubsync.cli.show",
     "verify": "hubsync.cli.verify",

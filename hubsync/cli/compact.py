@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="with --watch: time between two polls (default: %(default)g)",
     )
+    options.add_json(parser, "print one JSON object per line")
     options.add_write_access(parser)
 
 
@@ -55,25 +57,32 @@ def run(args: argparse.Namespace) -> int:
     with writing(args) as (bucket, reader):
         base = None if args.base is None else base_checkpoint(args, reader)
         compactor = Compactor(bucket, reader, base, args.max_span)
-        _compact(compactor)
+        _compact(compactor, as_json=args.json)
         done = reader.newest()
         while args.watch:
             time.sleep(args.interval)
             try:
                 if reader.newest() != done:
-                    _compact(compactor)
+                    _compact(compactor, as_json=args.json)
                     done = reader.newest()
             except BucketUnavailable as error:
                 print(f"{error}; next try in {args.interval:g} s", file=sys.stderr)
     return 0
 
 
-def _compact(compactor: Compactor) -> None:
+def _compact(compactor: Compactor, *, as_json: bool) -> None:
     made = 0
     for merged in compactor.run():
         made += 1
         assert merged.parent is not None  # the parser guarantees it
+        if as_json:
+            event = {"event": "merged", "from": merged.parent.version, "to": merged.version, "bytes": merged.nbytes}
+            print(json.dumps(event), flush=True)
+            continue
         print(f"merged versions {merged.parent.version}..{merged.version}: {merged.nbytes:,} bytes", flush=True)
+    if as_json:
+        print(json.dumps({"event": "done", "merged": made, "skipped": compactor.skipped}), flush=True)
+        return
     if compactor.skipped:
         print(f"spans of compact deltas skipped: {compactor.skipped}; give a copy of the base model with --base DIR")
     print(f"merged deltas written: {made}" if made else "nothing to merge", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubsync.apply.protocol import KV_POLICIES, KvPolicy
 from hubsync.cache import default_cache
+from hubsync.errors import ConfigError
 
 from . import options
 
@@ -32,7 +32,8 @@ followers of one server, and trainers that push to it, do not interfere with eac
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bucket", required=True, metavar="ADDRESS", help=f"the run: {options.ADDRESS}")
+    options.add_address(parser, optional=True)
+    parser.add_argument("--bucket", metavar="ADDRESS", help=argparse.SUPPRESS)  # the address, as older versions took it
     parser.add_argument("--server", required=True, metavar="URL", help="the server, such as http://127.0.0.1:8000")
     parser.add_argument(
         "--interval", type=float, default=5.0, metavar="SECONDS", help="time between two polls (default: %(default)g)"
@@ -58,17 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", action="store_true", help="poll once, bring the server to the version, and exit")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        default=os.environ.get("VLLM_API_KEY"),
-        help="API key of the server, or token of the proxy in front of it (default: VLLM_API_KEY)",
-    )
+    options.add_api_key(parser)
     options.add_read_access(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Follow until SIGINT or SIGTERM, or once with `--once`."""
+    if (args.address is None) == (args.bucket is None):
+        raise ConfigError("give the ADDRESS of the run, once: hubsync follow ADDRESS --server URL")
+    args.address = args.address or args.bucket
     follower = _follower(args)
     report = _print_if_possible(_print_json if args.json else _print_line)
     follower.on_commit = lambda followed: report(_commit_event(followed))
@@ -93,8 +92,13 @@ def _follower(args: argparse.Namespace) -> Follower:
     from .access import public_key
 
     key, cache = public_key(args), args.cache or default_cache()
+
+    def reader() -> ChainReader:
+        bucket = open_bucket(args.address, token=args.token, key=key)
+        return ChainReader(bucket, cache, max_head_age=args.max_head_age)
+
     return Follower(
-        lambda: ChainReader(open_bucket(args.bucket, token=args.token, key=key), cache, max_head_age=args.max_head_age),
+        reader,
         Replica(connect(args.server, args.api_key), args.kv_cache),
         interval=args.interval,
         stage_timeout=args.stage_timeout,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import options
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long something must have been unneeded before it is deleted (default: 1h)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
+    options.add_json(parser)
     options.add_write_access(parser)
 
 
@@ -56,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
     with writing(args) as (bucket, reader):
         collector = Collector(bucket, reader, policy)
         garbage = collector.look() if args.dry_run else collector.collect()
+    if args.json:
+        print(json.dumps(_document(garbage, args.dry_run)))
+        return 0
     done = "would delete" if args.dry_run else "deleted"
     for found in garbage:
         verb = done if found.wait == 0 else "unneeded"
@@ -64,6 +69,18 @@ def run(args: argparse.Namespace) -> int:
     waiting = len(garbage) - len(ripe)
     print(f"{done} {sum(found.nbytes for found in ripe):,} bytes; {waiting} more wait for their grace period")
     return 0
+
+
+def _document(garbage: list[Garbage], dry_run: bool) -> dict[str, Any]:
+    """What was found; what has waited for its grace period is deleted now, unless it is a dry run."""
+    return {
+        "dry_run": dry_run,
+        "bytes": sum(found.nbytes for found in garbage if found.wait == 0),
+        "waiting": sum(found.wait > 0 for found in garbage),
+        "unneeded": [
+            {"what": found.what, "bytes": found.nbytes, "why": found.why, "wait_s": found.wait} for found in garbage
+        ],
+    }
 
 
 def _wait(found: Garbage) -> str:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import options
 
 if TYPE_CHECKING:
-    from hubsync.format.manifest import Manifest, Run
+    from hubsync.format.manifest import Manifest, Position, Run
 
 HELP = "list the versions of a run"
 DESCRIPTION = """\
 List the versions of a run, one manifest a line: deltas, anchors (whole models), and after each version the merged
-deltas that end there.
+deltas that end there. The first line has totals of the whole run, and the version that replicas are to serve.
 """
-_HEADINGS = ("version", "kind", "parent", "changed", "of all", "size", "bits/change", "step", "created", "name")
-_LEFT = {"kind", "created", "name"}
+_HEADINGS = ("version", "kind", "parent", "changed", "of all", "size", "bits/change", "step", "created", "", "name")
+_KINDS = {"delta": "deltas", "merged": "merged deltas", "anchor": "anchors"}
+_LEFT = {"kind", "created", "", "name"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_address(parser)
     parser.add_argument("--limit", type=options.at_least(1), metavar="N", help="only the newest N versions")
+    options.add_json(parser)
     options.add_read_access(parser)
 
 
@@ -31,12 +34,16 @@ def run(args: argparse.Namespace) -> int:
     from .access import reading, with_merged
 
     with reading(args) as reader:
-        run, manifests = reader.run(), with_merged(reader)
+        run, served, manifests = reader.run(), reader.served(), with_merged(reader)
+    totals = _totals(manifests)
     if args.limit is not None:
         newest = set(sorted({manifest.version for manifest in manifests})[-args.limit :])
         manifests = [manifest for manifest in manifests if manifest.version in newest]
-    print(_summary(run))
-    for line in _aligned([_HEADINGS, *(_row(manifest, run.table.numel) for manifest in manifests)]):
+    if args.json:
+        print(json.dumps(_document(run, served, manifests, totals)))
+        return 0
+    print(f"{_summary(run)}; {_shown(totals)}; served: version {served.version}")
+    for line in _aligned([_HEADINGS, *(_row(manifest, run.table.numel, served) for manifest in manifests)]):
         print(line)
     return 0
 
@@ -59,7 +66,56 @@ def _summary(run: Run) -> str:
     return f"run {run.run_id}: {len(run.table)} tensors, {_size(run.table.nbytes)} dense, version 0 is {base}"
 
 
-def _row(manifest: Manifest, numel: int) -> list[str]:
+def _totals(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
+    """Number and bytes, by kind."""
+    totals = {kind: {"count": 0, "bytes": 0} for kind in _KINDS}
+    for manifest in manifests:
+        totals[manifest.kind]["count"] += 1
+        totals[manifest.kind]["bytes"] += manifest.nbytes
+    return totals
+
+
+def _shown(totals: dict[str, dict[str, int]]) -> str:
+    parts = (f"{total['count']} {_KINDS[kind]} {_size(total['bytes'])}" for kind, total in totals.items())
+    return f"{', '.join(parts)}, {_size(sum(total['bytes'] for total in totals.values()))} in all"
+
+
+def _document(
+    run: Run, served: Position, manifests: Sequence[Manifest], totals: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """What is printed, unrounded; sizes in bytes, times with their zone."""
+    return {
+        "run": run.run_id,
+        "tensors": len(run.table),
+        "elements": run.table.numel,
+        "dense_bytes": run.table.nbytes,
+        "base": vars(run.base),
+        "served": {"version": served.version, "digest": served.digest},
+        "totals": totals,
+        "manifests": [
+            {
+                "version": manifest.version,
+                "digest": manifest.position.digest,
+                "kind": manifest.kind,
+                "parent": manifest.parent.version if manifest.parent else None,
+                "changed": manifest.changed if manifest.kind != "anchor" else None,
+                "bytes": manifest.nbytes,
+                "step": manifest.step,
+                "created": _time(manifest.created),
+                "served": manifest.position == served,
+                "name": manifest.name,
+            }
+            for manifest in manifests
+        ],
+    }
+
+
+def _time(seconds: float) -> str:
+    """In this machine's zone, which is stated."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+
+
+def _row(manifest: Manifest, numel: int, served: Position) -> list[str]:
     is_delta = manifest.kind != "anchor"
     return [
         str(manifest.version),
@@ -70,7 +126,8 @@ def _row(manifest: Manifest, numel: int) -> list[str]:
         _size(manifest.nbytes),
         f"{8 * manifest.nbytes / manifest.changed:.2f}" if manifest.changed else "-",
         "-" if manifest.step is None else str(manifest.step),
-        datetime.fromtimestamp(manifest.created).strftime("%Y-%m-%d %H:%M:%S"),
+        _time(manifest.created),
+        "served" if manifest.position == served else "",
         manifest.name or "",
     ]
 

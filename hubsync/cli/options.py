@@ -51,6 +51,21 @@ def add_base(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def add_api_key(parser: argparse.ArgumentParser) -> None:
+    """`--api-key` of servers."""
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="API key of the server, or token of the proxy in front of it (default: VLLM_API_KEY)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print only one JSON object") -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help=what)
+
+
 def add_max_head_age(parser: argparse.ArgumentParser) -> None:
     """`--max-head-age`: reject a run that has not been written to for that long."""
     parser.add_argument(

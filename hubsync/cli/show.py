@@ -15,6 +15,7 @@ DESCRIPTION = "Print the manifest of a version as JSON; of version 0, where the 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_address(parser)
     parser.add_argument("version", type=options.version, metavar="VERSION", help="a number that `hubsync ls` lists")
+    options.add_json(parser, "print the JSON object on one line")
     options.add_read_access(parser)
 
 
@@ -27,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
             document: dict[str, Any] = {"position": {"version": 0, "digest": run.digest}, "base": vars(run.base)}
         else:
             document = reader.manifest(args.version).to_json()
-    print(json.dumps(document, indent=1))
+    print(json.dumps(document, indent=None if args.json else 1))
     return 0

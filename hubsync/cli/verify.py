@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import options
 
@@ -35,12 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time the server may take (default: %(default)g)",
     )
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        default=os.environ.get("VLLM_API_KEY"),
-        help="API key of the server (default: VLLM_API_KEY)",
-    )
+    options.add_api_key(parser)
+    options.add_json(parser)
     options.add_base(parser, "needed to replay deltas before the first anchor")
     options.add_read_access(parser)
 
@@ -63,6 +59,11 @@ def _verify_server(args: argparse.Namespace) -> int:
         status = Replica(server).verify(checked_seconds("--timeout", args.timeout))
     finally:
         server.close()
+    if args.json:
+        assert status.position is not None  # `verify` raises otherwise
+        ranks = [{"rank": rank["rank"], **rank["verification"]} for rank in status.ranks]
+        print(json.dumps({"server": server.url, **vars(status.position), "ranks": ranks}))
+        return 0
     for rank in status.ranks:
         looks = rank["verification"]
         seconds = rank["metrics"].get("verify_s", 0.0)
@@ -82,13 +83,18 @@ def _verify_run(args: argparse.Namespace) -> int:
     with reading(args) as reader:
         manifests, origin, model = with_merged(reader), reader.run().origin, reader.run().base.model
         base = base_checkpoint(args, reader)
-        left = _replay_all(reader, manifests, None if base is None else View(reader.run().table, base, origin))
+        begin = None if base is None else View(reader.run().table, base, origin)
+        left = _replay_all(reader, manifests, begin, quiet=args.json)
         reached = _reached(manifests, origin)
         cut = [manifest for manifest in left if manifest.parent not in reached]
         for manifest in left:
             reader.fetch(manifest)
             why = "the version it applies to has been deleted" if manifest in cut else "replaying it needs --base"
-            print(f"unproven {manifest.kind:6} {manifest.position}: files intact; {why}")
+            if not args.json:
+                print(f"unproven {manifest.kind:6} {manifest.position}: files intact; {why}")
+    if args.json:
+        print(json.dumps(_document(manifests, left, cut)))
+        return 0 if left == cut else 1
     checked = len(manifests) - len(left)
     print(f"{checked} of {len(manifests)} replayed bit for bit, {len(manifests)} with intact files")
     if left == cut:
@@ -97,26 +103,42 @@ def _verify_run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _replay_all(reader: ChainReader, manifests: list[Manifest], view: View | None) -> list[Manifest]:
+def _document(manifests: list[Manifest], left: list[Manifest], cut: list[Manifest]) -> dict[str, Any]:
+    """Of each manifest whether it was replayed. The files of all are intact; damage is an error."""
+
+    def result(manifest: Manifest) -> str:
+        if manifest not in left:
+            return "replayed"
+        return "parent deleted" if manifest in cut else "needs base"
+
+    return {
+        "replayed": len(manifests) - len(left),
+        "manifests": [
+            {"version": m.version, "digest": m.position.digest, "kind": m.kind, "result": result(m)} for m in manifests
+        ],
+    }
+
+
+def _replay_all(reader: ChainReader, manifests: list[Manifest], view: View | None, *, quiet: bool) -> list[Manifest]:
     """Replay the chain from `view`, or from the first anchor; returns the manifests that could not be replayed."""
     left: list[Manifest] = []
     for _, group in groupby(manifests, lambda manifest: manifest.version):
         unproven = []
         for manifest in group:
-            after = _verify(reader, manifest, view)
+            after = _verify(reader, manifest, view, quiet)
             view = after or view
             if after is None:
                 unproven.append(manifest)
         # If the version before is gone, an anchor of this version or a merged delta to it may prove it backwards.
-        left += [manifest for manifest in unproven if _verify(reader, manifest, view) is None]
+        left += [manifest for manifest in unproven if _verify(reader, manifest, view, quiet) is None]
     return left
 
 
-def _verify(reader: ChainReader, manifest: Manifest, view: View | None) -> View | None:
+def _verify(reader: ChainReader, manifest: Manifest, view: View | None, quiet: bool) -> View | None:
     """The view at `manifest`, replayed and compared; None if that is not possible from `view`."""
     verify = _verify_anchor if manifest.kind == "anchor" else _verify_delta
     after = verify(reader, manifest, view)
-    if after is not None:
+    if after is not None and not quiet:
         print(f"ok       {manifest.kind:6} {manifest.position}")
     return after
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .diagnosis import Diagnosis, TensorReport
+from .environment import CHANGE, Finding
 
 _MAX_NAMES = 10
 
@@ -45,6 +46,52 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     seconds = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in diagnosis.seconds.items())
     console.print(f"{diagnosis.changed:,} elements changed in place; {seconds}")
     _print_comparison(console, diagnosis)
+
+
+def next_steps(diagnosis: Diagnosis, serve: str) -> list[str]:
+    """What to do after a diagnosis.
+
+    Args:
+        serve: a command that serves the model as it was examined.
+    """
+    if diagnosis.exact:
+        return [
+            "Next: serve it with the options that were examined,",
+            f"  {serve}",
+            "and publish to the same address: SyncConfig(bucket=ADDRESS), README.md has examples.",
+            "Examine it again with another layout (--tensor-parallel-size, ...) or another vLLM before you use that.",
+        ]
+    if diagnosis.error is None:
+        return [
+            "Next: do not sync this model in this layout: its weights would differ. Report it with the output of",
+            "--json, and try --tensor-parallel-size 1, or a tested vLLM (`hubsync doctor --environment`).",
+        ]
+    whole = "HUBSYNC_DENSE_FALLBACK" in serve
+    if not whole and any(report.kind == "refused" for report in diagnosis.tensors):
+        return [
+            "Next: run this again with --dense-fallback, which loads them whole at each commit. If that is exact,",
+            "start servers with HUBSYNC_DENSE_FALLBACK=1. docs/models.md lists models that need it.",
+        ]
+    return [
+        "Next: change what the message says, and run this again. `hubsync doctor --environment` checks the installed",
+        "versions; docs/operations.md has the remedies of refusals.",
+    ]
+
+
+def print_environment(findings: list[Finding]) -> None:
+    """Print every finding, and what to change."""
+    console = Console(highlight=False, markup=False)
+    table = Table()
+    for column in ("", "found", "tested with", "verdict"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.name, finding.found or "-", finding.tested, finding.verdict)
+    console.print(table)
+    for finding in findings:
+        if finding.advice:
+            console.print(f"{finding.name}: {finding.advice}", soft_wrap=True)
+    if all(finding.verdict != CHANGE for finding in findings):
+        console.print("Nothing must be changed. Next: hubsync doctor MODEL_DIR")
 
 
 def _print_comparison(console: Console, diagnosis: Diagnosis) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -63,8 +65,62 @@ def test_ls_prints_one_line_per_version(address: str, capsys: pytest.CaptureFixt
     assert "2 tensors" in lines[0]
     assert "me/base@0123abcd" in lines[0]
     assert [line.split()[:4] for line in lines[2:]] == [[str(v), "delta", str(v - 1), "32"] for v in (1, 2, 3)]
+    assert "; 3 deltas " in lines[0]
+    assert lines[0].endswith("; served: version 3")
+    assert [line.split()[-2:] == ["served", "tests"] for line in lines[2:]] == [False, False, True]
     assert hubsync("ls", address, "--limit", 1) == 0
     assert capsys.readouterr().out.splitlines()[2].split()[0] == "3"
+
+
+def test_ls_states_times_with_their_zone_and_all_as_json(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        assert hubsync("serve", address, 2) == 0
+        assert hubsync("ls", address) == 0
+        assert "+05:30" in capsys.readouterr().out
+        assert hubsync("ls", address, "--limit", 2, "--json") == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    document = json.loads(capsys.readouterr().out)
+    assert document["served"]["version"] == 2
+    assert [(row["version"], row["kind"], row["served"]) for row in document["manifests"]] == [
+        (2, "delta", True),
+        (3, "delta", False),
+    ]
+    assert document["totals"]["delta"]["count"] == 3, "of the whole run"
+    assert all(datetime.fromisoformat(row["created"]).tzinfo for row in document["manifests"])
+
+
+def test_every_command_that_reports_also_prints_json(
+    address: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hubsync("show", address, 2, "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["position"]["version"] == 2
+    assert hubsync("verify", address, "--base", base, "--json") == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["replayed"] == 3
+    assert {manifest["result"] for manifest in verified["manifests"]} == {"replayed"}
+    assert hubsync("verify", address, "--json") == 1
+    assert {row["result"] for row in json.loads(capsys.readouterr().out)["manifests"]} == {"needs base"}
+    assert hubsync("compact", address, "--json") == 0
+    *merged, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert done == {"event": "done", "merged": len(merged), "skipped": 0}
+    assert {(event["from"], event["to"]) for event in merged} == {(0, 2)}
+    assert hubsync("gc", address, "--keep-last", 1, "--json") == 0
+    collected = json.loads(capsys.readouterr().out)
+    assert collected["waiting"] == len(collected["unneeded"])
+    assert collected["bytes"] == 0
+
+
+def test_the_address_of_a_follower_is_given_once(address: str) -> None:
+    for words in ((), (address, "--bucket", address)):
+        with pytest.raises(ConfigError, match="hubsync follow ADDRESS --server URL"):
+            hubsync("follow", *words, "--server", "http://127.0.0.1:9")
 
 
 def test_show_prints_the_manifest(address: str, capsys: pytest.CaptureFixture[str]) -> None:

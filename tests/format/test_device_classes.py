@@ -147,7 +147,7 @@ def cases(draw: st.DrawFn) -> tuple[Patch, Weights, list[int]]:
 
 @on_device
 @pytest.mark.usefixtures("small_tiles")
-@settings(deadline=None, max_examples=5, derandomize=True)
+@settings(deadline=None, max_examples=20 if DEVICE == "cuda" else 3, derandomize=True)
 @given(case=cases())
 def test_any_patch_gets_the_bytes_of_the_cpu(case: tuple[Patch, Weights, list[int]]) -> None:
     with pytest.MonkeyPatch.context() as patched:

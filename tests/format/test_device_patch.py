@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn) -> tuple[Patch, DevicePatch]:
 
 
 @on_device
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=20 if DEVICE == "cuda" else 8, derandomize=True)
 @given(cases())
 def test_any_patch_gets_the_bytes_of_the_cpu(case: tuple[Patch, DevicePatch]) -> None:
     patch, on_gpu = case

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     follower.on_commit = lambda followed: report(_commit_event(followed))
     follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s))
     if not args.once:
+        if not args.json:
+            report({"event": "start", "run": args.address, "server": args.server, "interval_s": args.interval})
         return _run_until_stopped(follower)
     followed = follower.step()
     if followed is not None:
@@ -168,7 +170,13 @@ def _print_json(event: dict[str, Any]) -> None:
 
 
 def _print_line(event: dict[str, Any]) -> None:
+    from hubsync.replicas.server import plain_url
+
     now = datetime.now().strftime("%H:%M:%S")
+    if event["event"] == "start":
+        where = f"{event['run']} on {plain_url(event['server'])}"
+        print(f"{now} following {where}: a look every {event['interval_s']:g} s, a line for each commit", flush=True)
+        return
     if event["event"] == "error":
         print(
             f"{now} {event['error']}: {event['message']}; next try in {event['retry_s']} s", file=sys.stderr, flush=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position
 from hubsync.format.times import Times
@@ -26,6 +28,12 @@ def test_every_metric_is_documented_and_has_a_name_of_its_own() -> None:
     assert all(
         metric.help and metric.unit in ("s", "bytes", "bits", "fraction", "tensors", "0 or 1") for metric in table
     )
+
+
+def test_the_documentation_has_every_metric_with_its_unit() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    for metric in (*metrics.PUBLISH, *metrics.RANKS, *metrics.COMMITS):
+        assert f"| `{metric.name}` | {metric.unit} | {metric.help} |" in text
 
 
 def test_a_publish_of_one_rank_has_no_metrics_of_ranks() -> None:

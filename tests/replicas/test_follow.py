@@ -433,6 +433,16 @@ def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
     }
 
 
+def test_the_command_says_at_its_start_what_it_follows(publisher: Publisher, server: StandIn) -> None:
+    with command(publisher, server) as process:
+        assert process.stdout is not None
+        first, second = process.stdout.readline(), process.stdout.readline()
+    assert first.endswith(
+        f"following {publisher.address} on {server.url}: a look every 0.05 s, a line for each commit\n"
+    )
+    assert "version 2 (" in second
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a disk that is full")
 def test_the_command_goes_on_if_its_output_cannot_be_written(publisher: Publisher, server: StandIn) -> None:
     """As with a log file on a disk that is full."""

@@ -26,6 +26,8 @@ def within(prefix: str, old: str = "") -> dict[str, str]:
 def test_the_prefix_is_found(names: dict[str, str]) -> None:
     whole = TOWER | {name: OWN[short] for short, name in names.items()}
     assert names_within(OWN, whole) == names
+    tied, tied_names = ({k: v for k, v in found.items() if k != "lm_head.weight"} for found in (OWN, names))
+    assert names_within(tied, TOWER | {name: tied[short] for short, name in tied_names.items()}) == tied_names
 
 
 def test_own_names_stay_where_the_checkpoint_has_them_or_is_another_model() -> None:

@@ -246,3 +246,24 @@ def test_a_draft_that_grows_stale_is_named_once(monkeypatch: pytest.MonkeyPatch)
     for _ in range(2):
         assert len(compat.model_host_of(subject).models) == 1
     assert [text.partition(" is no part")[0] for text in warnings] == ["hubsync: the draft model another/draft"]
+
+
+class Multimodal(torch.nn.Module):
+    """Stands for a multimodal model of vLLM, with its method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.language_model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+    def get_language_model(self) -> torch.nn.Module:
+        return self.language_model
+
+
+def test_towers_and_layers_of_a_draft_may_be_left_out_by_a_run() -> None:
+    model, draft = Multimodal(), torch.nn.ModuleDict({"mtp": torch.nn.Linear(1, 1)})
+    draft["language_model"] = model.language_model
+    assert compat._parts([torch.nn.Linear(1, 1)]) == []
+    assert compat._parts([model, draft]) == [
+        frozenset({"tower.weight", "tower.bias"}),
+        frozenset({"mtp.weight", "mtp.bias"}),
+    ]

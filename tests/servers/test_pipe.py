@@ -22,6 +22,7 @@ from hubsync.doctor.diagnosis import _ENVIRONMENT
 from hubsync.format.checkpoint import header
 from tests.support.models import VOCABULARY, save_checkpoint
 from tests.support.on_gpu import DEVICE, ENGINE_OPTIONS
+from tests.support.processors import ID
 from tests.support.vision_models import HAS_TORCHVISION, VISION, save_vision_checkpoint, transform
 from tests.support.warm import run_warm
 
@@ -39,13 +40,21 @@ _LATENT = ("deepseek_v3", "glm4_moe_lite")
 _PROMPTS = [[(7 * at * at + seed) % VOCABULARY for at in range(24)] for seed in (3, 5)]
 
 
-def engine_report(checkpoint: Path, workdir: Path, address: str, targets: list[Any], **options: Any) -> dict[str, Any]:
+def engine_report(
+    checkpoint: Path, workdir: Path, address: str, targets: list[Any], image_prompt: Any = None, **options: Any
+) -> dict[str, Any]:
     """What `engine_run` reports of an engine of this checkpoint that has followed a run to the targets."""
     workdir.mkdir()
     spec, report, log = workdir / "spec", workdir / "report", workdir / "log"
     spec.write_text(
         json.dumps(
-            {"checkpoint": str(checkpoint), "options": _OPTIONS | options, "targets": targets, "prompts": _PROMPTS}
+            {
+                "checkpoint": str(checkpoint),
+                "options": _OPTIONS | options,
+                "targets": targets,
+                "prompts": _PROMPTS,
+                "image_prompt": image_prompt,
+            }
         )
     )
     environment = {**_ENVIRONMENT, **os.environ, "HUBSYNC_BUCKET": address, "HUBSYNC_CACHE": str(workdir / "cache")}
@@ -56,10 +65,14 @@ def engine_report(checkpoint: Path, workdir: Path, address: str, targets: list[A
     return found
 
 
-def train(model: Any, address: str, base: Path, settings: Mapping[str, Any]) -> list[list[Any]]:
-    """Two optimizer steps on text, each published. Also changes buffers, as trainers change biases of routers."""
+def train(model: Any, address: str, base: Path, settings: Mapping[str, Any], towers: bool = False) -> list[list[Any]]:
+    """Two optimizer steps on text, each published. Also changes buffers, as trainers change biases of routers.
+
+    Args:
+        towers: train vision towers too, with gradients that are random.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".visual." not in name)
+        parameter.requires_grad_(towers or ".visual." not in name)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     positions = []
     with DeltaWeightTransferEngine(
@@ -72,6 +85,9 @@ def train(model: Any, address: str, base: Path, settings: Mapping[str, Any]) -> 
             )
             logits = model(input_ids=tokens).logits
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.randn_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -84,7 +100,9 @@ def train(model: Any, address: str, base: Path, settings: Mapping[str, Any]) -> 
     return positions
 
 
-def assert_pipe(base: Path, tmp_path: Path, *, model: Any = None, settings: Any = None, **options: Any) -> Path:
+def assert_pipe(
+    base: Path, tmp_path: Path, *, model: Any = None, settings: Any = None, towers: bool = False, **options: Any
+) -> Path:
     """Returns the pulled checkpoint."""
     address, pulled = str(tmp_path / "bucket"), tmp_path / "pulled"
     cls = (
@@ -93,7 +111,7 @@ def assert_pipe(base: Path, tmp_path: Path, *, model: Any = None, settings: Any 
         else transformers.AutoModelForCausalLM
     )
     model = (model or cls.from_pretrained(base, dtype=torch.float32)).to(DEVICE)
-    targets = train(model, address, base, settings or {})
+    targets = train(model, address, base, settings or {}, towers)
     assert [version for version, _ in targets] == [1, 2]
     followed = engine_report(base, tmp_path / "followed", address, targets, **options)
     assert main(["pull", address, str(pulled), "--base", str(base)]) == 0
@@ -151,6 +169,16 @@ def test_vision_language_models_are_exact(architecture: str, tmp_path: Path) -> 
 
 @pytest.mark.matrix
 @pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
+@pytest.mark.parametrize("towers", [False, True], ids=["frozen", "trained"])
+def test_answers_to_images_are_those_of_the_new_weights(towers: bool, tmp_path: Path) -> None:
+    """The same image was answered by the old ones: no cache of what the vision tower computed survives."""
+    base = save_vision_checkpoint("qwen3_vl", tmp_path / "base")
+    names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    assert_pipe(base, tmp_path, towers=towers, image_prompt=[*map(ID.__getitem__, names), *_PROMPTS[0]])
+
+
+@pytest.mark.matrix
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision: make test-matrix")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ["qwen3_5", "qwen3_5_moe"])
 def test_tensors_that_the_checkpoint_keeps_in_float32_are_exact(
@@ -177,7 +205,16 @@ def test_a_language_model_that_is_trained_without_its_towers_is_followed_with_th
 ) -> None:
     """Its tensors have the names of the base checkpoint, in whose servers the towers stay as they are."""
     base = save_vision_checkpoint(architecture, tmp_path / "base")
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
-    pulled = assert_pipe(base, tmp_path, model=model)
+    pulled = assert_pipe(base, tmp_path, model=language_model_of(base))
     assert header(pulled) == header(base)
+
+
+def language_model_of(base: Path) -> Any:
+    """The language model of a multimodal checkpoint, in float32, as a model of its own."""
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    config = whole.config.get_text_config()
+    config.tie_word_embeddings = whole.lm_head.weight is whole.get_input_embeddings().weight
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.model.load_state_dict(whole.model.language_model.state_dict())
+    model.lm_head.load_state_dict(whole.lm_head.state_dict())
+    return model

@@ -29,6 +29,6 @@ def names_within(own: Shapes, whole: Shapes) -> dict[str, str]:
         ending = longest.removeprefix(old)
         for prefix in sorted({name.removesuffix(ending) for name in whole if name.endswith(f".{ending}")}):
             names = {name: prefix + name.removeprefix(old) if name.startswith(old) else name for name in own}
-            if all(whole.get(name) == own[short] for short, name in names.items()):
+            if names not in found and all(whole.get(name) == own[short] for short, name in names.items()):
                 found.append(names)
     return found[0] if len(found) == 1 else {}

@@ -3,8 +3,8 @@
     python -m tests.support.engine_run SPEC.json REPORT.json
 
 SPEC: `checkpoint`, `options` (of vLLM's `LLM`), `targets` (positions to go to, in order), `prompts` (token ids), and
-`image_prompt` (token ids with one placeholder), or null. What has images is also answered before the first target, so
-that caches of the vision tower's outputs are filled.
+`image_prompt` (token ids with one placeholder), or null. With one, all prompts are answered before the first target
+too, so that caches of the vision tower's outputs are filled.
 REPORT: `error`, or null; `memory`, a hash of every tensor that a model reaches, for each rank by name; `answers`,
 tokens and log-probabilities of each prompt and its greedy continuation.
 """
@@ -62,9 +62,9 @@ def main(spec_file: str, report_file: str) -> None:
     engine = exam._Engine(spec["checkpoint"], spec["options"])
     prompts = _prompts(spec)
     try:
+        if spec.get("image_prompt"):
+            _answers(engine, prompts)
         if spec["targets"]:
-            if spec.get("image_prompt"):
-                _answers(engine, prompts)
             engine.attach(report)
         for version, digest in spec["targets"]:
             engine.ask(WorkerMethod.STAGE, version, digest)

@@ -93,6 +93,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "glm4v_moe": _of(
         "glm4v_moe",
         text_config={**SIZES, **_GLM_TEXT, "moe_intermediate_size": 96, "n_routed_experts": 8, "n_shared_experts": 1,
+                     "use_qk_norm": False,
                      "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
         vision_config=_GLM_TOWER, **_GLM,
     ),
@@ -114,7 +115,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 def complete(architecture: str, directory: Path) -> None:
     """Add a processor, and give tensors the names that real checkpoints have."""
     _PROCESSORS[architecture]().save_pretrained(directory)
-    if architecture == "gemma3_vl":
+    if architecture in ("gemma3_vl", "llava"):
         rename_tensors(directory, "vision_tower.", "vision_tower.vision_model.")
 
 

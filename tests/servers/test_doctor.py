@@ -36,7 +36,8 @@ LATENT = ["--attention-backend", "CPU_MLA"]
 
 
 def options(architecture: str) -> list[str]:
-    return LATENT if DEVICE == "cpu" and architecture in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite") else []
+    latent = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
+    return LATENT if DEVICE == "cpu" and architecture in latent else []
 
 
 # --- the trial ----------------------------------------------------------------------------------------

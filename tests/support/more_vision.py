@@ -28,7 +28,6 @@ _SIGLIP = {
     "image_size": 56,
     "patch_size": 14,
 }
-_CLIP = {**_SIGLIP, "model_type": "clip_vision_model", "projection_dim": 64}
 _GLM = {
     "image_token_id": ID["<|image|>"],
     "video_token_id": ID["<|video|>"],
@@ -105,17 +104,13 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         "internvl", text_config={**_BASE, "model_type": "qwen2"}, image_token_id=ID["<IMG_CONTEXT>"],
         vision_config={**_SIGLIP, "image_size": [56, 56], "patch_size": [14, 14]}, image_seq_length=4,
     ),
-    "llava": _of(
-        "llava", text_config={**_BASE, "model_type": "llama"}, vision_config=_CLIP, image_token_index=ID["<image>"],
-        image_seq_length=16,
-    ),
 }  # fmt: skip
 
 
 def complete(architecture: str, directory: Path) -> None:
     """Add a processor, and give tensors the names that real checkpoints have."""
     _PROCESSORS[architecture]().save_pretrained(directory)
-    if architecture in ("gemma3_vl", "llava"):
+    if architecture == "gemma3_vl":
         rename_tensors(directory, "vision_tower.", "vision_tower.vision_model.")
 
 
@@ -198,15 +193,6 @@ def _internvl() -> Any:
     )  # fmt: skip
 
 
-def _llava() -> Any:
-    size = {"height": 56, "width": 56}
-    return transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size),
-        tokenizer=tokenizer(image_token="<image>"), patch_size=14, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1,
-    )  # fmt: skip
-
-
 _PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": lambda: _qwen("Qwen2VLProcessor"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_VLProcessor"),
@@ -218,5 +204,4 @@ _PROCESSORS: dict[str, Callable[[], Any]] = {
     "glm4v_moe": _glm,
     "idefics3": _idefics3,
     "internvl": _internvl,
-    "llava": _llava,
 }

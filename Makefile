@@ -31,7 +31,7 @@ export OMP_NUM_THREADS ?= 1
 ON_VLLM := tests/servers/test_extension.py tests/servers/test_commits.py tests/servers/test_parallel_engines.py
 
 # Tests that use a GPU where there is one, of three kinds, and the Python whose torch (and vLLM) sees it.
-ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/format/test_device_classes.py tests/format/test_device_decode.py tests/apply/test_applier.py tests/apply/test_memory.py tests/apply/test_live_digests.py tests/apply/test_gpu_places.py tests/publish/test_device_steps.py tests/publish/test_device_snapshot.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
+ON_GPU     := tests/kernels tests/format/test_device_patch.py tests/format/test_device_classes.py tests/format/test_device_decode.py tests/format/test_device_decode_classes.py tests/apply/test_applier.py tests/apply/test_memory.py tests/apply/test_live_digests.py tests/apply/test_gpu_places.py tests/publish/test_device_steps.py tests/publish/test_device_snapshot.py tests/publish/test_ranks.py tests/lifecycle/test_training_states.py
 ON_GPU_SERVERS := tests/servers/test_gpu.py tests/servers/test_commits.py tests/servers/test_turns.py tests/servers/test_end_to_end.py
 ON_GPU_MODELS  := tests/servers/test_pipe.py
 GPU_PYTHON ?= python3

@@ -15,6 +15,7 @@ import torch
 
 from hubsync.chain.planner import Step
 from hubsync.errors import FormatError
+from hubsync.format.codec import OldBits
 from hubsync.format.codec.device import launching_on
 from hubsync.format.codec.device_decode import DeviceDelta, composed, first_numbers, prepare
 from hubsync.format.digest import Digest
@@ -29,21 +30,25 @@ logger = logging.getLogger("vllm.hubsync")
 _WIDTH = 2  # bytes of an element
 
 
-def read_on_gpu(live: LiveWeights, steps: Sequence[Step], files: Sequence[Sequence[Path]]) -> DeviceDelta | None:
+def read_on_gpu(
+    live: LiveWeights, steps: Sequence[Step], files: Sequence[Sequence[Path]], old: OldBits | None = None
+) -> DeviceDelta | None:
     """The changes of a path, on the GPU of live weights with `places`. None if the CPU must decode it.
 
-    That is so for compact parts, and for anything that is not sound.
+    That is so for anything that is not sound, and for compact parts of later steps.
 
     Args:
         files: the parts of each step.
+        old: the live weights, for compact parts.
     """
     assert live.places is not None
     deltas = []
     try:
         with live.aside():
-            for step, parts in zip(steps, files, strict=True):
+            for number, (step, parts) in enumerate(zip(steps, files, strict=True)):
+                held = None if number or step.inverse else old
                 for part in parts:
-                    delta = read_delta_on_device(part, live.table, step.manifest, live.places)
+                    delta = read_delta_on_device(part, live.table, step.manifest, live.places, held)
                     if delta is None:
                         return None
                     deltas.append(delta.inverted() if step.inverse else delta)
@@ -106,6 +111,14 @@ class GpuPlaces:
         ends = np.append(self._runs.end, np.iinfo(np.int64).max)
         firsts = np.append(self._runs.first, np.iinfo(np.int64).max)
         return firsts[np.searchsorted(ends, first, side="right")] < end
+
+    def addresses(self, tensors: np.ndarray) -> np.ndarray:
+        first, end = self._firsts[tensors], self._firsts[tensors + 1]
+        at = np.searchsorted(np.append(self._runs.first, np.iinfo(np.int64).max), first)
+        place, whole = np.append(self._runs.place, 0)[at], np.append(self._runs.first, -1)[at] == first
+        whole &= np.append(self._runs.end, -1)[at] == end
+        held = np.where(whole, self._memory.address(_WIDTH, place), -1)
+        return np.where(self.holds(first, end), held, 0)
 
     def stage(self, delta: DeviceDelta, edits: EditCollector, sums: Sums) -> None:
         """Add the edits that a delta makes of live weights, and the change of their digests. Waits for the device."""

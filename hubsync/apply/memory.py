@@ -179,6 +179,10 @@ class GpuMemory(_Flat):
                 if width == 2:
                     self._scattered.step(scratch.data_ptr(), places, scratch, scratch.clone(), scratch.clone())
 
+    def address(self, key: int, places: np.ndarray) -> np.ndarray:
+        """Addresses of places of storages with this key, int64."""
+        return self._spans[key][0] + key * places
+
     def stepped(self, key: int, places: torch.Tensor, diffs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Patterns at places of 16-bit storages (int16), and those that differences (int16) make of them."""
         old, new = torch.empty_like(diffs), torch.empty_like(diffs)

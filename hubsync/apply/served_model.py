@@ -150,10 +150,9 @@ class _Mapped:
     def _decoded(self, plan: Plan, files: Sequence[Sequence[Path]]) -> Patch | DeviceDelta:
         """The changes of a path of deltas, on the GPU if that can decode them."""
         live = self.applier.live
-        on_device = None if live.places is None else read_on_gpu(live, plan.steps, files)
-        if on_device is not None:
-            return on_device
-        return self.reader.merged(plan.steps, self.applier.old_bits())
+        old = self.applier.old_bits()
+        on_device = None if live.places is None else read_on_gpu(live, plan.steps, files, old)
+        return self.reader.merged(plan.steps, old) if on_device is None else on_device
 
 
 class ServedModel:
@@ -279,13 +278,13 @@ class ServedModel:
             if self._group.size == 1:
                 self._mapped = self._joined = None  # another try maps again
             raise mismatch
+        mapped.applier.live.prepare()
         mapped.applier.adopt(position)
         stale += mapped.applier.stale_parameters()
         if stale:
             mapped.applier.poison(
                 f"{', '.join(stale[:3])}: the server loaded values of another precision than the run's"
             )
-        mapped.applier.live.prepare()
         logger.info("hubsync: attached to run %s at %s", mapped.reader.run().run_id, position)
 
     # --- stage --------------------------------------------------------------------------------------

@@ -109,13 +109,16 @@ def read_delta(
         raise FormatError(f"delta part: {error}") from None
 
 
-def read_delta_on_device(path: Path, table: TensorTable, manifest: Manifest, held: Held) -> DeviceDelta | None:
-    """Decode one `fast` part on the GPU where its changes will be used. None if `read_delta` must read it.
+def read_delta_on_device(
+    path: Path, table: TensorTable, manifest: Manifest, held: Held, old: OldBits | None = None
+) -> DeviceDelta | None:
+    """Decode one part on the GPU where its changes will be used. None if `read_delta` must read it.
 
-    That is so for compact parts, and for all that it may refuse.
+    That is so for all that it may refuse, and for compact parts without `old`.
 
     Args:
         held: what this process holds there. Chunks of which it holds nothing are left out.
+        old: the held weights, if the delta applies to them.
     """
     found = _laid_out(path)
     if found is None:
@@ -125,9 +128,10 @@ def read_delta_on_device(path: Path, table: TensorTable, manifest: Manifest, hel
         _check_identity(metadata, table, manifest)
     except FormatError:
         return None
-    if metadata["encoding"] != Encoding.FAST.value or arrays["books"].shape[1] != columns(1):
+    encoding = Encoding(metadata["encoding"])
+    if arrays["books"].shape[1] != columns(CLASSES_OF[encoding]):
         return None
-    return decode_on_device(table, **arrays, held=held)
+    return decode_on_device(table, **arrays, held=held, old=old)
 
 
 def _laid_out(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]] | None:

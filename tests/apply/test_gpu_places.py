@@ -248,13 +248,14 @@ def test_what_the_gpu_does_not_read_is_left_to_the_cpu(tmp_path: Path) -> None:
     live = live_of(loaded(Rank(), old), TABLE)
     patch = random_patch(TABLE, 8)
     manifest, paths = files_of(tmp_path, TABLE, [patch], old)
-    assert read_on_gpu(live, [Step(manifest)], [paths]) is None, "compact"
+    assert read_on_gpu(live, [Step(manifest)], [paths]) is None, "compact, and no old weights"
     manifest, paths = files_of(tmp_path, TABLE, [patch])
     paths[0].write_bytes(paths[0].read_bytes()[:-1])
     assert read_on_gpu(live, [Step(manifest)], [paths]) is None, "damaged"
 
 
-def test_a_whole_model_goes_from_version_to_version(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_compact", [False, True])
+def test_a_whole_model_goes_from_version_to_version(tmp_path: Path, is_compact: bool) -> None:
     views = [toy.view(0)]
     views += [toy.nudged(views[0], 1), toy.nudged(views[0], 2)]
     positions = [toy.position_of(number, view) for number, view in enumerate(views)]
@@ -263,8 +264,8 @@ def test_a_whole_model_goes_from_version_to_version(tmp_path: Path) -> None:
     applier.join([applier.inventory()])
     applier.adopt(positions[0])
     patch = toy.patch_between(views[0], views[1])
-    manifest, paths = files_of(tmp_path, toy.TABLE, [patch])
-    delta = read_on_gpu(applier.live, [Step(manifest)], [paths])
+    manifest, paths = files_of(tmp_path, toy.TABLE, [patch], views[0] if is_compact else None)
+    delta = read_on_gpu(applier.live, [Step(manifest)], [paths], applier.old_bits())
     assert delta is not None
     assert set(delta.host) == {3, 4, 5, 6}, "what is not a run of 16-bit elements"
     with pytest.raises(WrongParent, match="does not lead"):
@@ -324,6 +325,6 @@ class Linear(nn.Module):
 
 def settled(session: Session) -> None:
     deadline = time.monotonic() + 60
-    while session.state in BUSY or not session.served.verified:
+    while session.status()["busy"] or session.state in BUSY or not session.served.verified:
         assert time.monotonic() < deadline, session.status()
         time.sleep(0.01)

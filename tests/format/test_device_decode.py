@@ -52,6 +52,9 @@ class Everything:
     def holds(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
         return (first < self.end) & (end > self.first)
 
+    def addresses(self, tensors: np.ndarray) -> np.ndarray:
+        return np.full(len(tensors), -1)
+
 
 def read(table: TensorTable, coded: Encoded, held: Everything | None = None) -> Patch | None:
     """What the device decodes, as a patch. None if it leaves the part to the CPU."""

@@ -158,14 +158,27 @@ def _magnitudes(
     start = tl.load(row + 2)
     n = tl.load(row + 3)
     code = codes + tl.load(row + 7) * CODES
+    at = tl.load(ends + chunk)
+    fine = at.to(tl.int32) * 0 + 1
+    at, fine = _class_magnitudes(words, at, end, lists, diffs, code, start, n, fine, total, L)
+    left = end - at
+    padding = _window(words, at, (left > 0) & (left < 8)) & ((1 << tl.minimum(tl.maximum(left, 0), 8)) - 1)
+    if (fine == 0) | (left < 0) | (left >= 8) | (padding != 0):
+        tl.store(wrong, 1)
+
+
+@triton.jit
+def _class_magnitudes(words, at, end, lists, diffs, code, start, n, fine, total, L: tl.constexpr):
+    """The planes and the tail of `n` changes from `start` on. Returns (position behind them, 0 if they are malformed).
+
+    They are malformed if `fine` is 0. `lists` is int32[2, total], scratch.
+    """
     usual = tl.load(code).to(tl.int64)
     tail = tl.load(code + 1)
     planes = tl.load(code + 2)
-    at = tl.load(ends + chunk)
     diffs += start
     count = n  # changes that no plane has ended
     plane = planes * 0
-    fine = planes * 0 + 1
     while (plane < planes) & (count > 0) & (fine != 0):
         earlier = lists + start + total * (plane & 1)
         later = lists + start + total * (1 - (plane & 1))
@@ -176,10 +189,7 @@ def _magnitudes(
         tl.debug_barrier()  # other threads read what one has written
     earlier = lists + start + total * (plane & 1)
     at, fine = _tail(words, at, end, earlier, diffs, usual, plane, tail, count, fine)
-    left = end - at
-    padding = _window(words, at, (left > 0) & (left < 8)) & ((1 << tl.minimum(tl.maximum(left, 0), 8)) - 1)
-    if (fine == 0) | (left < 0) | (left >= 8) | (padding != 0):
-        tl.store(wrong, 1)
+    return at, fine
 
 
 @triton.jit

@@ -8,7 +8,8 @@ answer is complete, if any of its tokens is of a version that was not wanted. A 
 ends with an error event. Other answers state their oldest and newest version in `X-Hubsync-Versions`; streamed ones
 state the versions of their tokens in an event without choices before the last.
 
-Requests without these headers pass through. This module imports neither vLLM nor a web framework.
+Requests without these headers, and to paths that the API key does not guard, pass through. This module imports neither
+vLLM nor a web framework.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Versions = tuple[int, int]
 
 Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
+
+_GUARDED = ("/v1/", "/v2/", "/inference/")  # by vLLM's API key: nobody else learns what is served
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -139,7 +142,7 @@ class VersionDemands:
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         try:
-            demand = demand_of(scope["headers"]) if scope["type"] == "http" else None
+            demand = demand_of(scope["headers"]) if _is_guarded(scope) else None
         except FormatError as error:
             return await _answer(send, 400, {"message": str(error), "type": "FormatError", "code": 400}, None)
         if demand is None:
@@ -153,6 +156,13 @@ class VersionDemands:
             await self._app(scope, receive, checked)
         finally:
             _seen.reset(token)
+
+
+def _is_guarded(scope: Any) -> bool:
+    if scope["type"] != "http":
+        return False
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.startswith(_GUARDED)
 
 
 class _CheckedAnswer:

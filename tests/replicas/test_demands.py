@@ -154,5 +154,10 @@ def test_a_stream_that_left_the_version_ends_with_an_error(states: bool) -> None
     assert "wants version 3, and this server served versions 3 to 4" in last["error"]["message"]
 
 
+def test_who_has_no_key_does_not_learn_what_is_served() -> None:
+    """vLLM's API key does not guard other paths."""
+    assert server(Engine("3")).get("/health", headers={EXACT: "9"}).status_code == 404
+
+
 def test_a_stream_without_a_demand_is_left_alone() -> None:
     assert len(events(server(Engine("3", "4")).post("/v1/streamed").text)) == 2

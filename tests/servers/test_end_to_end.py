@@ -156,6 +156,9 @@ def test_a_server_without_development_mode_is_driven_behind_its_api_key(stranger
     with pytest.raises(ReplicaUnsuitable, match="wants another API key"):
         VLLMServer(stranger.url, "guessed").rpc("hubsync_status")
     assert httpx.post(f"{stranger.url}/v1/hubsync/undo").status_code == 401
+    demand = {"X-Hubsync-Version": "999"}
+    assert httpx.post(f"{stranger.url}/v1/completions", headers=demand).status_code == 401
+    assert httpx.get(f"{stranger.url}/health", headers=demand).status_code == 200
 
 
 def test_another_endpoint_plugin_answers_beside_it(stranger: Stranger) -> None:

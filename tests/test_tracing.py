@@ -50,6 +50,7 @@ PATH = [
 ]
 """The files, in reading order. docs/ARCHITECTURE.md explains each."""
 
+INLINED = ("<listcomp>", "<dictcomp>")  # calls of their own only before Python 3.12
 THREAD_POOL = "hubsync/kernels/parallel.py"  # runs functions of other files
 
 
@@ -92,7 +93,7 @@ class Tracer:
             return
         code, file = frame.f_code, frame.f_code.co_filename
         if event == "return":
-            if self._carries(result):
+            if self._carries(result) and code.co_name not in INLINED:
                 self.files.add(file)
             return
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -107,8 +108,8 @@ class Tracer:
             return len(value) == self.changed if value.ndim else False
         if isinstance(value, Path):
             return value.suffix == ".safetensors"
-        if isinstance(value, bytes):
-            return len(value) > self.changed and b"hubsync-delta" in value[:400]
+        if isinstance(value, (bytes, memoryview)):
+            return len(value) > self.changed and b"hubsync-delta" in bytes(value[:400])
         if depth > 3:
             return False
         if isinstance(value, dict):

@@ -11,11 +11,10 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,9 @@ import torch
 from hubsync.chain import ChainReader, Plan
 from hubsync.errors import ConfigError, HubsyncError, NoPath, ReplicaPoisoned, ReplicaRefused, RunMismatch, WrongParent
 from hubsync.format.checkpoint import Checkpoint, Patched
-from hubsync.format.codec.device_decode import DeviceDelta
 from hubsync.format.digest import Digest, digest_view
 from hubsync.format.manifest import Position
 from hubsync.format.parts import open_anchor
-from hubsync.format.patch import Patch
 from hubsync.format.view_bits import ViewBits
 
 from .applier import Applier
@@ -142,17 +139,12 @@ class _Mapped:
             files = [self.reader.fetch(step.manifest) for step in plan.steps]
         with reading:
             with _timed(metrics, "decode_s"):
-                patch = self._decoded(plan, files)
+                live, old = self.applier.live, self.applier.old_bits()
+                on_device = None if live.places is None else read_on_gpu(live, plan.steps, files, old)
+                patch = self.reader.merged(plan.steps, old) if on_device is None else on_device
             with _timed(metrics, "place_s"):
                 self.applier.stage_patch(patch, plan.target)
         return plan
-
-    def _decoded(self, plan: Plan, files: Sequence[Sequence[Path]]) -> Patch | DeviceDelta:
-        """The changes of a path of deltas, on the GPU if that can decode them."""
-        live = self.applier.live
-        old = self.applier.old_bits()
-        on_device = None if live.places is None else read_on_gpu(live, plan.steps, files, old)
-        return self.reader.merged(plan.steps, old) if on_device is None else on_device
 
 
 class ServedModel:

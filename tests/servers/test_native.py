@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+from hubsync import SyncConfig
 from hubsync.demo.compare import greedy
+from hubsync.errors import ConfigError
 from hubsync.format.manifest import Position
+from hubsync.integrations.vllm_trainer import HubsyncTrainerInitInfo, HubsyncTrainerWeightTransferEngine
 from hubsync.replicas.vllm_http import VLLMServer
 from tests.support.models import save_checkpoint, save_tokenizer
 from tests.support.publisher import Publisher, small_steps
@@ -42,12 +51,16 @@ class Native:
         assert VLLMServer(self.url).weight_version() == str(position.version)
 
 
+def trained(base: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
 @pytest.fixture(scope="module")
 def native(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Native:
     root = tmp_path_factory.mktemp("native")
     base = save_checkpoint("qwen3_tied", root / "base")
     save_tokenizer(base)
-    publisher = Publisher(root, base)
+    publisher = Publisher(root, base, names=[name for name, _ in trained(base).named_parameters()])
     url = start_server(
         base,
         environment={
@@ -86,3 +99,33 @@ def test_errors_are_raised_once_and_leave_the_workers_in_step(native: Native) ->
     assert "nothing was staged" in native.call("finish_weight_update").text
     native.update(native.publisher.positions[1])
     native.update(native.publisher.positions[0])
+
+
+def test_the_trainers_half_of_vllms_interface_publishes_and_commits(native: Native) -> None:
+    model = trained(native.publisher.base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    transfer = WeightTransferTrainerFactory.trainer_init(
+        HubsyncTrainerInitInfo(model, optimizer, SyncConfig(bucket=native.publisher.address), rank=0),
+        client=HTTPVLLMWeightSyncClient(native.url),
+    )
+    assert isinstance(transfer, HubsyncTrainerWeightTransferEngine)
+    transfer.send_weights()
+    before = greedy(native.url, PROMPTS)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+    transfer.send_weights()
+
+    published = transfer.published
+    assert published is not None
+    assert published.changed > 0
+    assert VLLMServer(native.url).weight_version() == str(published.version)
+    assert greedy(native.url, PROMPTS) != before
+    transfer.shutdown()
+    with pytest.raises(ConfigError, match="no WeightSource"):
+        WeightTransferTrainerFactory.trainer_init(
+            HubsyncTrainerInitInfo(model, optimizer, SyncConfig(bucket=native.publisher.address), rank=0),
+            client=HTTPVLLMWeightSyncClient(native.url),
+            source=ModuleSource(model),
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,18 @@ RUN_ID = "feedc0de" * 4
 
 
 class Publisher:
-    """A run whose versions change 1 % of the elements of every tensor, and a checkpoint of each version."""
+    """A run whose versions change 1 % of the elements of every tensor, and a checkpoint of each version.
 
-    def __init__(self, root: Path, base: Path, run_id: str = RUN_ID):
+    Args:
+        names: of all tensors, in the order of a trainer that will continue the run.
+    """
+
+    def __init__(self, root: Path, base: Path, run_id: str = RUN_ID, *, names: Sequence[str] | None = None):
         self.run_id = run_id
         self.root = root
         self.base = base
-        self.views = [load_file(base / "model.safetensors")]
+        tensors = load_file(base / "model.safetensors")
+        self.views = [{name: tensors[name] for name in names or tensors}]
         self.table = TensorTable(
             [TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype)) for name, tensor in self.views[0].items()]
         )

@@ -37,6 +37,7 @@ BUILT_IN = {
     "repair": "hubsync.cli.repair",
     "keygen": "hubsync.cli.keygen",
     "hub": "hubsync.cli.hub",
+    "size": "hubsync.cli.size",
 }
 
 

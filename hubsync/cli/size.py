@@ -166,7 +166,7 @@ def _lines(deltas: Deltas, seconds: Mapping[str, SyncTimes], args: argparse.Name
     yield ["trainer and server", *(f"{time.compute:.2f} s" for time in times)]
     yield ["publish to committed", *(f"{time.total:.2f} s" for time in times)]
     yield ["all weights, same link", *(f"{time.whole:.2f} s" for time in times)]
-    yield ["which is faster above", *(f"{time.crossing / 1e9:.2g} Gb/s" for time in times)]
+    yield ["all weights faster above", *(f"{time.crossing / 1e9:.2g} Gb/s" for time in times)]
 
 
 def _delta(delta: DeltaSize) -> str:

@@ -20,8 +20,8 @@ _BIAS, _MANTISSA = 127, 7
 FIRST = 1.0
 """Mean update divided by the learning rate, in Adam's first step: it moves every weight by the learning rate."""
 
-SETTLED = 0.3
-"""The same after the first ten steps of the measured trace (0.25 to 0.36 in its steps 8 to 18)."""
+SETTLED = 0.25
+"""The same later: 0.27 in steps 14 to 18 of the measured trace, 0.15 for random gradients (benchmarks/README.md)."""
 
 # `python -m benchmarks.apply --model qwen3-4b` on an H200 (benchmarks/README.md): 26 M changes in 33.2 MB, 180 ms from
 # the publish call to the commit, while the server generates.

@@ -255,7 +255,7 @@ class HubSyncCallback(TrainerCallback):
         if not getattr(self.trainer, "vllm_importance_sampling_correction", False):
             return
         mode = self.trainer.vllm_generation.vllm_client.logprobs_mode()
-        if mode != "processed_logprobs":
+        if mode not in (None, "processed_logprobs"):
             logger.warning(
                 "The vLLM server runs with `--logprobs-mode %s`, which biases the importance sampling correction where "
                 "temperature, top_p and the like change the distribution. Restart it with `--logprobs-mode "

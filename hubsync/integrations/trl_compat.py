@@ -126,6 +126,7 @@ class _HTTPClient(VLLMClient):
     """The generating part of TRL's client. It never opens a communicator."""
 
     def __init__(self, server: VLLMServer, timeout: float):
+        self._server = server
         self.base_url = server.url
         self.session = vllm_client.requests.Session()
         self.session.trust_env = trusts_environment(server.url)
@@ -134,10 +135,9 @@ class _HTTPClient(VLLMClient):
         _wait_for(server, timeout)
         self.model = self._get(f"{server.url}/v1/models")["data"][0]["id"]
 
-    def logprobs_mode(self) -> str:
-        """The server's `--logprobs-mode`. TRL calls this since 1.16."""
-        info = self._get(f"{self.base_url}/server_info?config_format=json")
-        return str(info["vllm_config"]["model_config"]["logprobs_mode"])
+    def logprobs_mode(self) -> str | None:
+        """The server's `--logprobs-mode`; None if it does not tell."""
+        return self._server.logprobs_mode()
 
 
 @dataclass(frozen=True)

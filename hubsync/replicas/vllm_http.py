@@ -103,6 +103,18 @@ class VLLMServer:
     def weight_version(self) -> str:
         return self._read("/weight_info", lambda answer: str(answer["weight_version"]), control=True)
 
+    def logprobs_mode(self) -> str | None:
+        """The server's `--logprobs-mode`; None if neither hubsync's endpoints nor the development ones state it."""
+        for path in (CONTROL_PATH, "/server_info?config_format=json"):
+            answer = self._request("GET", path)
+            if answer.status_code in _NO_DOOR:
+                continue
+            document = self._json(self._checked(answer, path, True), path)
+            mode = document.get("logprobs_mode", _model_config(document).get("logprobs_mode"))
+            if mode is not None:
+                return str(mode)
+        return None
+
     def max_model_len(self) -> int:
         """Longest sequence of the served model, in tokens."""
         return self._read("/v1/models", lambda answer: int(answer["data"][0]["max_model_len"]))
@@ -276,6 +288,13 @@ class VLLMServer:
         if answer.is_error or not isinstance(document, dict):
             raise ReplicaUnsuitable(f"{self.url}{path} does not answer like a vLLM server: {self._message(answer)}")
         return document
+
+
+def _model_config(document: dict[str, Any]) -> dict[str, Any]:
+    """The model's part of an answer of `/server_info`."""
+    config = document.get("vllm_config")
+    model = config.get("model_config") if isinstance(config, dict) else None
+    return model if isinstance(model, dict) else {}
 
 
 def _message(answer: httpx.Response) -> str:

@@ -29,7 +29,10 @@ class StandInEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.paused = False
-        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size_across_dp=2))
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(world_size_across_dp=2),
+            model_config=SimpleNamespace(logprobs_mode="processed_logprobs"),
+        )
 
     async def collective_rpc(self, method: str, *, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         self.calls.append((method, kwargs))
@@ -101,6 +104,7 @@ def test_a_server_is_paused_and_resumed(http: TestClient) -> None:
 def test_the_endpoints_say_what_they_speak(http: TestClient) -> None:
     about = http.get("/v1/hubsync").json()
     assert about["protocol"] == 1
+    assert about["logprobs_mode"] == "processed_logprobs"
     assert about["world_size"] == http.get("/v1/hubsync/get_world_size").json()["world_size"] == 2
     assert http.get("/v1/hubsync/weight_info").json() == {"weight_version": None}, "vLLM 0.26 states none"
 

@@ -128,6 +128,18 @@ def test_a_wrong_key_is_reported_unless_the_development_endpoints_are_open(
     assert server.rpc("hubsync_status") == STATUS["results"]
 
 
+def test_the_logprobs_mode_is_known_without_development_endpoints(serve: Callable[[Answers], VLLMServer]) -> None:
+    answers: Answers = {}
+    server = serve(answers)
+    assert server.logprobs_mode() is None
+    answers["/server_info"] = (200, {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}})
+    assert server.logprobs_mode() == "raw_logprobs"
+    answers["/v1/hubsync"] = (200, {"protocol": 1})  # of an older hubsync
+    assert server.logprobs_mode() == "raw_logprobs"
+    answers["/v1/hubsync"] = (200, {"protocol": 1, "logprobs_mode": "processed_logprobs"})
+    assert server.logprobs_mode() == "processed_logprobs"
+
+
 def test_a_server_with_neither_endpoints_is_told_both_remedies(serve: Callable[[Answers], VLLMServer]) -> None:
     for call in (lambda server: server.rpc("hubsync_status"), VLLMServer.pause, VLLMServer.world_size):
         with pytest.raises(ReplicaUnsuitable, match=r"VLLM_PLUGINS=hubsync .*VLLM_SERVER_DEV_MODE=1"):

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .changes import Changes
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -147,6 +149,13 @@ class Bucket(ABC):
         can be copied this way. The default returns None.
         """
         return None
+
+    def changes(self, paths: Sequence[str]) -> Changes:
+        """Pauses between looks at these objects, which end early if the storage reports a change.
+
+        A path that ends with "/" stands for all objects below it. The default never ends one early.
+        """
+        return Changes()
 
     @property
     def lag(self) -> float:

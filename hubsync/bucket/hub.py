@@ -24,10 +24,11 @@ from hubsync.retry import attempts
 
 from . import xet
 from .address import HubAddress
-from .base import Bucket, Copied, Download, Stat, Upload
+from .base import Bucket, Changes, Copied, Download, Stat, Upload
 from .files import holds, temporary
 from .hub_api import Entry, HubApi
 from .hub_errors import Refused, by_transfer
+from .hub_events import HubChanges, stream_of
 from .names import checked, checked_directory, is_name
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,11 @@ class HubBucket(Bucket):
 
     def now(self) -> float:
         return self._api.clock()
+
+    def changes(self, paths: Sequence[str]) -> Changes:
+        stream = stream_of(self._api)
+        names = [self._full(path.rstrip("/")) + "/" * path.endswith("/") for path in paths]
+        return Changes() if stream is None else HubChanges(stream, names)
 
     def delete(self, paths: Sequence[str]) -> None:
         names = [self._full(path) for path in paths]

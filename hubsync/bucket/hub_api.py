@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from huggingface_hub import constants, get_token
@@ -96,11 +96,16 @@ class HubApi:
         Looking it up may use the network (an OAuth token that is refreshed). `build_hf_headers` would also ask the
         public Hub for names of coding agents.
         """
+        token = self.token_or_false()
+        known = {"User-Agent": f"hubsync/{__version__}; hf_hub/{get_hf_hub_version()}"}
+        return known if not token else known | {"Authorization": f"Bearer {token}"}
+
+    def token_or_false(self) -> str | Literal[False]:
+        """The token, looked up now; False if there is none. huggingface_hub looks for one by itself if given None."""
         token = self._token
         if token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
             token = within(SILENCE_SECONDS, get_token, "read the Hub's token")
-        known = {"User-Agent": f"hubsync/{__version__}; hf_hub/{get_hf_hub_version()}"}
-        return known if not token else known | {"Authorization": f"Bearer {token}"}
+        return token or False
 
     # --- bucket -------------------------------------------------------------------------------------
 

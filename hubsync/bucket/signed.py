@@ -14,7 +14,7 @@ from hubsync.errors import Untrusted
 from hubsync.format.documents import SIGNATURE, canonical
 from hubsync.format.keys import PublicKey, SigningKey
 
-from .base import Bucket, Copied, Download, Stat, Upload
+from .base import Bucket, Changes, Copied, Download, Stat, Upload
 
 
 class SignedBucket(Bucket):
@@ -62,6 +62,9 @@ class SignedBucket(Bucket):
     @property
     def lag(self) -> float:
         return self._bucket.lag
+
+    def changes(self, paths: Sequence[str]) -> Changes:
+        return self._bucket.changes(paths)
 
     def now(self) -> float:
         return self._bucket.now()

@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hubsync.bucket.base import Bucket
+from hubsync.bucket.base import Bucket, Changes
 from hubsync.errors import ConfigError, FormatError, HeadTooOld, NoPath, ObjectMissing, RunMismatch
 from hubsync.format.manifest import MAX_VERSION, SIDE_FILES, Head, Manifest, Position, Run
 from hubsync.retry import attempts
@@ -120,6 +120,10 @@ class ChainReader:
             self._resolved = newest, said, position
         return self._resolved[2]
 
+    def changes(self) -> Changes:
+        """Pauses between two calls of `newest` or `served`."""
+        return self._bucket.changes([Layout.HEAD])
+
     def manifests(self) -> list[Manifest]:
         """Deltas and anchors of the current chain, oldest first (the delta of a version before its anchor).
 
@@ -207,7 +211,7 @@ class ChainReader:
         position = self._position(target)
         if have == position:
             return Plan(have, None, False, (), position)
-        if have is not None and target is not None and target.parent == have and not self._is_lost(target):
+        if have and target and target.parent == have and Layout.manifest(target) not in self._lost:
             return Plan(have, None, False, (Step(target),), position)
         plan = self._cheapest(target, have, base_available)
         if plan is None:
@@ -377,8 +381,7 @@ class ChainReader:
             manifest = Manifest.loads(self._memory.read_bytes())
         except (OSError, FormatError):
             return None
-        ours = manifest.run_id == self.run().run_id and manifest.kind != "merged"
-        return manifest if ours else None
+        return manifest if manifest.run_id == self.run().run_id and manifest.kind != "merged" else None
 
     def _require_fresh(self, head: Head | None) -> None:
         if self._max_head_age is None:
@@ -431,9 +434,6 @@ class ChainReader:
             return self._position(self._target(version))
         except NoPath:
             return None
-
-    def _is_lost(self, manifest: Manifest) -> bool:
-        return Layout.manifest(manifest) in self._lost
 
     def _inventory(self) -> str:
         versions = sorted({version for names in self._index.epochs.values() for version in names.deltas})

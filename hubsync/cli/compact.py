@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="with --watch: time between two polls (default: %(default)g)",
+        help="with --watch: longest time between two polls (default: %(default)g)",
     )
     options.add_json(parser, "print one JSON object per line")
     options.add_write_access(parser)
@@ -59,15 +59,18 @@ def run(args: argparse.Namespace) -> int:
         compactor = Compactor(bucket, reader, base, args.max_span)
         _compact(compactor, as_json=args.json)
         done = reader.newest()
-        while args.watch:
-            time.sleep(args.interval)
-            try:
-                if reader.newest() != done:
-                    _compact(compactor, as_json=args.json)
-                    done = reader.newest()
-            except BucketUnavailable as error:
-                print(f"{error}; next try in {args.interval:g} s", file=sys.stderr)
-    return 0
+        if not args.watch:
+            return 0
+        with reader.changes() as changes:
+            while True:
+                changes.wait(args.interval)
+                try:
+                    if reader.newest() != done:
+                        _compact(compactor, as_json=args.json)
+                        done = reader.newest()
+                except BucketUnavailable as error:
+                    print(f"{error}; next try in {args.interval:g} s", file=sys.stderr)
+                    time.sleep(args.interval)
 
 
 def _compact(compactor: Compactor, *, as_json: bool) -> None:

@@ -25,9 +25,10 @@ _GRACE_S = 10.0  # for a commit in progress when the command is stopped
 
 HELP = "keep a vLLM server at the served version of a run"
 DESCRIPTION = """\
-Keep one vLLM server at the version that a run serves: poll the run's head in the bucket, and commit each new version on
-the server. Use it for a server that the trainer cannot reach: it connects to the Hub and to that server only. Several
-followers of one server, and trainers that push to it, do not interfere with each other.
+Keep one vLLM server at the version that a run serves: look at the run's head in the bucket, at once when the Hub
+reports a change and otherwise at intervals, and commit each new version on the server. Use it for a server that the
+trainer cannot reach: it connects to the Hub and to that server only. Several followers of one server, and trainers that
+push to it, do not interfere with each other.
 """
 
 
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bucket", metavar="ADDRESS", help=argparse.SUPPRESS)  # the address, as older versions took it
     parser.add_argument("--server", required=True, metavar="URL", help="the server, such as http://127.0.0.1:8000")
     parser.add_argument(
-        "--interval", type=float, default=5.0, metavar="SECONDS", help="time between two polls (default: %(default)g)"
+        "--interval",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="longest time between polls (default: %(default)g)",
     )
     parser.add_argument(
         "--kv-cache",

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="SECONDS",
-        help="time between two reads of the run; servers are asked every second (default: %(default)g)",
+        help="longest time between two reads of the run; servers are asked every second (default: %(default)g)",
     )
     parser.add_argument("--once", action="store_true", help="look once, print, and exit")
     options.add_json(parser, "with --once: print one JSON object")

@@ -117,7 +117,7 @@ class Watch:
     Args:
         reader: makes the reader of the run.
         replicas: the servers.
-        interval: seconds between two looks at the run.
+        interval: longest time in seconds between two looks at the run.
         server_interval: seconds between two looks at a server.
     """
 
@@ -152,20 +152,30 @@ class Watch:
     @contextmanager
     def looking(self) -> Iterator[Watch]:
         """Look in the background while the context is open."""
-        run_s, server_s = self._intervals
-        jobs: list[tuple[Callable[[], None], float]] = [(self._look_at_run, run_s)]
-        jobs += [(lambda replica=replica: self._look_at(replica), server_s) for replica in self._replicas]  # type: ignore[misc]
-        for look, pause in jobs:
-            threading.Thread(target=self._repeat, args=(look, pause), daemon=True).start()
+        threading.Thread(target=self._watch_run, daemon=True).start()
+        for replica in self._replicas:
+            threading.Thread(target=self._watch_server, args=(replica,), daemon=True).start()
         try:
             yield self
         finally:
             self._ended.set()
 
-    def _repeat(self, look: Callable[[], None], pause: float) -> None:
+    def _watch_run(self) -> None:
+        self._look_at_run()
+        while self._reader is None and not self._ended.wait(self._intervals[0]):
+            self._look_at_run()
+        if self._reader is None:
+            return
+        with self._reader.changes() as changes:
+            while not self._ended.is_set():
+                pause = changes if self.run.error is None else self._ended  # reports must not shorten that of an error
+                pause.wait(self._intervals[0])
+                self._look_at_run()
+
+    def _watch_server(self, replica: Replica) -> None:
         while not self._ended.is_set():
-            look()
-            self._ended.wait(pause)
+            self._look_at(replica)
+            self._ended.wait(self._intervals[1])
 
     def _look_at_run(self) -> None:
         try:

@@ -84,6 +84,7 @@ class LocalHub:
         self._server.server_close()
         self._server.disconnect_all()
         self._server.break_silence()
+        self._buckets.events.end_streams()
         self._thread.join()
         self._store.close()
 
@@ -130,6 +131,10 @@ class LocalHub:
         """
         self._buckets.lag.set(seconds, match)
 
+    def end_streams(self) -> None:
+        """End all event streams, as a service does that is restarted. Clients open new ones."""
+        self._buckets.events.end_streams()
+
     def limit(self, calls: int, seconds: float = 300.0) -> None:
         """Answer 429 to API calls beyond so many in each window of `seconds`, with the headers of the real Hub."""
         self._server.limit = RateLimit(calls, seconds)
@@ -148,4 +153,5 @@ class LocalHub:
         self._buckets.refusals.clear()
         self._server.faults.clear()
         self._server.counts.clear()
+        self.end_streams()
         self._server.break_silence()

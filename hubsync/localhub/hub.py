@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 from .access import USER, Access
+from .events import Events
 from .lag import Lag
 from .server import HttpError, Reply, Request, Route
 from .store import BucketRow, FileRow, ModelFile, Store, timestamp
@@ -40,6 +41,7 @@ class BucketApi:
         self._store, self._access, self._url, self._page = store, access, url, page
         self.refusals: list[Refusal] = []
         self.lag = Lag()
+        self.events = Events()
 
     def routes(self) -> list[Route]:
         bucket = "/api/buckets/{namespace}/{name}"
@@ -53,6 +55,7 @@ class BucketApi:
             Route("GET", bucket + "/tree/{path}", self.tree),
             Route("POST", bucket + "/paths-info", self.paths_info),
             Route("POST", bucket + "/batch", self.batch),
+            Route("GET", bucket + "/events", self.follow),
             Route("GET", bucket + "/xet-read-token", self.read_token),
             Route("GET", bucket + "/xet-write-token", self.write_token),
             Route("POST", "/api/models/{namespace}/{name}/paths-info/{revision}", self.model_paths_info),
@@ -137,7 +140,7 @@ class BucketApi:
         operations = [_operation(line) for line in request.body.splitlines() if line.strip()]
         if len(operations) > _MAX_OPERATIONS:
             raise HttpError(400, f"a batch has at most {_MAX_OPERATIONS} operations")
-        failed = []
+        failed, changes = [], []
         with self._store.transaction():
             for operation in operations:
                 path = operation["path"]
@@ -145,10 +148,18 @@ class BucketApi:
                 if error := self._apply(bucket.id, operation):
                     failed.append({"path": path, "error": error})
                 else:
-                    self.lag.wrote(bucket.id, path, before, self._store.file(bucket.id, path))
-            self._store.touch(bucket.id)
+                    after = self._store.file(bucket.id, path)
+                    self.lag.wrote(bucket.id, path, before, after)
+                    changes.append(_change(path, before, after))
+            time_ = self._store.touch(bucket.id)
+        self.events.publish(bucket.id, time_, changes)
         done = {"success": not failed, "processed": len(operations), "succeeded": len(operations) - len(failed)}
         return Reply({**done, "failed": failed}, status=422 if failed and len(failed) == len(operations) else 200)
+
+    def follow(self, request: Request, namespace: str, name: str) -> Reply:
+        """The event stream. Events come at once, also of names that readers see late."""
+        bucket = self._bucket(request, namespace, name)
+        return Reply(self.events.stream(bucket.id, request.query), type="text/event-stream")
 
     def resolve(self, request: Request, namespace: str, name: str, path: str) -> Reply:
         """Headers only: the content itself is read from the storage half."""
@@ -275,6 +286,13 @@ def _entry(row: FileRow) -> dict[str, Any]:
         "mtime": timestamp(row.mtime),
         "uploadedAt": row.uploaded,
     }
+
+
+def _change(path: str, before: FileRow | None, after: FileRow | None) -> dict[str, Any]:
+    """What the event stream says of a name that was written or deleted."""
+    if after is None:
+        return {"path": path, "op": "delete"}
+    return {**_entry(after), "op": "add" if before is None else "update"}
 
 
 def _model_entry(file: ModelFile) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. A `body` of bytes is sent unchanged, any other as JSON."""
+    """An answer. A `body` of bytes is sent unchanged, an iterator of bytes as they come, any other as JSON."""
 
     body: Any = b""
     status: int = 200
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.lose_answer:
             self.close_connection = True
             return
-        if fault and fault.corrupt:
+        if fault and fault.corrupt and isinstance(reply.body, bytes):
             reply = _with_a_flipped_bit(reply)
         self._send(reply, truncate=bool(fault and fault.truncate))
 
@@ -288,7 +288,21 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1 / _STEPS)
             yield min(step, size - start)
 
+    def _stream(self, reply: Reply, blocks: Iterator[bytes]) -> None:
+        """Send blocks as they come, and end the connection after the last one."""
+        self.close_connection = True
+        self.send_response(reply.status)
+        for key, value in {"Content-Type": reply.type, "Connection": "close", **reply.headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        for block in blocks:
+            self.wfile.write(block)
+            self.wfile.flush()
+
     def _send(self, reply: Reply, *, truncate: bool = False) -> None:
+        if isinstance(reply.body, Iterator):
+            self._stream(reply, reply.body)
+            return
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         self.send_response(reply.status)
         for key, value in {"Content-Type": reply.type, "Content-Length": str(len(body)), **reply.headers}.items():

@@ -118,8 +118,11 @@ class Store:
             self._rows("delete from file where bucket = ?", bucket)
             self._rows("delete from bucket where id = ?", bucket)
 
-    def touch(self, bucket: str) -> None:
-        self._rows("update bucket set updated = ? where id = ?", now(), bucket)
+    def touch(self, bucket: str) -> str:
+        """Note that a bucket has changed. Returns the time."""
+        time = now()
+        self._rows("update bucket set updated = ? where id = ?", time, bucket)
+        return time
 
     def file(self, bucket: str, path: str) -> FileRow | None:
         rows = self._rows(f"select {_FILE} from file where bucket = ? and path = ?", bucket, path)

@@ -1,8 +1,8 @@
 """Pull: keep one inference server at the served version of a run. The trainer need not know the server.
 
-A follower polls the head of the run and brings its server to the served version. It keeps no state: it may be killed at
-any moment, run several times, or run while a publisher pushes, because all operations on a server are idempotent. It
-needs network access to the Hub and to its server only.
+A follower polls the head of the run, at once when the storage reports a change of it, and brings its server to the
+served version. It keeps no state: it may be killed at any moment, run several times, or run while a publisher pushes,
+because all operations on a server are idempotent. It needs network access to the Hub and to its server only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hubsync.apply.protocol import WorkerState
+from hubsync.bucket.base import Changes
 from hubsync.chain import ChainReader
 from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaBehind, RunMismatch
 from hubsync.retry import REPORT_SECONDS, Deadline
@@ -49,7 +50,8 @@ class Follower:
     Args:
         open_reader: returns a reader of the run. Called when first needed, so the run need not exist yet.
         replica: the server.
-        interval: seconds between two polls of the head. A poll costs two or three requests to the Hub.
+        interval: seconds between two polls of the head, at most: a report of the storage ends the pause at once. A
+            poll costs two or three requests to the Hub.
         stage_timeout: seconds the server may take to find its position in the run, or to stage a version.
 
     Attributes:
@@ -73,6 +75,7 @@ class Follower:
         self._stage_timeout = stage_timeout
         self._stop = threading.Event()
         self._reader: ChainReader | None = None
+        self._changes: Changes | None = None
         self._is_known = False
         self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
         self.on_commit: Callable[[Followed], None] = lambda followed: None
@@ -84,21 +87,32 @@ class Follower:
         while not self._stop.is_set():
             try:
                 followed = self.step()
-                pause, failures = self._interval * random.uniform(0.75, 1.25), 0
+                failures = 0
             except ConfigError:
                 raise
             except (HubsyncError, OSError) as error:
                 failures += 1
                 pause = min(_LONGEST_PAUSE_S, self._interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
                 self.on_error(_explained(error), pause)
+                self._stop.wait(pause)  # reports must not shorten it: what failed may be a limit of requests
             else:
                 if followed is not None:
                     self.on_commit(followed)
-            self._stop.wait(pause)
+                self._wait_for_change(self._interval * random.uniform(0.75, 1.0))
 
     def stop(self) -> None:
         """End `run`. Staging is abandoned, a commit under way is finished. Any thread may call this."""
         self._stop.set()
+        if self._changes is not None:
+            self._changes.close()
+
+    def _wait_for_change(self, timeout_s: float) -> None:
+        assert self._reader is not None  # a step was made
+        if self._changes is None:
+            self._changes = self._reader.changes()
+        if self._stop.is_set():
+            self._changes.close()
+        self._changes.wait(timeout_s)
 
     def step(self) -> Followed | None:
         """Read the head once, and bring the server to the served version.

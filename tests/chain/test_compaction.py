@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hubsync.bucket import LocalBucket
+from hubsync.bucket.changes import Changes
 from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader, ChainWriter, Compactor, Layout, Step
 from hubsync.chain.retention import Collector, Policy
-from hubsync.cli import compact
 from hubsync.cli.main import main
 from hubsync.errors import FormatError
 from hubsync.format.manifest import Head, Manifest, Position
@@ -320,12 +320,13 @@ def test_watch_continues_with_each_new_version(
 ) -> None:
     history.publish(), history.publish()
 
-    def until_the_next_look(_seconds: float) -> None:
+    def until_the_next_look(_changes: Changes, _seconds: float) -> bool:
         if history.writer.position.version == 4:
             raise KeyboardInterrupt
         history.publish(), history.publish()
+        return True
 
-    monkeypatch.setattr(compact.time, "sleep", until_the_next_look)
+    monkeypatch.setattr(Changes, "wait", until_the_next_look)
     with pytest.raises(KeyboardInterrupt):
         hubsync("compact", history.bucket.address, "--watch")
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [

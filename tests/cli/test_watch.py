@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from hubsync.bucket import LocalBucket
+from hubsync.bucket.hub import HubBucket
 from hubsync.chain import ChainReader
 from hubsync.cli import watching
 from hubsync.cli.main import main
@@ -18,6 +19,7 @@ from hubsync.errors import BucketUnavailable
 from hubsync.format.manifest import Position
 from hubsync.replicas.engines import connect
 from hubsync.replicas.replica import Replica
+from tests.replicas.test_deployment import until
 from tests.support.history import History
 from tests.support.standin import StandIn
 
@@ -104,6 +106,21 @@ def test_a_live_picture_is_drawn_until_it_is_interrupted(
 
     monkeypatch.setattr(Live, "update", interrupted)
     assert main(["watch", history.bucket.address, "--server", server.url]) == 0
+
+
+def test_a_new_version_on_a_hub_is_seen_long_before_the_next_look(hub_bucket: HubBucket, tmp_path: Path) -> None:
+    """The interval is an hour: the Hub's events do it."""
+    history = History(hub_bucket)
+    history.publish()
+    watch = watching.Watch(lambda: ChainReader(hub_bucket, tmp_path), [], interval=3600.0)
+
+    def sees(version: int) -> bool:
+        return watch.run.newest is not None and watch.run.newest.version == version
+
+    with watch.looking():
+        until(lambda: sees(1))
+        history.publish()
+        until(lambda: sees(2))
 
 
 def test_json_of_a_live_picture_is_refused(history: History, capsys: pytest.CaptureFixture[str]) -> None:

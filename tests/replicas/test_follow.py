@@ -262,6 +262,7 @@ def test_the_follower_catches_up_after_a_hub_outage(
     hub_address: str, server: StandIn, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr("hubsync.bucket.hub_api.PATIENCE_SECONDS", 0.5)
     hub, told = LocalHub(tmp_path / "hub").start(), []
     port = int(hub.url.rsplit(":", 1)[1])
     copy_run(publisher.address, hub.url, hub_address)
@@ -282,6 +283,24 @@ def test_the_follower_catches_up_after_a_hub_outage(
     hub.stop()
     assert {type(error) for error in told} == {BucketUnavailable}
     assert all("later" in str(error) for error in told)
+
+
+def test_a_new_version_on_a_hub_is_followed_long_before_the_next_poll(
+    hub_address: str, local_hub: LocalHub, server: StandIn, publisher: Publisher, tmp_path: Path
+) -> None:
+    """The interval is an hour: events do it. The first is of the stream itself, for what came before it."""
+    copy_run(publisher.address, local_hub.url, hub_address)
+    follower = Follower(
+        lambda: ChainReader(HubBucket(hub_address, token=TOKEN, endpoint=local_hub.url), tmp_path / "cache"),
+        Replica(VLLMServer(server.url)),
+        interval=3600.0,
+    )
+    with running(follower):
+        until(lambda: server.position == publisher.positions[2])
+        publish(publisher)
+        copy_run(publisher.address, local_hub.url, hub_address)
+        until(lambda: server.position == publisher.positions[3])
+    assert local_hub.requests()["GET /api/buckets/{namespace}/{name}/events"] == 1
 
 
 def copy_run(address: str, endpoint: str, to: str) -> None:

@@ -112,6 +112,13 @@ class Bucket(ABC):
         unknown: the object may exist, or become visible later. After any other error it does not exist.
         """
 
+    def expect(self, documents: Mapping[str, bytes]) -> None:
+        """Documents that `commit` will write next: path -> bytes. Nothing becomes visible.
+
+        A backend may store all contents in one transfer, so that each `commit` only gives a name. The default does
+        nothing. BucketError if that failed.
+        """
+
     @abstractmethod
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         """Return the contents of small objects. Objects that do not exist are absent from the result.

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 OPEN_SECONDS = 8.0  # a failed request to open a bucket is not repeated later than this
 LAG_SECONDS = 30.0  # how long a name that was just written may be invisible, or show what it replaced
 _RESEND_SECONDS = 10.0  # a name that is invisible for this long is written once more
+_KEPT_BYTES = 1 << 20  # of the documents that were read last: a poll of an unchanged head downloads nothing
 _MISSING_SECONDS = 10.0  # how long to wait for an object that a manifest names: its writer has seen it
 
 
@@ -43,7 +44,8 @@ class HubBucket(Bucket):
     """A prefix of a Hugging Face bucket: `hf://buckets/<namespace>/<name>/<run>`. Opening it checks that it exists.
 
     The Hub limits API calls (1000 in 5 minutes on the free plan). `API_CALLS` states the most that each method makes
-    for up to 1000 objects when nothing fails and every name is visible at once. The Hub writes names last, and they
+    for up to 1000 objects when nothing fails and every name is visible at once. A token of the storage is one more, as
+    often as it expires. The Hub writes names last, and they
     point to immutable content: a reader of one name sees old or new, never a mix.
 
     Names may become visible late. A write that the Hub acknowledged, or whose answer was lost, is looked up for
@@ -61,12 +63,12 @@ class HubBucket(Bucket):
 
     API_CALLS: ClassVar[dict[str, int]] = {
         "open": 1,
-        "put": 3,
-        "commit": 2,
-        "read": 2,
+        "put": 2,
+        "commit": 1,
+        "read": 1,
         "stat": 1,
         "list": 1,
-        "fetch": 2,
+        "fetch": 1,
         "delete": 1,
         "now": 1,
     }
@@ -79,6 +81,8 @@ class HubBucket(Bucket):
         # HF_ENDPOINT is read here: huggingface_hub reads it only when it is imported.
         self._api = HubApi(self._at.bucket, endpoint or os.environ.get("HF_ENDPOINT") or None, token)
         self._place = self._api.place
+        self._expected: dict[bytes, str] = {}  # documents whose contents are stored -> their hashes
+        self._documents: dict[str, bytes] = {}  # contents read last, by hash
         if create:
             self._create()
         else:
@@ -98,8 +102,14 @@ class HubBucket(Bucket):
 
     def commit(self, path: str, data: bytes) -> None:
         name, action = self._full(path), f"write {path}"
-        (content,) = self._upload([data], action)
+        content = self._expected.pop(data, None)
+        if content is None:
+            (content,) = self._upload([data], action)
         self._name({name: content}, action)
+
+    def expect(self, documents: Mapping[str, bytes]) -> None:
+        contents = self._upload(list(documents.values()), f"write {_some(documents)}")
+        self._expected = dict(zip(documents.values(), contents, strict=True))
 
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         try:
@@ -194,6 +204,9 @@ class HubBucket(Bucket):
             return xet.upload(sources, self._api.token("write", action), action, self._place)
         except OSError as error:
             raise by_transfer(error, action, self._place) from error
+        except BucketError:
+            self._api.forget_tokens()
+            raise
 
     def _name(
         self, contents: Mapping[str, str], action: str, *, source: str | None = None, verify: bool = False
@@ -270,10 +283,16 @@ class HubBucket(Bucket):
                     f"{path} in {self.address} is larger than {max_bytes} bytes, the limit for such an object: it is "
                     "damaged or was replaced"
                 )
+        known = self._documents
+        wanted = {path: file for path, file in files.items() if file.hash not in known}
         with tempfile.TemporaryDirectory(prefix="hubsync-") as directory:
-            local = {path: Path(directory, str(n)) for n, path in enumerate(files)}
-            self._download([(files[path], target) for path, target in local.items()])
-            return {path: _read_whole(target, files[path]) for path, target in local.items()}
+            local = {path: Path(directory, str(n)) for n, path in enumerate(wanted)}
+            self._download([(wanted[path], target) for path, target in local.items()])
+            fetched = {path: _read_whole(target, wanted[path]) for path, target in local.items()}
+        contents = {path: fetched[path] if path in fetched else known[file.hash] for path, file in files.items()}
+        if sum(map(len, contents.values())) <= _KEPT_BYTES:
+            self._documents = {files[path].hash: data for path, data in contents.items()}
+        return contents
 
     def _fetch_all(self, downloads: Sequence[Download]) -> Sequence[Download]:
         """Fetch objects in one call. Returns those whose bytes are wrong."""
@@ -310,7 +329,11 @@ class HubBucket(Bucket):
         moving = [(file.hash, file.size, path) for file, path in files if file.size > 0]
         if moving:
             action = f"read {_some(file.path for file, _ in files)}"
-            xet.download(moving, self._api.token("read", action), action, self._place)
+            try:
+                xet.download(moving, self._api.token("read", action), action, self._place)
+            except BucketError:
+                self._api.forget_tokens()
+                raise
 
     def _full(self, path: str) -> str:
         return f"{self._at.prefix}/{checked(path)}"

@@ -29,6 +29,7 @@ from .hub_errors import FOREIGN, HubPlace, by_connection, by_status, refused
 SILENCE_SECONDS = 20.0  # longest wait for the next byte of an answer, or for a connection
 ANSWER_SECONDS = 60.0  # longest time of one answer, even if it never pauses
 PATIENCE_SECONDS = 24.0  # a failed request is not repeated later than this after the call began
+_RENEW_SECONDS = 60.0  # a token of the storage is not used when it expires sooner than this
 _MAX_ANSWER = 64 << 20  # bytes
 _MAX_PAGES = 100_000
 _AT_ONCE = 1000  # paths or operations in one call
@@ -89,6 +90,7 @@ class HubApi:
         self.place = HubPlace(bucket, self.endpoint)
         self._token = token
         self._url = f"{self.endpoint}/api/buckets/{bucket}"
+        self._tokens: dict[tuple[str, str], Token] = {}  # of the storage, by scope and the Hub's token
 
     def headers(self) -> dict[str, str]:
         """Headers of a request. The token is looked up each time: the user may log in while a follower runs.
@@ -133,13 +135,24 @@ class HubApi:
             ) from None
 
     def token(self, scope: str, action: str) -> Token:
-        """A token to "read" or "write" contents."""
+        """A token to "read" or "write" contents. It is asked for again shortly before it expires."""
+        headers = self.headers()
+        key = scope, headers.get("Authorization", "")
+        known = self._tokens.get(key)
+        if known is not None and known.expires - _RENEW_SECONDS > time.time():
+            return known
         url = f"{self._url}/xet-{scope}-token"
         doc = self._call(action, "GET", url).json()
         try:
-            return Token(str(doc["casUrl"]), str(doc["accessToken"]), int(doc["exp"]), url, self.headers())
+            token = Token(str(doc["casUrl"]), str(doc["accessToken"]), int(doc["exp"]), url, headers)
         except (KeyError, TypeError, ValueError):
             raise self.place.not_a_hub(action) from None
+        self._tokens[key] = token
+        return token
+
+    def forget_tokens(self) -> None:
+        """Ask for a new token next time: a transfer failed, and the token may be the reason."""
+        self._tokens.clear()
 
     # --- names --------------------------------------------------------------------------------------
 

@@ -32,6 +32,13 @@ class SignedBucket(Bucket):
         self._public = key.public if isinstance(key, SigningKey) else key
 
     def commit(self, path: str, data: bytes) -> None:
+        self._bucket.commit(path, self._signed(path, data))
+
+    def expect(self, documents: Mapping[str, bytes]) -> None:
+        self._bucket.expect({path: self._signed(path, data) for path, data in documents.items()})
+
+    def _signed(self, path: str, data: bytes) -> bytes:
+        """The same bytes each time: Ed25519 signatures depend on nothing else."""
         if self._signing is None:
             raise Untrusted(
                 f"cannot write {path}: only the run's public key is set here. Set the signing key that `hubsync "
@@ -39,7 +46,7 @@ class SignedBucket(Bucket):
             )
         document = json.loads(data)
         document[SIGNATURE] = self._signing.sign(path, canonical(document))
-        self._bucket.commit(path, json.dumps(document, indent=1).encode())
+        return json.dumps(document, indent=1).encode()
 
     def read(self, paths: Sequence[str], *, max_bytes: int = 64 << 20) -> dict[str, bytes]:
         found = self._bucket.read(paths, max_bytes=max_bytes)

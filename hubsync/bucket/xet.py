@@ -41,7 +41,7 @@ _CANCEL_SECONDS = 10.0  # time for a cancelled transfer to end
 # minutes per request, too long for a training loop with a next step to publish. With these it gives up after about
 # 20 s. (Waits are random up to powers of the base: with 1 s they would never grow.) Its cache of downloaded chunks is
 # off because it holds unverified bytes: the second try must not read a damaged chunk again. Small steps of progress
-# show that a slow upload moves.
+# show that a slow upload moves. Each transfer would end with a report to the storage, and wait for its answer.
 _DEFAULTS = {
     "client.retry_max_attempts": 4,
     "client.retry_base_delay": "2s",
@@ -49,7 +49,11 @@ _DEFAULTS = {
     "client.connect_timeout": "20s",
     "client.upload_reporting_block_size": 65536,
     "chunk_cache.size_bytes": 0,
+    "telemetry.enabled": False,
 }
+# Asking the storage for chunks that it has costs a round trip. Deltas and documents are always new; files of a model may
+# hold tensors that it has.
+_NEW_BYTES = {"deduplication.global_dedup_query_enabled": False}
 
 T = TypeVar("T")
 
@@ -61,7 +65,9 @@ def upload(sources: Sequence[Path | bytes | memoryview], token: Token, action: s
     """
 
     def transfer(watch: Callable[[Any], None]) -> list[str]:
-        commit = _session().new_upload_commit(**_access(token))
+        commit = _session(are_new=not any(isinstance(source, Path) for source in sources)).new_upload_commit(
+            **_access(token)
+        )
         watch(commit)
         handles = [
             commit.start_upload_file(str(source), sha256=SKIP_SHA256)
@@ -189,26 +195,31 @@ _VALIDATED = "total_shard_validation_entries_completed"
 
 
 class _Sessions:
-    """The session of this process. A fork makes a new one: the threads of the old one do not exist in the child."""
+    """The sessions of this process. A fork makes new ones: the threads of the old ones do not exist in the child."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._session: Any = None
+        self._sessions: dict[bool, Any] = {}
         self._process = 0
 
-    def get(self) -> Any:
+    def get(self, *, are_new: bool = False) -> Any:
+        """Args:
+        are_new: whether the storage has no part of what is uploaded.
+        """
         with self._lock:
-            if self._session is None or self._process != os.getpid():
-                self._session, self._process = XetSession(_config()), os.getpid()
-            return self._session
+            if self._process != os.getpid():
+                self._sessions, self._process = {}, os.getpid()
+            if are_new not in self._sessions:
+                self._sessions[are_new] = XetSession(_config(_DEFAULTS | (_NEW_BYTES if are_new else {})))
+            return self._sessions[are_new]
 
 
 _sessions = _Sessions()
 _session = _sessions.get
 
 
-def _config() -> Any:
-    mine = {name: value for name, value in _DEFAULTS.items() if _variable(name) not in os.environ}
+def _config(wanted: Mapping[str, Any] = _DEFAULTS) -> Any:
+    mine = {name: value for name, value in wanted.items() if _variable(name) not in os.environ}
     return XetConfig().with_config(mine)
 
 

@@ -47,10 +47,16 @@ class HeadWriter:
         self.served = 0
         self.behind = False
         self._bucket = bucket
+        self._drafted: tuple[Manifest, bytes] | None = None
 
     def advance(self, manifest: Manifest) -> None:
         """Make a committed manifest the newest, and serve the version that it names. Writes nothing."""
         self.newest, self.served, self.behind = manifest, manifest.served, True
+
+    def drafted(self, manifest: Manifest) -> bytes:
+        """The head after `manifest` is committed, as `advance` and `write` write it."""
+        self._drafted = manifest, Head(manifest, manifest.served, time.time()).dumps()
+        return self._drafted[1]
 
     def write(self) -> None:
         """Write the head. If that fails, log it, and leave it to the next commit: versions do not depend on it."""
@@ -99,7 +105,11 @@ class HeadWriter:
             self.served = stored
 
     def _commit(self, newest: Manifest) -> None:
-        self._bucket.commit(Layout.HEAD, Head(newest, self.served, time.time()).dumps())
+        drafted, self._drafted = self._drafted, None
+        if drafted is not None and drafted[0] == newest and self.served == newest.served:
+            self._bucket.commit(Layout.HEAD, drafted[1])
+        else:
+            self._bucket.commit(Layout.HEAD, Head(newest, self.served, time.time()).dumps())
         self.behind = False
 
     def _stored(self, newest: Manifest) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,13 @@ class ChainWriter:
         data = manifest.dumps()
         Manifest.loads(data)  # raises if readers would reject it
         advances = manifest.position != self._position
-        self.check_fence()
+        documents = {Layout.manifest(manifest): data}
+        if advances:
+            documents[Layout.HEAD] = self._head.drafted(manifest)
+        with ThreadPoolExecutor(1) as background:  # both are round trips, and neither makes anything visible
+            stored = background.submit(self._bucket.expect, documents)
+            self.check_fence()
+            stored.result()
         self._unknown = manifest  # until the outcome is known: KeyboardInterrupt may come at any time
         try:
             self._bucket.commit(Layout.manifest(manifest), data)

@@ -33,7 +33,7 @@ _STAGED_CHANGES_S = 26e6 / 30e-3  # decode, find the places, digest
 _COMMIT_S = 9e-3  # the engine's turn
 _CONTROL_S = 48e-3  # the rest: HTTP and threads
 
-ROUND_TRIPS = 27 + 10
+ROUND_TRIPS = 12 + 6
 """Requests to the Hub that wait for each other, from publish to staged (`python -m benchmarks.hub_calls`)."""
 
 

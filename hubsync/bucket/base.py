@@ -112,7 +112,7 @@ class Bucket(ABC):
         unknown: the object may exist, or become visible later. After any other error it does not exist.
         """
 
-    def expect(self, documents: Mapping[str, bytes]) -> None:
+    def expect(self, documents: Mapping[str, bytes]) -> None:  # noqa: B027  nothing is a right answer
         """Documents that `commit` will write next: path -> bytes. Nothing becomes visible.
 
         A backend may store all contents in one transfer, so that each `commit` only gives a name. The default does

@@ -51,8 +51,8 @@ _DEFAULTS = {
     "chunk_cache.size_bytes": 0,
     "telemetry.enabled": False,
 }
-# Asking the storage for chunks that it has costs a round trip. Deltas and documents are always new; files of a model may
-# hold tensors that it has.
+# Asking the storage for chunks that it has costs a round trip. Deltas and documents are always new; files of a model
+# may hold tensors that it has.
 _NEW_BYTES = {"deduplication.global_dedup_query_enabled": False}
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ run.json
 head.json
 gc.json                                                              since when objects are unneeded
 claims/5e6f7a8b.json                                                 while a trainer creates the run
+replicas/0123456789abcdef.json                                       status of a server, for `hubsync watch` only
 epochs/00000003-1a2b3c4d/epoch.json                                  marker of a writer
 epochs/00000003-1a2b3c4d/versions/00000042.json                      manifest of a delta
 epochs/00000003-1a2b3c4d/deltas/00000042-00000-<sha256[:16]>.safetensors
@@ -28,6 +29,7 @@ from hubsync.format.manifest import Manifest, Part
 MAX_EPOCH = 10**8 - 1  # object names hold eight digits
 
 _NAME = re.compile(r"epochs/(\d{8}-[0-9a-f]{8})(?:/(?:versions/(\d{8})\.json|anchors/(\d{8})/manifest\.json)|/.*)?")
+_REPLICA = re.compile(r"replicas/[0-9a-f]{16}\.json")
 _MERGED = re.compile(r"epochs/compact-[0-9a-f]{8}/merged/(\d{8})-(\d{8})/manifest\.json")
 
 
@@ -39,11 +41,22 @@ class Layout:
     EPOCHS = "epochs"
     GARBAGE = "gc.json"
     CLAIMS = "claims"
+    REPLICAS = "replicas"
 
     @staticmethod
     def claim(name: str) -> str:
         """What a process writes before it creates a run. See `creation`."""
         return f"claims/{name}.json"
+
+    @staticmethod
+    def replica(name: str) -> str:
+        """What a follower says of its server. `name`: 16 hex digits."""
+        return f"replicas/{name}.json"
+
+    @staticmethod
+    def is_replica(path: str) -> bool:
+        """Whether a name is that of such an object."""
+        return _REPLICA.fullmatch(path) is not None
 
     @staticmethod
     def epoch(epoch: str) -> str:

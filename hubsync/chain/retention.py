@@ -10,6 +10,8 @@ downloading it. `gc.json` records since when. Manifests are deleted before their
 missing parts. Newer manifests are deleted before the older ones on the path to them, so a collector that is killed
 leaves no listed version without a path. Parts without a manifest are never deleted from a live epoch: its writer may be
 about to write the manifest.
+
+Status objects of replicas, which nothing of the protocol reads, are unneeded once they were not renewed for a day.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from .spans import chain_of, due
 from .visible import once_visible
 
 logger = logging.getLogger(__name__)
+
+_MOST_STATUSES = 1000  # that one call deletes
+STALE_S = 24 * 3600.0  # seconds after which a status object that was not renewed is unneeded
 
 _OURS = re.compile(r"epochs/(\d{8}-[0-9a-f]{8}|compact-[0-9a-f]{8})/(?:deltas|anchors|merged)/.+")
 
@@ -132,6 +137,7 @@ class Collector:
         ]
         claimed = {path for manifest in manifests for path in _paths(manifest)}
         found += list(_orphans(stats, claimed, marks, live=self._live_epoch(index)))
+        found += list(_stale(self._bucket.list(Layout.REPLICAS), now))
         return [self._with_wait(garbage, marks, now) for garbage in found]
 
     def _kept(
@@ -277,6 +283,14 @@ def _orphans(stats: Mapping[str, Stat], claimed: set[str], marks: Mapping[str, f
     for epoch, paths in epochs.items():
         why = "their version was never committed, or was deleted"
         yield Garbage(f"{len(paths)} parts of epoch {epoch}", why, None, tuple(paths), _size(paths, stats), 0.0)
+
+
+def _stale(statuses: Iterable[Stat], now: float) -> Iterator[Garbage]:
+    """Status objects of replicas that are gone, and whatever else lies in their directory."""
+    old = [stat for stat in statuses if stat.modified is not None and stat.modified + STALE_S <= now][:_MOST_STATUSES]
+    if old:
+        paths, nbytes = tuple(stat.path for stat in old), sum(stat.size for stat in old)
+        yield Garbage(f"status of {len(old)} replicas", "it was not renewed for a day", None, paths, nbytes, 0.0)
 
 
 def _newest_first(manifest: Manifest) -> tuple[int, bool]:

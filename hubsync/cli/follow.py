@@ -20,6 +20,7 @@ from . import options
 if TYPE_CHECKING:
     from hubsync.errors import HubsyncError
     from hubsync.replicas.follower import Followed, Follower
+    from hubsync.replicas.status_objects import StatusReporter
 
 _GRACE_S = 10.0  # for a commit in progress when the command is stopped
 
@@ -62,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory that records the newest version seen (default: HUBSYNC_CACHE, or ~/.cache/hubsync)",
     )
+    parser.add_argument(
+        "--report-status",
+        action="store_true",
+        help="also write the server's status to the bucket, for `hubsync watch`; the token must be able to write",
+    )
     parser.add_argument("--once", action="store_true", help="poll once, bring the server to the version, and exit")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options.add_api_key(parser)
@@ -74,14 +80,21 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give the ADDRESS of the run, once: hubsync follow ADDRESS --server URL")
     args.address = args.address or args.bucket
     follower = _follower(args)
+    reporter = _reporter(args) if args.report_status else None
     report = _print_if_possible(_print_json if args.json else _print_line)
     follower.on_commit = lambda followed: report(_commit_event(followed))
     follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s))
+    if reporter is not None:
+        follower.on_status, follower.on_error = reporter.status, _both(follower.on_error, reporter)
     if not args.once:
         if not args.json:
             report({"event": "start", "run": args.address, "server": args.server, "interval_s": args.interval})
         return _run_until_stopped(follower)
-    followed = follower.step()
+    try:
+        followed = follower.step()
+    finally:
+        if reporter is not None:
+            reporter.close(wait_s=_GRACE_S)
     if followed is not None:
         follower.on_commit(followed)
     elif not args.json:
@@ -110,6 +123,24 @@ def _follower(args: argparse.Namespace) -> Follower:
         interval=args.interval,
         stage_timeout=args.stage_timeout,
     )
+
+
+def _reporter(args: argparse.Namespace) -> StatusReporter:
+    """Writes without a key: status objects are not signed, and a follower has only the public key."""
+    from hubsync.bucket import open_bucket
+    from hubsync.replicas.status_objects import StatusReporter
+
+    return StatusReporter(lambda: open_bucket(args.address, token=args.token), args.server)
+
+
+def _both(
+    on_error: Callable[[HubsyncError, float], None], reporter: StatusReporter
+) -> Callable[[HubsyncError, float], None]:
+    def report(error: HubsyncError, retry_s: float) -> None:
+        on_error(error, retry_s)
+        reporter.error(error)
+
+    return report
 
 
 def _run_until_stopped(follower: Follower) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from . import options
 
 if TYPE_CHECKING:
+    from hubsync.replicas.status_objects import Reported
+
     from .watching import Watch
 
 _DRAW_S = 0.5
@@ -17,8 +22,9 @@ _DRAW_S = 0.5
 HELP = "show a run and its servers, live"
 DESCRIPTION = """\
 Show the newest and the served version of a run, and of each server its state, version, lag behind the served version,
-verification, last phases and error, until interrupted. It changes nothing, except that a fresh server is asked for its
-status and then looks for its position in the run.
+verification, last phases and error, until interrupted. Servers that it cannot reach are shown if their followers run
+with --report-status. It changes nothing, except that a fresh server is asked for its status and then looks for its
+position in the run.
 """
 
 
@@ -62,12 +68,27 @@ def run(args: argparse.Namespace) -> int:
         def reader() -> ChainReader:
             return ChainReader(open_bucket(args.address, token=args.token, key=public_key(args)), cache)
 
-        watch = Watch(reader, replicas, interval=checked_seconds("--interval", args.interval))
+        watch = Watch(reader, replicas, interval=checked_seconds("--interval", args.interval), reported=_reported(args))
         try:
             return _once(watch, args) if args.once else _live(watch, args.address)
         finally:
             for replica in replicas:
                 replica.server.close()
+
+
+def _reported(args: argparse.Namespace) -> Callable[[], list[Reported]]:
+    """Reads what followers say of their servers. Those objects are not signed, also in a signed run."""
+    from hubsync.bucket import Bucket, open_bucket
+    from hubsync.replicas.status_objects import read_reported
+
+    opened: list[Bucket] = []
+
+    def read() -> list[Reported]:
+        if not opened:
+            opened.append(open_bucket(args.address, token=args.token))
+        return read_reported(opened[0])
+
+    return read
 
 
 def _once(watch: Watch, args: argparse.Namespace) -> int:
@@ -84,9 +105,13 @@ def _once(watch: Watch, args: argparse.Namespace) -> int:
         }
         error = None if run.error is None else {"type": type(run.error).__name__, "message": str(run.error)}
         servers = [seen.to_json(run.served) for seen in watch.servers]
-        print(json.dumps({**positions, "error": error, "servers": servers}))
+        now = time.time()
+        reported = [
+            {**asdict(seen), "age_s": None if seen.written is None else now - seen.written} for seen in watch.reported
+        ]
+        print(json.dumps({**positions, "error": error, "servers": servers, "reported": reported}))
     else:
-        Console(highlight=False).print(drawn(args.address, run, watch.servers))
+        Console(highlight=False).print(drawn(args.address, run, watch.servers, watch.reported))
     healthy = run.error is None and all(seen.error is None for seen in watch.servers)
     return 0 if healthy else 1
 
@@ -100,7 +125,7 @@ def _live(watch: Watch, address: str) -> int:
     try:
         with watch.looking(), Live(drawn(address, watch.run, []), auto_refresh=False) as live:
             while not pause.wait(_DRAW_S):
-                live.update(drawn(address, watch.run, watch.servers), refresh=True)
+                live.update(drawn(address, watch.run, watch.servers, watch.reported), refresh=True)
     except KeyboardInterrupt:
         pass
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from hubsync.format.manifest import Position
     from hubsync.replicas.replica import Replica
     from hubsync.replicas.reports import ReplicaStatus
+    from hubsync.replicas.status_objects import Reported
 
 ANSWER_S = 10.0  # a server that does not answer in this time is shown as unreachable
-_PHASES = ("fetch", "decode", "place", "stage", "commit", "verify")
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,6 @@ class ServerSeen:
         """Versions from there to the served one, negative if that is older; None if unknown."""
         return None if served is None or self.version is None else served.version - self.version
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of the last phases, on the slowest rank."""
-        metrics = [rank.get("metrics", {}) for rank in self.status.ranks] if self.status is not None else []
-        found = {phase: [float(each[f"{phase}_s"]) for each in metrics if f"{phase}_s" in each] for phase in _PHASES}
-        return {phase: max(values) for phase, values in found.items() if values}
-
-    @property
-    def staged_bytes(self) -> int | None:
-        """Of the last staging, of all ranks."""
-        metrics = [rank.get("metrics", {}) for rank in self.status.ranks] if self.status is not None else []
-        return sum(int(each.get("stage_bytes", 0)) for each in metrics) if metrics else None
-
     def to_json(self, served: Position | None = None) -> dict[str, Any]:
         position = None if self.status is None else self.status.position
         staged = None if self.status is None else self.status.staged
@@ -84,8 +71,8 @@ class ServerSeen:
             "verified": None if looks is None else looks.verified,
             "verified_age_s": None if looks is None else looks.age_s,
             "workers": None if self.status is None else len(self.status.ranks),
-            "seconds": self.seconds,
-            "bytes": self.staged_bytes,
+            "seconds": {} if self.status is None else self.status.seconds,
+            "bytes": None if self.status is None else self.status.staged_bytes,
             "error": None if self.error is None else {"type": type(self.error).__name__, "message": str(self.error)},
         }
 
@@ -119,6 +106,8 @@ class Watch:
         replicas: the servers.
         interval: longest time in seconds between two looks at the run.
         server_interval: seconds between two looks at a server.
+        reported: reads what followers have said in the bucket of their servers.
+        reported_interval: seconds between two calls of it.
     """
 
     def __init__(
@@ -128,13 +117,17 @@ class Watch:
         *,
         interval: float,
         server_interval: float = 1.0,
+        reported: Callable[[], Sequence[Reported]] = tuple,
+        reported_interval: float = 30.0,
     ):
         self.run = RunSeen()
+        self.reported: Sequence[Reported] = ()
         self._make = reader
         self._reader: ChainReader | None = None
         self._replicas = replicas
         self._seen: dict[str, ServerSeen] = {}
-        self._intervals = interval, server_interval
+        self._read_reported = reported
+        self._intervals = interval, server_interval, reported_interval
         self._ended = threading.Event()
 
     @property
@@ -143,9 +136,9 @@ class Watch:
 
     def look(self) -> None:
         """Look at everything once."""
-        with ThreadPoolExecutor(len(self._replicas) + 1) as threads:
+        with ThreadPoolExecutor(len(self._replicas) + 2) as threads:
             jobs = [threads.submit(self._look_at, replica) for replica in self._replicas]
-            jobs.append(threads.submit(self._look_at_run))
+            jobs += [threads.submit(self._look_at_run), threads.submit(self._look_at_reported)]
         for job in jobs:
             job.result()
 
@@ -153,6 +146,7 @@ class Watch:
     def looking(self) -> Iterator[Watch]:
         """Look in the background while the context is open."""
         threading.Thread(target=self._watch_run, daemon=True).start()
+        threading.Thread(target=self._watch_reported, daemon=True).start()
         for replica in self._replicas:
             threading.Thread(target=self._watch_server, args=(replica,), daemon=True).start()
         try:
@@ -171,6 +165,17 @@ class Watch:
                 pause = changes if self.run.error is None else self._ended  # reports must not shorten that of an error
                 pause.wait(self._intervals[0])
                 self._look_at_run()
+
+    def _watch_reported(self) -> None:
+        while not self._ended.is_set():
+            self._look_at_reported()
+            self._ended.wait(self._intervals[2])
+
+    def _look_at_reported(self) -> None:
+        try:
+            self.reported = self._read_reported()
+        except HubsyncError:
+            pass  # what was read before is shown, with its age; errors of the bucket are those of the run
 
     def _watch_server(self, replica: Replica) -> None:
         while not self._ended.is_set():
@@ -193,23 +198,40 @@ class Watch:
 # --- layout ---------------------------------------------------------------------------------------------
 
 
-def drawn(address: str, run: RunSeen, servers: Sequence[ServerSeen], now: float | None = None) -> RenderableType:
+def drawn(
+    address: str,
+    run: RunSeen,
+    servers: Sequence[ServerSeen],
+    reported: Sequence[Reported] = (),
+    now: float | None = None,
+) -> RenderableType:
     """The picture of `hubsync watch`."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     now = time.time() if now is None else now
     clock = f"{datetime.fromtimestamp(now).astimezone():%H:%M:%S %Z}"
     lines: list[RenderableType] = [Text(f"{address}  {clock}"), _of_run(run, now)]
+    rows = [(_cells(seen, run.served), seen.error is not None) for seen in servers]
+    lines += [_table(rows)] if servers else []
+    lines += [Text(f"{seen.url}: {seen.error}", style="red") for seen in servers if seen.error is not None]
+    rows = [(_reported_cells(seen, run.served, now), seen.error is not None) for seen in reported]
+    lines += [Text("\nreported in the bucket by followers (not proved):"), _table(rows)] if reported else []
+    lines += [Text(f"{seen.server}: {seen.error}", style="red") for seen in reported if seen.error is not None]
+    return Group(*lines)
+
+
+def _table(rows: Sequence[tuple[Sequence[str], bool]]) -> RenderableType:
+    """Rows of servers, each with whether it has an error."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(expand=True)
     for column in ("server", "state", "version", "lag", "staged", "verified", "last phases (s)", "bytes"):
         table.add_column(column, justify="right" if column in ("version", "lag", "staged", "bytes") else "left")
-    for seen in servers:
-        table.add_row(*_cells(seen, run.served), style="red" if seen.error is not None else "")
-    lines += [table] if servers else []
-    lines += [Text(f"{seen.url}: {seen.error}", style="red") for seen in servers if seen.error is not None]
-    return Group(*lines)
+    for cells, failed in rows:
+        table.add_row(*map(Text, cells), style="red" if failed else "")  # Text: what comes from elsewhere is no markup
+    return table
 
 
 def _of_run(run: RunSeen, now: float) -> RenderableType:
@@ -234,9 +256,26 @@ def _cells(seen: ServerSeen, served: Position | None) -> list[str]:
         "-" if lag is None else str(lag),
         "-" if staged is None else str(staged.version),
         "-" if looks is None or looks.age_s is None else f"{_age(looks.age_s)} ago",
-        " ".join(f"{phase} {seconds:.3f}" for phase, seconds in seen.seconds.items()) or "-",
-        "-" if seen.staged_bytes is None else f"{seen.staged_bytes:,}",
+        _phases({} if seen.status is None else seen.status.seconds),
+        "-" if seen.status is None else f"{seen.status.staged_bytes:,}",
     ]
+
+
+def _reported_cells(seen: Reported, served: Position | None, now: float) -> list[str]:
+    lag = None if served is None or seen.version is None else served.version - seen.version
+    said = "" if seen.written is None else f", {_age(now - seen.written)} ago"
+    return [
+        f"{seen.server} on {seen.host}{said}",
+        seen.state,
+        *("-" if number is None else str(number) for number in (seen.version, lag, seen.staged)),
+        "-" if seen.verified_age_s is None else f"{_age(seen.verified_age_s)} before",
+        _phases(seen.seconds),
+        "-" if seen.nbytes is None else f"{seen.nbytes:,}",
+    ]
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    return " ".join(f"{phase} {value:.3f}" for phase, value in seconds.items()) or "-"
 
 
 def _age(seconds: float) -> str:

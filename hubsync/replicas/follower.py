@@ -56,6 +56,7 @@ class Follower:
 
     Attributes:
         on_commit: called by `run` with every commit. Assign your own function to receive them.
+        on_status: called by `step` with the server's status after it. Assign your own function.
         on_error: called by `run` with an error, and the seconds until the next attempt. Assign your own function.
     """
 
@@ -79,6 +80,7 @@ class Follower:
         self._is_known = False
         self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
         self.on_commit: Callable[[Followed], None] = lambda followed: None
+        self.on_status: Callable[[ReplicaStatus], None] = lambda status: None
         self.on_error: Callable[[HubsyncError, float], None] = lambda error, retry_s: None
 
     def run(self) -> None:
@@ -133,6 +135,7 @@ class Follower:
         self._require_same_run(self._reader.run().run_id, status)
         if status.position == target and status.window is None:
             self._idle.say(f"{self._replica.server.url} is at {target}: waiting for the next version of the run")
+            self.on_status(status)
             return None
         try:
             self._replica.wait_staged(target, self._stage_timeout, lambda now: self._is_undisturbed(status, now))
@@ -143,9 +146,11 @@ class Follower:
             self._behind.say(f"{self._replica.server.url} has not reached {target}, trying again: {behind}")
             return None
         self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
+        after = self._replica.status()
+        self.on_status(after)
         if status.position is None or status.position == target:
             return None
-        return Followed(commit, target.version - status.position.version, _downloaded(self._replica.status()))
+        return Followed(commit, target.version - status.position.version, _downloaded(after))
 
     def _status(self) -> ReplicaStatus:
         """The status of the server after attaching it, or healing it, if needed."""

@@ -9,6 +9,8 @@ from hubsync.apply.protocol import STATES, error_from_json
 from hubsync.errors import HubsyncError
 from hubsync.format.manifest import Position
 
+_PHASES = ("fetch", "decode", "place", "stage", "commit", "verify")
+
 
 @dataclass(frozen=True)
 class PauseWindow:
@@ -74,6 +76,18 @@ class ReplicaStatus:
     adapter: str | None
     adapter_path: str | None
     ranks: tuple[dict[str, Any], ...]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the last phases, on the slowest rank."""
+        metrics = [rank.get("metrics") or {} for rank in self.ranks]
+        found = {phase: [float(each[f"{phase}_s"]) for each in metrics if f"{phase}_s" in each] for phase in _PHASES}
+        return {phase: max(values) for phase, values in found.items() if values}
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of the last staging, of all ranks."""
+        return sum(int((rank.get("metrics") or {}).get("stage_bytes", 0)) for rank in self.ranks)
 
     def all_at(self, position: Position) -> bool:
         """Whether all ranks serve this position."""

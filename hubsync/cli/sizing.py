@@ -136,6 +136,22 @@ def delta(weights: WeightShares, update: float, encoding: Encoding) -> DeltaSize
     return DeltaSize(changed, bits, round(weights.parameters * changed * bits / 8))
 
 
+def publishing(parameters: int, delta: DeltaSize, ranks: int = 1) -> float:
+    """Seconds of the trainer's ranks, one H200 each, from the publish call to written files."""
+    whole = (
+        parameters / _PROVED_PARAMETERS_S
+        + parameters * delta.changed / _ENCODED_CHANGES_S
+        + delta.nbytes / _WRITTEN_BYTES_S
+    )
+    return whole / ranks
+
+
+def serving(parameters: int, delta: DeltaSize, ranks: int = 1) -> float:
+    """Seconds of a server with that many H200, from files that are there to the commit. Each rank reads all files."""
+    changes = parameters * delta.changed
+    return delta.nbytes / _HASHED_BYTES_S + changes / _STAGED_CHANGES_S / ranks + _COMMIT_S + _CONTROL_S
+
+
 def times(parameters: int, delta: DeltaSize, link: float, round_trip: float) -> SyncTimes:
     """Seconds of one synchronisation of a trainer and a server with one H200 each.
 
@@ -143,16 +159,7 @@ def times(parameters: int, delta: DeltaSize, link: float, round_trip: float) -> 
         link: bit/s of each host to the Hub.
         round_trip: seconds for a request to the Hub.
     """
-    changes = parameters * delta.changed
-    compute = (
-        parameters / _PROVED_PARAMETERS_S
-        + changes / _ENCODED_CHANGES_S
-        + delta.nbytes / _WRITTEN_BYTES_S
-        + delta.nbytes / _HASHED_BYTES_S
-        + changes / _STAGED_CHANGES_S
-        + _COMMIT_S
-        + _CONTROL_S
-    )
+    compute = publishing(parameters, delta) + serving(parameters, delta)
     requests = ROUND_TRIPS * round_trip
     saved = 16 * (parameters - delta.nbytes)  # bits of all weights once, less those of the delta twice
     return SyncTimes(16 * delta.nbytes / link, requests, compute, 16 * parameters / link, saved / (compute + requests))

@@ -170,7 +170,7 @@ def _count_readers(counter: Counter, training: Training, cache: Path) -> None:
 
     def fetch() -> None:
         nonlocal have
-        plan = server.plan(have)
+        plan = server.plan(have, to=have.version + 1 if have.version else None)
         server.merged(plan.steps)
         have = plan.target
 

@@ -147,6 +147,7 @@ def test_a_server_without_development_mode_is_driven_behind_its_api_key(stranger
     assert Replica(server, pause=True).commit(position).changed == 0
     server.pause()
     assert server.is_paused()
+    assert server.logprobs_mode() == "raw_logprobs"
     server.resume()
     series = httpx.get(f"{stranger.url}/metrics").text
     assert re.search(rf"vllm:hubsync_version{{.*}} {position.version}\.0", series)

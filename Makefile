@@ -55,7 +55,7 @@ help:
 	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
 	@echo "make fuzz           mutated deltas and documents, 300,000 of each (20 minutes at most)"
 	@echo "make bench          the codec benchmark on synthetic weights"
-	@echo "make docs           the API reference"
+	@echo "make docs           the documentation site, with an API reference: build/docs"
 	@echo "Options: JOBS=4 runs more tests at once; ARGS='-k name' goes to pytest or to the command."
 
 setup: $(READY)

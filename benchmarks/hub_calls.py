@@ -169,15 +169,16 @@ def _count_readers(counter: Counter, training: Training, cache: Path) -> None:
     follower.served()
 
     def fetch() -> None:
+        """What a server does when a client names the next version."""
         nonlocal have
-        plan = server.plan(have, to=have.version + 1 if have.version else None)
+        plan = server.plan(have, to=have.version + 1)
         server.merged(plan.steps)
         have = plan.target
 
-    fetch()
     counter.count("poll, nothing new (`follow`)", follower.served)
     counter.count("poll, a new version", follower.served, prepare=training.step_and_publish)
     fetch()
+    have = server.served()
     counter.count("fetch a version (server)", fetch, prepare=training.step_and_publish)
 
 

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from benchmarks.codec import Hubsync, patch_of
 from benchmarks.snapshots import synthetic_pair
 from hubsync.cli.size import link
-from hubsync.cli.sizing import DeltaSize, bits_per_change, changed_share, normal_weights, times
+from hubsync.cli.sizing import ROUND_TRIPS, DeltaSize, bits_per_change, changed_share, normal_weights, times
 from hubsync.errors import ConfigError
 from hubsync.format.encoding import Encoding
 from tests.support.commands import hubsync
+
+PAGES = Path(__file__).parents[2] / "docs"
 
 
 def masters(numel: int = 2_000_000) -> torch.Tensor:
@@ -77,6 +79,13 @@ def test_reads_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert read["parameters"] == computed["parameters"] == 2_000_000
     for step in ("first step", "later steps"):
         assert read[step]["fast"]["changed"] == pytest.approx(computed[step]["fast"]["changed"], rel=0.05)
+
+
+def test_the_pages_state_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    command, _, block = (PAGES / "sizing.md").read_text().partition("$ hubsync ")[2].partition("\n")
+    assert hubsync(*command.split()) == 0
+    assert block.startswith(capsys.readouterr().out)
+    assert f"+ {ROUND_TRIPS} t + C" in (PAGES / "choosing.md").read_text()
 
 
 def test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,8 +46,10 @@ class GeneratingStandIn(StandIn):
         return super().hubsync_attach(engine)
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
-        if path == "/server_info":
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+        if path == "/server_info":  # no development mode
+            return 404, {"detail": "Not Found"}
+        if path == "/v1/hubsync":
+            return 200, {"protocol": 1, "logprobs_mode": "processed_logprobs"}
         if path == "/v1/completions":
             self.made_by.append(self.position.version)
             return 200, {"choices": [_choice(prompt) for prompt in body["prompt"] for _ in range(body["n"])]}

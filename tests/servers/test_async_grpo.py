@@ -32,6 +32,7 @@ pytestmark = pytest.mark.server
 STEPS = 4
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens
 ADDRESS = "hf://buckets/me/async-grpo/run"
+WITHOUT_DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "", "VLLM_PLUGINS": "hubsync"}
 
 
 @dataclass
@@ -62,7 +63,10 @@ class Training:
 @pytest.fixture(scope="module")
 def policy(start_server: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Policy:
     checkpoint = save_policy(tmp_path_factory.mktemp("async"))
-    return Policy(checkpoint, start_server(checkpoint, bucket=ADDRESS, arguments=["--enable-scale-out"]))
+    return Policy(
+        checkpoint,
+        start_server(checkpoint, bucket=ADDRESS, environment=WITHOUT_DEVELOPMENT, arguments=["--enable-scale-out"]),
+    )
 
 
 @pytest.fixture(scope="module")

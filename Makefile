@@ -37,7 +37,7 @@ ON_GPU_MODELS  := tests/servers/test_pipe.py
 GPU_PYTHON ?= python3
 
 .PHONY: gpu help setup docs demo test test-fast test-all test-long test-mutations test-matrix test-versions test-trl test-extras \
-	test-gpu test-gpu-servers test-gpu-models lint bench chaos fuzz clean
+	test-hub test-gpu test-gpu-servers test-gpu-models lint bench chaos fuzz clean
 help:
 	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
 	@echo "make test           linters, types and tests of every promise, with real vLLM servers (17 minutes on 2 cores)"
@@ -52,6 +52,7 @@ help:
 	@echo "make test-extras    DeepSpeed, verl, and optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-gpu       kernels and detectors on GPUs, on a machine that has some (GPU_PYTHON=...)"
 	@echo "make test-gpu-servers, make test-gpu-models   the same with real vLLM servers, and with one model of each family"
+	@echo "make test-hub       what hubsync assumes of the Hub, on the real one: needs HF_TOKEN, deletes its bucket (2 minutes)"
 	@echo "make chaos          200 random histories of kills, stalls and faults (10 minutes)"
 	@echo "make fuzz           mutated deltas and documents, 300,000 of each (20 minutes at most)"
 	@echo "make bench          the codec benchmark on synthetic weights"
@@ -159,6 +160,10 @@ $(EXTRAS_READY): $(READY) requirements/extras.txt
 	mkdir -p $(EXTRAS)/vllm-0.32.0+cpu.dist-info
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $(EXTRAS)/vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
+
+# What hubsync assumes of the Hub, measured in a temporary private bucket. Needs HF_TOKEN (or `hf auth login`).
+test-hub: $(READY)
+	$(BIN)/python -m tests.hub $(ARGS)
 
 # Fails where there is no GPU, and lists the tests that it skips. With enough GPUs, each rank has one.
 test-gpu: gpu

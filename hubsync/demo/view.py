@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _WEIGHT_SYNC = "weight_sync/"
+_CHANGED = _WEIGHT_SYNC + "changed_fraction"  # in the rows of publishes
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ _COLUMNS = (
     _Column("step", "step", 4, "{:.0f}"),
     _Column("reward", "reward", 7, "{:.3f}"),
     _Column("version", _WEIGHT_SYNC + "version", 8, "{:.0f}"),
-    _Column("changed", _WEIGHT_SYNC + "changed_fraction", 8, "{:.2%}"),
+    _Column("changed", _CHANGED, 8, "{:.2%}"),
     _Column("payload", _WEIGHT_SYNC + "payload_bytes", 9, "{:.1f}kB", 1e-3),
     _Column("bits", _WEIGHT_SYNC + "bits_per_change", 6, "{:.2f}"),
     _Column("upload", _WEIGHT_SYNC + "upload_s", 7, "{:.2f}s"),
@@ -47,8 +48,9 @@ _WRONG_DIGEST = "[red]   WRONG[/]"
 class Progress(TrainerCallback):
     """Prints and keeps every row of the trainer's log.
 
-    The version in a row is the one that earned the row's reward: it was published after the previous step, and the
-    server generated with it. The digest belongs to the version before, and was checked while the server generated.
+    The version in a row is the one that earned the row's reward, with its stage, commit and pause: it was published
+    after the previous step. What was changed and uploaded is of the row's own step. The digest belongs to the version
+    before, and was checked while the server generated.
     """
 
     def __init__(self, console: Console):
@@ -69,10 +71,15 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "reward" not in logs:
+        if not logs:
             return
-        row = {**logs, "step": state.global_step}
-        self.rows.append(row)
+        if "reward" in logs:
+            self.rows.append({**logs, "step": state.global_step})
+        elif self.rows and self.rows[-1]["step"] == state.global_step and _CHANGED in logs:
+            self.rows[-1] |= {name: value for name, value in logs.items() if name.startswith(_WEIGHT_SYNC)}
+            self._print(self.rows[-1])
+
+    def _print(self, row: Mapping[str, float]) -> None:
         digest = _DIGEST.get(row.get(_WEIGHT_SYNC + "digest_ok"), _WRONG_DIGEST)
         cells = "".join(column.cell(row) for column in _COLUMNS)
         self._console.print(cells + digest, highlight=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from hubsync.replicas.vllm_http import LORA_HINT, VLLMServer
 from . import trl_checks, trl_compat
 from .async_trl import HubWeightTransfer
 from .trl_compat import server_url
+from .trl_rows import PublishRows
 
 __all__ = ["HubSyncCallback", "HubWeightTransfer", "server_url"]
 
@@ -44,9 +45,11 @@ class HubSyncCallback(TrainerCallback):
     settings come from the trainer's own arguments (`vllm_server_base_url`, `temperature`, ...). The trainer needs
     neither NCCL nor the `vllm` package. The callback adds itself to the trainer.
 
-    Metrics, in addition to the trainer's own: `weight_sync/version`, `changed_fraction`, `payload_bytes`,
-    `bits_per_change`, `compact`, `detect_s`, `encode_s`, `upload_s`, `stage_s`, `commit_s`, `pause_s`, `digest_ok`;
-    with several ranks also `rank_payload_bytes_max`, `rank_detect_s_max`, `rank_encode_s_max`, `rank_upload_s_max`.
+    Metrics, in addition to the trainer's own, in a row of their own of the step that made the version:
+    `weight_sync/changed_fraction`, `payload_bytes`, `bits_per_change`, `compact`, `rewritten`, `detect_s`, `encode_s`,
+    `upload_s`; with several ranks also `rank_payload_bytes_max`, `rank_detect_s_max`, `rank_encode_s_max`,
+    `rank_upload_s_max`. In the row of the step whose completions it made: `version`, `stage_s`, `commit_s`, `pause_s`,
+    and `digest_ok` of the version before.
 
     Attributes:
         engine: the publisher, one on every rank; None before and after training.
@@ -94,6 +97,7 @@ class HubSyncCallback(TrainerCallback):
         self._published_step: int | None = None
         self._unverified: Position | None = None
         self._failure: Exception | None = None
+        self._rows = self._new_rows()
         server = VLLMServer(url, config.api_key, timeout=config.stage_timeout)
         self._replica = Replica(server)
         trl_compat.generate_on_server(trainer, server, self._synchronise)
@@ -112,7 +116,7 @@ class HubSyncCallback(TrainerCallback):
     ) -> None:
         if self._failure is not None:
             self._forget(self._failure)
-        self._training = True
+        self._training, self._rows = True, self._new_rows()
         if self.engine is None:
             self.engine = self._new_engine()
 
@@ -123,6 +127,24 @@ class HubSyncCallback(TrainerCallback):
         step = state.global_step + 1  # it is counted after this event
         if step != self._published_step:  # the callback may have been added twice
             self._publish(step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Publish metrics follow the row of their step. The last one is logged before trackers are closed."""
+        if logs is None or not self._training:
+            return
+        if "loss" in logs:
+            self._rows.logged(state.global_step)
+        if "train_runtime" in logs:
+            self._rows.logged(state.global_step)
+            self._await_durable()
+            self._rows.flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,6 +213,8 @@ class HubSyncCallback(TrainerCallback):
         self._check_digest_together()
         step = self.trainer.state.global_step
         report = self.engine.sync(step) if current is None else self.engine.deliver(current)
+        self._record_published(report.published)  # after an outage `sync` has published what was missing
+        self._rows.flush()
         own = report.replicas[0]  # the server that the trainer generates on
         commit = own.commit or self.engine.ranks.first(lambda: self._bring(report.published.position))
         self._record(version=commit.version, **metrics.of_commits([commit]), **metrics.of_packages(report))
@@ -233,8 +257,21 @@ class HubSyncCallback(TrainerCallback):
             self._record(digest_ok=1.0)
             self.digest_matches += 1
 
+    def _await_durable(self) -> None:
+        """Wait for publishes under way. Their errors are those of the next synchronisation."""
+        for ticket in self._tickets:
+            if ticket is not None and self._failure is None:
+                try:
+                    self._record_published(ticket.result())
+                except Exception:
+                    return
+
     def _record_published(self, published: Published) -> None:
-        self._record(**metrics.of_publish(published))
+        if published.step is not None:
+            self._rows.made(published.step, metrics.of_publish(published))
+
+    def _new_rows(self) -> PublishRows:
+        return PublishRows(lambda values, step: trl_compat.log_row(self.trainer, values, step))
 
     def _record(self, **values: float) -> None:
         trl_compat.record(self.trainer, values)

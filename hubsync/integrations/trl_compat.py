@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,6 +317,15 @@ class _DatedQueue:
 
 
 # --- metrics
+
+
+def log_row(trainer: Any, metrics: dict[str, float], step: int) -> None:
+    """Log values under `weight_sync/` as a row of a step, which may be an earlier one."""
+    logs = {f"weight_sync/{name}": value for name, value in metrics.items()}
+    trainer.state.log_history.append({**logs, "step": step})
+    then = copy(trainer.state)
+    then.global_step = step
+    trainer.control = trainer.callback_handler.on_log(trainer.args, then, trainer.control, logs)
 
 
 def record(trainer: Any, metrics: dict[str, float]) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from hubsync import SyncConfig
 from hubsync.bucket import LocalBucket
 from hubsync.chain import ChainReader
-from hubsync.errors import ConfigError, ReplicaUnsuitable, RunMismatch
+from hubsync.errors import BucketUnavailable, ConfigError, ReplicaUnsuitable, RunMismatch
 from hubsync.integrations.trl import HubSyncCallback, HubWeightTransfer
 from tests.integrations.test_trl_family import _choice, grpo, settings
 from tests.support.async_toy import save_policy
@@ -143,6 +144,76 @@ def test_a_quorum_always_includes_the_generating_server(
     trainer.train()
     assert own.made_by == [0, 1]
     assert own.position == other.position
+
+
+def rows_of(trainer: Any, name: str) -> dict[int, float]:
+    """Step -> value, of all rows of the log that have it. Each step has one."""
+    found = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_metrics_belong_to_the_step_that_made_them(
+    policy: str, server: GeneratingStandIn, config: SyncConfig, tmp_path: Path
+) -> None:
+    trainer = grpo(policy, settings(tmp_path / "out", server.url) | {"max_steps": 3, "logging_steps": 1})
+    tracked: list[tuple[int, dict[str, float]]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            assert not ended
+            tracked.append((state.global_step, dict(logs)))
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            ended.append(True)
+
+    ended: list[bool] = []
+    trainer.add_callback(Tracker())
+    HubSyncCallback(trainer, config)
+    trainer.train()
+    deltas = {
+        manifest.step: manifest.nbytes
+        for manifest in ChainReader(LocalBucket(config.bucket), tmp_path / "cache").manifests()
+        if manifest.kind == "delta"
+    }
+    assert list(deltas) == [1, 2, 3]
+    assert rows_of(trainer, "weight_sync/payload_bytes") == deltas
+    assert {step for step, logs in tracked if "weight_sync/upload_s" in logs} == {1, 2, 3}
+    assert rows_of(trainer, "weight_sync/version") == {1: 0, 2: 1, 3: 2}
+    assert set(rows_of(trainer, "weight_sync/stage_s")) == {1, 2, 3}
+    assert all("weight_sync/payload_bytes" not in row for row in trainer.state.log_history if "loss" in row)
+
+
+def test_rows_of_several_steps_have_means_and_the_last_is_not_lost(
+    policy: str, server: GeneratingStandIn, config: SyncConfig, tmp_path: Path
+) -> None:
+    trainer = grpo(policy, settings(tmp_path / "out", server.url) | {"max_steps": 3, "logging_steps": 2})
+    HubSyncCallback(trainer, config)
+    trainer.train()
+    sizes = [
+        manifest.nbytes
+        for manifest in ChainReader(LocalBucket(config.bucket), tmp_path / "cache").manifests()
+        if manifest.kind == "delta"
+    ]
+    assert rows_of(trainer, "weight_sync/payload_bytes") == {2: (sizes[0] + sizes[1]) / 2, 3: sizes[2]}
+
+
+def test_metrics_of_an_outage_are_those_of_the_publish_that_ended_it(
+    policy: str, server: GeneratingStandIn, config: SyncConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = grpo(policy, settings(tmp_path / "out", server.url) | {"max_steps": 3, "logging_steps": 1})
+    put, failures = LocalBucket.put, iter([BucketUnavailable("the storage is away")])
+
+    def fails_once(bucket: LocalBucket, uploads: Any) -> None:
+        if any("/deltas/00000002" in upload.name for upload in uploads) and (failure := next(failures, None)):
+            raise failure
+        put(bucket, uploads)
+
+    monkeypatch.setattr(LocalBucket, "put", fails_once)
+    HubSyncCallback(trainer, config)
+    trainer.train()
+    assert set(rows_of(trainer, "weight_sync/payload_bytes")) == {1, 2, 3}
+    assert next(failures, None) is None
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "600"])

@@ -56,7 +56,7 @@ def test_two_ranks_train_with_trl_and_the_server_follows_both(
     assert deltas
     assert all({part.rank for part in delta.parts} == {0, 1} for delta in deltas), "each uploads what it owns"
     Replica(VLLMServer(url)).wait_verified(newest)
-    of_first, of_second = first["logged"][0], second["logged"][0]  # step 1; step 2 is published after TRL's last row
+    of_first, of_second = first["logged"][0], second["logged"][0]  # of step 1
     delta = next(manifest for manifest in deltas if manifest.step == 1)
     assert of_first["weight_sync/payload_bytes"] == sum(part.size for part in delta.parts)
     assert of_first["weight_sync/rank_payload_bytes_max"] == max(part.size for part in delta.parts)

@@ -3,23 +3,19 @@
     python -m benchmarks.apply                     one model, one process, one thread; then a server under load
     python -m benchmarks.apply --no-server --json
 
-Without vLLM plain modules replace the model and there is no peer. On a GPU, and with `--model`, the rows are those of
-`gpu_stage`, in this process, and of `gpu_server`, with a trainer and a compiled server under load:
-
-    python -m benchmarks.apply --model qwen3-4b
+Without vLLM plain modules replace the model and there is no peer. On GPUs: `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +30,11 @@ from hubsync.apply.applier import Applier
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainWriter
 from hubsync.format.digest import Digest, digest_change, digest_view, tensor_seed
-from hubsync.format.encoding import Encoding
 from hubsync.format.manifest import Position, Run
 from hubsync.format.parts import Transition, write_delta
 from hubsync.format.patch import Patch, TensorDelta, changes_of
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES, advance, bits_of, dtype_code
-
-from . import gpu_models, gpu_publish, gpu_server, gpu_stage
 
 DENSITIES = (1e-2, 1e-3, 1e-4)
 RUN_ID = "be9c4" * 6 + "00"
@@ -408,14 +401,7 @@ def main() -> None:
     parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
     parser.add_argument("--plain", action="store_true", help="use plain modules even if vLLM is installed")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
-    parser.add_argument("--model", choices=list(gpu_server.SIZES), help="rows for a GPU, of a model of this shape")
-    parser.add_argument("--only-server", action="store_true", help="with a model: leave out the rows of one process")
-    parser.add_argument("--syncs", type=int, default=8, help="with a model: measured syncs of each policy")
-    parser.add_argument("--streams", type=int, default=32, help="with a model: token streams")
     arguments = parser.parse_args()
-    if arguments.model or (torch.cuda.is_available() and not arguments.plain):
-        on_gpu(arguments)
-        return
     torch.set_num_threads(1)
     plain = arguments.plain or not _has_vllm()
     if plain:
@@ -429,30 +415,6 @@ def main() -> None:
         print(json.dumps([asdict(row) | (gaps or {}) for row in rows], indent=2))
     else:
         print_table(rows, gaps)
-
-
-def on_gpu(arguments: argparse.Namespace) -> None:
-    """Rows for a GPU, printed as they are measured."""
-    model = arguments.model or "qwen3-4b"
-    in_process = not arguments.only_server and model in gpu_models.MODELS
-
-    def rows() -> Iterator[gpu_publish.Row]:
-        if in_process:
-            yield from gpu_stage.measure(model, arguments.repeats, Encoding.FAST)
-            _free()
-        if not arguments.no_server:
-            yield from gpu_server.measure(model, arguments.syncs, arguments.streams)
-            _free()
-        if in_process:
-            yield from gpu_stage.measure(model, arguments.repeats, Encoding.COMPACT)
-
-    gpu_publish.print_rows(rows(), model, arguments.json)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _has_vllm() -> bool:

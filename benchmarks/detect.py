@@ -3,7 +3,7 @@
     python -m benchmarks.detect                          104 M parameters in float32, one thread
     python -m benchmarks.detect --parameters 20000000 --json
     python -m benchmarks.detect --dtype bfloat16         parameters in the served dtype
-    python -m benchmarks.detect --model qwen3-4b         on a GPU: steps, publish calls, encoding, uploads
+    python -m benchmarks.gpu --only trainer              on a GPU: steps, publish calls, encoding, uploads
 
 Each row has a separate model. Every round makes one optimizer step of each model in rotating order, so that noise of
 the machine affects all rows equally. Rows report medians. All models start equal and get equal gradients.
@@ -31,9 +31,7 @@ from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view.cast import cast
 from hubsync.publish.view.live import table_of
 
-from . import gpu_publish
 from .apply import peak, reset_peak, resident
-from .gpu_publish import print_rows
 from .measuring import timed
 
 RATE = 1e-6
@@ -241,12 +239,8 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=104_000_000)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the parameters")
-    parser.add_argument("--model", help="on a GPU: publish steps of a model with these shapes, for example qwen3-4b")
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
     arguments = parser.parse_args()
-    if arguments.model:
-        print_rows(gpu_publish.measure(arguments.model, arguments.rounds), arguments.model, arguments.json)
-        return
     torch.set_num_threads(1)
     rows = measure(arguments.parameters, arguments.rounds, getattr(torch, arguments.dtype))
     if arguments.json:

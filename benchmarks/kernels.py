@@ -2,7 +2,7 @@
 
 python -m benchmarks.kernels                 # the GPU if there is one, else the CPU
 python -m benchmarks.kernels --device cpu --threads 2
-python -m benchmarks.kernels --model qwen3-4b   # a GPU: the passes of a publish, each over all tensors at once
+python -m benchmarks.gpu --only kernels      # the passes of a publish, each over all tensors at once
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -29,8 +28,6 @@ from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import bits_of, find_changes
 from hubsync.kernels.classes import CLASSES, ClassMap
-
-from .gpu_publish import print_rows
 
 _SIDE = 2048
 _LOWEST = 107  # exponent of the lowest class: weights of about 0.02 lie in the 16 classes from it upwards
@@ -161,13 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads, default 1")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print a JSON list of rows and nothing else")
-    parser.add_argument("--model", help="on a GPU: the passes of a publish of a model, for example qwen3-4b")
     options = parser.parse_args(arguments)
-    if options.model:
-        print_rows(
-            import_module("benchmarks.gpu_kernels").measure(options.model, options.repeats), options.model, options.json
-        )
-        return
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     weights = Weights.made(options.tensors, device)

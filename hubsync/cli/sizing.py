@@ -23,7 +23,7 @@ FIRST = 1.0
 SETTLED = 0.25
 """The same later: 0.27 in steps 14 to 18 of the measured trace, 0.15 for random gradients (benchmarks/README.md)."""
 
-# `python -m benchmarks.apply --model qwen3-4b` on an H200 (benchmarks/README.md): 26 M changes in 33.2 MB, 180 ms from
+# `python -m benchmarks.gpu --only server` on an H200 (benchmarks/README.md): 26 M changes in 33.2 MB, 180 ms from
 # the publish call to the commit, while the server generates.
 _PROVED_PARAMETERS_S = 4.02e9 / 9.6e-3  # the publish call: digest of the whole view
 _ENCODED_CHANGES_S = 26e6 / 26e-3

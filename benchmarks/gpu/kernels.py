@@ -1,7 +1,4 @@
-"""Speed of the passes of a publish on a GPU, each over all tensors of a model.
-
-`python -m benchmarks.kernels --model` prints these rows.
-"""
+"""Speed of the passes of a publish on a GPU, each over all tensors of a model."""
 
 from __future__ import annotations
 
@@ -21,17 +18,19 @@ from hubsync.kernels.gpu.digest import Digests
 from hubsync.kernels.gpu.listing import ChangeList
 from hubsync.kernels.gpu.numbering import RAW, TO_BF16, Numbering
 
-from .gpu_models import MODELS, Shapes
-from .gpu_publish import Row
+from .models import Shapes, Size
+from .rows import Row
 
 _STEP = 2.8e-5  # a weight changes by chance `_STEP / |weight|`: about 0.8 % of all
 
 
-def measure(model: str, repeats: int) -> Iterator[Row]:
+def measure(size: Size, repeats: int) -> Iterator[Row]:
     """All passes, for float32 and for bfloat16 parameters. Speeds count the bytes of a bfloat16 view."""
-    shapes, _ = MODELS[model]
-    view = 2 * sum(math.prod(shape) for shape in shapes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        yield Row("passes of a publish", math.nan, "GB/s", "not run: it needs a GPU")
+        return
+    shapes, view = size.shapes, 2 * size.numel
+    device = torch.device("cuda")
     copy = _copy_milliseconds(view, device, repeats)
     yield Row("copy of the bfloat16 view", view / copy / 1e6, "GB/s", f"{copy:.2f} ms")
 
@@ -136,8 +135,6 @@ def _move(patterns: torch.Tensor) -> None:
 def milliseconds(work: Callable[[], object], repeats: int) -> float:
     """Median, after one call that compiles."""
     work()
-    if not torch.cuda.is_available():
-        return math.nan
     events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]] = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
     ]

@@ -1,4 +1,4 @@
-"""What following and publishing cost a trainer on a GPU. `python -m benchmarks.detect --model` prints these rows.
+"""What following and publishing cost a trainer on a GPU.
 
 One process trains weights of a model's shapes with torch's fused AdamW and publishes every step to a directory. The
 simple way is measured beside it: clone the bfloat16 view before the step, compare, list, copy int32 indices and values
@@ -8,14 +8,13 @@ to the host.
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,22 +23,14 @@ from hubsync import DeltaWeightTransferEngine as Engine
 from hubsync import SyncConfig
 from hubsync.publish.results import Published
 
-from .gpu_models import MODELS, Weights
+from .device import allocated, peak, peak_from_here, release, synchronize, timed
+from .models import Size, Weights
+from .rows import Row
 
 RATES = {torch.float32: 1.45e-7, torch.bfloat16: 1.5e-6}  # learning rates that change about 0.8 % of the view
 
 
 Detector = Literal["sliced", "snapshot"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity: its value, its unit, and what it is compared with."""
-
-    name: str
-    value: float
-    unit: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,25 +42,24 @@ class Step:
     published: Published
 
 
-def measure(model: str, rounds: int) -> Iterator[Row]:
+def measure(size: Size, rounds: int) -> Iterator[Row]:
     """All rows of one model."""
-    shapes, dtype = MODELS[model]
+    dtype = size.dtype
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = Weights(shapes, dtype, device)
+    weights = Weights(size.shapes, dtype, device)
     weights.receive_gradients()
     optimizer = torch.optim.AdamW(weights.parameters(), lr=RATES[dtype], fused=True)
-    size = weights.numel
-    view = 2 * size
+    view = 2 * size.numel
     copy = _copy_seconds(view, device)
-    yield Row("parameters", size / 1e6, "M")
+    yield Row("parameters", size.numel / 1e6, "M")
     yield Row("copy of the bfloat16 view", 1e3 * copy, "ms", f"{view / copy / 1e9:,.0f} GB/s")
-    plain = _median([_timed(optimizer.step) for _ in range(rounds + 2)][2:])
+    plain = _median([timed(optimizer.step) for _ in range(rounds + 2)][2:])
     yield Row("plain step", 1e3 * plain, "ms", "torch's fused AdamW")
     detectors: tuple[Detector, ...] = ("sliced", "snapshot")
     for detector in detectors:
         yield from _followed(weights, optimizer, detector, rounds, plain)
         gc.collect()
-        torch.cuda.empty_cache()
+        release()
     yield from _simple(weights, optimizer, rounds, plain)
 
 
@@ -77,19 +67,18 @@ def _followed(
     weights: Weights, optimizer: torch.optim.Optimizer, detector: Detector, rounds: int, plain: float
 ) -> Iterator[Row]:
     size = weights.numel
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     with _engine(weights, optimizer, detector) as engine:
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated() - before
-        compiling = _timed(_wait_for_compilation)
+        synchronize()
+        held = allocated() - before
+        compiling = timed(_wait_for_compilation)
         first = _publish(engine, optimizer)
         for _ in range(16):  # the first steps wait for the device
             _publish(engine, optimizer)
         steps = [_publish(engine, optimizer) for _ in range(rounds)]
-        torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated()
+        at_rest = peak_from_here()
         _publish(engine, optimizer)
-        peak = torch.cuda.max_memory_allocated() - at_rest
+        most = peak() - at_rest
         published = steps[-1].published
         unfused = _unfused(engine, optimizer, rounds)
     changed = published.changed
@@ -98,7 +87,7 @@ def _followed(
     if detector == "sliced":
         yield Row("  by torch's operator in slices", unfused / plain, "x", "where the fused kernel gives other bits")
     yield Row("  memory kept", held / size, "B a parameter", "without the list of changes")
-    yield Row("  peak in step and publish", peak / size, "B a parameter", "with the list, and what is encoded")
+    yield Row("  peak in step and publish", most / size, "B a parameter", "with the list, and what is encoded")
     yield Row("  detection in it", 1e3 * _median([s.published.detect_s for s in steps]), "ms")
     yield Row("  publish call", 1e3 * _median([s.call for s in steps]), "ms", "digest of the whole view included")
     yield Row("  encode", 1e3 * _median([s.published.encode_s for s in steps]), "ms", f"{changed / 1e6:.1f} M changes")
@@ -128,7 +117,7 @@ def _wait_for_compilation() -> None:
 
 
 def _publish(engine: Engine, optimizer: torch.optim.Optimizer) -> Step:
-    step = _timed(optimizer.step)
+    step = timed(optimizer.step)
     started = time.perf_counter()
     ticket = engine.publish()
     call = time.perf_counter() - started
@@ -156,7 +145,7 @@ def _simple(weights: Weights, optimizer: torch.optim.Optimizer, rounds: int, pla
             at = (old != new).view(-1).nonzero().view(-1)
             found.append((at.int().cpu(), new.view(-1)[at].cpu()))
 
-    seconds = _median([_timed(step) for _ in range(rounds + 1)][1:])
+    seconds = _median([timed(step) for _ in range(rounds + 1)][1:])
     changed = sum(len(at) for at, _ in found)
     yield Row(
         "simple way: clone, step, !=, nonzero, to the host", 1e3 * seconds, "ms", f"{changed / 1e6:.1f} M changes"
@@ -164,31 +153,10 @@ def _simple(weights: Weights, optimizer: torch.optim.Optimizer, rounds: int, pla
     yield Row("  of the plain step", seconds / plain, "x", "48 bits a change; 2 B a parameter while it lasts")
 
 
-def print_rows(rows: Iterable[Row], model: str, as_json: bool) -> None:
-    """Print rows as they are measured, or all as JSON."""
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, torch {torch.__version__}, {model}", flush=True)
-    for row in rows:
-        print(f"{row.name:52}{row.value:>12,.2f} {row.unit:14} {row.note}", flush=True)
-
-
 def _copy_seconds(nbytes: int, device: torch.device) -> float:
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return _median([_timed(lambda: target.copy_(source)) for _ in range(5)])
-
-
-def _timed(work: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _median([timed(lambda: target.copy_(source)) for _ in range(5)])
 
 
 def _median(values: list[float]) -> float:

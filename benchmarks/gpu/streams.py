@@ -1,6 +1,6 @@
 """Token streams of a server, and when each token arrived: a process of its own, which waits for nothing else.
 
-    python -m benchmarks.streams HOST PORT MODEL STREAMS TOKENS FILE
+    python -m benchmarks.gpu.streams HOST PORT MODEL STREAMS TOKENS FILE
 
 Prints `ready` once every stream has received 50 tokens, reads standard input until it ends, and writes FILE: a NumPy
 archive of `stream`, `request` and `time` (`time.perf_counter`, which all processes of a Linux machine share) of each
@@ -95,7 +95,16 @@ class Streams:
     def __init__(self, url: str, model: str, streams: int, tokens: int, file: Path):
         at = httpx.URL(url)
         self._file = file
-        command = [sys.executable, "-m", "benchmarks.streams", at.host, str(at.port), model, str(streams), str(tokens)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.streams",
+            at.host,
+            str(at.port),
+            model,
+            str(streams),
+            str(tokens),
+        ]
         self._process = subprocess.Popen([*command, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Streams:

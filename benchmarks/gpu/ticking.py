@@ -1,6 +1,6 @@
 """A worker extension that watches its own process: how long threads and forward passes wait.
 
-`python -m vllm... --worker-extension-cls benchmarks.ticking.TickingExtension`; called by `benchmarks.gpu_server`.
+`python -m vllm... --worker-extension-cls benchmarks.gpu.ticking.TickingExtension`; called by `benchmarks.gpu.server`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A trainer and a real vLLM server on GPUs: what a sync takes, and how long token streams and threads wait for it.
 
-`python -m benchmarks.apply` runs this on a GPU. The server is compiled and uses CUDA graphs; it has a GPU of its own if
+The server is compiled and uses CUDA graphs; it has a GPU of its own if
 there are two. The trainer's gradients are random. Token streams are read by another process, and the engine's process
 watches itself (`ticking`). The digest of the server's live weights is recomputed after every commit.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +25,12 @@ from hubsync.publish.results import SyncReport
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 
-from .gpu_publish import Row
+from .device import timed
+from .models import Size
+from .rows import Row
 from .streams import Arrivals, Streams
+from .trainer import RATES
 
-SIZES = {  # hidden, intermediate, layers, heads, vocabulary
-    "qwen3-0.6b": (1024, 3072, 28, 16, 151936),
-    "qwen3-4b": (2560, 9728, 36, 32, 151936),
-    "tiny": (256, 768, 4, 8, 4000),
-}
-_RATE = 1.45e-7  # learning rate: changes about 0.8 % of the view in a step
 _SETTLING_S = 0.5  # around a sync
 _FLOORS = 4  # times that running requests are computed again without a sync
 
@@ -53,7 +50,7 @@ class Measured:
 
 @dataclass
 class Seen:
-    """What the engine's process has seen of itself: `benchmarks.ticking`."""
+    """What the engine's process has seen of itself: `benchmarks.gpu.ticking`."""
 
     steps: np.ndarray
     late: np.ndarray
@@ -75,46 +72,47 @@ class Seen:
         return float(own[:, 1].max(initial=0.0))
 
 
-def write_checkpoint(directory: Path, model: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    hidden, inner, layers, heads, words = SIZES[model]
-    config = Qwen3Config(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=min(8, heads), head_dim=128 if words > 4000 else 32, vocab_size=words,
-        tie_word_embeddings=True, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-
-
-def measure(model: str, syncs: int, streams: int) -> Iterator[Row]:
+def measure(size: Size, syncs: int, streams: int) -> Iterator[Row]:
     """All rows: with kept KV caches, then with recomputed ones."""
     with tempfile.TemporaryDirectory(prefix="hubsync-gpu-") as name:
         root = Path(name)
-        write_checkpoint(root / "base", model)
+        size.write_checkpoint(root / "base")
         started = time.perf_counter()
-        with _server(root) as process:
+        arguments = ["--skip-tokenizer-init", "--worker-extension-cls", "benchmarks.gpu.ticking.TickingExtension"]
+        with server_process(root, arguments, {}, follows=True) as process:
             process.wait_ready(400)
             apart = "a GPU of its own" if torch.cuda.device_count() > 1 else "on the trainer's GPU"
             yield Row("server started", time.perf_counter() - started, "s", apart)
-            yield from _Site(root, process.url, streams).rows(syncs)
+            yield from _Site(size, root, process.url, streams).rows(syncs)
 
 
-def _server(root: Path) -> ServerProcess:
-    environment = {"HUBSYNC_CACHE": str(root / "cache")}
-    arguments = ["--skip-tokenizer-init", "--worker-extension-cls", "benchmarks.ticking.TickingExtension"]
+def server_process(
+    root: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    checkpoint: Path | None = None,
+    follows: bool = False,
+) -> ServerProcess:
+    """A server as users run it: compiled and with CUDA graphs, on a GPU of its own if there are two.
+
+    Args:
+        root: directory of the benchmark: a checkpoint `base`, a run `run`.
+        checkpoint: another one to serve.
+        follows: whether it has hubsync's worker extension, and the run.
+    """
+    settings = {"HUBSYNC_CACHE": str(root / "cache"), **environment}
+    arguments = list(arguments)
     if torch.cuda.is_available():
-        environment |= {"OMP_NUM_THREADS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": ""}
+        settings |= {"OMP_NUM_THREADS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": ""}
         arguments += ["--no-enforce-eager", "--gpu-memory-utilization", "0.25"]
     if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = "1"
+        settings["CUDA_VISIBLE_DEVICES"] = "1"
     return ServerProcess(
-        root / "base",
+        checkpoint or root / "base",
         root / "log",
-        bucket=str(root / "run"),
-        environment=environment,
+        bucket=str(root / "run") if follows else None,
+        environment=settings,
         arguments=arguments,
         max_model_len=2048,
     )
@@ -123,7 +121,8 @@ def _server(root: Path) -> ServerProcess:
 class _Site:
     """A trainer, and the server that follows it."""
 
-    def __init__(self, root: Path, url: str, streams: int):
+    def __init__(self, size: Size, root: Path, url: str, streams: int):
+        self._size = size
         self._root, self._url, self._streams = root, url, streams
         self._server = VLLMServer(url)
         self._replica = Replica(self._server)
@@ -147,16 +146,17 @@ class _Site:
         from transformers import AutoModelForCausalLM
 
         def load() -> torch.nn.Module:
-            return AutoModelForCausalLM.from_pretrained(self._root / "base", dtype=torch.float32)
+            return AutoModelForCausalLM.from_pretrained(self._root / "base", dtype=self._size.dtype)
 
         policy = load().to("cuda" if torch.cuda.is_available() else "cpu")
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=_RATE, fused=True)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=RATES[self._size.dtype], fused=True)
         for parameter in policy.parameters():
             parameter.grad = torch.randn_like(parameter) * 1e-3
         optimizer.step()
-        plain = statistics.median(_timed(optimizer) for _ in range(5))
+        plain = statistics.median(timed(optimizer.step) for _ in range(5))
         policy.load_state_dict(load().state_dict())
-        _spread(policy)
+        if self._size.dtype == torch.float32:
+            _spread(policy)
         return policy, optimizer, plain
 
     def _synced(
@@ -173,7 +173,7 @@ class _Site:
         measured, floors = Measured(), []
         with Streams(self._url, self._model, self._streams, 1000, self._root / f"{kv_cache}.npz") as streams:
             begun = self._server.rpc("benchmark_watch")[0]
-            quiet = [_window(_SETTLING_S) for _ in range(syncs)]
+            quiet = [window(_SETTLING_S) for _ in range(syncs)]
             for _ in range(syncs):
                 self._sync(engine, optimizer, measured)
             if kv_cache == "recompute":
@@ -195,7 +195,7 @@ class _Site:
             positions.append(engine.publish().result().position)
         with Streams(self._url, self._model, self._streams, 1000, self._root / "idle.npz") as streams:
             begun = self._server.rpc("benchmark_watch")[0]
-            quiet = [_window(_SETTLING_S) for _ in range(syncs)]
+            quiet = [window(_SETTLING_S) for _ in range(syncs)]
             for position in positions:
                 time.sleep(_SETTLING_S)
                 start = time.perf_counter()
@@ -210,7 +210,7 @@ class _Site:
 
     def _sync(self, engine: DeltaWeightTransferEngine, optimizer: torch.optim.Optimizer, measured: Measured) -> None:
         time.sleep(_SETTLING_S)
-        measured.steps.append(_timed(optimizer))
+        measured.steps.append(timed(optimizer.step))
         start = time.perf_counter()
         report = engine.deliver(engine.publish())
         measured.walls.append(time.perf_counter() - start)
@@ -238,7 +238,7 @@ def _spread(policy: torch.nn.Module) -> None:
             parameter.copy_(moved.where(moved.bfloat16() == parameter.bfloat16(), parameter))
 
 
-def _window(seconds: float) -> Window:
+def window(seconds: float) -> Window:
     start = time.perf_counter()
     time.sleep(seconds)
     return start, time.perf_counter()
@@ -248,10 +248,10 @@ def _sync_rows(measured: Measured, plain: float) -> Iterator[Row]:
     published = measured.reports[-1].published
     reports = measured.reports
     changed = f"{published.changed / 1e6:.1f} M, {published.changed / published.total:.2%} changed"
-    walls = _ms(measured.walls)
+    walls = ms(measured.walls)
     yield Row("publish to committed", walls, "ms", f"goal 350; longest {1e3 * max(measured.walls):.0f}; {changed}")
-    yield Row("  encode", _ms([r.published.encode_s for r in reports]), "ms")
-    yield Row("  upload to a directory", _ms([r.published.upload_s for r in reports]), "ms")
+    yield Row("  encode", ms([r.published.encode_s for r in reports]), "ms")
+    yield Row("  upload to a directory", ms([r.published.upload_s for r in reports]), "ms")
     for metric, name in [
         ("stage_s", "stage"), ("fetch_s", "  fetch and SHA-256"), ("decode_s", "  decode"),
         ("place_s", "  places, old and new values, digest"), ("commit_s", "commit"), ("verify_s", "verify"),
@@ -259,11 +259,11 @@ def _sync_rows(measured: Measured, plain: float) -> Iterator[Row]:
         values = [metrics[metric] for metrics in measured.metrics if metric in metrics]
         goal = {"stage_s": "goal 150", "commit_s": "goal 3", "verify_s": "goal 15"}.get(metric, "")
         if values:
-            yield Row(f"  {name}", _ms(values), "ms", goal)
+            yield Row(f"  {name}", ms(values), "ms", goal)
     pauses = [commit.pause_s for report in reports for commit in report.commits]
-    yield Row("    the engine's turn with the commit", _ms(pauses), "ms", "caches and label included")
+    yield Row("    the engine's turn with the commit", ms(pauses), "ms", "caches and label included")
     share = statistics.median(measured.steps) / plain
-    yield Row("followed step of the trainer", _ms(measured.steps), "ms", f"{share:.2f} of a plain one")
+    yield Row("followed step of the trainer", ms(measured.steps), "ms", f"{share:.2f} of a plain one")
 
 
 def _engine_rows(measured: Measured, seen: Seen, quiet: Sequence[Window]) -> Iterator[Row]:
@@ -299,15 +299,5 @@ def _gap_rows(
         )
 
 
-def _ms(seconds: Sequence[float]) -> float:
+def ms(seconds: Sequence[float]) -> float:
     return 1e3 * statistics.median(seconds)
-
-
-def _timed(optimizer: torch.optim.Optimizer) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    optimizer.step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Staging, commit and verification of one process, each part by itself: `python -m benchmarks.apply` on a GPU.
+"""Staging, commit and verification of one process, each part by itself.
 
 A module of random weights with a real model's shapes is followed as a server's would be (`ServedModel`): parts come
 from a directory, and are staged, committed and verified by the product's own calls.
@@ -6,11 +6,10 @@ from a directory, and are staged, committed and verified by the product's own ca
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,9 @@ from hubsync.format.parts import Transition, write_delta
 from hubsync.format.table import TensorSpec, TensorTable
 from hubsync.kernels import Bits
 
-from .gpu_models import MODELS
-from .gpu_publish import Row
+from .device import allocated, peak, peak_from_here, timed
+from .models import Size
+from .rows import Row
 
 SHARE = 0.008
 _LONGEST_S = 15.0  # until no more repetitions begin
@@ -116,20 +116,20 @@ class _Old:
         return bits if bits.device.type != "cpu" else bits.numpy().view(np.uint16)
 
 
-def measure(model: str, repeats: int, encoding: Encoding) -> Iterator[Row]:
+def measure(size: Size, repeats: int, encoding: Encoding) -> Iterator[Row]:
     """All rows of one encoding."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    table = TensorTable([TensorSpec(f"w{n}", shape, "BF16") for n, shape in enumerate(MODELS[model][0])])
+    table = TensorTable([TensorSpec(f"w{n}", shape, "BF16") for n, shape in enumerate(size.shapes)])
     with tempfile.TemporaryDirectory(prefix="hubsync-apply-") as name:
         root, module = Path(name), Model(table, device)
         run = Published(root, module, table)
         source = RunSource(str(root / "run"), root / "cache")
         served = ServedModel(lambda: ModelHost(source, (module,), device))
-        attach = _timed(device, served.attach)
+        attach = timed(served.attach)
         yield Row("attach, with compiling", attach, "s", "in the background of a server")
-        kept = _allocated(device)
+        kept = allocated()
         yield from _followed(run, served, encoding, device, repeats, root)
-        held = _allocated(device) - kept
+        held = allocated() - kept
         yield Row("GPU memory kept for undo", held / run.changed, "B a change", f"{held / 1e6:.0f} MB")
 
 
@@ -143,13 +143,13 @@ def _followed(
     peaks = []
     for repeat in range(repeats + 1):
         position = run.publish(encoding, repeat)
-        before = _peak_from_here(device)
-        times["stage"].append(_timed(device, partial(served.stage, position, nullcontext())))
-        peaks.append(_peak(device) - before)
+        before = peak_from_here()
+        times["stage"].append(timed(partial(served.stage, position, nullcontext())))
+        peaks.append(peak() - before)
         for part in ("fetch_s", "decode_s", "place_s"):
             times[part].append(served.metrics[part])
-        times["commit"].append(_timed(device, partial(served.commit, position)))
-        times["verify"].append(_timed(device, served.verify))
+        times["commit"].append(timed(partial(served.commit, position)))
+        times["verify"].append(timed(served.verify))
         if time.perf_counter() - started > _LONGEST_S:
             break
     ms = {name: 1e3 * statistics.median(values[1:] or values) for name, values in times.items()}
@@ -160,7 +160,7 @@ def _followed(
         f"{encoding.value}: stage", ms["stage"], "ms", f"goal 150; {share}; the first {1e3 * times['stage'][0]:.0f}"
     )
     path = max((root / "cache").rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    hashing = _timed(device, lambda: sha256_of(path))
+    hashing = timed(lambda: sha256_of(path))
     yield Row("  fetch and SHA-256", ms["fetch_s"], "ms", f"SHA-256 alone {1e3 * hashing:.0f} ms")
     goal = 150 if encoding is Encoding.FAST else 30
     yield Row("  decode", ms["decode_s"], "ms", f"{view / ms['decode_s'] / 1e6:.0f} GB/s of weights, goal {goal}")
@@ -168,28 +168,3 @@ def _followed(
     yield Row("  extra GPU memory at its peak", max(peaks) / 1e6, "MB", f"{max(peaks) / run.changed:.0f} B a change")
     yield Row(f"{encoding.value}: commit", ms["commit"], "ms", "goal 3: memory compared, written, read back")
     yield Row(f"{encoding.value}: verify", ms["verify"], "ms", f"goal 15; {view / ms['verify'] / 1e6:.0f} GB/s")
-
-
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def _allocated(device: torch.device) -> float:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else math.nan
-
-
-def _peak(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else math.nan
-
-
-def _peak_from_here(device: torch.device) -> float:
-    """Bytes allocated now; `_peak` is at least that from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    return _allocated(device)

@@ -21,7 +21,7 @@ PAGES = sorted(
     {
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("examples/*/*.md"),
+        *ROOT.glob("examples/**/*.md"),
         *ROOT.glob("deploy/**/*.md"),
         ROOT / "benchmarks/README.md",
     }

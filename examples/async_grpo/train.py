@@ -12,19 +12,34 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+#     "aiohttp",
+#     "kernels",
+#     "math-verify",
+#     "peft",
+#     "trackio",
+#     "vllm",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """
 Asynchronous GRPO. The inference server generates while its weights are updated through a Hugging Face bucket.
 
 In a clone of hubsync (the PyPI package of that name is another project):
 
-pip install '.[trl]' aiohttp kernels math-verify trackio vllm    # on the training host; TRL needs vllm there
-pip install '.[vllm]'                                            # on the inference host
+pip install '.[trl]' aiohttp kernels math-verify peft trackio vllm    # on the training host; TRL needs vllm there
+pip install '.[vllm]'                                                 # on the inference host
 
 On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
 
 # Inference host
 
-HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/async-1 VLLM_SERVER_DEV_MODE=1 \
+HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/async-1 VLLM_PLUGINS=hubsync \
 vllm serve Qwen/Qwen3-0.6B \
     --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
     --enable-scale-out \
@@ -32,7 +47,7 @@ vllm serve Qwen/Qwen3-0.6B \
     --max-model-len 4096 \
     --host 0.0.0.0 --port 8000
 
-The development endpoints (`VLLM_SERVER_DEV_MODE=1`) can pause the server, and no API key protects them. Allow only the
+The control endpoints (`VLLM_PLUGINS=hubsync`) can pause the server. Set `VLLM_API_KEY` on both hosts, or allow only the
 training host to reach the port.
 
 # Training host
@@ -51,12 +66,14 @@ python examples/async_grpo/train.py \
     --max_steps 200 \
     --report_to trackio
 
-With several GPUs: `accelerate launch --num_processes 8 examples/async_grpo/train.py ...`, with the same arguments.
+With several GPUs: `accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml
+examples/async_grpo/train.py ...`, with the same arguments.
 """
 
 from dataclasses import dataclass, field
 
 from datasets import load_dataset
+from peft import LoraConfig
 from trl import ScriptArguments, TrlParser
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.rewards import accuracy_reward
@@ -66,23 +83,40 @@ from hubsync.integrations.trl import HubWeightTransfer
 
 
 @dataclass
-class Arguments:
-    """Arguments of this script."""
+class PolicyArguments:
+    """The policy. TRL's `ModelConfig` cannot be used: `AsyncGRPOConfig` has a `dtype` too."""
 
     model_name_or_path: str = field(metadata={"help": "Model to train; the servers serve the same revision of it."})
+    use_peft: bool = field(default=False, metadata={"help": "Train and publish a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "Modules to adapt."}
+    )
+
+    def peft_config(self) -> LoraConfig | None:
+        if not self.use_peft:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
 
 
 def main() -> None:
-    parser = TrlParser((Arguments, ScriptArguments, AsyncGRPOConfig, SyncConfig))
-    arguments, script_args, training_args, sync_config = parser.parse_args_and_config()
+    parser = TrlParser((PolicyArguments, ScriptArguments, AsyncGRPOConfig, SyncConfig))
+    policy_args, script_args, training_args, sync_config = parser.parse_args_and_config()
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     transfer = HubWeightTransfer(sync_config)
     trainer = AsyncGRPOTrainer(
-        model=arguments.model_name_or_path,
+        model=policy_args.model_name_or_path,
         reward_funcs=accuracy_reward,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
+        peft_config=policy_args.peft_config(),
         weight_transfer=transfer,
     )
     # TRL does not pass the policy to the transfer.

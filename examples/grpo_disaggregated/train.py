@@ -12,12 +12,24 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+#     "math-verify",
+#     "peft",
+#     "trackio",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """
 GRPO with trainer and inference server on different hosts, which share only a Hugging Face bucket.
 
 In a clone of hubsync (the PyPI package of that name is another project):
 
-pip install '.[trl]' math-verify trackio       # on the training host
+pip install '.[trl]' math-verify peft trackio  # on the training host
 pip install '.[vllm]'                          # on the inference host
 
 On both hosts: `hf auth login`, with a token that may write to (inference host: read from) the bucket's namespace.
@@ -50,11 +62,12 @@ python examples/grpo_disaggregated/train.py \
     --logging_steps 1 \
     --report_to trackio
 
-With several GPUs: `accelerate launch --num_processes 8 examples/grpo_disaggregated/train.py ...`, the rest the same.
+With several GPUs: `accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml
+examples/grpo_disaggregated/train.py ...`, the rest the same; `multi_gpu.yaml` and `zero3.yaml` lie beside it.
 """
 
 from datasets import load_dataset
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from trl.rewards import accuracy_reward
 
 from hubsync import SyncConfig
@@ -78,6 +91,7 @@ def main() -> None:
         reward_funcs=accuracy_reward,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],
+        peft_config=get_peft_config(model_args),  # None without --use_peft
     )
     # From here on the trainer generates on the vLLM server, whose weights follow every optimizer step.
     HubSyncCallback(trainer, sync_config)

@@ -12,6 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+#     "math-verify",
+#     "peft",
+#     "trackio",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """
 GRPO of a LoRA adapter. The server loads the base model; every step publishes the adapter.
 

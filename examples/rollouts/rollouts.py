@@ -1,12 +1,37 @@
+# Copyright 2026 The hubsync authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """Rollouts from all servers of a run, while a trainer moves their weights; see README.md.
 
-python examples/rollouts/rollouts.py http://localhost:8000 http://localhost:8001
+python examples/rollouts/rollouts.py --servers http://localhost:8000 http://localhost:8001
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+from dataclasses import dataclass, field
+
+from trl import TrlParser
 
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
 from hubsync.lifecycle.rollouts.window import AdaptiveWindow
@@ -19,14 +44,17 @@ def reward(sample: Sample) -> float:
     return 1.0 / len(sample.token_ids)
 
 
-async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("servers", nargs="+")
-    parser.add_argument("--k", type=int, default=8, help="samples per prompt")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--max-lag", type=int, default=2, help="versions that a sample may be behind the newest seen")
-    options = parser.parse_args()
+@dataclass
+class RolloutArguments:
+    """Arguments of this script."""
 
+    servers: list[str] = field(metadata={"help": "URLs of the servers of one run."})
+    k: int = field(default=8, metadata={"help": "Samples per prompt."})
+    max_tokens: int = field(default=64, metadata={"help": "Longest sample, in tokens."})
+    max_lag: int = field(default=2, metadata={"help": "Versions that a sample may be behind the newest seen."})
+
+
+async def main(options: RolloutArguments) -> None:
     newest, used, stale = 0, 0, 0
     async with Sampler(options.servers, window=AdaptiveWindow(max_window=128)) as sampler:
         async for sample in sampler.sample(PROMPTS, options.k, logprobs=True, max_tokens=options.max_tokens):
@@ -44,4 +72,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*TrlParser((RolloutArguments,)).parse_args_and_config()))

@@ -12,9 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl",
+#     "transformers>=5",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """
-Reinforcement learning in a plain torch loop, without TRL and accelerate. A vLLM server generates the completions with
-the weights of the previous step.
+Reinforcement learning in a plain torch loop, without TRL (and its parser) and accelerate. A vLLM server generates the
+completions with the weights of the previous step.
 
 In a clone of hubsync: `pip install . transformers` on the training host, `pip install '.[vllm]'` on the inference host,
 and `hf auth login` on both.

@@ -12,22 +12,29 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """Interval: the servers get new weights every N steps. Rollouts in between are up to N steps off policy.
 
 A snapshot has all changes since the previous one, so skipping steps makes the sum of the deltas smaller.
 
-python examples/weight_syncer/interval.py --every 4 --model MODEL --bucket hf://buckets/ME/rl/run \
+python examples/weight_syncer/interval.py --every 4 --model_name_or_path MODEL --bucket hf://buckets/ME/rl/run \
     --servers http://localhost:8000
 """
 
-from training import make_syncer, parser, start
+from training import arguments, make_syncer, start
 
 if __name__ == "__main__":
-    arguments = parser("Hot-load every N steps.")
-    arguments.add_argument("--every", type=int, default=4)
-    args = arguments.parse_args()
-    training = start(args.model)
-    with make_syncer(args, training) as syncer:
+    args, config = arguments()
+    training = start(args.model_name_or_path)
+    with make_syncer(training, config) as syncer:
         syncer.wait_for_hotload_ready()
         for step in range(1, args.steps + 1):
             training.step()

@@ -12,17 +12,27 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """On policy: the servers get the weights of every step before the next rollouts are made.
 
-python examples/weight_syncer/on_policy.py --model MODEL --bucket hf://buckets/ME/rl/run --servers http://localhost:8000
+python examples/weight_syncer/on_policy.py --model_name_or_path MODEL --bucket hf://buckets/ME/rl/run \
+    --servers http://localhost:8000
 """
 
-from training import make_syncer, parser, start
+from training import arguments, make_syncer, start
 
 if __name__ == "__main__":
-    args = parser("Hot-load every step.").parse_args()
-    training = start(args.model)
-    with make_syncer(args, training) as syncer:
+    args, config = arguments()
+    training = start(args.model_name_or_path)
+    with make_syncer(training, config) as syncer:
         syncer.wait_for_hotload_ready()
         for step in range(args.steps):
             training.step()

@@ -12,20 +12,30 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """Split: every step is saved. A step is hot-loaded later, here after an evaluation of it that the servers do not see.
 
 A snapshot that is only saved costs the servers nothing. Any saved snapshot can be loaded later, also an older one.
 
-python examples/weight_syncer/split.py --model MODEL --bucket hf://buckets/ME/rl/run --servers http://localhost:8000
+python examples/weight_syncer/split.py --model_name_or_path MODEL --bucket hf://buckets/ME/rl/run \
+    --servers http://localhost:8000
 """
 
-from training import make_syncer, parser, start
+from training import arguments, make_syncer, start
 
 if __name__ == "__main__":
-    args = parser("Save every step, hot-load the good ones, and return to the first of them at the end.").parse_args()
-    training = start(args.model)
+    args, config = arguments()
+    training = start(args.model_name_or_path)
     good = []
-    with make_syncer(args, training) as syncer:
+    with make_syncer(training, config) as syncer:
         syncer.wait_for_hotload_ready()
         for step in range(args.steps):
             training.step()

@@ -20,23 +20,28 @@ they are loaded.
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import AutoModelForCausalLM
+from trl import TrlParser
 
 from hubsync import SyncConfig, WeightSyncer
 from hubsync.replicas.deployment import Deployment
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", required=True, help="checkpoint that the servers were started with")
-    made.add_argument("--bucket", required=True, help="hf://buckets/NAMESPACE/NAME/RUN, or a directory")
-    made.add_argument("--servers", nargs="*", default=[], help="URLs to push to; servers may also follow the bucket")
-    made.add_argument("--steps", type=int, default=8)
-    return made
+@dataclass
+class TrainingArguments:
+    """Arguments of the three loops."""
+
+    model_name_or_path: str = field(metadata={"help": "Checkpoint that the servers were started with."})
+    steps: int = field(default=8, metadata={"help": "Number of optimizer steps."})
+    every: int = field(default=4, metadata={"help": "Steps between two hot-loads, of `interval.py`."})
+
+
+def arguments() -> tuple[TrainingArguments, SyncConfig]:
+    """Of the command line: `SyncConfig` has `--bucket` and `--servers`. Servers may also follow the bucket."""
+    return TrlParser((TrainingArguments, SyncConfig)).parse_args_and_config()
 
 
 @dataclass
@@ -56,7 +61,8 @@ def start(model: str) -> Training:
     return Training(loaded, torch.optim.AdamW(loaded.parameters(), lr=1e-5))
 
 
-def make_syncer(args: argparse.Namespace, training: Training) -> WeightSyncer:
-    deployment = Deployment(args.servers) if args.servers else None
-    config = SyncConfig(bucket=args.bucket, base_model=args.model)
+def make_syncer(training: Training, config: SyncConfig) -> WeightSyncer:
+    deployment = Deployment(config.servers, api_key=config.api_key) if config.servers else None
+    # The deployment holds the servers.
+    config = replace(config, servers=[])
     return WeightSyncer(training.model, training.optimizer, config, deployment, first_checkpoint_type="delta")

@@ -586,7 +586,7 @@ def test_the_examples_run_unmodified(
         save_checkpoint("qwen3_tied", tmp_path / "base"),
         Path(__file__).parents[2] / "examples/weight_syncer",
     )
-    arguments = ["--model", str(base), "--bucket", str(tmp_path / "bucket"), "--steps", "4", *options]
+    arguments = ["--model_name_or_path", str(base), "--bucket", str(tmp_path / "bucket"), "--steps", "4", *options]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.syspath_prepend(examples)
     runpy.run_path(str(examples / f"{script}.py"), run_name="__main__")

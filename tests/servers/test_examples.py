@@ -124,7 +124,7 @@ def test_rollouts(
     replica = Replica(VLLMServer(place.url))
     if replica.status().position is None:  # as the example's README: the server follows a run
         test_torch_loop(place, tmp_path, monkeypatch)
-    run(monkeypatch, "rollouts/rollouts.py", place.url, "--k", 2, "--max-tokens", 8)
+    run(monkeypatch, "rollouts/rollouts.py", "--servers", place.url, "--k", 2, "--max_tokens", 8)
     assert "40 samples, 0 too old" in capsys.readouterr().out
 
 
@@ -133,6 +133,79 @@ def test_lora(lora_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run(monkeypatch, "lora/train.py", *options(lora_place, tmp_path / "out"), *peft)
     assert lora_place.newest(tmp_path / "cache") >= 2
     assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_sft(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer does not know the server, which follows."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    Dataset.from_list([{"text": f"{i} plus 1 makes {i + 1}"} for i in range(8)]).to_json(texts / "train.jsonl")
+    before = position_of(place)
+    run(
+        monkeypatch,
+        "sft/train.py",
+        *("--model_name_or_path", place.checkpoint, "--dataset_name", texts, "--bucket", place.address),
+        *("--publish_every", 2, "--output_dir", tmp_path / "out", "--learning_rate", 1e-3, "--max_steps", 5),
+        *("--report_to", "none", "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False"),
+        *("--per_device_train_batch_size", 2),
+    )
+    reader = ChainReader(open_bucket(place.address), tmp_path / "cache")
+    newest = reader.newest().version
+    assert [reader.manifest(newest - past).step for past in (2, 1, 0)] == [2, 4, 5]
+    assert position_of(place) == before, "nobody has told the server"
+    follow(monkeypatch, place)
+    assert place.newest(tmp_path / "cache") == newest
+
+
+def test_four_servers(
+    place: Place,
+    start_server: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    others = [start_server(place.checkpoint, bucket=ADDRESS, arguments=PLAIN) for _ in range(3)]
+    servers = ("--servers", place.url, *others, "--quorum", 3)
+    run(monkeypatch, "four_servers/train.py", *options(place, tmp_path / "out"), *servers)
+    newest = place.newest(tmp_path / "cache")
+    assert newest >= 2
+    for url in others:
+        Replica(VLLMServer(url)).wait_verified(ChainReader(open_bucket(ADDRESS), tmp_path / "cache").newest())
+    counts = re.findall(r"(http://\S+): (\d+)", capsys.readouterr().out)
+    assert sum(int(count) for _, count in counts) == 2 * GENERATIONS
+    assert len({url for url, _ in counts}) > 1, "one server has made all completions"
+
+
+def test_evaluation_of_anchors(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two anchors, with versions between and after them that the server does not serve."""
+    model = AutoModelForCausalLM.from_pretrained(place.checkpoint, dtype="float32")
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=ADDRESS, servers=[place.url])) as engine:
+        engine.sync(0)  # after the other tests, this restarts the run from the base
+    anchors = []
+    with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=ADDRESS)) as engine:
+        for step in range(1, 6):
+            model.lm_head.weight.data[: 10 * step] += 0.5
+            engine.publish(step).result()
+            if step % 2 == 0:
+                anchors.append(engine.anchor().position)
+    server = ("--server", place.url, "--anchors", 2, "--max_tokens", 4)
+    run(monkeypatch, "evaluation/evaluate.py", "--bucket", ADDRESS, *server)
+    evaluated = re.findall(r"^version (\d+): ", capsys.readouterr().out, re.MULTILINE)
+    assert evaluated == [str(anchor.version) for anchor in anchors]
+    assert position_of(place) == anchors[-1], "not the newest version, which is no anchor"
+
+
+def position_of(place: Place) -> object:
+    return Replica(VLLMServer(place.url)).status().position
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    monkeypatch.setattr(sys, "argv", ["hubsync", "follow", place.address, "--server", place.url, "--once"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hubsync", run_name="__main__")
+    assert not ended.value.code
 
 
 def test_the_command_of_the_readme_starts_a_server_without_a_gpu(

@@ -13,11 +13,14 @@ from accelerate.utils import DistributedType
 
 ROOT = Path(__file__).parents[2]
 
-# `--cpu` would ask for MPI; ACCELERATE_USE_CPU has the scripts meet over gloo. Same options as in a user's YAML.
+# What a user launches with. `--cpu` would ask for MPI; ACCELERATE_USE_CPU has the scripts meet over gloo.
+CONFIGS = ROOT / "examples" / "accelerate_configs"
 _OPTIONS = {
-    "ddp": ["--multi_gpu"],
-    **{f"zero{stage}": ["--use_deepspeed", f"--zero_stage={stage}"] for stage in (1, 2, 3)},
-    "fsdp2": ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
+    "ddp": [f"--config_file={CONFIGS / 'multi_gpu.yaml'}"],
+    "fsdp2": [f"--config_file={CONFIGS / 'fsdp2.yaml'}"],
+    "zero1": ["--use_deepspeed", "--zero_stage=1"],
+    "zero2": ["--use_deepspeed", "--zero_stage=2"],
+    "zero3": [f"--config_file={CONFIGS / 'zero3.yaml'}"],
 }
 
 

@@ -16,7 +16,6 @@
 # dependencies = [
 #     "hubsync-rl[trl]",
 #     "math-verify",
-#     "peft",
 #     "trackio",
 # ]
 #
@@ -60,18 +59,25 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from datasets import load_dataset
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ScriptArguments, TrlParser
 from trl.rewards import accuracy_reward
 
 from hubsync import SyncConfig
 from hubsync.integrations.trl import HubSyncCallback
 from hubsync.lifecycle.rollouts.sampler import Sample, Sampler
 
-
 T = TypeVar("T")
+
+
+@dataclass
+class PolicyArguments:
+    """The policy: a whole model. The sampler draws from the served model, never from an adapter."""
+
+    model_name_or_path: str = field(metadata={"help": "Model to train; the servers serve the same revision of it."})
 
 
 class Rollouts:
@@ -128,13 +134,13 @@ class Rollouts:
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig, SyncConfig))
-    script_args, training_args, model_args, sync_config = parser.parse_args_and_config()
+    parser = TrlParser((ScriptArguments, GRPOConfig, PolicyArguments, SyncConfig))
+    script_args, training_args, policy_args, sync_config = parser.parse_args_and_config()
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     rollouts = Rollouts(sync_config)
     trainer = GRPOTrainer(
-        model=model_args.model_name_or_path,
+        model=policy_args.model_name_or_path,
         reward_funcs=accuracy_reward,
         args=training_args,
         train_dataset=dataset[script_args.dataset_train_split],

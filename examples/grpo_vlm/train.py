@@ -35,7 +35,9 @@ Vision tower and language model are published alike: every weight that the train
 
 HUBSYNC_BUCKET=hf://buckets/<your-name>/rl/vlm-1 VLLM_PLUGINS=hubsync \
 vllm serve Qwen/Qwen3-VL-2B-Instruct --worker-extension-cls vllm_plugin.DeltaWorkerExtension \
-    --logprobs-mode processed_logprobs --max-model-len 8192 --port 8000
+    --enable-scale-out --logprobs-mode processed_logprobs --max-model-len 8192 --port 8000
+
+TRL has the server process the images; from vLLM 0.30 that endpoint needs `--enable-scale-out`.
 
 # Training host
 

@@ -132,7 +132,7 @@ def _moved_generation() -> Iterator[str]:
         yield from _lacks(getattr(VLLMGeneration, name, None), (), f"VLLMGeneration.{name}")
     if not {"_init_vllm", "server_timeout", "accelerator"} <= _names(VLLMGeneration.__init__.__code__):
         yield "VLLMGeneration.__init__ no longer sets itself up through _init_vllm"
-    for name in ("_get", "generate"):
+    for name in ("_get", "_post", "generate"):
         yield from _lacks(getattr(VLLMClient, name, None), (), f"VLLMClient.{name}")
 
 

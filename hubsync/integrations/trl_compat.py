@@ -136,9 +136,23 @@ class _HTTPClient(VLLMClient):
         _wait_for(server, timeout)
         self.model = self._get(f"{server.url}/v1/models")["data"][0]["id"]
 
+    def _post(self, url: str, **arguments: Any) -> Any:
+        answer = super()._post(url, **arguments)
+        return _with_token_names(answer) if url.endswith("/inference/v1/generate") else answer
+
     def logprobs_mode(self) -> str | None:
         """The server's `--logprobs-mode`; None if it does not tell."""
         return self._server.logprobs_mode()
+
+
+def _with_token_names(answer: dict[str, Any]) -> dict[str, Any]:
+    """Answers to prompts with images, as TRL reads them: vLLM 0.32 states the ids of tokens as numbers."""
+    contents = [choice["logprobs"]["content"] for choice in answer["choices"] if choice.get("logprobs")]
+    for entry in (entry for content in contents for entry in content or ()):
+        for token in (entry, *entry.get("top_logprobs", ())):
+            if "token_id" in token:
+                token.setdefault("token", f"token_id:{token['token_id']}")
+    return answer
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFT
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError, ReplicaUnreachable
+from hubsync.integrations import trl_compat
 from hubsync.integrations.trl import HubSyncCallback, HubWeightTransfer, server_url
 from hubsync.localhub import LocalHub
 from hubsync.publish.config import SyncConfig
@@ -145,3 +146,14 @@ def test_the_settings_parse_together_with_trls(tmp_path: Path) -> None:
     )
     assert training.output_dir == str(tmp_path)
     assert sync == SyncConfig(bucket="runs/a", anchor_every=50, kv_cache="keep")
+
+
+@pytest.mark.parametrize("token", [{"token_id": 7}, {"token": "token_id:7"}], ids=["vLLM 0.32", "before"])
+def test_answers_to_prompts_with_images_are_as_trl_reads_them(token: dict[str, Any]) -> None:
+    """`tests/servers/test_examples.py` trains a vision-language model."""
+    from trl.generation.vllm_client import parse_logprobs
+
+    entry = {**token, "logprob": -0.5, "top_logprobs": [{**token, "logprob": -0.5}]}
+    answer = trl_compat._with_token_names({"choices": [{"logprobs": {"content": [entry]}}]})
+    assert parse_logprobs([choice["logprobs"] for choice in answer["choices"]]) == ([[[-0.5]]], [[[7]]])
+    assert trl_compat._with_token_names({"choices": [{"logprobs": None}]}) == {"choices": [{"logprobs": None}]}

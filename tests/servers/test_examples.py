@@ -18,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import open_bucket
@@ -29,6 +33,7 @@ from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
 from hubsync.retry import retry
 from tests.support.async_toy import GENERATIONS, save_policy, share_of_vowels, without_gpu
+from tests.support.vision_models import HAS_TORCHVISION, save_vision_checkpoint
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -195,6 +200,44 @@ def test_evaluation_of_anchors(
     evaluated = re.findall(r"^version (\d+): ", capsys.readouterr().out, re.MULTILINE)
     assert evaluated == [str(anchor.version) for anchor in anchors]
     assert position_of(place) == anchors[-1], "not the newest version, which is no anchor"
+
+
+@pytest.mark.matrix  # `make test-matrix` has torchvision, which processors need
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="needs torchvision")
+def test_grpo_of_a_vision_language_model(
+    start_server: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = save_vision_policy(tmp_path / "policy"), tmp_path / "data"
+    data.mkdir()
+    pictures = [Image.new("RGB", (64, 64), (40 * i, 200 - 40 * i, 99)) for i in range(4)]
+    rows = {"image": pictures, "problem": ["colour"] * 4, "solution": ["red"] * 4}
+    Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(data / "train.parquet")
+    address = "hf://buckets/me/examples/vision"
+    url = start_server(base, bucket=address, arguments=PLAIN)
+    place = Place(base, data, url, address)
+    before = visual_weights(base)
+    run(monkeypatch, "grpo_vlm/train.py", *options(place, tmp_path / "out"))
+    assert place.newest(tmp_path / "cache") >= 1
+    assert not torch.equal(before, visual_weights(tmp_path / "out")), "the vision tower was not trained"
+
+
+def save_vision_policy(directory: Path) -> Path:
+    """A tiny Qwen3-VL whose template renders images, as real ones do."""
+    save_vision_checkpoint("qwen3_vl", directory)
+    template = """{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+            {%- else %}{{ part['text'] }}{% endif %}
+        {%- endfor %}{% endif %}{% endfor %}"""
+    processor = AutoProcessor.from_pretrained(directory)
+    processor.chat_template = processor.tokenizer.chat_template = template
+    processor.save_pretrained(directory)
+    return directory
+
+
+def visual_weights(directory: Path) -> torch.Tensor:
+    weights = load_file(directory / "model.safetensors")
+    return torch.cat([tensor.flatten().float() for name, tensor in weights.items() if "visual" in name])
 
 
 def position_of(place: Place) -> object:

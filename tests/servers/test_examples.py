@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from datasets import Dataset
@@ -107,6 +108,23 @@ def test_grpo_disaggregated(place: Place, tmp_path: Path, monkeypatch: pytest.Mo
     run(monkeypatch, "grpo_disaggregated/train.py", *options(place, tmp_path / "out"))
     assert place.newest(tmp_path / "cache") >= 2
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_one_gpu(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM cannot sleep on a CPU: its two calls are only noted here. `tests/servers/test_gpu.py` has real ones."""
+    turns: list[tuple[str, int]] = []
+
+    def noted(url: str, **_: object) -> httpx.Response:
+        position = Replica(VLLMServer(place.url)).status().position
+        turns.append((url.removeprefix(f"{place.url}/"), -1 if position is None else position.version))
+        return httpx.Response(200, request=httpx.Request("POST", url))
+
+    monkeypatch.setattr("httpx.post", noted)
+    run(monkeypatch, "one_gpu/train.py", *options(place, tmp_path / "out"))
+    newest = place.newest(tmp_path / "cache")
+    assert [call for call, _ in turns] == ["wake_up", "sleep"] * (len(turns) // 2)
+    assert turns[-1][1] > turns[0][1], "versions were committed between waking up and sleeping"
+    assert newest > turns[0][1]
 
 
 def test_async_grpo(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

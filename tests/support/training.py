@@ -119,7 +119,7 @@ class Watch(TorchDispatchMode):
     """Records every tensor operation of a thread.
 
     Attributes:
-        largest: elements of the largest tensor that an operation returned.
+        largest: elements of the largest tensor that an operation returned, but for bytes.
         collectives: name of each collective -> elements of the largest tensor in it.
     """
 
@@ -272,7 +272,7 @@ def _largest(values: Any) -> int:
     if isinstance(values, DTensor):
         return 0
     if isinstance(values, torch.Tensor):
-        return values.numel()
+        return values.numel() if values.dtype != torch.uint8 else 0  # bytes of a file
     if isinstance(values, (list, tuple)):
         return max(map(_largest, values), default=0)
     return 0

@@ -1,4 +1,4 @@
-"""The trainer's half of vLLM's weight transfer, for trainers built on its interface (vLLM >= 0.28).
+"""The trainer's half of vLLM's weight transfer, for trainers built on its interface (vLLM >= 0.27).
 
     vllm serve MODEL --weight-transfer-config '{"backend": "hubsync"}'      with HUBSYNC_BUCKET, on the inference host
 
@@ -17,9 +17,12 @@ import torch
 try:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, VLLMWeightSyncClient
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    if "rank" not in TrainerInitInfo.__dataclass_fields__:  # 0.26 has another interface of that name
+        raise ImportError("its TrainerInitInfo has no rank")
 except ImportError as error:
     raise ImportError(
-        f"hubsync.integrations.vllm_trainer needs vLLM >= 0.28 in the trainer's environment ({error}). "
+        f"hubsync.integrations.vllm_trainer needs vLLM >= 0.27 in the trainer's environment ({error}). "
         "DeltaWeightTransferEngine with SyncConfig(servers=[...]) needs no vLLM there"
     ) from error
 

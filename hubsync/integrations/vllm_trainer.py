@@ -18,8 +18,8 @@ try:
     from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, VLLMWeightSyncClient
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    if "rank" not in TrainerInitInfo.__dataclass_fields__:  # 0.26 has another interface of that name
-        raise ImportError("its TrainerInitInfo has no rank")
+    if "backend" not in TrainerInitInfo.__annotations__:  # 0.26 has another interface of that name
+        raise ImportError("its TrainerInitInfo has no backend")
 except ImportError as error:
     raise ImportError(
         f"hubsync.integrations.vllm_trainer needs vLLM >= 0.27 in the trainer's environment ({error}). "

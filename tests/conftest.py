@@ -28,6 +28,7 @@ _SHARED = {
     "test_parallel_engines": "two workers",
     "test_end_to_end": "served",
     "test_reference": "served",
+    "test_space": "served",
     "test_commits": "site",
     "test_pull": "site",
     "test_sampler_vllm": "site",

@@ -157,6 +157,14 @@ class Bucket(ABC):
         """
         return None
 
+    def beginnings(self, most: Mapping[str, int]) -> dict[str, bytes]:
+        """The first bytes of objects, at most so many of each: path -> bytes. They are compared with no hash.
+
+        Objects that do not exist are absent from the result. For what is shown, never for what is served. The default
+        reads whole objects. FormatError if one is then larger than `read` allows.
+        """
+        return {path: data[: most[path]] for path, data in self.read(list(most)).items()}
+
     def changes(self, paths: Sequence[str]) -> Changes:
         """Pauses between looks at these objects, which end early if the storage reports a change.
 

@@ -117,6 +117,21 @@ class HubBucket(Bucket):
         except ObjectMissing:  # deleted after the lookup
             return self._contents(self._look_up(paths), max_bytes)
 
+    def beginnings(self, most: Mapping[str, int]) -> dict[str, bytes]:
+        files = self._look_up(list(most))
+        if not files:
+            return {}
+        action = f"read {_some(files)}"
+        wanted = [(file.hash, file.size, min(file.size, most[path])) for path, file in files.items()]
+        try:
+            found = xet.beginnings(wanted, self._api.token("read", action), action, self._place)
+        except ObjectMissing:  # deleted after the lookup
+            return {}
+        except BucketError:
+            self._api.forget_tokens()
+            raise
+        return dict(zip(files, found, strict=True))
+
     def stat(self, paths: Sequence[str]) -> dict[str, Stat]:
         return {path: _stat(path, file) for path, file in self._look_up(paths).items()}
 

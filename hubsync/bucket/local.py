@@ -7,7 +7,7 @@ import os
 import shutil
 import stat as modes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -80,6 +80,16 @@ class LocalBucket(Bucket):
             target = self._target(path)
             with self._translated(f"read {path}"):
                 if (data := _read_limited(target, max_bytes)) is not None:
+                    found[path] = data
+        self._require_root()
+        return found
+
+    def beginnings(self, most: Mapping[str, int]) -> dict[str, bytes]:
+        found = {}
+        for path, nbytes in most.items():
+            target = self._target(path)
+            with self._translated(f"read {path}"):
+                if (data := _read_start(target, nbytes)) is not None:
                     found[path] = data
         self._require_root()
         return found
@@ -237,15 +247,20 @@ def _copy_into(sink: BinaryIO, source: Path | bytes | memoryview) -> None:
         shutil.copyfileobj(file, sink, COPY_BYTES)
 
 
-def _read_limited(target: Path, max_bytes: int) -> bytes | None:
+def _read_start(target: Path, nbytes: int) -> bytes | None:
+    """At most the first `nbytes` bytes of a file; None if it does not exist."""
     if _file_status(target) is None:  # opening anything but a file, such as a pipe, could block for ever
         return None
     try:
         with target.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            return file.read(nbytes)
     except FileNotFoundError:
         return None
-    if len(data) > max_bytes:
+
+
+def _read_limited(target: Path, max_bytes: int) -> bytes | None:
+    data = _read_start(target, max_bytes + 1)
+    if data is not None and len(data) > max_bytes:
         raise FormatError(
             f"{target} is larger than {max_bytes} bytes, the limit for such an object: it is damaged or was replaced"
         )

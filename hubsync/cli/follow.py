@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from . import options
 
 if TYPE_CHECKING:
     from hubsync.errors import HubsyncError
+    from hubsync.format.manifest import Position
     from hubsync.replicas.follower import Followed, Follower
+    from hubsync.replicas.reports import ReplicaStatus
     from hubsync.replicas.status_objects import StatusReporter
 
 _GRACE_S = 10.0  # for a commit in progress when the command is stopped
@@ -82,10 +85,13 @@ def run(args: argparse.Namespace) -> int:
     follower = _follower(args)
     reporter = _reporter(args) if args.report_status else None
     report = _print_if_possible(_print_json if args.json else _print_line)
-    follower.on_commit = lambda followed: report(_commit_event(followed))
+    follower.on_commit = lambda followed: report(_commit_event(followed, args.server))
     follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s))
+    if args.json:
+        follower.on_status = _Verifications(report, args.server).status
     if reporter is not None:
-        follower.on_status, follower.on_error = reporter.status, _both(follower.on_error, reporter)
+        follower.on_status = _each(follower.on_status, reporter.status)
+        follower.on_error = _both(follower.on_error, reporter)
     if not args.once:
         if not args.json:
             report({"event": "start", "run": args.address, "server": args.server, "interval_s": args.interval})
@@ -133,6 +139,14 @@ def _reporter(args: argparse.Namespace) -> StatusReporter:
     return StatusReporter(lambda: open_bucket(args.address, token=args.token), args.server)
 
 
+def _each(*functions: Callable[[ReplicaStatus], None]) -> Callable[[ReplicaStatus], None]:
+    def call(status: ReplicaStatus) -> None:
+        for function in functions:
+            function(status)
+
+    return call
+
+
 def _both(
     on_error: Callable[[HubsyncError, float], None], reporter: StatusReporter
 ) -> Callable[[HubsyncError, float], None]:
@@ -168,10 +182,40 @@ def _run_until_stopped(follower: Follower) -> int:
     return 0
 
 
-def _commit_event(followed: Followed) -> dict[str, Any]:
+class _Verifications:
+    """Reports once for each version that the server has verified its weights."""
+
+    def __init__(self, report: Callable[[dict[str, Any]], None], server: str):
+        self._report = report
+        self._server = server
+        self._last: Position | None = None
+
+    def status(self, status: ReplicaStatus) -> None:
+        looks, position, seconds = status.verification, status.position, status.seconds.get("verify")
+        if looks is None or not looks.verified or position is None or position == self._last or seconds is None:
+            return
+        self._last = position
+        self._report(
+            {
+                **_head("verified", self._server),
+                "version": position.version,
+                "digest": position.digest,
+                "verify_s": round(seconds, 4),
+            }
+        )
+
+
+def _head(event: str, server: str) -> dict[str, Any]:
+    """What events begin with. `time`: seconds since 1970, by the follower's clock."""
+    from hubsync.replicas.server import plain_url
+
+    return {"event": event, "time": round(time.time(), 3), "server": plain_url(server)}
+
+
+def _commit_event(followed: Followed, server: str) -> dict[str, Any]:
     commit = followed.commit
     return {
-        "event": "commit",
+        **_head("commit", server),
         "version": commit.version,
         "digest": commit.position.digest,
         "lag": followed.lag,

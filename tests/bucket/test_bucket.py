@@ -35,6 +35,16 @@ def test_objects_can_be_read_listed_and_fetched(bucket: Bucket, tmp_path: Path) 
     assert fetched.read_bytes() == b"from a file"
 
 
+def test_the_beginnings_of_objects_can_be_read(bucket: Bucket) -> None:
+    long = bytes(range(256)) * 1000
+    bucket.put([Upload("long", long), Upload("short", b"short"), Upload("empty", b"")])
+    found = bucket.beginnings({"long": 100_001, "short": 100, "empty": 9, "missing": 5})
+    assert found == {"long": long[:100_001], "short": b"short", "empty": b""}
+    assert bucket.beginnings({}) == {}
+    # A backend without its own way reads whole objects.
+    assert Bucket.beginnings(bucket, {"long": 7, "short": 100}) == {"long": long[:7], "short": b"short"}
+
+
 def test_put_again_is_a_retry(bucket: Bucket) -> None:
     bucket.put([Upload("part", b"one")])
     bucket.put([Upload("part", b"one"), Upload("another", b"two")])

@@ -431,6 +431,7 @@ def line(process: subprocess.Popen[str]) -> dict[str, Any]:
 def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
     publisher: Publisher, server: StandIn, number: signal.Signals
 ) -> None:
+    started = time.time()
     with command(publisher, server, "--json") as process:
         commit = line(process)
         publish(publisher)
@@ -439,8 +440,10 @@ def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
         assert process.wait(PATIENCE_S) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
+    assert started - 1 < commit.pop("time") < time.time() + 1  # rounded
     assert commit == {
         "event": "commit",
+        "server": server.url,
         "version": 2,
         "digest": publisher.positions[2].digest,
         "lag": 2,

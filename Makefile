@@ -94,6 +94,8 @@ test: lint
 test-fast: lint
 	$(PYTEST) -m "not server and not slow and not matrix and not long and not mutations and not extras" $(ARGS)
 
+# Opens the page of `hubsync report` in a headless browser; `make test` does so where it finds one.
+test-all: export HUBSYNC_NEED_BROWSER = 1
 test-all: test test-long test-mutations test-matrix test-versions test-trl test-extras
 
 # Breaks each promise by a patch of tests/mutations, and requires the test that the patch names to fail.

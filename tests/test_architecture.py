@@ -24,7 +24,7 @@ LAYERS = [
     {"hubsync.replicas", "vllm_plugin"},
     {"hubsync.publish"},
     {"hubsync.integrations", "hubsync.lifecycle"},
-    {"hubsync.demo", "hubsync.doctor"},
+    {"hubsync.demo", "hubsync.doctor", "hubsync.report"},
     {"hubsync.cli"},
     {"hubsync.__main__"},
 ]
@@ -39,6 +39,7 @@ NEVER = {
     "hubsync.integrations": INFERENCE_ENGINES,
     "hubsync.lifecycle": INFERENCE_ENGINES | TRAINERS,
     "hubsync.doctor": INFERENCE_ENGINES | {"trl"},
+    "hubsync.report": INFERENCE_ENGINES | TRAINERS,
     "hubsync.chain": INFERENCE_ENGINES | TRAINERS | {"requests"},
     "vllm_plugin": TRAINERS,
 }

@@ -85,6 +85,19 @@ class Garbage:
         return self.parts if self.manifest is None else (self.manifest, *self.parts)
 
 
+def unneeded_since(bucket: Bucket) -> dict[str, float]:
+    """Object name -> since when it has been unneeded, in seconds by the storage's clock, as `gc.json` states it."""
+    try:
+        data = bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
+        since = {} if data is None else unseal(data, Layout.GARBAGE, MAX_TABLE_BYTES).get("since")
+    except FormatError as error:
+        logger.warning("ignoring %s, so grace periods start again: %s", Layout.GARBAGE, error)
+        return {}
+    if not isinstance(since, dict):
+        return {}
+    return {path: float(time) for path, time in since.items() if type(time) in (int, float) and 0 <= time < LAST_YEAR}
+
+
 class Collector:
     """Finds and deletes objects that a run no longer needs. Several may run at once.
 
@@ -247,18 +260,7 @@ class Collector:
         return {stat.path: stat for stat in self._bucket.list(Layout.EPOCHS)}
 
     def _marks(self) -> dict[str, float]:
-        """Object name -> since when it has been unneeded, in seconds by the storage's clock."""
-        try:
-            data = self._bucket.read([Layout.GARBAGE]).get(Layout.GARBAGE)
-            since = {} if data is None else unseal(data, Layout.GARBAGE, MAX_TABLE_BYTES).get("since")
-        except FormatError as error:
-            logger.warning("ignoring %s, so grace periods start again: %s", Layout.GARBAGE, error)
-            return {}
-        if not isinstance(since, dict):
-            return {}
-        return {
-            path: float(time) for path, time in since.items() if type(time) in (int, float) and 0 <= time < LAST_YEAR
-        }
+        return unneeded_since(self._bucket)
 
     def _remember(self, marks: Mapping[str, float]) -> None:
         document = {"format": FORMAT, "since": dict(marks), "nonce": secrets.token_hex(8)}

@@ -27,6 +27,7 @@ BUILT_IN = {
     "follow": "hubsync.cli.follow",
     "status": "hubsync.cli.status",
     "watch": "hubsync.cli.watch",
+    "report": "hubsync.cli.report",
     "ls": "hubsync.cli.ls",
     "show": "hubsync.cli.show",
     "verify": "hubsync.cli.verify",

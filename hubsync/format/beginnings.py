@@ -18,7 +18,11 @@ from .table import TensorTable
 FIRST_BYTES = 1 << 16  # holds the header, and of most parts all that is wanted
 _LONGEST_HEADER = FIRST_BYTES - 8
 _MAX_BYTES = 64 << 20
-_WANTED = {"tensors": ("<u4", 2), "books": ("u1", 2), "chunks": ("u1", 1)}  # dtype and dimensions
+_WANTED: dict[str, tuple[str, int]] = {
+    "tensors": ("<u4", 2),
+    "books": ("u1", 2),
+    "chunks": ("u1", 1),
+}  # dtype and dimensions
 
 
 def wanted_bytes(data: bytes) -> int:
@@ -36,7 +40,7 @@ def read_counts(data: bytes, table: TensorTable) -> Counts:
     Whether the part belongs to that table is for the caller to know: its manifest says so.
     """
     header, begin = _header(data)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, (dtype, dimensions) in _WANTED.items():
         first, last = _span(header, name)
         shape = header[name].get("shape")
@@ -73,6 +77,8 @@ def _header(data: bytes) -> tuple[dict, int]:
 
 def _span(header: dict, name: str) -> tuple[int, int]:
     ends = header[name].get("data_offsets")
-    if not (isinstance(ends, list) and len(ends) == 2 and all(type(n) is int for n in ends) and 0 <= ends[0] <= ends[1]):
+    if not (
+        isinstance(ends, list) and len(ends) == 2 and all(type(n) is int for n in ends) and 0 <= ends[0] <= ends[1]
+    ):
         raise FormatError(f"delta part: {name} lies nowhere")
     return ends[0], ends[1]

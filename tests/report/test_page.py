@@ -45,6 +45,18 @@ def keys(browser: Browser, selector: str, attribute: str) -> set[str]:
     return set(json.loads(browser.value(f"JSON.stringify({found})")))
 
 
+def test_an_error_and_a_request_would_be_seen(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "bad.html"
+    file.write_text(
+        "<script>console.error('one'); fetch('http://127.0.0.1:9/').catch(() => {}); undefined.two</script>"
+    )
+    browser.open(file)
+    browser.until("true")
+    assert "one" in browser.errors
+    assert any("undefined" in error for error in browser.errors)
+    assert browser.requests == ["http://127.0.0.1:9/"]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_section_is_drawn_without_an_error_or_a_request(browser: Browser, tmp_path: Path, theme: str) -> None:
     file = tmp_path / "run.html"

@@ -12,7 +12,7 @@ import numpy as np
 from hubsync.errors import FormatError
 
 from .codec import RECORD_COLUMNS
-from .codec.counts import Counts, counts_of
+from .codec.counts import ChangeCounts, counts_of
 from .table import TensorTable
 
 FIRST_BYTES = 1 << 16  # holds the header, and of most parts all that is wanted
@@ -34,7 +34,7 @@ def wanted_bytes(data: bytes) -> int:
     return end
 
 
-def read_counts(data: bytes, table: TensorTable) -> Counts:
+def read_counts(data: bytes, table: TensorTable) -> ChangeCounts:
     """Changes of each tensor, from the first `wanted_bytes` of a part. FormatError if they make no sense for `table`.
 
     Whether the part belongs to that table is for the caller to know: its manifest says so.

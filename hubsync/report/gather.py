@@ -27,7 +27,7 @@ PUBLISHER = "trainer"
 PUSHED = "the trainer's server"  # where only the trainer's log tells of it
 
 
-class Span(NamedTuple):
+class PhaseSpan(NamedTuple):
     """One phase of one version.
 
     Attributes:
@@ -108,12 +108,12 @@ class Gathered:
         return found
 
     @cached_property
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[PhaseSpan]:
         """Phases of all versions, the publisher's first."""
         found = []
         for delta in self.deltas:
             for phase in ("detect", "encode", "upload") if delta.times else ():
-                found.append(Span(PUBLISHER, phase, delta.version, *getattr(delta.times, phase)))
+                found.append(PhaseSpan(PUBLISHER, phase, delta.version, *getattr(delta.times, phase)))
         committed = {(event.server, event.version): event.time for event in self.commits if event.kind == "commit"}
         for event in self.commits:
             assert event.time is not None
@@ -121,11 +121,11 @@ class Gathered:
             of = event.seconds
             if event.kind == "commit":
                 begin = event.time - max(of.get("commit", 0.0), of.get("pause", 0.0))
-                found.append(Span(event.server, "stage", event.version, begin - of.get("stage", 0.0), begin))
-                found.append(Span(event.server, "commit", event.version, begin, event.time))
+                found.append(PhaseSpan(event.server, "stage", event.version, begin - of.get("stage", 0.0), begin))
+                found.append(PhaseSpan(event.server, "commit", event.version, begin, event.time))
             elif "verify" in of:  # workers verify at once after a commit; the follower hears of it later
                 begin = committed.get((event.server, event.version)) or event.time - of["verify"]
-                found.append(Span(event.server, "verify", event.version, begin, begin + of["verify"]))
+                found.append(PhaseSpan(event.server, "verify", event.version, begin, begin + of["verify"]))
         return found
 
     @cached_property

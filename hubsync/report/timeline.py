@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .gather import PUBLISHER, PUSHED, Gathered, Span
+from .gather import PUBLISHER, PUSHED, Gathered, PhaseSpan
 from .style import GREY, PHASE_COLOURS, RED, SERIES, Drawing, duration, figure, version_axis
 
 MOST_VERSIONS = 300  # that are drawn with their phases, the newest
@@ -71,10 +71,10 @@ def _missing(run: Gathered) -> str:
     return said
 
 
-def _by_version(spans: Sequence[Span], lanes: Sequence[str], title: str) -> go.Figure:
+def _by_version(spans: Sequence[PhaseSpan], lanes: Sequence[str], title: str) -> go.Figure:
     """A row for each version, in it a bar of phases for each lane, which begins at zero."""
     begins: dict[tuple[str, int], float] = {}
-    groups: dict[tuple[str, int], list[Span]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[PhaseSpan]] = defaultdict(list)
     for span in spans:
         own = span.lane, span.version
         begins[own] = min(begins.get(own, span.begin), span.begin)
@@ -107,9 +107,9 @@ def _by_version(spans: Sequence[Span], lanes: Sequence[str], title: str) -> go.F
     return drawn
 
 
-def _by_time(run: Gathered, spans: Sequence[Span]) -> go.Figure:
+def _by_time(run: Gathered, spans: Sequence[PhaseSpan]) -> go.Figure:
     rows: dict[str, dict[str, None]] = defaultdict(dict)
-    groups: dict[str, list[Span]] = defaultdict(list)
+    groups: dict[str, list[PhaseSpan]] = defaultdict(list)
     for span in spans:
         groups[span.phase].append(span)
         rows[span.lane][span.phase] = None
@@ -138,7 +138,7 @@ def _short(lane: str) -> str:
     return escape(lane.split("://")[-1], quote=False)
 
 
-def _bars(phase: str, spans: Sequence[Span], base: Sequence[Any], in_legend: bool) -> go.Bar:
+def _bars(phase: str, spans: Sequence[PhaseSpan], base: Sequence[Any], in_legend: bool) -> go.Bar:
     colour = PHASE_COLOURS[phase]
     return go.Bar(
         orientation="h",

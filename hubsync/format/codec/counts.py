@@ -14,7 +14,7 @@ from .layout import CHUNK_COLS, CHUNK_ROWS, CODE, CODED, TENSOR
 from .rows import read_rows
 
 
-class Counts(NamedTuple):
+class ChangeCounts(NamedTuple):
     """Changes of each tensor of a table.
 
     Attributes:
@@ -27,7 +27,7 @@ class Counts(NamedTuple):
     whole: np.ndarray
 
 
-def counts_of(table: TensorTable, tensors: np.ndarray, books: np.ndarray, chunks: np.ndarray) -> Counts:
+def counts_of(table: TensorTable, tensors: np.ndarray, books: np.ndarray, chunks: np.ndarray) -> ChangeCounts:
     """Of the records, code books and chunk rows of a part. FormatError for impossible ones."""
     classes = next((number for number in CLASSES_OF.values() if columns(number) == books.shape[1]), None)
     if classes is None:
@@ -49,4 +49,4 @@ def counts_of(table: TensorTable, tensors: np.ndarray, books: np.ndarray, chunks
     whole[index[~is_coded]] = True
     if (changed < 0).any() or (changed > table.columns.numel).any():
         raise FormatError("more elements change than a tensor has")
-    return Counts(changed, whole)
+    return ChangeCounts(changed, whole)

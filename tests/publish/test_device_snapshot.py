@@ -15,9 +15,10 @@ from hubsync.publish.config import SyncConfig
 from hubsync.publish.detect.changes import Detected
 from hubsync.publish.detect.choose import choose_detector
 from hubsync.publish.view import division, live
+from hubsync.publish.view.boxes import Box
 from hubsync.publish.view.division import Replicas
 from hubsync.publish.view.live import published_tensors, table_of
-from hubsync.publish.view.shards import Box, Shard, held_box
+from hubsync.publish.view.shards import Shard, held_boxes
 from hubsync.publish.view.strided import Place, StridedView
 from tests.support.on_gpu import DEVICE, INTERPRETED, in_the_interpreter, on_device
 
@@ -120,8 +121,7 @@ def test_a_rank_finds_the_changes_of_the_elements_that_it_owns() -> None:
         owned = []
         for spec in table:
             half = spec.numel // 2
-            whole = Box((0,) * len(spec.shape), spec.shape)
-            owned.append(Shard(spec.shape, whole, part * half, spec.numel if part else half))
+            owned.append(Shard(spec.shape, (Box.whole(spec.shape),), part * half, spec.numel if part else half))
         halves.append(detector_of(model, owned))
     before = view_of(model)
     model.move(3)
@@ -176,7 +176,7 @@ def test_replicas_are_compared_in_one_launch_with_the_digests_of_the_cpu(monkeyp
     parts["turned"] = StridedView("turned", experts, Place((20, 30), (1, 20), 600))  # scattered
     tensors = {**published_tensors(model), **parts, "half": torch.randn(70, 3, device=DEVICE).half()}
     table = table_of(tensors, torch.bfloat16, {"half": "F16", "second.bias": "F32"})
-    boxes = [held_box(name, tensor) for name, tensor in tensors.items()]
+    boxes = [held_boxes(name, tensor) for name, tensor in tensors.items()]
     replicas = Replicas(list(tensors), [boxes, boxes], 0)
     alone: list[str] = []
     digest_of_held = division._digest_of_held

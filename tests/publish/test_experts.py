@@ -29,9 +29,11 @@ from hubsync.publish.detect.choose import choose_detector
 from hubsync.publish.detect.sliced import Sliced
 from hubsync.publish.detect.snapshot import Snapshot
 from hubsync.publish.view import conversion, shards, strided
+from hubsync.publish.view.boxes import Box
 from hubsync.publish.view.deepspeed import Partition
 from hubsync.publish.view.live import model_tensors, published_tensors, table_of
-from hubsync.publish.view.shards import Box, Shard, box_of, divide, local_part
+from hubsync.publish.view.placements import Split, split_boxes
+from hubsync.publish.view.shards import Shard, divide, local_part
 from hubsync.publish.view.strided import Place, StridedView
 from tests.support.tiny import same_bits
 
@@ -249,7 +251,7 @@ def test_transposed_tensors_are_detected_by_a_snapshot(
     tensors = published_tensors(model)
     table = table_of(tensors, torch.bfloat16)
     shared = divide(
-        list(tensors), [spec.shape for spec in table], [[Shard.whole(spec.shape).box for spec in table]] * 3
+        list(tensors), [spec.shape for spec in table], [[Shard.whole(spec.shape).boxes for spec in table]] * 3
     )
     assert sum((Snapshot(tensors, table, shards=own).digest for own in shared), Digest()).hex == engine.position.digest
     with pytest.raises(ConfigError, match=r"is scattered.*detector='snapshot'"):
@@ -308,7 +310,7 @@ def test_boxes_of_a_part_over_ranks_add_up_to_the_part(data: st.DataObject) -> N
     place = Place(shape, (row, 1), offset)
     seen = []
     for rank in range(ranks):
-        held = box_of((rows, row), (ranks,), (rank,), (0,))
+        (held, _), *_ = *split_boxes((rows, row), [Split(0, ranks, rank)]), (Box((rows, 0), (0, row)), None)
         start = held.offset[0] * row
         box = place.within(start, start + held.numel)
         assert box is not None
@@ -352,7 +354,7 @@ def test_owners_of_any_piece_find_the_changes_of_every_tensor(data: st.DataObjec
     places["scattered"] = Place((size, 2), (1, size), 6 * size)
     live: dict[str, torch.Tensor] = {name: StridedView(name, whole, place) for name, place in places.items()}
     table = table_of(live, torch.bfloat16)
-    held = [[Shard.whole(spec.shape).box for spec in table]] * data.draw(st.integers(1, 3))
+    held = [[Shard.whole(spec.shape).boxes for spec in table]] * data.draw(st.integers(1, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_ALIGNED", 1)
         patch.setattr(strided, "_LONGEST", data.draw(st.integers(1, 8 * size)))
@@ -412,7 +414,7 @@ def test_zero3_ranks_publish_their_runs_of_experts(ranks: int, monkeypatch: pyte
     parameters = [Kept(old, rank, ranks) for rank in range(ranks)]
     views = [view(parameter) for parameter in parameters]
     table = table_of(views[0], torch.bfloat16)
-    boxes = [[tensor.box for tensor in live.values()] for live in views]
+    boxes = [[tensor.boxes for tensor in live.values()] for live in views]
     owned = divide(list(views[0]), [spec.shape for spec in table], boxes)
     snapshots = [Snapshot(live, table, shards=own) for live, own in zip(views, owned, strict=True)]
     found: dict[str, list[int]] = {spec.name: [] for spec in table}

@@ -132,7 +132,7 @@ class Detected:
     def patch(self) -> Patch | DevicePatch:
         """The changes in checkpoint coordinates. Computed at the first use: in the background."""
         on_host: dict[int, TensorDelta | TensorValues] = {
-            index: TensorDelta(globally(self.shards, index, change.indices), difference(change.old, change.new))
+            index: _delta(globally(self.shards, index, change.indices), difference(change.old, change.new))
             for index, change in self.changes.items()
         }
         on_host |= {index: TensorValues(patterns) for index, patterns in self._published_values.items()}
@@ -143,6 +143,24 @@ class Detected:
 
 def _total(digests: Sequence[Digest]) -> Digest:
     return digests.total if isinstance(digests, DigestList) else sum(digests, Digest())
+
+
+def _delta(indices: np.ndarray, difference: np.ndarray) -> TensorDelta:
+    """A patch has ascending indices. Several boxes of a tensor may be interleaved."""
+    if (np.diff(indices) < 0).any():
+        order = np.argsort(indices)
+        indices, difference = indices[order], difference[order]
+    return TensorDelta(indices, difference)
+
+
+def in_order(owned: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """All elements of a tensor in row-major order, of a process that owns all of it in any boxes."""
+    if shard.first is not None:
+        return owned
+    ordered = torch.empty_like(owned)
+    for first, last, indices in shard.pieces():
+        ordered[torch.from_numpy(indices).to(owned.device)] = owned[first:last]
+    return ordered
 
 
 def globally(shards: Sequence[Shard] | None, index: int, indices: np.ndarray) -> np.ndarray:

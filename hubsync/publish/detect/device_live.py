@@ -16,6 +16,7 @@ from hubsync.kernels.gpu import numbering
 from hubsync.kernels.gpu.digest import Digests
 from hubsync.kernels.gpu.listing import Listed
 from hubsync.kernels.gpu.numbering import Numbering, kind_of
+from hubsync.publish.view.pieces import Pieces
 from hubsync.publish.view.shards import Shard, local_part
 from hubsync.publish.view.strided import row_of, whole_of
 
@@ -37,6 +38,8 @@ def why_not_listed(tensor: torch.Tensor, published: torch.dtype, shard: Shard | 
     whole, _ = row_of(tensor)
     if whole is not whole_of(tensor):
         return "it is scattered in a parameter"
+    if isinstance(tensor, Pieces) and len(tensor.pieces) > 1:
+        return "this rank holds it in several pieces"
     held = local_part(whole)
     if held.device.type != "cuda" and not _INTERPRETED:
         return f"it is on {held.device}"

@@ -15,7 +15,7 @@ from hubsync.kernels.gpu.listing import ChangeList
 from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import Shard, local_part, require_held
 
-from .changes import Detected
+from .changes import Detected, in_order
 from .copied import CopiedTensors, Tensors
 from .device_live import DeviceLive
 from .device_warmup import compile_in_background
@@ -70,7 +70,7 @@ class DeviceSnapshot:
         require_same_table(self.table, tensors)
         if self._shards is not None:
             for spec, shard in zip(self.table, self._shards, strict=True):
-                require_held(spec.name, tensors[spec.name], shard.box)
+                require_held(spec.name, tensors[spec.name], shard.boxes)
         self._live.follow([tensors[spec.name] for spec in self.table])
         self._others.follow(tensors)
 
@@ -112,8 +112,12 @@ class DeviceSnapshot:
         """Nothing to do: there are no hooks."""
 
     def tensors(self) -> Tensors:
-        """The copy by name, in checkpoint shapes, if this process owns all. Not copies: do not write to them."""
-        return {spec.name: self.part(index).view(spec.shape) for index, spec in enumerate(self.table)}
+        """The copy by name, in checkpoint shapes, if this process owns all. Do not write to them."""
+        shards = self._shards or [Shard.whole(spec.shape) for spec in self.table]
+        return {
+            spec.name: in_order(self.part(index), shards[index]).view(spec.shape)
+            for index, spec in enumerate(self.table)
+        }
 
     def part(self, index: int) -> torch.Tensor:
         """The elements of one tensor that this process owns, flat. Not a copy: do not write to it."""

@@ -20,7 +20,7 @@ from hubsync.publish.view.live import require_same_table
 from hubsync.publish.view.shards import Shard, local_part, require_held
 from hubsync.publish.view.strided import ElementRun, element_runs, row_of
 
-from .changes import Change, Detected, TensorDigests, compare, split_by_tensor
+from .changes import Change, Detected, TensorDigests, compare, in_order, split_by_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Snapshot:
         self._on_cpu = device == "cpu"
         self._dtypes = [TORCH_DTYPES[spec.dtype] for spec in table]
         self._runs = element_runs(self._live, self.shards, self._dtypes)
-        self._copies = [self._cast(start, run).clone() for start, run in self._runs]
+        self._copies = [self._cast(self._held_of(start, run), run).clone() for start, run in self._runs]
         self._held = _parts(self._copies, [run for _, run in self._runs])
         self._of = TensorDigests(table, shards)
         self.digests = [self._of.of(index, held) for index, held in enumerate(self._held)]
@@ -71,7 +71,7 @@ class Snapshot:
         """Watch these live tensors from now on. ConfigError unless they have the names and shapes of the table."""
         require_same_table(self.table, tensors)
         for spec, shard in zip(self.table, self.shards, strict=True):
-            require_held(spec.name, tensors[spec.name], shard.box)
+            require_held(spec.name, tensors[spec.name], shard.boxes)
         self._live = [tensors[spec.name] for spec in self.table]
 
     def detect(self) -> Detected:
@@ -112,27 +112,34 @@ class Snapshot:
         """Nothing to do: there are no hooks."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The snapshot by name, in checkpoint shapes, if this process owns all. Not copies: do not write to them."""
-        return {spec.name: held.view(spec.shape) for spec, held in zip(self.table, self._held, strict=True)}
+        """The snapshot by name, in checkpoint shapes, if this process owns all. Do not write to them."""
+        return {
+            spec.name: in_order(held, shard).view(spec.shape)
+            for spec, held, shard in zip(self.table, self._held, self.shards, strict=True)
+        }
 
     def part(self, index: int) -> torch.Tensor:
         """The elements of one tensor that this process owns, flat. Not a copy: do not write to it."""
         return self._held[index]
 
-    def _cast(self, start: int, run: ElementRun) -> torch.Tensor:
-        """The published view of a run of a live tensor's elements, flat. It may share the live tensor's memory."""
-        first, size = run.indices[0], int(run.stops[-1])
-        owned = local_part(row_of(self._live[first])[0])
-        if size < owned.numel():  # else cast in its shape: torch rounds the NaN of a scalar differently in another
-            owned = owned.reshape(-1)[start : start + size]
-        view = owned.to(self._dtypes[first])
+    def _held_of(self, start: int, run: ElementRun) -> torch.Tensor:
+        """A run of a live tensor's elements, in the live tensor's memory where it is held in one piece."""
+        size = int(run.stops[-1])
+        held = local_part(row_of(self._live[run.indices[0]])[0])
+        if size < held.numel():  # else cast in its shape: torch rounds the NaN of a scalar differently in another
+            return held.reshape(-1)[start : start + size]
+        return held
+
+    def _cast(self, held: torch.Tensor, run: ElementRun) -> torch.Tensor:
+        """The published view of a run, flat. It may share the live tensor's memory."""
+        view = held.to(self._dtypes[run.indices[0]])
         return (view.cpu() if self._on_cpu else view).contiguous().view(-1)
 
     def _captured(self, start: int, run: ElementRun, copy: torch.Tensor) -> torch.Tensor:
         """The published view of a run now, on the device of its copy. Later writes to live tensors do not change it."""
-        view = self._cast(start, run).to(copy.device)  # a model may move to another device
-        live = local_part(row_of(self._live[run.indices[0]])[0])
-        return view.clone() if view.untyped_storage().data_ptr() == live.untyped_storage().data_ptr() else view
+        held = self._held_of(start, run)
+        view = self._cast(held, run).to(copy.device)  # a model may move to another device
+        return view.clone() if view.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() else view
 
 
 def _parts(copies: Sequence[torch.Tensor], runs: Sequence[ElementRun]) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hubsync.errors import ConfigError
 
 from .shards import local_part
-from .strided import Place, StridedView
+from .strided import Place, part_of
 
 Tensors = dict[str, torch.Tensor]
 Places = dict[str, dict[str, Place | None]]
@@ -53,11 +53,11 @@ def places_in(model: Any, tensors: Tensors, prefix: str = "") -> Places:
 
 
 def published(tensors: Tensors, places: Places) -> Tensors:
-    """Published name -> live tensor or `StridedView` of one, in the order of live tensors and positions in them."""
+    """Published name -> live tensor or a part of one, in the order of live tensors and positions in them."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         for tensor_name, place in places.get(name, {name: None}).items():
-            found[tensor_name] = tensor if place is None else StridedView(tensor_name, tensor, place)
+            found[tensor_name] = tensor if place is None else part_of(tensor_name, tensor, place)
     return found
 
 

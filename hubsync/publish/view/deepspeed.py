@@ -17,7 +17,7 @@ import torch
 
 from hubsync.errors import ConfigError
 
-from .shards import Box
+from .boxes import Box, Boxes, with_elements
 
 
 def is_deepspeeds(thing: object) -> bool:
@@ -72,6 +72,10 @@ class Partition(torch.Tensor):
 
     def __init__(self, name: str, parameter: Any):
         """`__new__` does everything: torch requires it for wrapper subclasses."""
+
+    @property
+    def boxes(self) -> Boxes:
+        return with_elements([self.box])
 
     def to_local(self) -> torch.Tensor:
         """The elements that this rank holds, flat, in DeepSpeed's memory."""

@@ -16,9 +16,10 @@ from hubsync.format.table import TensorTable
 from hubsync.kernels.bits import TORCH_DTYPES
 from hubsync.publish.ranks import Ranks
 
+from .boxes import Boxes
 from .cast import cast, integers
 from .deepspeed import Partition, is_partitioned
-from .shards import Box, Shard, divide, held_box, local_part
+from .shards import Shard, divide, held_boxes, local_part
 from .strided import whole_of
 
 GroupDigests = dict[tuple[int, ...], Digest]
@@ -45,15 +46,15 @@ class Replicas:
 
     Args:
         names: of the tensors.
-        held: rank -> the box of each tensor that it holds.
+        held: rank -> the boxes of each tensor that it holds.
         rank: this one.
     """
 
-    def __init__(self, names: Sequence[str], held: Sequence[Sequence[Box]], rank: int):
+    def __init__(self, names: Sequence[str], held: Sequence[Sequence[Boxes]], rank: int):
         self._groups: dict[tuple[int, ...], list[str]] = {}  # ranks with equal boxes, this one among them -> names
         for index, name in enumerate(names):
             group = tuple(other for other, boxes in enumerate(held) if boxes[index] == held[rank][index])
-            if len(group) > 1 and held[rank][index].numel:
+            if len(group) > 1 and held[rank][index]:
                 self._groups.setdefault(group, []).append(name)
 
     def digests(self, tensors: Mapping[str, torch.Tensor], served: TensorTable | torch.dtype) -> GroupDigests:
@@ -107,7 +108,7 @@ def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
         ConfigError: the ranks do not hold shards or equal replicas of one model.
     """
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    gathered = ranks.gather(lambda: (list(tensors), [held_box(name, tensor) for name, tensor in tensors.items()]))
+    gathered = ranks.gather(lambda: (list(tensors), [held_boxes(name, tensor) for name, tensor in tensors.items()]))
     for rank, (names, _) in enumerate(gathered):
         for expected, name in zip_longest(gathered[0][0], names):
             if name != expected:

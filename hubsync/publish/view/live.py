@@ -18,6 +18,7 @@ from .adapters import FrozenBase, adapter_tensors, is_adapted
 from .conversion import Places, places_in, published, transposed_as
 from .deepspeed import Partition, is_partitioned
 from .naming import names_within
+from .pieces import in_pieces
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _ANOTHER_MODEL = "a run publishes one model: make a new engine with another prefix for this one"
@@ -73,7 +74,7 @@ class LiveView:
         return changes
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Published name -> live parameter or buffer, or a `StridedView` of one, as the model holds them now.
+        """Published name -> live parameter or buffer, or a part of one, as the model holds them now.
 
         ConfigError if a tensor that is published in parts has another shape than at first: its parts lie elsewhere.
         """
@@ -104,7 +105,7 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, tensor in (adapter_tensors(model) if is_adapted(model) else model_tensors(model)).items():
         _require_loaded(name, tensor)
-        tensor = Partition(name, tensor) if is_partitioned(tensor) else tensor
+        tensor = Partition(name, tensor) if is_partitioned(tensor) else in_pieces(name, tensor)
         if tensor.is_complex():
             raise ConfigError(f"{name} is complex: only real weights can be published")
         if not tensor.is_floating_point():

@@ -1,13 +1,15 @@
 """Shards: which elements of each tensor each rank publishes. All ranks compute the same partition of the view.
 
-A rank holds one box of every tensor, a rectangle in any number of dimensions: the whole tensor in data parallel
-training, rows under FSDP2, any rectangle under other DTensor placements, a run of elements under ZeRO-3. Ranks that
-hold the same box are replicas and divide it: all boxes that the same ranks hold are concatenated, and split into pieces
-of equal length. So every element has one owner, replicas have equal work, and few tensors are split.
+A rank holds boxes of every tensor, rectangles in any number of dimensions: the whole tensor in data parallel training,
+rows under FSDP2, any rectangle under other DTensor placements, several where columns are interleaved, a run of elements
+under ZeRO-3, none of a tensor of another pipeline stage. Two ranks hold the same boxes of a tensor, or no common
+element. Ranks that hold the same are replicas and divide it: all boxes that the same ranks hold are concatenated, and
+split into pieces of equal length. So every element has one owner, replicas have equal work, and few tensors are split.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,44 +20,32 @@ import torch
 
 from hubsync.errors import ConfigError
 
+from . import placements
+from .boxes import Box, Boxes, first_overlap, with_elements
+
+_SHOWN = 4  # boxes in a message
 _ALIGNED = 64  # elements; pieces start where comparisons by words and vectors do
 _AT_ONCE = 1 << 22  # elements whose indices are held at a time
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle of a tensor: its offset and its shape.
-
-    A box with one dimension is a run of elements in row-major order, whatever the tensor's dimensions are.
-    """
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Shard:
-    """The elements of a tensor that one rank owns: `start .. stop` of its box, in row-major order.
+    """The elements of a tensor that one rank owns: `start .. stop` of its concatenated boxes, each in row-major order.
 
     Attributes:
         full: shape of the tensor in the checkpoint.
-        box: the part of the tensor that the rank holds.
+        boxes: the parts of the tensor that the rank holds.
     """
 
     full: tuple[int, ...]
-    box: Box
+    boxes: Boxes
     start: int
     stop: int
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Shard:
         """The whole tensor."""
-        full = tuple(shape)
-        return cls(full, Box((0,) * len(full), full), 0, math.prod(full))
+        return cls(tuple(shape), (Box.whole(shape),), 0, math.prod(shape))
 
     @property
     def numel(self) -> int:
@@ -64,27 +54,37 @@ class Shard:
     @cached_property
     def first(self) -> int | None:
         """Flat index of the first owned element, if the owned elements are consecutive in the tensor; else None."""
-        full = self._counted
-        leading = next((d for d, size in enumerate(self.box.shape) if size > 1), len(self.box.shape)) + 1
-        if self.box.shape[leading:] != full[leading:]:
-            return None
-        return self.start + sum(at * stride for at, stride in zip(self.box.offset, _strides(full), strict=True))
+        if len(self._owned) != 1:
+            return None if self._owned else 0
+        begin, box = self._owned[0]
+        first = box.first_in(self.full)
+        return None if first is None else first + self.start - begin
 
     def globally(self, indices: np.ndarray) -> np.ndarray:
-        """Flat indices in the tensor of owned elements, given by their numbers from 0 (both int64[n], ascending)."""
+        """Flat indices in the tensor of owned elements, given by their numbers from 0 (both int64[n]).
+
+        `indices` ascend. The result ascends if there is one box.
+        """
         if self.first is not None:
             return indices + self.first if self.first else indices
-        rest, out = indices + self.start, np.zeros_like(indices)
-        dimensions = zip(self.box.offset, _strides(self.box.shape), _strides(self._counted), strict=True)
-        for offset, inner, outer in dimensions:
-            at, rest = np.divmod(rest, inner)
-            out += (at + offset) * outer
-        return out
+        held = indices + self.start
+        ends = np.searchsorted(held, [begin + box.numel for begin, box in self._owned]).tolist()
+        starts = [0, *ends[:-1]]
+        found = [
+            box.globally(self.full, held[start:end] - begin)
+            for (begin, box), start, end in zip(self._owned, starts, ends, strict=True)
+        ]
+        return np.concatenate(found) if len(found) > 1 else found[0]
 
-    @property
-    def _counted(self) -> tuple[int, ...]:
-        """Shape of the tensor in the dimensions of the box."""
-        return self.full if len(self.box.shape) == len(self.full) else (math.prod(self.full),)
+    @cached_property
+    def _owned(self) -> list[tuple[int, Box]]:
+        """The boxes with owned elements, each with the number of its first element among those of all boxes."""
+        begins = itertools.accumulate((box.numel for box in self.boxes), initial=0)
+        return [
+            (begin, box)
+            for begin, box in zip(begins, self.boxes, strict=False)
+            if begin < self.stop and self.start < begin + box.numel
+        ]
 
     def pieces(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """(first, last, flat indices in the tensor) of owned elements, a few million at a time."""
@@ -93,53 +93,16 @@ class Shard:
             yield first, last, self.globally(np.arange(first, last, dtype=np.int64))
 
 
-def box_of(shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], sharded: Sequence[int | None]) -> Box:
-    """The part of a tensor that the rank at a coordinate of a device mesh holds.
-
-    Args:
-        shape: shape of the whole tensor.
-        mesh: number of ranks in each dimension of the mesh.
-        coordinate: the rank's coordinate in the mesh.
-        sharded: for each dimension of the mesh, the dimension of the tensor that is split over it, as `torch.chunk`
-            splits (the last pieces may be smaller, or empty); None where the tensor is replicated.
-    """
-    offset, extent = [0] * len(shape), list(shape)
-    for ranks, rank, dim in zip(mesh, coordinate, sharded, strict=True):
-        if dim is None:
-            continue
-        size = -(-extent[dim] // ranks)
-        first = min(rank * size, extent[dim])
-        offset[dim] += first
-        extent[dim] = min(size, extent[dim] - first)
-    return Box(tuple(offset), tuple(extent))
-
-
-def held_box(name: str, tensor: torch.Tensor) -> Box:
-    """The part of a live tensor that this rank holds. ConfigError for placements that are no rectangle."""
-    known = getattr(tensor, "box", None)
-    if isinstance(known, Box):  # a StridedView or a Partition
+def held_boxes(name: str, tensor: torch.Tensor) -> Boxes:
+    """The parts of a live tensor that this rank holds. ConfigError for placements of DTensors that hold no elements."""
+    known = getattr(tensor, "boxes", None)
+    if isinstance(known, tuple):  # a StridedView, Pieces or a Partition
         return known
     if not hasattr(tensor, "to_local"):
-        return Shard.whole(tensor.shape).box
-    from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor import Shard as Sharded
-
-    if not isinstance(tensor, DTensor):
-        raise ConfigError(f"{name} is a {type(tensor).__name__}: of sharded tensors only DTensors are supported")
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return Box((0,) * tensor.ndim, (0,) * tensor.ndim)
-    sharded: list[int | None] = []
-    for placement in tensor.placements:
-        if type(placement) not in (Replicate, Sharded):
-            raise ConfigError(
-                f"{name} is placed as {placement}: only Shard and Replicate are supported (FSDP2 combined with tensor "
-                "parallelism on the same dimension is not)"
-            )
-        sharded.append(placement.dim if isinstance(placement, Sharded) else None)
-    box = box_of(tensor.shape, tuple(tensor.device_mesh.shape), coordinate, sharded)
-    require_held(name, tensor, box)
-    return box
+        return with_elements([Box.whole(tensor.shape)])
+    boxes = tuple(box for box, _ in placements.rectangles(name, tensor))
+    require_held(name, tensor, boxes)
+    return boxes
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,46 +111,49 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return local.detach()
 
 
-def require_held(name: str, tensor: torch.Tensor, box: Box) -> None:
-    """ConfigError unless this process holds this box of a live tensor."""
-    held = tuple(local_part(tensor).shape)
-    if held != box.shape and box.numel + math.prod(held) > 0:
+def require_held(name: str, tensor: torch.Tensor, boxes: Boxes) -> None:
+    """ConfigError unless this process holds these boxes of a live tensor."""
+    pieces, expected = getattr(tensor, "pieces", None), [list(box.shape) for box in boxes]
+    if pieces is None:
+        held = [list(local_part(tensor).shape)]
+        is_same = held == expected or (not boxes and math.prod(held[0]) == 0)
+    else:
+        held = [list(box.shape) for box, _ in pieces]
+        is_same = held_boxes(name, tensor) == boxes
+    if not is_same:
         raise ConfigError(
-            f"{name} is held in this process as {list(held)} instead of {list(box.shape)}: publish after an optimizer "
-            "step, while parameters are sharded as they were when the engine was made"
+            f"{name} is held in this process as {_shapes(held)} instead of {_shapes(expected)}: publish after an "
+            "optimizer step, while parameters are sharded as they were when the engine was made"
         )
 
 
 def divide(
     names: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
-    held: Sequence[Sequence[Box]],
+    held: Sequence[Sequence[Boxes]],
     whole: Collection[int] = (),
 ) -> list[list[Shard]]:
     """Rank -> the elements of each tensor that it owns. Every element has exactly one owner.
 
     Args:
         names, shapes: names and shapes of the tensors.
-        held: rank -> the box of each tensor that it holds. Equal arguments give equal results on every rank.
-        whole: indices of tensors whose boxes are not split: the lowest rank that holds one owns it.
+        held: rank -> the boxes of each tensor that it holds. Equal arguments give equal results on every rank.
+        whole: indices of tensors that are not split among replicas: the lowest rank that holds one owns it.
 
     Raises:
-        ConfigError: the boxes of a tensor do not add up to the whole tensor.
+        ConfigError: an element is held by no rank, or the elements that two ranks hold are neither the same nor
+            disjoint.
     """
-    owned = [[Shard(shape, box, 0, 0) for shape, box in zip(shapes, boxes, strict=True)] for boxes in held]
-    lines: dict[tuple[int, ...], list[tuple[int, Box]]] = {}
+    owned = [[Shard(shape, boxes, 0, 0) for shape, boxes in zip(shapes, held_by, strict=True)] for held_by in held]
+    lines: dict[tuple[int, ...], list[tuple[int, Boxes]]] = {}
     for index, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        holders: dict[Box, list[int]] = {}
-        for rank, boxes in enumerate(held):
-            if boxes[index].numel:
-                holders.setdefault(boxes[index], []).append(rank)
-        if sum(box.numel for box in holders) != math.prod(shape):
-            raise ConfigError(
-                f"the ranks together do not hold {name} {list(shape)} exactly once, but {_listed(holders)}: "
-                "every rank of the process group must make an engine of the same model"
-            )
-        for box, ranks in holders.items():
-            lines.setdefault(tuple(ranks[:1] if index in whole else ranks), []).append((index, box))
+        holders: dict[Boxes, list[int]] = {}
+        for rank, held_by in enumerate(held):
+            if held_by[index]:
+                holders.setdefault(held_by[index], []).append(rank)
+        _require_all_once(name, shape, holders)
+        for boxes, ranks in holders.items():
+            lines.setdefault(tuple(ranks[:1] if index in whole else ranks), []).append((index, boxes))
     for replicas, line in lines.items():
         for index, rank, shard in _cut(line, replicas, shapes):
             owned[rank][index] = shard
@@ -195,26 +161,46 @@ def divide(
 
 
 def _cut(
-    line: Sequence[tuple[int, Box]], replicas: Sequence[int], shapes: Sequence[tuple[int, ...]]
+    line: Sequence[tuple[int, Boxes]], replicas: Sequence[int], shapes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[int, int, Shard]]:
     """Split concatenated boxes into a piece of equal length for each replica."""
-    total, position = sum(box.numel for _, box in line), 0
-    cuts = [total * number // len(replicas) for number in range(len(replicas) + 1)]
-    for index, box in line:
-        ends = [min(max(_round_up(cut - position), 0), box.numel) for cut in cuts]
+    sizes, position = [sum(box.numel for box in boxes) for _, boxes in line], 0
+    cuts = [sum(sizes) * number // len(replicas) for number in range(len(replicas) + 1)]
+    for (index, boxes), size in zip(line, sizes, strict=True):
+        ends = [min(max(_round_up(cut - position), 0), size) for cut in cuts]
         for rank, start, stop in zip(replicas, ends[:-1], ends[1:], strict=True):
             if start < stop:
-                yield index, rank, Shard(shapes[index], box, start, stop)
-        position += box.numel
+                yield index, rank, Shard(shapes[index], boxes, start, stop)
+        position += size
 
 
 def _round_up(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
 
 
-def _strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+def _require_all_once(name: str, shape: tuple[int, ...], holders: dict[Boxes, list[int]]) -> None:
+    """ConfigError unless every element of a tensor is in the boxes of exactly one of these holders."""
+    every = [(box, ranks[0]) for boxes, ranks in holders.items() for box in boxes]
+    overlap = first_overlap([box for box, _ in every], shape)
+    if overlap is not None:
+        left, right = (f"{_described(box)} of rank {rank}" for box, rank in (every[number] for number in overlap))
+        raise ConfigError(
+            f"{left} and {right} of {name} {list(shape)} overlap: two ranks must hold the same elements of a tensor, "
+            "or none in common"
+        )
+    total = sum(box.numel for box, _ in every)
+    if total != math.prod(shape):
+        listed = ", ".join(_described(box) for box, _ in every[:_SHOWN]) + ", ..." * (len(every) > _SHOWN)
+        raise ConfigError(
+            f"the ranks together hold {total} of the {math.prod(shape)} elements of {name} {list(shape)} "
+            f"({listed or 'nothing'}): every rank of the process group must make an engine of the same model, and "
+            "every element must be held by one"
+        )
 
 
-def _listed(holders: dict[Box, list[int]]) -> str:
-    return ", ".join(f"{list(box.shape)} at {list(box.offset)}" for box in list(holders)[:4]) or "nothing"
+def _described(box: Box) -> str:
+    return f"{list(box.shape)} at {list(box.offset)}"
+
+
+def _shapes(shapes: Sequence[list[int]]) -> str:
+    return " and ".join(map(str, shapes)) or "nothing"

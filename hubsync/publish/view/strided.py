@@ -17,7 +17,9 @@ import torch
 
 from hubsync.errors import ConfigError
 
-from .shards import Box, Shard, held_box, local_part
+from .boxes import Box, Boxes, intersection, strides, with_elements
+from .pieces import Pieces, pieces_of
+from .shards import Shard, held_boxes, local_part
 
 _LONGEST = 1 << 28  # elements of several tensors that are compared together: bounds the memory for their cast
 
@@ -61,7 +63,7 @@ class Place:
     def within(self, start: int, stop: int) -> Box | None:
         """Its part in elements `start .. stop` of the larger tensor: rows, or a run; None if it is scattered."""
         if start <= self.offset and self.stop <= stop:
-            return Shard.whole(self.shape).box
+            return Box.whole(self.shape)
         if stop <= self.offset or self.stop <= start:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
         if not self._has_whole_rows:
@@ -105,6 +107,10 @@ class StridedView(torch.Tensor):
     def __init__(self, name: str, whole: torch.Tensor, place: Place):
         """`__new__` does everything: torch requires it for wrapper subclasses."""
 
+    @property
+    def boxes(self) -> Boxes:
+        return with_elements([self.box])
+
     def to_local(self) -> torch.Tensor:
         """The elements that this process holds, in the memory of the live tensor."""
         local = local_part(self.whole)
@@ -115,6 +121,18 @@ class StridedView(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} on a part of a live tensor: take its local_part")
+
+
+def part_of(name: str, whole: torch.Tensor, place: Place) -> torch.Tensor:
+    """A published tensor that is a part of a live one, of which this process may hold anything.
+
+    ConfigError if what it holds of the part is neither rows, nor a run of elements, nor rectangles.
+    """
+    if hasattr(whole, "to_local") and _rows_of(name, whole, place) is None:
+        held = _rectangles(name, whole, place)
+        if held is not None:
+            return Pieces(place.shape, held, whole)
+    return StridedView(name, whole, place)
 
 
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,21 +219,78 @@ def _held(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int]:
         raise ConfigError(
             f"{name} is a part of a parameter whose memory is not contiguous: make the parameter contiguous"
         )
-    held = held_box(name, whole)
-    if held.numel == 0:
-        return Box((0,) * len(place.shape), (0,) * len(place.shape)), 0
-    start = Shard(tuple(whole.shape), held, 0, held.numel).first
-    box = None if start is None else place.within(start, start + held.numel)
-    if start is None or box is None:
+    held = _rows_of(name, whole, place)
+    if held is None:
+        shapes = [list(box.shape) for box in held_boxes(name, whole)]
         raise ConfigError(
-            f"{name} is a part of a parameter {list(whole.shape)}, and this process holds {list(held.shape)} of "
-            "it, no whole rows: shard its first dimension (the experts, as `fully_shard` does), or use DDP"
+            f"{name} is a part of a parameter {list(whole.shape)}, and this process holds {shapes} of it, no whole "
+            "rows: shard its first dimension (the experts, as `fully_shard` does), or use DDP"
         )
+    return held
+
+
+def _rows_of(name: str, whole: torch.Tensor, place: Place) -> tuple[Box, int] | None:
+    """`_held`, if this process holds consecutive elements of `whole`, and rows or a run of the part; else None."""
+    boxes = held_boxes(name, whole)
+    if not boxes:
+        return Box((0,) * len(place.shape), (0,) * len(place.shape)), 0
+    start = boxes[0].first_in(tuple(whole.shape)) if len(boxes) == 1 else None
+    box = None if start is None else place.within(start, start + boxes[0].numel)
+    if start is None or box is None:
+        return None
     if box.numel == 0:
         return box, 0
     return box, place.offset + sum(
         at * step for at, step in zip(box.offset, _strides_of(box, place), strict=True)
     ) - start
+
+
+def _rectangles(name: str, whole: torch.Tensor, place: Place) -> list[tuple[Box, torch.Tensor]] | None:
+    """The rectangles of a published tensor that this process holds of `whole`, each with its memory.
+
+    None if a dimension of the published tensor is not one of `whole`.
+    """
+    dims = _dimensions(tuple(whole.shape), place)
+    if dims is None:
+        return None
+    first = _coordinates(place.offset, whole.shape)
+    lengths = [place.shape[dims.index(dim)] if dim in dims else 1 for dim in range(whole.ndim)]
+    part = Box(tuple(first), tuple(lengths))  # in `whole`
+    found = []
+    for box, held in pieces_of(name, whole):
+        shared = intersection(box, part)
+        if shared.numel == 0:
+            continue
+        offset = tuple(0 if dim is None else shared.offset[dim] - first[dim] for dim in dims)
+        extent = tuple(1 if dim is None else shared.shape[dim] for dim in dims)
+        step = [1 if dim is None else held.stride(dim) for dim in dims]
+        inside = zip(shared.offset, box.offset, held.stride(), strict=True)
+        begin = int(held.storage_offset()) + sum((at - start) * stride for at, start, stride in inside)
+        found.append((Box(offset, extent), held.as_strided(extent, step, begin)))
+    return found
+
+
+def _dimensions(shape: tuple[int, ...], place: Place) -> list[int | None] | None:
+    """The dimension of a larger tensor that each dimension of a part of it lies in; None for one of size 1.
+
+    None if there is no such dimension, because the part merges several or skips elements.
+    """
+    if 0 in shape or 0 in place.shape:
+        return None
+    steps = strides(shape)
+    first = _coordinates(place.offset, shape)
+    found: list[int | None] = []
+    for size, stride in zip(place.shape, place.stride, strict=True):
+        fitting = [dim for dim, step in enumerate(steps) if step == stride and first[dim] + size <= shape[dim]]
+        if size > 1 and not fitting:
+            return None
+        found.append(fitting[0] if size > 1 else None)
+    return found
+
+
+def _coordinates(index: int, shape: Sequence[int]) -> list[int]:
+    """Of an element, given by its flat index in a tensor."""
+    return [index // step % size for size, step in zip(shape, strides(shape), strict=True)]
 
 
 def _strides_of(box: Box, place: Place) -> tuple[int, ...]:

@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "the report needs the package plotly: pip install 'hubsync-rl[report]', or pip install plotly"
         )
+    import tempfile
     from contextlib import ExitStack
 
     from hubsync.bucket import open_bucket
+    from hubsync.chain import ChainReader
     from hubsync.replicas.engines import connect, schemes
     from hubsync.replicas.replica import Replica
     from hubsync.replicas.server import checked_urls
@@ -58,14 +60,14 @@ def run(args: argparse.Namespace) -> int:
     from hubsync.report.page import page
     from hubsync.report.records import read_events, read_log
 
-    from .access import public_key, reading
+    from .access import public_key
     from .watching import ANSWER_S
 
     log = None if args.log is None else read_log(args.log)
     events = [event for path in args.events for event in read_events(path)]
     with ExitStack() as stack:
-        reader = stack.enter_context(reading(args))
         bucket = open_bucket(args.address, token=args.token, key=public_key(args))
+        reader = ChainReader(bucket, stack.enter_context(tempfile.TemporaryDirectory(prefix="hubsync-")))
         plain = bucket if args.public_key is None else open_bucket(args.address, token=args.token)
         replicas = []
         for url in checked_urls(args.server, schemes()) if args.server else []:

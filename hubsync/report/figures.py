@@ -301,7 +301,7 @@ def _bars(bars: Sequence[tuple[float, _Stored]], colour: str, name: str) -> go.B
 
 # --- the trainer's log ------------------------------------------------------------------------------------
 
-_GIVE_A_LOG = "Give the trainer's log: --log trainer_state.json (of a checkpoint), or JSON lines of log_history."
+_GIVE_A_LOG = "Give the trainer's log: `--log trainer_state.json` (of a checkpoint), or JSON lines of log_history."
 
 
 def staleness(log: TrainerLog | None) -> Drawing:

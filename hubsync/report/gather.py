@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .density import Density
 
+_ADDRESS = re.compile(r"[\d.]+(:|$)|\[")  # an IP address, of which no part is a name
 PUBLISHER = "trainer"
 PUSHED = "the trainer's server"  # where only the trainer's log tells of it
 
@@ -132,6 +134,13 @@ class Gathered:
     def lanes(self) -> list[str]:
         """The publisher and all servers with commits."""
         return list(dict.fromkeys([PUBLISHER, *(event.server for event in self.commits)]))
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Lane -> its name in figures: the first part of the host's name if that tells all lanes apart."""
+        hosts = {lane: lane.split("://")[-1] for lane in self.lanes}
+        first = {lane: host if _ADDRESS.match(host) else host.split(".")[0] for lane, host in hosts.items()}
+        return first if len(set(first.values())) == len(first) else hosts
 
 
 def gather(

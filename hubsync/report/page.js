@@ -26,7 +26,8 @@
     }
     for (const trace of made.data) {
       if (trace.type !== "heatmap") continue;
-      const names = [...trace.y];
+      const every = Math.ceil((15 * trace.y.length) / (made.layout.height - 90));
+      const names = trace.y.filter((_, row) => row % every === 0);
       Object.assign(made.layout.yaxis, { tickvals: names, ticktext: names.map(short) });
       trace.colorbar = { ...trace.colorbar, thickness: 8 };
     }

@@ -37,7 +37,7 @@ def phases(run: Gathered) -> list[Drawing]:
     ours = [span for span in spans if span.lane == PUBLISHER]
     theirs = [span for span in spans if span.lane != PUBLISHER]
     trainer, servers = "Publishing each version", "Committing each version on replicas"
-    lanes = ", ".join(lane.split("://")[-1] for lane in run.lanes[1:])
+    lanes = ", ".join(run.labels[lane] for lane in run.lanes[1:])
     begin = "Zero is the begin of detection."
     drawings = [
         Drawing("publishing", trainer, begin + drag, _by_version(ours, [PUBLISHER], "seconds since detection began"))
@@ -113,7 +113,7 @@ def _by_time(run: Gathered, spans: Sequence[PhaseSpan]) -> go.Figure:
     for span in spans:
         groups[span.phase].append(span)
         rows[span.lane][span.phase] = None
-    names = [_row(lane, phase) for lane in run.lanes for phase in PHASE_COLOURS if phase in rows[lane]]
+    names = [_row(run, lane, phase) for lane in run.lanes for phase in PHASE_COLOURS if phase in rows[lane]]
     drawn = figure(
         110 + 26 * len(names),
         barmode="overlay",
@@ -123,19 +123,19 @@ def _by_time(run: Gathered, spans: Sequence[PhaseSpan]) -> go.Figure:
     for phase in PHASE_COLOURS:
         if group := groups[phase]:
             bars = _bars(phase, group, [_date(span.begin) for span in group], False)
-            bars.update(y=[_row(span.lane, phase) for span in group], width=0.7)
+            bars.update(y=[_row(run, span.lane, phase) for span in group], width=0.7)
             bars.update(x=[1000 * (span.end - span.begin) for span in group])
             drawn.add_trace(bars)
     return drawn
 
 
-def _row(lane: str, phase: str) -> str:
-    return f"{_short(lane)} {phase}"
+def _row(run: Gathered, lane: str, phase: str) -> str:
+    return f"{_plain(run.labels[lane])} {phase}"
 
 
-def _short(lane: str) -> str:
-    """A server's name, without what plotly takes for markup."""
-    return escape(lane.split("://")[-1], quote=False)
+def _plain(text: str) -> str:
+    """Text from elsewhere without what plotly takes for markup."""
+    return escape(text, quote=False)
 
 
 def _bars(phase: str, spans: Sequence[PhaseSpan], base: Sequence[Any], in_legend: bool) -> go.Bar:
@@ -148,7 +148,7 @@ def _bars(phase: str, spans: Sequence[PhaseSpan], base: Sequence[Any], in_legend
         showlegend=in_legend,
         marker={"color": colour, "line": {"color": colour, "width": 1}},
         text=[
-            f"version {span.version}, {_short(span.lane)}: {phase} {duration(span.end - span.begin)}" for span in spans
+            f"version {span.version}, {_plain(span.lane)}: {phase} {duration(span.end - span.begin)}" for span in spans
         ],
         textposition="none",
         hovertemplate="%{text}<extra></extra>",
@@ -175,7 +175,7 @@ def replicas(run: Gathered) -> Drawing:
     for number, server in enumerate(lane for lane in run.lanes if lane != PUBLISHER):
         colour = SERIES[number % (len(SERIES) - 1)]
         own = [(event.time or 0.0, event.version or 0) for event in commits if event.server == server]
-        name = _short(server)
+        name = _plain(run.labels[server])
         _step(drawn, 1, own, name, colour, f"{name} served version %{{y}} from %{{x|%H:%M:%S.%L}}")
         _step(drawn, 2, lags(run, own), name, colour, f"{name}: %{{y}} versions behind", legend=False)
         late = [(at, at - run.durable[version]) for at, version in own if run.durable.get(version, at) <= at]
@@ -241,7 +241,7 @@ def _errors(drawn: go.Figure, run: Gathered) -> None:
             mode="markers",
             name="errors",
             marker={"symbol": "x", "color": RED, "size": 8},
-            text=[escape(event.message[:120], quote=False) for event in errors],
+            text=[_plain(event.message[:120]) for event in errors],
             hovertemplate="%{text}<extra></extra>",
         )
         drawn.add_trace(trace, row=1, col=1)

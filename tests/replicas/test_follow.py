@@ -455,6 +455,28 @@ def test_the_command_prints_one_line_per_commit_and_ends_cleanly_on_a_signal(
     }
 
 
+def test_the_command_says_once_that_a_version_is_verified(publisher: Publisher, server: StandIn) -> None:
+    """As JSON, with the seconds that it took; a server that does not state them is left out, as above."""
+    status = server.hubsync_status
+
+    def with_seconds(engine: int) -> list[dict[str, Any]]:
+        return [{**rank, "metrics": {**rank["metrics"], "verify_s": 0.25}} for rank in status(engine)]
+
+    server.hubsync_status = with_seconds  # type: ignore[method-assign]
+    with command(publisher, server, "--json") as process:
+        events = [line(process), line(process)]
+        publish(publisher)
+        events += [line(process), line(process)]
+    assert sorted((event["version"], event["event"]) for event in events) == [
+        (2, "commit"),
+        (2, "verified"),
+        (3, "commit"),
+        (3, "verified"),
+    ]
+    assert {event["server"] for event in events} == {server.url}
+    assert {event["verify_s"] for event in events if event["event"] == "verified"} == {0.25}
+
+
 def test_the_command_says_at_its_start_what_it_follows(publisher: Publisher, server: StandIn) -> None:
     with command(publisher, server) as process:
         assert process.stdout is not None

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 
 from hubsync.bucket import LocalBucket
+from hubsync.bucket.hub import HubBucket
+from hubsync.bucket.signed import SignedBucket
+from hubsync.chain import ChainReader
 from hubsync.errors import ConfigError
+from hubsync.format.keys import SigningKey
 from hubsync.format.patch import TensorDelta
 from hubsync.kernels.bits import bits_of
+from hubsync.localhub import LocalHub
+from hubsync.replicas.status_objects import Reported
 from hubsync.report import density as density_module
 from hubsync.report.density import kind_of, layer_of
 from hubsync.report.floor import difference_bits, position_bits
-from hubsync.report.gather import PUBLISHER, PUSHED
-from hubsync.report.records import read_events, read_log
+from hubsync.report.gather import PUBLISHER, PUSHED, gather
+from hubsync.report.records import Event, read_events, read_log
 from hubsync.report.timeline import lags
 from tests.report.runs import BEGAN, SERVER, events_of, everything, gathered, history, log_of, timed
 from tests.support.history import History
@@ -107,6 +113,30 @@ def test_the_floor_is_that_of_an_ideal_code(tmp_path: Path) -> None:
     assert run.density.differences[1] == difference_bits(diffs.astype(np.int64))
 
 
+def test_a_run_on_a_hub_is_read_with_few_calls(hub_bucket: HubBucket, local_hub: LocalHub, tmp_path: Path) -> None:
+    made = History(hub_bucket)
+    for _ in range(4):
+        made.publish()
+    before = local_hub.api_calls()
+    assert gathered(tmp_path, made).density.versions == [1, 2, 3, 4]
+    assert local_hub.api_calls() - before <= 14  # 4 of them for the 4 versions that are decoded whole
+
+
+def test_a_signed_run_is_read_with_its_public_key(tmp_path: Path) -> None:
+    """Parts are not signed, and what followers say is not either."""
+    key = SigningKey.generate()
+    signed = SignedBucket(LocalBucket(tmp_path / "run", create=True), key)
+    made = History(signed, public_key=key.public.hex)
+    made.publish()
+    LocalBucket(tmp_path / "run").commit(
+        "replicas/0123456789abcdef.json", Reported("http://a", "host", "ready", 1).dumps()
+    )
+    reading = SignedBucket(LocalBucket(tmp_path / "run"), key.public)
+    run = gather(reading, ChainReader(reading, tmp_path / "cache"), plain=LocalBucket(tmp_path / "run"))
+    assert run.density.versions == [1]
+    assert [seen.server for seen in run.reported] == ["http://a"]
+
+
 # --- what is written down ---------------------------------------------------------------------------------
 
 
@@ -167,6 +197,22 @@ def test_phases_are_placed_in_time(tmp_path: Path) -> None:
         "commit": near([2.096, 2.1]),
         "verify": near([2.1, 2.107]),
     }
+
+
+@pytest.mark.parametrize(
+    ("servers", "labels"),
+    [
+        (("http://a.x.com:80", "https://b.x.com"), ["trainer", "a", "b"]),
+        (("http://a.x.com", "http://a.y.com"), ["trainer", "a.x.com", "a.y.com"]),
+        (("http://10.0.0.1:8000", "http://[::1]:8000"), ["trainer", "10.0.0.1:8000", "[::1]:8000"]),
+        ((PUSHED,), ["trainer", PUSHED]),
+    ],
+)
+def test_servers_have_short_names_that_tell_them_apart(
+    tmp_path: Path, servers: tuple[str, ...], labels: list[str]
+) -> None:
+    events = [Event("commit", server, BEGAN, 1, {}) for server in servers]
+    assert list(gathered(tmp_path, history(tmp_path, 1), events=events).labels.values()) == labels
 
 
 def test_lag_is_counted_from_durable_versions(tmp_path: Path) -> None:

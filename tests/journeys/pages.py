@@ -13,15 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```([a-z]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
 def section(page: str, title: str) -> str:
-    """The text under a heading, up to the next one of its level."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,6}} |\Z)", (ROOT / page).read_text(), re.M | re.S)
-    assert found, f"{page} has no section {title!r}"
-    return found[2]
+    """The text under a heading, up to the next heading."""
+    text = (ROOT / page).read_text()
+    code = [found.span() for found in FENCE.finditer(text)]
+    lines = [line for line in HEADING.finditer(text) if not any(begin <= line.start() < end for begin, end in code)]
+    after = [(line.end(), line[1]) for line in lines]
+    (at,) = [number for number, (_, name) in enumerate(after) if name == title]
+    end = lines[at + 1].start() if at + 1 < len(lines) else len(text)
+    return text[after[at][0] : end]
 
 
 def blocks(page: str, language: str, title: str | None = None) -> list[str]:
@@ -104,3 +111,11 @@ def wait_for(condition: Callable[[], object], log: Path, seconds: float = 300.0)
     while not condition():
         assert time.monotonic() < deadline, log.read_text(errors="replace")[-5000:]
         time.sleep(0.5)
+
+
+def answers(url: str) -> bool:
+    """Whether a vLLM server is up."""
+    try:
+        return httpx.get(f"{url}/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False

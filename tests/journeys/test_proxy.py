@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import pytest
 
 from hubsync.demo.task import make_checkpoint
 from tests.support.proxy import TOKEN, TokenProxy
 
-from .pages import RUN, TRAINER_URL, Shell, blocks, free_port, here, on_cpu, wait_for
+from .pages import RUN, TRAINER_URL, Shell, answers, blocks, free_port, here, on_cpu, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -59,10 +58,3 @@ def script(checkpoint: Path, url: str, address: str) -> str:
         text = text.replace(written, here_)
     task = "from hubsync.demo.task import prompts, tagged_answer as reward\ndataset = prompts(64)\n"
     return task + text
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).is_success
-    except httpx.HTTPError:
-        return False

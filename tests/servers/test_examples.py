@@ -6,12 +6,8 @@ also the parts of a GPU that `tests/support/async_toy.py` names.
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +25,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from hubsync import DeltaWeightTransferEngine, SyncConfig
 from hubsync.bucket import open_bucket
 from hubsync.chain import ChainReader
-from hubsync.errors import ReplicaUnreachable
 from hubsync.replicas.replica import Replica
 from hubsync.replicas.vllm_http import VLLMServer
-from hubsync.retry import retry
 from tests.support.async_toy import GENERATIONS, save_policy, share_of_vowels, without_gpu
 from tests.support.vision_models import HAS_TORCHVISION, save_vision_checkpoint
 
@@ -267,35 +261,3 @@ def follow(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hubsync", run_name="__main__")
     assert not ended.value.code
-
-
-def test_the_command_of_the_readme_starts_a_server_without_a_gpu(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is written there, but for the model, the port and the directory of the run."""
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    command = readme.partition("**Without a GPU.**")[2].partition("```bash\n")[2].partition("```")[0]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for written, here in [
-        (".venv/bin/python", sys.executable),
-        ("MODEL --", f"{files[0]} --host 127.0.0.1 --"),
-        ("--port 8000", f"--port {port}"),
-        ("./runs/run1", str(tmp_path / "run")),
-    ]:
-        assert written in command
-        command = command.replace(written, here)
-    for setting in re.findall(r"^(\w+)=|\s(\w+)=", command):
-        monkeypatch.delenv(setting[0] or setting[1], raising=False)
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen(["bash", "-c", f"exec env {command}"], stdout=log, stderr=log, start_new_session=True)
-    try:
-        server, url = VLLMServer(f"http://127.0.0.1:{port}"), f"http://127.0.0.1:{port}"
-        retry(server.version, timeout=300.0, on=ReplicaUnreachable, waiting_for=url)
-        model = AutoModelForCausalLM.from_pretrained(files[0], dtype="float32")
-        with DeltaWeightTransferEngine(model, None, SyncConfig(bucket=str(tmp_path / "run"), servers=[url])) as engine:
-            assert len(engine.sync(0).commits) == 1
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

@@ -12,6 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+# /// script
+# dependencies = [
+#     "hubsync-rl[trl]",
+#     "math-verify",
+#     "trackio",
+# ]
+#
+# [tool.uv.sources]
+# hubsync-rl = { path = "../.." }
+# ///
+
 """
 GRPO with trainer and vLLM server on one GPU, in turns: the server sleeps while the trainer trains.
 

@@ -18,7 +18,7 @@ from statistics import median
 import hubsync
 
 from . import figures, timeline
-from .gather import Gathered
+from .gather import PUSHED, Gathered
 from .style import Drawing, duration, nbytes, template
 
 _POLICY = (
@@ -128,7 +128,7 @@ def _tiles(run: Gathered) -> str:
     delays = [
         event.time - run.durable[event.version]
         for event in run.commits
-        if event.kind == "commit" and event.time is not None and event.version in run.durable
+        if event.kind == "commit" and event.server != PUSHED and event.time is not None and event.version in run.durable
     ]
     if delays := [delay for delay in delays if delay >= 0]:
         tiles.append((duration(median(delays)), "from durable to served (median)"))

@@ -62,8 +62,8 @@ def _missing(run: Gathered) -> str:
         return f"{said} {_FOLLOW}"
     if PUSHED in run.lanes:
         said += (
-            f" Of {PUSHED} the log states durations, and no times: its bars are placed behind the upload, and "
-            "verification is not in it."
+            f" Of {PUSHED} the log states durations, and no times: its commits are placed behind the upload, "
+            "and verification is not in it."
         )
     undated = sum(event.time is None and event.kind == "commit" for event in run.events)
     if undated:
@@ -168,28 +168,35 @@ def replicas(run: Gathered) -> Drawing:
     title = "Versions and lag of replicas"
     if not run.durable:
         return Drawing("replicas", title, "The run has no version yet: nothing was published.")
-    drawn = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.5, 0.25, 0.25])
+    dated = [lane for lane in run.lanes if lane not in (PUBLISHER, PUSHED)]  # when the others committed is assumed
+    rows = ("version", "lag (versions)", "delay (s)")[: 3 if dated else 1]
+    heights = [0.5, 0.25, 0.25][: len(rows)]
+    drawn = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=heights)
     times = sorted((at, version) for version, at in run.durable.items())
     _step(drawn, 1, times, "published", GREY, "published version %{y}, durable %{x|%H:%M:%S.%L}", width=5)
     commits = [event for event in run.commits if event.kind == "commit"]
-    for number, server in enumerate(lane for lane in run.lanes if lane != PUBLISHER):
-        colour = SERIES[number % (len(SERIES) - 1)]
+    for number, server in enumerate(run.lanes[1:]):
+        colour, name = SERIES[number % (len(SERIES) - 1)], _plain(run.labels[server])
         own = [(event.time or 0.0, event.version or 0) for event in commits if event.server == server]
-        name = _plain(run.labels[server])
         _step(drawn, 1, own, name, colour, f"{name} served version %{{y}} from %{{x|%H:%M:%S.%L}}")
-        _step(drawn, 2, lags(run, own), name, colour, f"{name}: %{{y}} versions behind", legend=False)
-        late = [(at, at - run.durable[version]) for at, version in own if run.durable.get(version, at) <= at]
-        _step(drawn, 3, late, name, colour, f"{name}: %{{y:.3f}} s after it was durable", legend=False, shape="linear")
+        if server in dated:
+            _step(drawn, 2, lags(run, own), name, colour, f"{name}: %{{y}} versions behind", legend=False)
+            late = [(at, at - run.durable[version]) for at, version in own if run.durable.get(version, at) <= at]
+            hover = f"{name}: %{{y:.3f}} s after it was durable"
+            _step(drawn, 3, late, name, colour, hover, legend=False, shape="linear")
     _errors(drawn, run)
-    drawn.update_layout(height=560, template=None, margin={"l": 56, "r": 16, "t": 28, "b": 44}, showlegend=True)
-    for row, name in enumerate(("version", "lag (versions)", "delay (s)"), 1):
-        drawn.update_yaxes(title={"text": name}, rangemode="tozero", row=row, col=1)
+    height = 560 if dated else 320
+    drawn.update_layout(height=height, template=None, margin={"l": 56, "r": 16, "t": 28, "b": 44}, showlegend=True)
+    for row, text in enumerate(rows, 1):
+        drawn.update_yaxes(title={"text": text}, rangemode="tozero", row=row, col=1)
     drawn.update_xaxes(type="date")
-    drawn.update_xaxes(title={"text": "time (UTC)"}, row=3, col=1)
+    drawn.update_xaxes(title={"text": "time (UTC)"}, row=len(rows), col=1)
     caption = (
         "Lag: versions that were to be served and were not yet. Delay: from a durable version to its commit. Versions "
         "that a replica skipped have none."
     )
+    if PUSHED in run.lanes:
+        caption += f" Lag and delay of {PUSHED} are not known."
     return Drawing("replicas", title, caption + _missing(run), drawn)
 
 

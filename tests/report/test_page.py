@@ -12,8 +12,9 @@ import pytest
 from hubsync.bucket import LocalBucket
 from hubsync.cli.main import main
 from hubsync.report.page import page
+from hubsync.report.records import read_log
 from hubsync.report.style import PHASE_COLOURS
-from tests.report.runs import SERVER, events_of, everything, gathered, history, log_of
+from tests.report.runs import SERVER, events_of, everything, gathered, history, log_of, timed
 from tests.support.browser import Browser, find_browser
 from tests.support.history import History
 from tests.support.standin import StandIn
@@ -119,6 +120,13 @@ def test_what_is_not_recorded_is_said(browser: Browser, tmp_path: Path) -> None:
     ):
         assert said in text
     assert (browser.errors, browser.requests) == ([], [])
+
+    # A log alone has no times: there is no lag and no delay.
+    file.write_text(page(timed(gathered(tmp_path, history(tmp_path / "pushed", 2), log=read_log(log_of(tmp_path, 2))))))
+    opened(browser, file)
+    assert "Lag and delay of the trainer's server are not known" in browser.value("document.body.innerText")
+    assert "from durable to served" not in browser.value("document.querySelector('.tiles').innerText")
+    assert browser.value("document.querySelectorAll('#replicas .cartesianlayer > g').length") == 1
 
     empty = History(LocalBucket(tmp_path / "empty", create=True))
     file.write_text(page(gathered(tmp_path, empty)))

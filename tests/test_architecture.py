@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lower layers first: a package may import itself and what stands on an earlier line.
 LAYERS = [
-    {"hubsync.errors", "hubsync.cache", "hubsync.retry"},
+    {"hubsync.errors", "hubsync.cache", "hubsync.progress", "hubsync.retry"},
     {"hubsync.kernels", "hubsync.localhub"},
     {"hubsync.format"},
     {"hubsync.bucket"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hubsync import progress
 from hubsync.apply.session import Session
 from hubsync.apply.worker_methods import WorkerMethods
 
@@ -19,6 +20,8 @@ from .worker import session_of
 # vLLM imports this module in the worker process because the extension class is named on its command line, and it does
 # so before it loads the model: the last moment at which packing can be avoided, and only in servers that use hubsync.
 compat.keep_linears_live()
+
+progress.off()  # workers share one terminal, and vLLM logs there
 
 
 class DeltaWorkerExtension(WorkerMethods):

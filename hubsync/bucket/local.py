@@ -21,6 +21,7 @@ from hubsync.errors import (
     ObjectCorrupt,
     ObjectMissing,
 )
+from hubsync.progress import progress
 
 from .base import Bucket, Download, Stat, Upload
 from .files import COPY_BYTES, copy_hashed, holds, sync_directory, sync_file, temporary
@@ -59,8 +60,10 @@ class LocalBucket(Bucket):
         for upload in uploads:
             if isinstance(upload.path, str):
                 checked(upload.path)
-        for upload in uploads:
-            self._put_one(upload)
+        with progress(f"writing to {self.address}", _nbytes(uploads)) as shown:
+            for upload in uploads:
+                self._put_one(upload)
+                shown.add(upload.size)
         with self._translated("check the written objects"):
             for upload in uploads:
                 if not self._is_there(upload):
@@ -112,11 +115,13 @@ class LocalBucket(Bucket):
         return found
 
     def fetch(self, downloads: Sequence[Download]) -> None:
-        for download in downloads:
-            source = self._target(download.path)
-            with self._translated(f"fetch {download.path}"):
-                if not holds(download.destination, download.size, download.sha256):
-                    self._fetch_one(source, download)
+        with progress(f"reading from {self.address}", sum(download.size for download in downloads)) as shown:
+            for download in downloads:
+                source = self._target(download.path)
+                with self._translated(f"fetch {download.path}"):
+                    if not holds(download.destination, download.size, download.sha256):
+                        self._fetch_one(source, download)
+                shown.add(download.size)
 
     def delete(self, paths: Sequence[str]) -> None:
         # Empty directories stay: removing one would race with a writer that is about to use it.
@@ -230,6 +235,11 @@ class LocalBucket(Bucket):
                 self._require_root()
                 raise BucketError(what) from error
             raise BucketUnavailable(what) from error
+
+
+def _nbytes(uploads: Sequence[Upload]) -> int:
+    """Of all that can be read; the others fail when they are written."""
+    return sum(upload.size for upload in uploads if not isinstance(upload.source, Path) or upload.source.is_file())
 
 
 def _place(staged: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from hf_xet import SKIP_SHA256, XetConfig, XetFileInfo, XetSession
 
 from hubsync.errors import BucketUnavailable
+from hubsync.progress import Bar, progress
 from hubsync.retry import REPORT_SECONDS, Deadline
 
 from .abandonable import LEFT_BEHIND
@@ -186,11 +187,16 @@ class _Transfer:
 
     def _watch(self, limit: float, end: Deadline) -> None:
         """Return when the thread ends; BucketUnavailable after a silence, or at the end of its time."""
+        with progress(self._action, self._nbytes) as shown:
+            self._watch_shown(limit, end, shown)
+
+    def _watch_shown(self, limit: float, end: Deadline, shown: Bar) -> None:
         silence, moved, report = Deadline(limit), self._moved(), Deadline(REPORT_SECONDS)
         while True:
             self._thread.join(min(1.0, limit / 4))
             if not self._thread.is_alive():
                 return
+            shown.at(self._moved()[0])
             if (now := self._moved()) != moved:
                 silence, moved = Deadline(limit), now
             elif silence.passed:

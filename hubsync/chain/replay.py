@@ -14,6 +14,7 @@ from hubsync.format.patch import Patch, changes_of, invert
 from hubsync.format.table import TensorTable
 from hubsync.format.view_bits import ViewBits
 from hubsync.kernels.bits import TORCH_DTYPES, bits_of
+from hubsync.progress import progress
 
 from .planner import Plan, Step
 from .reader import ChainReader
@@ -83,14 +84,22 @@ def replay(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | N
         WrongParent: the weights do not have the digest that the chain states.
         BucketError, FormatError: a part is missing, damaged or malformed.
     """
+    dense = reader.run().table.nbytes
+    nbytes = sum(step.manifest.nbytes for step in plan.steps)
+    with progress(f"rebuilding {plan.target}", 2 * dense + nbytes) as shown:
+        view = _start(reader, plan, base)
+        shown.add(dense)
+        for step in plan.steps:
+            view.apply(reader.patch(step.manifest, view.bits), step)
+            shown.add(step.manifest.nbytes)
+        view.verify()
+        return view
+
+
+def _start(reader: ChainReader, plan: Plan, base: Mapping[str, torch.Tensor] | None) -> View:
     run = reader.run()
     if plan.anchor is not None:
-        view = View(run.table, open_anchor(reader.fetch(plan.anchor), run.table), plan.anchor.position)
-    elif base is None:
+        return View(run.table, open_anchor(reader.fetch(plan.anchor), run.table), plan.anchor.position)
+    if base is None:
         raise NoPath("the path starts from weights that are not in the bucket: pass the base checkpoint")
-    else:
-        view = View(run.table, base, run.origin if plan.base else plan.start or run.origin)
-    for step in plan.steps:
-        view.apply(reader.patch(step.manifest, view.bits), step)
-    view.verify()
-    return view
+    return View(run.table, base, run.origin if plan.base else plan.start or run.origin)

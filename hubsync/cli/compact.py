@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hubsync.chain.spans import MAX_SPAN
 from hubsync.errors import BucketUnavailable, ConfigError
+from hubsync.progress import progress, say
 
 from . import options
 
@@ -75,14 +76,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _compact(compactor: Compactor, *, as_json: bool) -> None:
     made = 0
-    for merged in compactor.run():
-        made += 1
-        assert merged.parent is not None  # the parser guarantees it
-        if as_json:
-            event = {"event": "merged", "from": merged.parent.version, "to": merged.version, "bytes": merged.nbytes}
-            print(json.dumps(event), flush=True)
-            continue
-        print(f"merged versions {merged.parent.version}..{merged.version}: {merged.nbytes:,} bytes", flush=True)
+    with progress("merging", None, " merged deltas") as shown:
+        for merged in compactor.run():
+            made += 1
+            shown.add()
+            assert merged.parent is not None  # the parser guarantees it
+            if as_json:
+                event = {"event": "merged", "from": merged.parent.version, "to": merged.version, "bytes": merged.nbytes}
+                print(json.dumps(event), flush=True)
+                continue
+            say(f"merged versions {merged.parent.version}..{merged.version}: {merged.nbytes:,} bytes")
     if as_json:
         print(json.dumps({"event": "done", "merged": made, "skipped": compactor.skipped}), flush=True)
         return

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hubsync.errors import ConfigError
+from hubsync.progress import note
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ def _examine(args: argparse.Namespace) -> int:
 
     with TemporaryDirectory(dir=args.workdir, prefix="hubsync-doctor-") as name:
         workdir = Path(name)
+        note("making a copy of the checkpoint with a random 1 % delta" + " and random weights" * args.random)
         base = make_random_checkpoint(args.model, workdir / "random") if args.random else args.model.resolve()
         trial = make_trial(base, workdir, dtype=_published_dtype(args.dtype))
         diagnosis = examine(trial, _engine_options(args), workdir)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from hubsync import __version__
+from hubsync import __version__, progress
 from hubsync.errors import HubsyncError
 
 from . import commands
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     args = parser.parse_args(words)
+    if getattr(args, "json", False):
+        progress.off()
     try:
         return args.run(args) or 0
     except HubsyncError as error:

@@ -7,6 +7,8 @@ import json
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from hubsync.progress import Bar, progress, say
+
 from . import options
 
 if TYPE_CHECKING:
@@ -121,6 +123,13 @@ def _document(manifests: list[Manifest], left: list[Manifest], cut: list[Manifes
 
 def _replay_all(reader: ChainReader, manifests: list[Manifest], view: View | None, *, quiet: bool) -> list[Manifest]:
     """Replay the chain from `view`, or from the first anchor; returns the manifests that could not be replayed."""
+    with progress("replaying", len(manifests), " manifests") as shown:
+        return _replay_shown(reader, manifests, view, quiet, shown)
+
+
+def _replay_shown(
+    reader: ChainReader, manifests: list[Manifest], view: View | None, quiet: bool, shown: Bar
+) -> list[Manifest]:
     left: list[Manifest] = []
     for _, group in groupby(manifests, lambda manifest: manifest.version):
         unproven = []
@@ -129,6 +138,7 @@ def _replay_all(reader: ChainReader, manifests: list[Manifest], view: View | Non
             view = after or view
             if after is None:
                 unproven.append(manifest)
+            shown.add()
         # If the version before is gone, an anchor of this version or a merged delta to it may prove it backwards.
         left += [manifest for manifest in unproven if _verify(reader, manifest, view, quiet) is None]
     return left
@@ -139,7 +149,7 @@ def _verify(reader: ChainReader, manifest: Manifest, view: View | None, quiet: b
     verify = _verify_anchor if manifest.kind == "anchor" else _verify_delta
     after = verify(reader, manifest, view)
     if after is not None and not quiet:
-        print(f"ok       {manifest.kind:6} {manifest.position}")
+        say(f"ok       {manifest.kind:6} {manifest.position}")
     return after
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hubsync.errors import ReplicaUnsuitable
+from hubsync.progress import note
 
 from .trial import Trial
 
@@ -87,7 +88,10 @@ def examine(trial: Trial, options: Mapping[str, Any], workdir: Path) -> Diagnosi
         ReplicaUnsuitable: an engine did not start; the message ends with its output.
     """
     target = {"version": trial.target.version, "digest": trial.target.digest}
+    note("an engine loads the model, follows the delta and undoes it (minutes for a large model)")
     first = _run(trial, trial.base, options, target, workdir / "followed")
+    if first["error"] is None:
+        note("a fresh engine loads the patched checkpoint, to compare every tensor")
     fresh = _run(trial, trial.patched, options, None, workdir / "fresh") if first["error"] is None else None
     before = first["memory"]
     error = first["error"]

@@ -21,6 +21,7 @@ import torch
 
 from hubsync.errors import ConfigError, FormatError
 from hubsync.kernels.bits import TORCH_DTYPES
+from hubsync.progress import progress
 
 from .codec import CLASSES_OF, RECORD_COLUMNS, Encoded, OldBits, columns, decode, encode
 from .codec.device import host_memory
@@ -264,8 +265,10 @@ def write_anchor(
                 f"the table says {spec.dtype}{list(spec.shape)}"
             )
     files = anchor_files(table, max_shard_bytes, stem)
-    for file, names in files.items():
-        write_anchor_file(directory / file, {name: tensors[name] for name in names})
+    with progress(f"writing {directory}", table.nbytes) as shown:
+        for file, names in files.items():
+            write_anchor_file(directory / file, {name: tensors[name] for name in names})
+            shown.add(sum(tensors[name].nbytes for name in names))
     return [*(directory / file for file in files), *write_anchor_index(directory, table, files)]
 
 

@@ -16,6 +16,7 @@ from numba import config, njit
 from numba.core.caching import FunctionCache, NullCache
 
 from hubsync.cache import private_directory
+from hubsync.progress import note
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,16 @@ class _OptionalCache(FunctionCache):
     """A cache that no error of the disk gets out of: what cannot be read is compiled, what cannot be kept is not."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        kept = None
         try:
-            return super().load_overload(sig, target_context)
+            kept = super().load_overload(sig, target_context)
         except OSError:  # gone, or not readable by this user
-            return None
+            pass
         except Exception as error:  # unpickling a damaged file may raise anything
             _report(f"compiled code in {self.cache_path} cannot be read ({error!r:.200}). Delete that directory")
-            return None
+        if kept is None:
+            note("hubsync compiles its kernels, once for this machine: some seconds for each", once=True)
+        return kept
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

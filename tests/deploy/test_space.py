@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hubsync.localhub import LocalHub
 from tests.support.fixtures_server import Served
 
 SPACE = Path(__file__).parents[2] / "deploy/space"
@@ -85,12 +86,14 @@ def test_a_missing_setting_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_health_is_that_of_proved_weights_of_the_served_version(served: Served) -> None:
+def test_health_is_that_of_proved_weights_of_the_served_version(served: Served, local_hub: LocalHub) -> None:
     why_unhealthy = runpy.run_path(str(SPACE / "healthy.py"))["why_unhealthy"]
     served.train()
     position = served.engine.sync().published.position
     served.replica.wait_verified(position)
+    local_hub.reset()
     assert why_unhealthy(served.url, served.address) is None
+    assert local_hub.api_calls() <= 5, "the page states them"
     for step in range(3):
         served.train()
         served.engine.publish(step).result()

@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.once:
         if not args.json:
             report({"event": "start", "run": args.address, "server": args.server, "interval_s": args.interval})
+            follower.on_found = lambda served, status: report(
+                {"event": "found", "served": served, "at": status.position}
+            )
         return _run_until_stopped(follower)
     try:
         followed = follower.step()
@@ -256,6 +259,10 @@ def _print_line(event: dict[str, Any]) -> None:
     if event["event"] == "start":
         where = f"{event['run']} on {plain_url(event['server'])}"
         print(f"{now} following {where}: a look every {event['interval_s']:g} s, a line for each commit", flush=True)
+        return
+    if event["event"] == "found":
+        at = "none of its versions yet" if event["at"] is None else f"version {event['at'].version}"
+        print(f"{now} the run exists and serves {event['served']}; the server is at {at}", flush=True)
         return
     if event["event"] == "error":
         print(

@@ -17,6 +17,7 @@ from hubsync.apply.protocol import WorkerState
 from hubsync.bucket.base import Changes
 from hubsync.chain import ChainReader
 from hubsync.errors import BucketUnavailable, ConfigError, HubsyncError, ReplicaBehind, RunMismatch
+from hubsync.format.manifest import Position
 from hubsync.retry import REPORT_SECONDS, Deadline
 
 from .replica import Replica
@@ -55,6 +56,8 @@ class Follower:
         stage_timeout: seconds the server may take to find its position in the run, or to stage a version.
 
     Attributes:
+        on_found: called by `step` once, with the version that the run serves and the server's status. Assign your own
+            function.
         on_commit: called by `run` with every commit. Assign your own function to receive them.
         on_status: called by `step` with the server's status after it. Assign your own function.
         on_error: called by `run` with an error, and the seconds until the next attempt. Assign your own function.
@@ -77,8 +80,9 @@ class Follower:
         self._stop = threading.Event()
         self._reader: ChainReader | None = None
         self._changes: Changes | None = None
-        self._is_known = False
+        self._is_known = self._is_found = False
         self._idle, self._behind = _Reminder(_IDLE_S), _Reminder(REPORT_SECONDS)
+        self.on_found: Callable[[Position, ReplicaStatus], None] = lambda served, status: None
         self.on_commit: Callable[[Followed], None] = lambda followed: None
         self.on_status: Callable[[ReplicaStatus], None] = lambda status: None
         self.on_error: Callable[[HubsyncError, float], None] = lambda error, retry_s: None
@@ -133,8 +137,13 @@ class Follower:
             raise ConfigError(str(replaced)) from replaced
         status = self._status()
         self._require_same_run(self._reader.run().run_id, status)
+        if not self._is_found:
+            self._is_found = True
+            self.on_found(target, status)
         if status.position == target and status.window is None:
-            self._idle.say(f"{self._replica.server.url} is at {target}: waiting for the next version of the run")
+            self._idle.say(
+                f"{self._replica.server.url} is at {target}: waiting for the next version of the run ({self._how()})"
+            )
             self.on_status(status)
             return None
         try:
@@ -151,6 +160,11 @@ class Follower:
         if status.position is None or status.position == target:
             return None
         return Followed(commit, target.version - status.position.version, _downloaded(after))
+
+    def _how(self) -> str:
+        """How it will hear of the next version."""
+        events = self._changes is not None and self._changes.live
+        return f"{'the events of the Hub arrive; ' if events else ''}a look every {self._interval:g} s"
 
     def _status(self) -> ReplicaStatus:
         """The status of the server after attaching it, or healing it, if needed."""

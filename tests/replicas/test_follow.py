@@ -480,11 +480,12 @@ def test_the_command_says_once_that_a_version_is_verified(publisher: Publisher, 
 def test_the_command_says_at_its_start_what_it_follows(publisher: Publisher, server: StandIn) -> None:
     with command(publisher, server) as process:
         assert process.stdout is not None
-        first, second = process.stdout.readline(), process.stdout.readline()
+        first, second, third = (process.stdout.readline() for _ in range(3))
     assert first.endswith(
         f"following {publisher.address} on {server.url}: a look every 0.05 s, a line for each commit\n"
     )
-    assert "version 2 (" in second
+    assert second.endswith(f"the run exists and serves {publisher.positions[2]}; the server is at version 0\n")
+    assert "version 2 (" in third
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a disk that is full")
@@ -522,7 +523,8 @@ def test_a_follower_that_waits_says_once_a_while_for_what(
     follower._idle = _Reminder(0.0)
     follower.step()
     (message,) = caplog.messages
-    assert message == f"{server.url} is at {publisher.positions[2]}: waiting for the next version of the run"
+    said = f"{server.url} is at {publisher.positions[2]}: waiting for the next version of the run (a look every 0.01 s)"
+    assert message == said
 
 
 def test_a_server_that_does_not_get_there_is_reported_once_a_while(

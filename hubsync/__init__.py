@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from hubsync.lifecycle.weight_syncer import WeightSyncer
     from hubsync.publish.config import SyncConfig
     from hubsync.publish.engine import DeltaWeightTransferEngine
+    from hubsync.publish.view.cuts import Cut
 
-__all__ = ["DeltaWeightTransferEngine", "SyncConfig", "WeightSyncer", "__version__"]
+__all__ = ["Cut", "DeltaWeightTransferEngine", "SyncConfig", "WeightSyncer", "__version__"]
 
 _LAZY = {
+    "Cut": ".publish.view.cuts",
     "DeltaWeightTransferEngine": ".publish.engine",
     "SyncConfig": ".publish.config",
     "WeightSyncer": ".lifecycle.weight_syncer",

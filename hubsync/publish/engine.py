@@ -19,8 +19,9 @@ from hubsync.format.encoding import Encoding
 from hubsync.format.keys import SIGNING_KEY_VARIABLE, SigningKey
 from hubsync.format.manifest import Manifest, Position, Run
 from hubsync.publish.detect.choose import choose_detector
+from hubsync.publish.view.cuts import CutView, Layout
 from hubsync.publish.view.division import divided, holds_all
-from hubsync.publish.view.live import LiveView, table_of
+from hubsync.publish.view.live import LiveView, PublishedView, table_of
 
 from .anchors import Anchors
 from .config import SyncConfig
@@ -60,6 +61,9 @@ class DeltaWeightTransferEngine:
             pass the step yourself. A wrapper of accelerate is unwrapped.
         config: see [`SyncConfig`].
         processing_class: tokenizer or processor to store with the weights of anchors.
+        layout: for a trainer that cuts parameters itself, such as Megatron-Core: called with `model` at every publish,
+            it gives what this rank holds of the published tensors, as [`Cut`][hubsync.publish.view.cuts.Cut]s. Default
+            is to find the published tensors in the model.
 
     Raises:
         ConfigError: the model or a setting cannot work.
@@ -87,6 +91,7 @@ class DeltaWeightTransferEngine:
         config: SyncConfig,
         *,
         processing_class: Any = None,
+        layout: Layout | None = None,
     ):
         self.config = config
         self.steps = 0
@@ -94,17 +99,19 @@ class DeltaWeightTransferEngine:
         self._closed = False
         self._deployment = _deployment(config)
         module = without_wrapper(model)
-        view = self.ranks.together(lambda: LiveView(module, config.dtype))
+        view = self.ranks.together(lambda: _view(model, module, config, layout))
+        view.complete(self.ranks.gather(view.described))
         tensors = self.ranks.together(view.tensors)
         stepped = self.ranks.together(lambda: torch_optimizer(optimizer))
         trained = self.ranks.together(lambda: TrainedModel(module, config, processing_class))
-        warn_of_lost_updates(tensors, config.dtype)
+        if layout is None:  # else masters may be elsewhere
+            warn_of_lost_updates(tensors, config.dtype)
         warn_of_unpublished(module, optimizer)
         self._publisher = self._joined(view, tensors, optimizer, trained)
         self._hook = None if stepped is None else stepped.register_step_post_hook(self._count_step).remove
 
     def _joined(
-        self, view: LiveView, tensors: dict[str, torch.Tensor], optimizer: Any, model: TrainedModel
+        self, view: PublishedView, tensors: dict[str, torch.Tensor], optimizer: Any, model: TrainedModel
     ) -> Publisher:
         """The publisher of this rank, after the run holds the model's weights."""
         config, ranks = self.config, self.ranks
@@ -255,6 +262,10 @@ class DeltaWeightTransferEngine:
         logger.warning("uploading the whole model, because a server has no other path to it: %s", no_path)
         self.anchor()
         return self.ranks.first(lambda: deployment.hotload(position, timeout=timeout))
+
+
+def _view(model: Any, module: torch.nn.Module, config: SyncConfig, layout: Layout | None) -> PublishedView:
+    return LiveView(module, config.dtype) if layout is None else CutView(layout, model)
 
 
 def _expiry(ttl: float | None) -> float | None:

@@ -33,7 +33,7 @@ from hubsync.format.view_bits import ViewBits
 from hubsync.publish.detect.base import Detector
 from hubsync.publish.detect.changes import Detected, OnDevice
 from hubsync.publish.view.division import GroupDigests
-from hubsync.publish.view.live import LiveView
+from hubsync.publish.view.live import PublishedView
 
 from .anchors import Anchors
 from .compaction import BackgroundCompactor
@@ -63,7 +63,7 @@ class Publisher:
     def __init__(
         self,
         writer: JointWriter,
-        view: LiveView,
+        view: PublishedView,
         detector: Detector,
         anchors: Anchors,
         ranks: Ranks,

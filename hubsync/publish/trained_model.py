@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from hubsync.errors import ConfigError
 from hubsync.format.checkpoint import Checkpoint, Specs, header
 from hubsync.format.digest import Digest, digest_view
-from hubsync.format.manifest import Adapter, Base
+from hubsync.format.manifest import SIDE_FILES, Adapter, Base
 from hubsync.format.parts import write_adapter_config
 from hubsync.format.table import TensorTable
 from hubsync.publish.detect.stepping import unwrapped
@@ -117,7 +118,18 @@ class TrainedModel:
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(directory)
         if self.adapter is None:
+            if not (directory / "config.json").exists():  # a model of another library
+                self._copy_side_files(directory)
             self._describe_view(directory / "config.json")
+
+    def _copy_side_files(self, directory: Path) -> None:
+        """Copy the configs and tokenizer of the base checkpoint, if that is on this machine."""
+        base = None if self._base.model is None else local_copy(self._base)
+        if base is None:
+            return
+        for name in SIDE_FILES:
+            if (base / name).exists() and not (directory / name).exists() and not name.endswith(".index.json"):
+                shutil.copyfile(base / name, directory / name)
 
     def _describe_view(self, path: Path) -> None:
         """Change a config that describes the training model to describe the view: its dtype and the class to load."""

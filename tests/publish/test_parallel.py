@@ -99,15 +99,15 @@ def dp_tp(model: Any, ranks: int) -> Any:
     return fully_shard(model, mesh=mesh["dp"])
 
 
-def dp_ep(model: Any, ranks: int) -> Any:
-    """Replicas of divided experts, as DDP holds them."""
-    mesh = mesh_of(ranks, "dp", "ep")
-    place_experts(model, mesh, [Replicate(), Shard(0)], [Replicate(), Shard(0)])
+def dp_packed(model: Any, ranks: int) -> Any:
+    """Replicas of what tensor parallel ranks hold in several pieces."""
+    mesh = mesh_of(ranks, "dp", "tp")
+    place_experts(model, mesh, [Replicate(), _StridedShard(1, split_factor=2)], [Replicate(), Shard(2)])
     return model
 
 
 PLANS: dict[str, Callable[[Any, int], Any]] = {
-    "tp": tp, "tp_unpacked": tp_unpacked, "ep": ep, "ep_tp": ep_tp, "dp_tp": dp_tp, "dp_ep": dp_ep,
+    "tp": tp, "tp_unpacked": tp_unpacked, "ep": ep, "ep_tp": ep_tp, "dp_tp": dp_tp, "dp_packed": dp_packed,
 }  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def check(ranks: int, plans: list[str], tmp_path: Path) -> None:
             assert collectives.keys() == {"allgather_.default"}, "of outcomes, not of weights"
         for version in versions:
             assert sum(share.changed for share in version.ranks) == version.changed
-            assert all(share.changed for share in version.ranks)
+            assert min(share.changed for share in version.ranks) > version.changed / (3 * ranks), "they share the work"
 
 
 def test_two_ranks_publish_what_transformers_saves(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_two_ranks_publish_what_transformers_saves(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_four_ranks_publish_what_transformers_saves(tmp_path: Path) -> None:
-    check(4, ["dp_tp", "ep_tp", "dp_ep"], tmp_path)
+    check(4, ["dp_tp", "ep_tp", "dp_packed"], tmp_path)
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from hubsync.publish.ranks import Ranks
 from .boxes import Boxes
 from .cast import cast, integers
 from .deepspeed import Partition, is_partitioned
+from .pieces import is_buffer
 from .shards import Shard, divide, held_boxes, local_part
 from .strided import whole_of
 
@@ -114,7 +115,7 @@ def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
             if name != expected:
                 raise ConfigError(
                     f"rank {rank} holds {name} where rank 0 holds {expected}: the ranks must train one model, sharded "
-                    "or replicated (pipeline stages are not supported)"
+                    "or replicated. For pipeline stages give the engine a layout (docs/trainers.md)"
                 )
     held = [boxes for _, boxes in gathered]
     buffers = {index for index, tensor in enumerate(tensors.values()) if _is_buffer(tensor)}
@@ -131,7 +132,7 @@ def divided(ranks: Ranks, tensors: dict[str, torch.Tensor], dtype: torch.dtype) 
 
 def _is_buffer(tensor: torch.Tensor) -> bool:
     whole = whole_of(tensor)
-    return not (isinstance(whole, torch.nn.Parameter) or is_partitioned(whole) or isinstance(whole, Partition))
+    return is_buffer(whole) and not (is_partitioned(whole) or isinstance(whole, Partition))
 
 
 def holds_all(ranks: Ranks, tensors: dict[str, torch.Tensor]) -> bool:

@@ -6,7 +6,8 @@ the parts that a checkpoint has of it, cast to the dtype that is served.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +23,25 @@ from .pieces import in_pieces
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile, activation checkpointing
 _ANOTHER_MODEL = "a run publishes one model: make a new engine with another prefix for this one"
+
+
+class PublishedView(Protocol):
+    """What is published: found in a model (`LiveView`), or given by its trainer (`cuts.CutView`)."""
+
+    def described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+        """What this rank has, if other ranks may have other tensors; else None."""
+
+    def complete(self, described: Sequence[Any]) -> None:
+        """Learn what each rank's `described` has returned."""
+
+    def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Publish in the layout of the base checkpoint, or the run, where that is possible. Whether it changes."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Published name -> live tensor."""
+
+    def require_frozen(self) -> None:
+        """ConfigError if weights have changed that must not."""
 
 
 class LiveView:
@@ -48,6 +68,14 @@ class LiveView:
             self._places = places_in(inner, found, prefix)
         # A part of a tensor keeps its own shape, whatever the tensor has become.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+    def described(self) -> None:
+        """None: all ranks hold parts of the same tensors."""
+
+    def complete(self, described: Sequence[Any]) -> None:
+        """ConfigError if another rank has a layout."""
+        if any(own is not None for own in described):
+            raise ConfigError("some ranks have a layout, and others have none: give all ranks one")
 
     def lay_out(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Publish tensors under the names of the base checkpoint, or the run, and transposed where that has them so.

@@ -21,10 +21,12 @@ class Pieces(torch.Tensor):
     Attributes:
         pieces: each rectangle with the memory that holds it, in ascending order of their offsets.
         boxes: the same elements in as few boxes as possible.
+        is_buffer: replicas may hold other values.
     """
 
     pieces: tuple[tuple[Box, torch.Tensor], ...]
     boxes: Boxes
+    is_buffer: bool
 
     @staticmethod
     def __new__(
@@ -32,6 +34,7 @@ class Pieces(torch.Tensor):
         shape: tuple[int, ...],
         pieces: Sequence[tuple[Box, torch.Tensor]],
         like: torch.Tensor,
+        is_buffer: bool = False,
     ) -> Pieces:
         """Args: shape of the whole tensor; the pieces; a tensor with their dtype, device and `requires_grad`."""
         made: Pieces = torch.Tensor._make_wrapper_subclass(
@@ -40,9 +43,10 @@ class Pieces(torch.Tensor):
         kept = [(box, held.detach()) for box, held in pieces if box.numel]
         made.pieces = tuple(sorted(kept, key=lambda piece: piece[0].offset))
         made.boxes = joined(with_elements(box for box, _ in made.pieces))
+        made.is_buffer = is_buffer
         return made
 
-    def __init__(self, shape: tuple[int, ...], pieces: Sequence[tuple[Box, torch.Tensor]], like: torch.Tensor):
+    def __init__(self, *_: Any, **__: Any):
         """`__new__` does everything: torch requires it for wrapper subclasses."""
 
     def to_local(self) -> torch.Tensor:
@@ -65,7 +69,12 @@ def in_pieces(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if all(getattr(placement, "split_factor", 1) == 1 for placement in placements):
         return tensor
     held = pieces_of(name, tensor)
-    return Pieces(tuple(tensor.shape), held, tensor) if len(held) > 1 else tensor
+    return Pieces(tuple(tensor.shape), held, tensor, is_buffer(tensor)) if len(held) > 1 else tensor
+
+
+def is_buffer(tensor: torch.Tensor) -> bool:
+    """Whether a live tensor that is not a part of another one, and not partitioned by DeepSpeed, is no parameter."""
+    return tensor.is_buffer if isinstance(tensor, Pieces) else not isinstance(tensor, torch.nn.Parameter)
 
 
 def pieces_of(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:

@@ -18,7 +18,7 @@ import torch
 from hubsync.errors import ConfigError
 
 from .boxes import Box, Boxes, intersection, strides, with_elements
-from .pieces import Pieces, pieces_of
+from .pieces import Pieces, is_buffer, pieces_of
 from .shards import Shard, held_boxes, local_part
 
 _LONGEST = 1 << 28  # elements of several tensors that are compared together: bounds the memory for their cast
@@ -131,7 +131,7 @@ def part_of(name: str, whole: torch.Tensor, place: Place) -> torch.Tensor:
     if hasattr(whole, "to_local") and _rows_of(name, whole, place) is None:
         held = _rectangles(name, whole, place)
         if held is not None:
-            return Pieces(place.shape, held, whole)
+            return Pieces(place.shape, held, whole, is_buffer(whole))
     return StridedView(name, whole, place)
 
 

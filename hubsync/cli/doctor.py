@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--environment", action="store_true", help="look at the installed packages and settings instead"
     )
-    parser.add_argument("--random", action="store_true", help="use random weights: MODEL_DIR needs only a config.json")
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="use random weights: MODEL_DIR needs only a config.json (and processor and tokenizer, if it sees images)",
+    )
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="as for vllm serve")
     parser.add_argument("--pipeline-parallel-size", type=int, default=1, metavar="N", help="as for vllm serve")
     parser.add_argument("--enable-expert-parallel", action="store_true", help="as for vllm serve")
@@ -78,8 +82,9 @@ def _examine(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError("the doctor runs vLLM engines, and vLLM is not installed here: pip install vllm")
     from hubsync.doctor.diagnosis import examine
+    from hubsync.doctor.random_model import make_random_checkpoint
     from hubsync.doctor.report import next_steps, print_diagnosis
-    from hubsync.doctor.trial import make_random_checkpoint, make_trial
+    from hubsync.doctor.trial import make_trial
 
     with TemporaryDirectory(dir=args.workdir, prefix="hubsync-doctor-") as name:
         workdir = Path(name)

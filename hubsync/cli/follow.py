@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     reporter = _reporter(args) if args.report_status else None
     report = _print_if_possible(_print_json if args.json else _print_line)
     follower.on_commit = lambda followed: report(_commit_event(followed, args.server))
-    follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s))
+    follower.on_error = lambda error, retry_s: report(_error_event(error, retry_s, args.server))
     if args.json:
         follower.on_status = _Verifications(report, args.server).status
     if reporter is not None:
@@ -230,8 +230,9 @@ def _commit_event(followed: Followed, server: str) -> dict[str, Any]:
     }
 
 
-def _error_event(error: HubsyncError, retry_s: float) -> dict[str, Any]:
-    return {"event": "error", "error": type(error).__name__, "message": str(error), "retry_s": round(retry_s, 1)}
+def _error_event(error: HubsyncError, retry_s: float, server: str) -> dict[str, Any]:
+    what = {"error": type(error).__name__, "message": str(error), "retry_s": round(retry_s, 1)}
+    return {**_head("error", server), **what}
 
 
 def _print_if_possible(show: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,8 @@ from hubsync.format.table import WIDTHS, TensorTable
 from hubsync.kernels.bits import advance, bits_of, difference
 from hubsync.publish.view.live import table_of
 from hubsync.publish.view.stated import stated_by
+
+from .random_model import is_side_file, require_processor
 
 FRACTION = 0.01
 _SMALL_STEP = 3
@@ -53,12 +54,15 @@ class Trial:
 
 
 def make_trial(base: Path, workdir: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Trial:
-    """Write the run and the patched checkpoint to `workdir`. ConfigError if `base` is no safetensors checkpoint.
+    """Write the run and the patched checkpoint to `workdir`.
+
+    ConfigError if `base` is no safetensors checkpoint, or lacks files that vLLM needs.
 
     Args:
         dtype: dtype of the run, as `SyncConfig.view_dtype`.
     """
     table = _table_of(base, dtype)
+    require_processor(base)
     tensors = Checkpoint(base, table)
     start = Position(0, digest_view(table, tensors).hex)
     patch = random_patch(table, tensors, seed)
@@ -76,7 +80,7 @@ def make_trial(base: Path, workdir: Path, seed: int = 0, dtype: torch.dtype = to
     directory = workdir / "patched"
     directory.mkdir()
     for file in base.iterdir():
-        if _is_side_file(file):
+        if is_side_file(file):
             shutil.copy(file, directory)
     write_anchor(directory, table, patched)
     return Trial(base, directory, address, target, table, changed)
@@ -99,34 +103,6 @@ def random_patch(table: TensorTable, tensors: Mapping[str, torch.Tensor], seed: 
         if differs.any():
             patch[index] = TensorDelta(chosen[differs], difference(old, new)[differs])
     return patch
-
-
-def make_random_checkpoint(source: Path, directory: Path) -> Path:
-    """Write a checkpoint with random weights to `directory`, for a `config.json` or a directory with one.
-
-    Other files of the directory are copied: tokenizer and processor, which vision-language models cannot do without.
-    """
-    import transformers
-
-    config_dir = source if source.is_dir() else source.parent
-    try:
-        config = transformers.AutoConfig.from_pretrained(config_dir)
-        torch.manual_seed(0)
-        model = _auto_class(config).from_config(config, dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot build a language model from {source}: {error}") from None
-    with torch.no_grad():
-        for parameter in model.parameters():  # as initialised, norms and biases are constant and would hide a swap
-            parameter.add_(torch.randn_like(parameter, dtype=torch.float32).to(parameter.dtype) * 0.02)
-    model.save_pretrained(directory)
-    for file in filter(_is_side_file, config_dir.iterdir()):
-        if not (directory / file.name).exists():
-            shutil.copy(file, directory)
-    return directory
-
-
-def _is_side_file(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith("model") and file.suffix not in (".safetensors", ".bin")
 
 
 def _table_of(directory: Path, dtype: torch.dtype) -> TensorTable:
@@ -153,11 +129,3 @@ def _class_of(directory: Path) -> type | None:
     import transformers
 
     return getattr(transformers, names[0], None)
-
-
-def _auto_class(config: Any) -> Any:
-    """The auto class that makes the whole model: a vision-language model's text part is another class."""
-    import transformers
-
-    mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return transformers.AutoModelForImageTextToText if type(config) in mapping else transformers.AutoModelForCausalLM

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from hubsync.cli import doctor
 from hubsync.cli.main import main
 from hubsync.doctor import diagnosis
 from hubsync.doctor.diagnosis import TensorReport
+from hubsync.doctor.random_model import make_random_checkpoint
 from hubsync.doctor.report import folded
 from hubsync.doctor.trial import make_trial, random_patch
+from hubsync.errors import ConfigError
 from hubsync.format.parts import open_anchor
 from hubsync.kernels.bits import bits_of
 from tests.support import matrix
@@ -230,14 +233,36 @@ def test_a_config_is_enough_with_random_weights(tmp_path: Path, capsys: pytest.C
 @pytest.mark.server
 @pytest.mark.matrix
 @pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize(
+    ("architecture", "tower"),
+    [
+        ("qwen3_5", ".visual."),
+        ("qwen3_vl_moe", ".visual."),
+        ("gemma3_vl", "vision_tower.vision_model."),
+        ("mistral3", "vision_tower."),
+        ("llama4_vl", "vision_model."),
+        ("internvl", "vision_tower."),
+    ],
+)
 def test_the_random_model_of_a_vision_language_config_has_its_tower(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    architecture: str, tower: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_vision_checkpoint("qwen3_5", tmp_path)
+    save_vision_checkpoint(architecture, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert main(["doctor", str(tmp_path), "--random", "--json"]) == 0
     names = [report["name"] for report in json.loads(capsys.readouterr().out)["tensors"]]
-    assert any(".visual." in name for name in names)
+    assert any(tower in name for name in names)
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_vision_language_model_without_processor_and_tokenizer_is_refused(random: bool, tmp_path: Path) -> None:
+    if random:
+        ALL_VISION["gemma3_vl"]().save_pretrained(tmp_path)
+    else:
+        transformers.AutoModelForImageTextToText.from_config(ALL_VISION["gemma3_vl"]()).save_pretrained(tmp_path)
+    examine = make_random_checkpoint if random else make_trial
+    with pytest.raises(ConfigError, match=r"lacks processor_config.json and tokenizer.json. Add them: hf download"):
+        examine(tmp_path, tmp_path / "examined")
 
 
 # --- other dtypes -------------------------------------------------------------------------------------

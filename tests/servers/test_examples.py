@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.server, pytest.mark.long]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ADDRESS, ADAPTERS = "hf://buckets/me/examples/run", "hf://buckets/me/examples/adapters"
+ADAPTER = ("--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_target_modules", "q_proj", "v_proj")
 PLAIN = ["--enable-scale-out", "--logprobs-mode", "processed_logprobs"]
 
 
@@ -146,14 +147,15 @@ def test_rollouts(
 
 
 def test_lora(lora_place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peft = ("--use_peft", "--lora_r", 8, "--lora_alpha", 16, "--lora_target_modules", "q_proj", "v_proj")
-    run(monkeypatch, "lora/train.py", *options(lora_place, tmp_path / "out"), *peft)
+    run(monkeypatch, "lora/train.py", *options(lora_place, tmp_path / "out"), *ADAPTER)
     assert lora_place.newest(tmp_path / "cache") >= 2
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
-def test_sft(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
+def test_sft(adapted: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer does not know the server, which follows."""
+    place: Place = request.getfixturevalue("lora_place" if adapted else "place")
     texts = tmp_path / "texts"
     texts.mkdir()
     Dataset.from_list([{"text": f"{i} plus 1 makes {i + 1}"} for i in range(8)]).to_json(texts / "train.jsonl")
@@ -164,7 +166,7 @@ def test_sft(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         *("--model_name_or_path", place.checkpoint, "--dataset_name", texts, "--bucket", place.address),
         *("--publish_every", 2, "--output_dir", tmp_path / "out", "--learning_rate", 1e-3, "--max_steps", 5),
         *("--report_to", "none", "--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False"),
-        *("--per_device_train_batch_size", 2),
+        *("--per_device_train_batch_size", 2, *(ADAPTER if adapted else ())),
     )
     reader = ChainReader(open_bucket(place.address), tmp_path / "cache")
     newest = reader.newest().version

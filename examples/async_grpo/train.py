@@ -20,7 +20,7 @@
 #     "math-verify",
 #     "peft",
 #     "trackio",
-#     "vllm",
+#     "vllm>=0.31",
 # ]
 #
 # [tool.uv.sources]

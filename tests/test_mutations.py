@@ -36,7 +36,9 @@ def test_a_mutation_applies_and_names_an_existing_test(mutation: Mutation) -> No
 def copied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, compiled kernels included, in which the tests of the selected mutations pass."""
     copy = tmp_path_factory.mktemp("project") / "copy"
-    ignored = shutil.ignore_patterns(".git", ".venv*", ".extras", ".trl-*", "build", ".*_cache", ".hypothesis")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", ".extras", ".megatron", ".trl-*", "build", ".*_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, copy, ignore=ignored)
     items = [item for item in request.session.items if "copied" in getattr(item, "fixturenames", ())]
     tests = {item.callspec.params["mutation"].test for item in items}

@@ -1,6 +1,7 @@
 """Trainers that cut parameters themselves: what each rank holds is given as rectangles of published tensors.
 
-`fused` makes a stand-in for a Megatron-Core model: its names, and its fused and cut parameters.
+`fused` makes a stand-in for a Megatron-Core model: its names, and its fused and cut parameters. test_megatron.py
+has a real one.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ TRAINER_URL, RUN = "http://rollouts:8000", "hf://buckets/you/rl/run1"
 
 
 def on_cpu(command: str, checkpoint: Path, *options: str) -> str:
-    """A page's `vllm serve` as shell text: of a tiny model, with the settings of README, Without a GPU."""
+    """A page's `vllm serve` as shell text: of a tiny model, with the settings of the quickstart, Without a GPU."""
     settings = "VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_NO_USAGE_STATS=1 OMP_NUM_THREADS=1"
     program = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {checkpoint} --enforce-eager"
     assert command.count(SERVE) == 1, command

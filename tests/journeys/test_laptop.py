@@ -1,4 +1,4 @@
-"""A laptop without a GPU: README's quick start, and its command for a server."""
+"""A laptop without a GPU: README's quick start, and the command of the quickstart for a server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_demo(tmp_path: Path) -> None:
 
 def test_the_server_without_a_gpu(tmp_path: Path) -> None:
     """As it is written, but for the model and the port. Then the commands of the quickstart."""
-    (block,) = [text for text in blocks("README.md", "bash", "Install") if "MODEL" in text]
+    (block,) = [text for text in blocks("docs/quickstart.md", "bash", "Without a GPU") if "MODEL" in text]
     checkpoint, port = make_checkpoint(tmp_path / "model"), str(free_port())
     for written, put in (
         (".venv/bin/python", sys.executable),

@@ -42,7 +42,7 @@ GPU_PYTHON ?= python3
 	test-hub test-gpu test-gpu-servers test-gpu-models lint bench chaos fuzz clean
 help:
 	@echo "make demo           a real GRPO run drives a real vLLM server through an embedded Hub, exact at every step"
-	@echo "make test           linters, types and tests of every promise, with real vLLM servers (17 minutes on 2 cores)"
+	@echo "make test           linters, types and tests of every promise, with real vLLM servers (15 minutes on 2 cores)"
 	@echo "make test-fast      linters, types and the tests that start no vLLM and no ranks (2 minutes)"
 	@echo "make test-all       everything but test-gpu (hours)"
 	@echo "make test-long      random histories, the full demo and a soak test"

@@ -156,7 +156,7 @@ def _laid_out(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]] | N
             start, end = end, header[name]["data_offsets"][1]
             expected[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
             arrays[name] = data[begin + start : begin + end].view(dtype).reshape(shape)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
     sound = header == expected and end == len(data) - begin and _are_numbers(header)
     sound = sound and all(array.ndim == _DIMENSIONS[name] for name, array in arrays.items())

@@ -269,6 +269,20 @@ def test_the_short_way_reads_what_is_written(tmp_path):
     assert _laid_out(path) is not None
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data_offsets", [0]), ("data_offsets", {}), ("data_offsets", [0, 1 << 80]), ("shape", [1 << 80]), ("shape", "x")],
+)
+def test_the_short_way_leaves_an_odd_header_to_safetensors(key, value, tmp_path):
+    part, path = written(SOME), tmp_path / "part"
+    begin = 8 + int.from_bytes(part[:8], "little")
+    header = json.loads(part[8:begin])
+    header["tensors"][key] = value
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + part[begin:])
+    assert _laid_out(path) is None
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"[" * 100])
 def test_a_file_that_is_not_safetensors_is_refused(data):
     with pytest.raises(FormatError, match="delta part"):
